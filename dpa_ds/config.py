@@ -1,0 +1,232 @@
+"""The recipe: typed sections, one owner per number, every check with its remedy.
+
+`load_config` turns YAML plus dotted overrides into a validated `RunConfig`. The DeepSpeed JSON named by
+`engine.deepspeed_config` owns ZeRO stage, offload, buckets and communication; everything else is owned here.
+"""
+
+import dataclasses
+import difflib
+import math
+import typing
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import jsonargparse
+import yaml
+
+from dpa_ds.errors import ConfigError
+
+RanksPerGroup = int | list[int] | Literal["auto"]
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    """How the ranks of the job are divided among the clients."""
+
+    ranks_per_group: RanksPerGroup = "auto"
+    """Ranks that train one client at a time: a number, a list (groups of unequal size), or auto."""
+    timeout_seconds: float = 1800.0
+    """Bound on every wait between ranks of one group, and on the start of the job."""
+    device: Literal["auto", "cpu"] = "auto"
+    """auto uses the accelerator DeepSpeed finds; cpu forbids it."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The frozen causal LM that all clients share."""
+
+    path: str = ""
+    """Hugging Face model directory, GGUF file, or hub id where there is a hub."""
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    """Precision of base and activations; adapters keep an fp32 master."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Attention implementation of transformers."""
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Both adapters (PEFT LoRA, no bias): h = W0 x + sum of weight * (alpha / rank) * B A x."""
+
+    rank: int = 8
+    """Rank r of the global adapter."""
+    alpha: float = 16.0
+    """LoRA alpha; the scale is alpha / rank."""
+    dropout: float = 0.05
+    """Dropout on the adapter input, while training."""
+    target_modules: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"])
+    """Names of the linear layers to adapt, matched at the end of the module path."""
+    local_rank: int | None = None
+    """Rank of the local adapter, if it is to differ from `rank`. alpha / rank stays the scale of both."""
+
+
+@dataclass(frozen=True)
+class PartitionConfig:
+    """How one data set becomes clients (only for `format: table`)."""
+
+    kind: Literal["column", "iid", "dirichlet"] = "column"
+    """column: one client per distinct value; iid: equal random parts; dirichlet: label-skewed parts."""
+    column: str | None = None
+    """Column to group by (column) or whose label skew is drawn (dirichlet)."""
+    num_clients: int | None = None
+    """Number of clients for iid and dirichlet."""
+    concentration: float = 0.5
+    """Dirichlet concentration: smaller means more skew."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Private instruction data of every client, and how it becomes tokens."""
+
+    format: Literal["feddpa", "table"] = "feddpa"
+    """feddpa: <path>/<C>/local_training_<k>.json and one test *.jsonl; table: any data set with named columns."""
+    path: str = ""
+    """Folder or file (JSON, JSONL, CSV, parquet, or a datasets folder saved on disk)."""
+    test_path: str | None = None
+    """Held-out data in the same format (table), or the test file (feddpa; default: the one *.jsonl in path)."""
+    num_clients: int | None = None
+    """feddpa: which <C> folder, when there are several."""
+    instruction_column: str = "instruction"
+    """Column with the instruction."""
+    input_column: str | None = None
+    """Column with further input, appended to the instruction after a line break; None if there is none."""
+    output_column: str = "output"
+    """Column with the answer."""
+    task_column: str | None = "category"
+    """Column naming the task: held-out rows of a task are scored with the clients that train on it."""
+    partition: PartitionConfig = field(default_factory=PartitionConfig)
+    """How one data set becomes clients."""
+    held_out_fraction: float = 0.0
+    """Share of each client's examples kept from training when there is no test data, in [0, 1)."""
+    template: str = "### Instruction:\n{instruction}\n\n### Response:\n"
+    """Prompt template; must contain {instruction}. The answer and the end token are appended."""
+    max_length: int = 512
+    """Longest prompt + answer, tokens; examples that do not fit are reported and left out."""
+    cache_dir: str = "~/.cache/dpa_ds"
+    """Where tokenised data and converted models are kept."""
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    """Which schedule of phases is trained."""
+
+    name: Literal["feddpa_t", "feddpa_f", "fedit", "fedlora", "local", "centralized"] = "feddpa_t"
+    """feddpa_t / feddpa_f: the method; the others are baselines."""
+    alpha: float = 0.5
+    """Weight of the local adapter in the local phase, in [0, 1]; the global one has 1 - alpha."""
+    phase_order: Literal["global_first", "local_first"] = "global_first"
+    """feddpa_t: the paper's order, or that of its published code."""
+    local_partner: Literal["own", "aggregated"] = "own"
+    """feddpa_t: the local phase trains beside the client's own new global adapter, or this round's average."""
+
+
+@dataclass(frozen=True)
+class FederationConfig:
+    """Rounds, sampling of clients and aggregation."""
+
+    num_rounds: int = 20
+    """Federated rounds."""
+    client_fraction: float = 1.0
+    """Share of the clients drawn in each round, in (0, 1]; at least one is drawn."""
+    stratify_by_group: bool = False
+    """Draw the same number of clients from every rank group, so that no group idles."""
+    weighting: Literal["uniform", "num_examples"] = "uniform"
+    """Weight of a client's update in the average."""
+    timeout_seconds: float = 3600.0
+    """Bound on every wait among the leaders: the slowest client's round must fit in."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One phase of one client."""
+
+    batch_size: int = 64
+    """Examples per optimizer step of a client, whatever the number of ranks."""
+    micro_batch_tokens: int = 4096
+    """Upper bound on rows x longest row of one forward pass on one rank, tokens."""
+    local_epochs: float = 10.0
+    """Passes over the client's data per phase (a fraction is allowed); not used where max_steps is given."""
+    max_steps: int | None = None
+    """Optimizer steps per phase, instead of local_epochs."""
+    learning_rate: float = 3e-4
+    """Peak learning rate of AdamW."""
+    lr_schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """Course of the learning rate within a phase; linear and cosine end at 0."""
+    weight_decay: float = 0.0
+    """AdamW weight decay."""
+    adam_betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW betas."""
+    adam_epsilon: float = 1e-8
+    """AdamW epsilon."""
+    max_grad_norm: float = 1.0
+    """Clip the gradient to this norm; 0 turns clipping off."""
+    keep_optimizer_state: bool = False
+    """Keep each client's local AdamW state between rounds instead of starting afresh."""
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """DeepSpeed."""
+
+    deepspeed_config: str = "ds_configs/zero1.json"
+    """DeepSpeed JSON: ZeRO stage, offload, buckets and communication only."""
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Held-out loss while training."""
+
+    every_rounds: int = 1
+    """Evaluate after every n rounds (always before the first and after the last); 0: only those two."""
+    max_examples: int = 50
+    """Held-out examples per client."""
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    """Where numbers go."""
+
+    tensorboard: bool = True
+    """Write TensorBoard events to <run>/tensorboard."""
+    log_every_seconds: float = 20.0
+    """Progress lines at most this often where the output is not a terminal."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Federated training of dual adapters over one frozen LLM."""
+
+    name: str = "run"
+    """Name of the run: results go to <output_dir>/<name>."""
+    output_dir: str = "runs"
+    """Folder of all runs, on a file system that every host sees."""
+    seed: int = 0
+    """Fixes initial adapters, sampling of clients, order of examples and dropout."""
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    """Ranks and rank groups."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The frozen base."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """The two adapters."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """The clients' data."""
+    method: MethodConfig = field(default_factory=MethodConfig)
+    """What is trained, in which order."""
+    federation: FederationConfig = field(default_factory=FederationConfig)
+    """Rounds and aggregation."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """One phase."""
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    """DeepSpeed."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """Held-out loss."""
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    """Logs."""
+
+    @property
+    def run_dir(self) -> Path:
+        """Folder of this run."""
+        return Path(self.output_dir) / self.name

@@ -1,0 +1,31 @@
+"""Errors that are the user's to mend: each message names the value, what is allowed, and the remedy."""
+
+
+class DpaError(Exception):
+    """Base of every error that is printed once, without a traceback, before the job ends with `exit_code`."""
+
+    exit_code = 2
+
+
+class ConfigError(DpaError):
+    """The recipe, an override or a combination of both is not usable."""
+
+
+class DataError(DpaError):
+    """A data file is missing, empty or malformed; the message names file and line where there is one."""
+
+
+class ModelError(DpaError):
+    """The model directory or its adapters cannot be used as configured."""
+
+
+class ClusterError(DpaError):
+    """Ranks, hosts or launchers do not fit together."""
+
+    exit_code = 3
+
+
+class CheckpointError(DpaError):
+    """Saved state cannot be read, or belongs to another run."""
+
+    exit_code = 4

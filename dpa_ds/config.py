@@ -1,22 +1,13 @@
-"""The recipe: typed sections, one owner per number, every check with its remedy.
+"""The recipe: typed sections, one owner per number.
 
-`load_config` turns YAML plus dotted overrides into a validated `RunConfig`. The DeepSpeed JSON named by
-`engine.deepspeed_config` owns ZeRO stage, offload, buckets and communication; everything else is owned here.
+`config_loader.load_config` turns YAML plus dotted overrides into a validated `RunConfig`; `--help` prints the docstrings
+below. The DeepSpeed JSON named by `engine.deepspeed_config` owns ZeRO stage, offload, buckets and communication;
+everything else is owned here.
 """
 
-import dataclasses
-import difflib
-import math
-import typing
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
-
-import jsonargparse
-import yaml
-
-from dpa_ds.errors import ConfigError
+from typing import Literal
 
 RanksPerGroup = int | list[int] | Literal["auto"]
 
@@ -28,7 +19,7 @@ class ClusterConfig:
     ranks_per_group: RanksPerGroup = "auto"
     """Ranks that train one client at a time: a number, a list (groups of unequal size), or auto."""
     timeout_seconds: float = 1800.0
-    """Bound on every wait between ranks of one group, and on the start of the job."""
+    """Bound on every wait between ranks of one group, and on the start of the job, in seconds."""
     device: Literal["auto", "cpu"] = "auto"
     """auto uses the accelerator DeepSpeed finds; cpu forbids it."""
 
@@ -54,9 +45,9 @@ class LoraConfig:
     rank: int = 8
     """Rank r of the global adapter."""
     alpha: float = 16.0
-    """LoRA alpha; the scale is alpha / rank."""
+    """LoRA alpha of both adapters; the scale is alpha / rank."""
     dropout: float = 0.05
-    """Dropout on the adapter input, while training."""
+    """Dropout on the adapter input while training, in [0, 1)."""
     target_modules: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"])
     """Names of the linear layers to adapt, matched at the end of the module path."""
     local_rank: int | None = None
@@ -72,9 +63,9 @@ class PartitionConfig:
     column: str | None = None
     """Column to group by (column) or whose label skew is drawn (dirichlet)."""
     num_clients: int | None = None
-    """Number of clients for iid and dirichlet."""
+    """Number of clients, for iid and dirichlet."""
     concentration: float = 0.5
-    """Dirichlet concentration: smaller means more skew."""
+    """Dirichlet concentration, > 0: smaller means more skew."""
 
 
 @dataclass(frozen=True)
@@ -92,19 +83,19 @@ class DataConfig:
     instruction_column: str = "instruction"
     """Column with the instruction."""
     input_column: str | None = None
-    """Column with further input, appended to the instruction after a line break; None if there is none."""
+    """Column with further input, appended to the instruction after a line break; null: there is none."""
     output_column: str = "output"
     """Column with the answer."""
     task_column: str | None = "category"
     """Column naming the task: held-out rows of a task are scored with the clients that train on it."""
     partition: PartitionConfig = field(default_factory=PartitionConfig)
-    """How one data set becomes clients."""
+    """How one data set becomes clients (only for format: table)."""
     held_out_fraction: float = 0.0
     """Share of each client's examples kept from training when there is no test data, in [0, 1)."""
     template: str = "### Instruction:\n{instruction}\n\n### Response:\n"
-    """Prompt template; must contain {instruction}. The answer and the end token are appended."""
+    """Prompt template; must contain {instruction} once. The answer and the end token are appended."""
     max_length: int = 512
-    """Longest prompt + answer, tokens; examples that do not fit are reported and left out."""
+    """Longest prompt + answer, in tokens; examples that do not fit are reported and left out."""
     cache_dir: str = "~/.cache/dpa_ds"
     """Where tokenised data and converted models are kept."""
 
@@ -128,7 +119,7 @@ class FederationConfig:
     """Rounds, sampling of clients and aggregation."""
 
     num_rounds: int = 20
-    """Federated rounds."""
+    """Federated rounds; a finished run is extended by raising this."""
     client_fraction: float = 1.0
     """Share of the clients drawn in each round, in (0, 1]; at least one is drawn."""
     stratify_by_group: bool = False
@@ -136,7 +127,7 @@ class FederationConfig:
     weighting: Literal["uniform", "num_examples"] = "uniform"
     """Weight of a client's update in the average."""
     timeout_seconds: float = 3600.0
-    """Bound on every wait among the leaders: the slowest client's round must fit in."""
+    """Bound on every wait among the leaders, in seconds: the slowest client's round must fit in."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +137,7 @@ class TrainConfig:
     batch_size: int = 64
     """Examples per optimizer step of a client, whatever the number of ranks."""
     micro_batch_tokens: int = 4096
-    """Upper bound on rows x longest row of one forward pass on one rank, tokens."""
+    """Upper bound on rows x longest row of one forward pass on one rank, in tokens."""
     local_epochs: float = 10.0
     """Passes over the client's data per phase (a fraction is allowed); not used where max_steps is given."""
     max_steps: int | None = None
@@ -156,11 +147,11 @@ class TrainConfig:
     lr_schedule: Literal["linear", "cosine", "constant"] = "linear"
     """Course of the learning rate within a phase; linear and cosine end at 0."""
     weight_decay: float = 0.0
-    """AdamW weight decay."""
+    """AdamW weight decay, decoupled (per step: learning rate x weight decay)."""
     adam_betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW betas."""
+    """AdamW betas: decay of the first and of the second moment, each in [0, 1)."""
     adam_epsilon: float = 1e-8
-    """AdamW epsilon."""
+    """AdamW epsilon, added to the root of the second moment."""
     max_grad_norm: float = 1.0
     """Clip the gradient to this norm; 0 turns clipping off."""
     keep_optimizer_state: bool = False
@@ -192,7 +183,7 @@ class TrackingConfig:
     tensorboard: bool = True
     """Write TensorBoard events to <run>/tensorboard."""
     log_every_seconds: float = 20.0
-    """Progress lines at most this often where the output is not a terminal."""
+    """Seconds between progress lines where the output is not a terminal."""
 
 
 @dataclass(frozen=True)
@@ -206,25 +197,25 @@ class RunConfig:
     seed: int = 0
     """Fixes initial adapters, sampling of clients, order of examples and dropout."""
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
-    """Ranks and rank groups."""
+    """How the ranks of the job are divided among the clients."""
     model: ModelConfig = field(default_factory=ModelConfig)
-    """The frozen base."""
+    """The frozen causal LM that all clients share."""
     lora: LoraConfig = field(default_factory=LoraConfig)
-    """The two adapters."""
+    """The two LoRA adapters of every client, global and local."""
     data: DataConfig = field(default_factory=DataConfig)
-    """The clients' data."""
+    """Private instruction data of every client, and how it becomes tokens."""
     method: MethodConfig = field(default_factory=MethodConfig)
     """What is trained, in which order."""
     federation: FederationConfig = field(default_factory=FederationConfig)
-    """Rounds and aggregation."""
+    """Rounds, sampling of clients and aggregation."""
     train: TrainConfig = field(default_factory=TrainConfig)
-    """One phase."""
+    """One phase of one client."""
     engine: EngineConfig = field(default_factory=EngineConfig)
     """DeepSpeed."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    """Held-out loss."""
+    """Held-out loss while training."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
-    """Logs."""
+    """Where numbers go."""
 
     @property
     def run_dir(self) -> Path:

@@ -1,0 +1,253 @@
+"""What a recipe may say: ranges and combinations, what determines a result, and who owns a number of the DeepSpeed JSON."""
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from dpa_ds.config import DataConfig, MethodConfig, RanksPerGroup, RunConfig
+from dpa_ds.errors import ConfigError
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+MAX_FILE_BYTES = 1 << 20
+"""A recipe or DeepSpeed JSON is a few kB: more is the wrong file, and is not read."""
+
+# dotted key, test, what the message says is allowed. A null is always allowed where the type has it.
+_RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("seed", lambda value: value >= 0, "must be >= 0"),
+    ("output_dir", bool, "must not be empty"),
+    ("cluster.timeout_seconds", lambda value: value > 0, "must be > 0"),
+    ("model.path", bool, "must not be empty (give a model directory, a GGUF file or a hub id)"),
+    ("lora.rank", lambda value: value >= 1, "must be >= 1"),
+    ("lora.alpha", lambda value: value > 0, "must be > 0"),
+    ("lora.dropout", lambda value: 0 <= value < 1, "must be in [0, 1)"),
+    (
+        "lora.target_modules",
+        lambda value: value and all(value),
+        "must name at least one linear layer, such as [q_proj]",
+    ),
+    ("lora.local_rank", lambda value: value >= 1, "must be >= 1, or null for lora.rank"),
+    ("data.path", bool, "must not be empty (give the file or folder of the clients' data)"),
+    ("data.num_clients", lambda value: value >= 1, "must be >= 1, or null for the only folder there is"),
+    ("data.held_out_fraction", lambda value: 0 <= value < 1, "must be in [0, 1)"),
+    ("data.template", lambda value: value.count("{instruction}") == 1, "must contain {instruction} exactly once"),
+    ("data.max_length", lambda value: value >= 2, "must be >= 2"),
+    ("data.cache_dir", bool, "must not be empty"),
+    ("method.alpha", lambda value: 0 <= value <= 1, "must be in [0, 1]"),
+    ("federation.num_rounds", lambda value: value >= 1, "must be >= 1"),
+    ("federation.client_fraction", lambda value: 0 < value <= 1, "must be in (0, 1]"),
+    ("federation.timeout_seconds", lambda value: value > 0, "must be > 0"),
+    ("train.batch_size", lambda value: value >= 1, "must be >= 1"),
+    ("train.micro_batch_tokens", lambda value: value >= 1, "must be >= 1"),
+    ("train.local_epochs", lambda value: value > 0, "must be > 0"),
+    ("train.max_steps", lambda value: value >= 1, "must be >= 1, or null to train for train.local_epochs"),
+    ("train.learning_rate", lambda value: value > 0, "must be > 0"),
+    ("train.weight_decay", lambda value: value >= 0, "must be >= 0"),
+    ("train.adam_betas", lambda value: all(0 <= beta < 1 for beta in value), "must both be in [0, 1)"),
+    ("train.adam_epsilon", lambda value: value > 0, "must be > 0"),
+    ("train.max_grad_norm", lambda value: value >= 0, "must be >= 0 (0 turns clipping off)"),
+    ("engine.deepspeed_config", bool, "must not be empty (such as ds_configs/zero1.json)"),
+    ("evaluation.every_rounds", lambda value: value >= 0, "must be >= 0 (0 evaluates only before and after training)"),
+    ("evaluation.max_examples", lambda value: value >= 1, "must be >= 1"),
+    ("tracking.log_every_seconds", lambda value: value >= 0, "must be >= 0"),
+)
+
+# Fields that may change between the parts of one run: they move work and output about, never the result. num_rounds is
+# among them so that a finished run can be extended; nothing inside a round depends on it.
+_NOT_IN_FINGERPRINT = {
+    "name",
+    "output_dir",
+    "data.cache_dir",
+    "federation.num_rounds",
+    "federation.timeout_seconds",
+    "train.micro_batch_tokens",
+}
+_SECTIONS_NOT_IN_FINGERPRINT = {"cluster", "engine", "evaluation", "tracking"}
+
+_OWNER_OF_DEEPSPEED_KEY = {
+    "train_batch_size": "train.batch_size",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_tokens",
+    "gradient_accumulation_steps": "train.batch_size",
+    "managed_gradient_accumulation": "train.batch_size",
+    "gradient_clipping": "train.max_grad_norm",
+    "optimizer": "train.learning_rate, train.weight_decay and train.adam_*",
+    "scheduler": "train.lr_schedule",
+    "fp16.enabled": "model.precision",
+    "bf16.enabled": "model.precision",
+    "bfloat16.enabled": "model.precision",
+    "tensorboard": "tracking.tensorboard",
+}
+
+
+def validate(config: RunConfig) -> None:
+    """Raise ConfigError on the first value out of range or combination without sense; types are taken as checked."""
+    for message in _problems(config):
+        raise ConfigError(message)
+
+
+def flatten(config: RunConfig) -> dict[str, Any]:
+    """Every field under its dotted key, as JSON would read it back (tuples are lists)."""
+    return dict(_leaves(asdict(config)))
+
+
+def fingerprint_sections(config: RunConfig) -> dict[str, Any]:
+    """Flat dotted dict of every field that determines the result of training: a resumed run must agree in all."""
+    return {
+        key: value
+        for key, value in flatten(config).items()
+        if key not in _NOT_IN_FINGERPRINT and key.partition(".")[0] not in _SECTIONS_NOT_IN_FINGERPRINT
+    }
+
+
+def diff_configs(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Lines such as `train.learning_rate: 0.0003 -> 0.001` for two flat dotted dicts, in the order of the keys."""
+    keys = [*old, *(key for key in new if key not in old)]
+    shown = [{key: show(value) for key, value in side.items()} for side in (old, new)]
+    return [
+        f"{key}: {shown[0].get(key, 'absent')} -> {shown[1].get(key, 'absent')}"
+        for key in keys
+        if key not in old or key not in new or old[key] != new[key]
+    ]
+
+
+def show(value: Any, limit: int = 80) -> str:
+    """One line for a message: JSON spelling (null, true, quoted text), cut to `limit` characters."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def load_deepspeed_json(path: str) -> dict[str, Any]:
+    """Read `engine.deepspeed_config`; a path that does not exist in the working directory may start at the repository.
+
+    ConfigError: missing, unreadable, malformed (with its line), a key given twice, or keys that the recipe owns.
+    """
+    candidates = [Path(path).expanduser(), REPOSITORY / Path(path).expanduser()]
+    found = next((candidate for candidate in candidates if candidate.exists()), None)
+    if found is None:
+        tried = " and ".join(str(candidate.absolute()) for candidate in dict.fromkeys(candidates))
+        raise ConfigError(
+            f"engine.deepspeed_config: no such file: {path} (tried {tried}): name one of those in ds_configs/"
+        )
+    try:
+        content = json.loads(read_text(found, "engine.deepspeed_config"), object_pairs_hook=_without_duplicates)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{found}, line {error.lineno}: not JSON: {error.msg} (column {error.colno})") from error
+    except RecursionError as error:
+        raise ConfigError(f"{found}: not a DeepSpeed JSON: nested too deeply") from error
+    except ValueError as error:
+        raise ConfigError(f"{found}: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{found}: a DeepSpeed JSON is an object of keys, got {show(content)}")
+    check_deepspeed_owner(content, str(found))
+    return content
+
+
+def check_deepspeed_owner(content: Mapping[str, Any], path: str) -> None:
+    """One ConfigError with every key of the DeepSpeed JSON that the recipe owns, and the file to edit."""
+    clashes = []
+    for key, owner in _OWNER_OF_DEEPSPEED_KEY.items():
+        section, _, leaf = key.partition(".")
+        inside = content.get(section, {})
+        if (not leaf and section in content) or (leaf and isinstance(inside, Mapping) and leaf in inside):
+            clashes.append(f"{key} (owned by {owner})")
+    if clashes:
+        raise ConfigError(f"{path} sets what the recipe owns: {', '.join(clashes)}.\nRemove it from {path}.")
+
+
+def read_text(path: Path, what: str) -> str:
+    """Text of a file of at most MAX_FILE_BYTES; ConfigError with `what` in front if it cannot be had."""
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_FILE_BYTES + 1)
+        if len(content) > MAX_FILE_BYTES:
+            raise ConfigError(f"{what}: {path} is larger than {MAX_FILE_BYTES >> 20} MiB")
+        return content.decode("utf-8")
+    except FileNotFoundError as error:
+        raise ConfigError(f"{what}: no such file: {path}") from error
+    except IsADirectoryError as error:
+        raise ConfigError(f"{what}: {path} is a directory: name a file in it") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{what}: {path} is not text in UTF-8 (byte {error.start})") from error
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{what}: cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _problems(config: RunConfig) -> Iterator[str]:
+    """Every message `validate` could raise, first things first."""
+    values = flatten(config)
+    yield from (
+        f"{key} must be finite, got {show(value)}"
+        for key, value in values.items()
+        if any(isinstance(item, float) and not math.isfinite(item) for item in _items(value))
+    )
+    if config.name in ("", ".", "..") or "/" in config.name or "\\" in config.name or not config.name.isprintable():
+        yield f"name must be a plain folder name, not empty and without / or \\, got {show(config.name)}"
+    for key, allowed, text in _RANGES:
+        if values[key] is not None and not allowed(values[key]):
+            yield f"{key} {text}, got {show(values[key])}"
+    yield from _rank_problems(config.cluster.ranks_per_group)
+    yield from _partition_problems(config.data)
+    yield from _method_problems(config.method)
+
+
+def _rank_problems(ranks: RanksPerGroup) -> Iterator[str]:
+    numbers = ranks if isinstance(ranks, list) else [] if ranks == "auto" else [ranks]
+    if ranks == [] or any(not isinstance(number, int) or number < 1 for number in numbers):
+        yield f"cluster.ranks_per_group must be auto, a number >= 1 or a list of them such as [2, 2, 1], got {show(ranks)}"
+
+
+def _partition_problems(data: DataConfig) -> Iterator[str]:
+    partition = data.partition
+    if data.format != "table":
+        return
+    if partition.kind in ("column", "dirichlet") and not partition.column:
+        yield (
+            f"data.partition.column is missing: data.partition.kind {partition.kind} needs the name of a column "
+            "(kind iid needs none)"
+        )
+    if partition.kind in ("iid", "dirichlet") and (partition.num_clients is None or partition.num_clients < 1):
+        yield (
+            f"data.partition.num_clients must be >= 1 with data.partition.kind {partition.kind}, "
+            f"got {show(partition.num_clients)}"
+        )
+    if partition.kind == "dirichlet" and partition.concentration <= 0:
+        yield f"data.partition.concentration must be > 0, got {show(partition.concentration)}"
+
+
+def _method_problems(method: MethodConfig) -> Iterator[str]:
+    default = MethodConfig()
+    if method.name != "feddpa_t":
+        for key in ("phase_order", "local_partner"):
+            if getattr(method, key) != getattr(default, key):
+                yield (
+                    f"method.{key}: {getattr(method, key)} has no effect with method {method.name}, "
+                    "only with feddpa_t: leave it out"
+                )
+    elif method.phase_order == "local_first" and method.local_partner == "aggregated":
+        yield (
+            "method.local_partner: aggregated contradicts method.phase_order: local_first (this round's average does "
+            "not exist yet when the local phase comes first): choose local_partner own or phase_order global_first"
+        )
+
+
+def _items(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, list(value) if isinstance(value, tuple) else value
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"key {twice} is given twice: keep one")
+    return content

@@ -1,0 +1,87 @@
+"""One data set becomes clients: pure functions of a seed on row numbers.
+
+Every function returns a true partition: each row number 0..n-1 belongs to exactly one client, and the rows of a
+client stay in the order of the file, so that a client's data does not depend on how the partition was found.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from dpa_ds.errors import DataError
+
+# Second word of the seed: two draws of one run never share a random stream.
+_IID_TAG = 101
+_DIRICHLET_TAG = 102
+
+# Redraws before a skewed partition is called impossible. At concentration 0.1 with 10 clients and 2 labels about
+# one draw in three leaves nobody empty, so 100 failures mean that the wish, not the luck, is bad.
+_MAX_DRAWS = 100
+
+
+def partition_by_column(values: Sequence[str]) -> dict[str, list[int]]:
+    """One client per distinct value: value -> its row numbers, values in sorted order."""
+    parts: dict[str, list[int]] = {value: [] for value in sorted(set(values))}
+    for row, value in enumerate(values):
+        parts[value].append(row)
+    return parts
+
+
+def partition_iid(num_rows: int, num_clients: int, seed: int) -> list[list[int]]:
+    """Random parts whose sizes differ by at most one; entry k holds the row numbers of client k.
+
+    Raises DataError where there are fewer rows than clients.
+    """
+    _require_enough_rows(num_rows, num_clients)
+    order = _generator(seed, _IID_TAG).permutation(num_rows)
+    return [sorted(part.tolist()) for part in np.array_split(order, num_clients)]
+
+
+def partition_dirichlet(labels: Sequence[str], num_clients: int, concentration: float, seed: int) -> list[list[int]]:
+    """Label-skewed parts: for each label, the clients' shares are drawn from Dirichlet(concentration).
+
+    As in Hsu, Qi and Brown (arXiv 1909.06335), label by label. Entry k holds the row numbers of client k. Redraws
+    until every client has a row; raises DataError where no draw of 100 achieves it.
+    """
+    _require_enough_rows(len(labels), num_clients)
+    generator = _generator(seed, _DIRICHLET_TAG)
+    rows_of_label = list(partition_by_column(labels).values())
+    for _ in range(_MAX_DRAWS):
+        parts = _draw_dirichlet(rows_of_label, num_clients, concentration, generator)
+        if all(parts):
+            return [sorted(part) for part in parts]
+    raise DataError(
+        f"no Dirichlet partition in {_MAX_DRAWS} draws gives each of {num_clients} clients at least one of "
+        f"{len(labels)} examples: raise data.partition.concentration (now {concentration:g}), lower "
+        "data.partition.num_clients, or change the seed"
+    )
+
+
+def _draw_dirichlet(
+    rows_of_label: Sequence[Sequence[int]], num_clients: int, concentration: float, generator: np.random.Generator
+) -> list[list[int]]:
+    """One draw; clients may come out empty."""
+    parts: list[list[int]] = [[] for _ in range(num_clients)]
+    for rows in rows_of_label:
+        shares = generator.dirichlet(np.full(num_clients, concentration))
+        # Tiny concentrations underflow to a vector of zeros or NaN: the limit is one client taking all.
+        if not np.isclose(shares.sum(), 1.0):
+            shares = np.eye(num_clients)[generator.integers(num_clients)]
+        # Cutting the cumulated shares, not each share, keeps the total exact whatever the rounding.
+        cuts = np.rint(np.cumsum(shares)[:-1] * len(rows)).astype(int)
+        shuffled = np.array(rows)[generator.permutation(len(rows))]
+        for part, chosen in zip(parts, np.split(shuffled, cuts), strict=True):
+            part.extend(chosen.tolist())
+    return parts
+
+
+def _require_enough_rows(num_rows: int, num_clients: int) -> None:
+    if not 1 <= num_clients <= num_rows:
+        raise DataError(
+            f"{num_rows} examples cannot be divided among {num_clients} clients: "
+            f"set data.partition.num_clients between 1 and {num_rows}"
+        )
+
+
+def _generator(seed: int, tag: int) -> np.random.Generator:
+    return np.random.Generator(np.random.PCG64([seed, tag]))

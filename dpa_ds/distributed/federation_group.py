@@ -1,0 +1,48 @@
+"""The thin second group: leaders only, CPU tensors only, every byte counted."""
+
+from collections import Counter
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from dpa_ds.errors import ClusterError
+
+AdapterState = dict[str, torch.Tensor]
+"""Full fp32 CPU tensors of one adapter under PEFT's adapter-less keys: the only thing that crosses a client border."""
+
+
+class FederationGroup:
+    """Process group of the leaders. gloo on CPU keeps device memory and NCCL out of the federation.
+
+    Collective: every leader constructs it, with the same `generation`.
+    """
+
+    def __init__(
+        self, store: dist.Store, rank: int, size: int, timeout_seconds: float, generation: int = 0
+    ) -> None:
+        self.rank, self.size = rank, size
+        self.timeout_seconds = timeout_seconds
+        self.bytes_handed: Counter[str] = Counter()
+        """Bytes this leader handed to the group so far, by purpose."""
+        self._group = dist.ProcessGroupGloo(
+            dist.PrefixStore(f"federation/{generation}", store), rank, size, timedelta(seconds=timeout_seconds)
+        )
+
+    def all_reduce_(self, buffer: torch.Tensor, purpose: str) -> None:
+        """Sum the flat CPU tensor `buffer` over all leaders, in place, and count its bytes under `purpose`.
+
+        Collective: all leaders, same length and dtype.
+
+        Raises:
+            ClusterError: a leader did not arrive within `federation.timeout_seconds`, or was lost.
+        """
+        assert buffer.device.type == "cpu" and buffer.dim() == 1, (buffer.device, buffer.shape)
+        self.bytes_handed[purpose] += buffer.numel() * buffer.element_size()
+        try:
+            self._group.allreduce([buffer]).wait()
+        except RuntimeError as error:
+            raise ClusterError(
+                f"leader {self.rank} of {self.size} lost its peers in the {purpose} all-reduce "
+                f"(bound federation.timeout_seconds = {self.timeout_seconds:g}): {str(error).splitlines()[0]}"
+            ) from error

@@ -1,0 +1,182 @@
+"""Which rank am I: answered the same way under deepspeed, torchrun, srun, mpirun and a plain python."""
+
+import os
+import re
+import socket
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NoReturn
+
+import psutil
+
+from dpa_ds.errors import ClusterError
+
+DEFAULT_PORT = 29500
+MPI_SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Place of this process in the job, as its launcher tells it."""
+
+    launcher: Literal["env", "slurm", "mpi", "single"]
+    global_rank: int
+    job_world_size: int
+    local_rank: int
+    """Node-local: picks the device."""
+    master_addr: str
+    master_port: int
+    agent_store: bool = False
+    """torchrun's agent already serves a store at the master address."""
+
+    @property
+    def hostname(self) -> str:
+        """Name of this host, for messages."""
+        return socket.gethostname()
+
+    def exit(self, code: int) -> NoReturn:
+        """End this process at once; under MPI end every rank, since a rank that just exits leaves its peers hanging."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if self.launcher == "mpi" and code != 0:
+            from mpi4py import MPI
+
+            MPI.COMM_WORLD.Abort(code)
+        os._exit(code)  # interpreter teardown may wait for a peer's sockets
+
+
+def discover_launch(environ: Mapping[str, str] = os.environ) -> Launch:
+    """Read this process's place from the launcher's environment variables, or from MPI.
+
+    RANK and WORLD_SIZE (deepspeed, torchrun) come first, then a Slurm step, then MPI, then a job of one rank.
+    Collective under mpirun: all ranks of the job.
+
+    Raises:
+        ClusterError: variables are missing or contradict each other, or mpirun and libmpi do not belong together.
+    """
+    if "RANK" in environ and "WORLD_SIZE" in environ:
+        return _from_environment(environ)
+    # SLURM_PROCID alone is also set in a batch script; only a step has SLURM_STEP_NUM_TASKS.
+    if "SLURM_PROCID" in environ and "SLURM_STEP_NUM_TASKS" in environ and not _slurm_step_of_one(environ):
+        return _from_slurm(environ)
+    if any(name in environ for name in MPI_SIZE_VARIABLES):
+        return _from_mpi(environ)
+    return Launch("single", 0, 1, 0, "127.0.0.1", int(environ.get("MASTER_PORT", 0)))
+
+
+def check_hostfile_of_launcher(commandline: list[str] | None = None) -> None:
+    """Refuse a `--hostfile` that does not exist: deepspeed only warns and starts on the local host alone.
+
+    Args:
+        commandline: words of the launcher's command; found among this process's ancestors if not given.
+
+    Raises:
+        ClusterError: the file named on the deepspeed command line is missing.
+    """
+    words = _deepspeed_commandline() if commandline is None else commandline
+    for i, word in enumerate(words):
+        if word.endswith(".py"):  # what follows belongs to the script
+            return
+        match = re.fullmatch(r"(?:--hostfile|-H)(?:=(.*))?", word)
+        if match:
+            path = match[1] if match[1] is not None else (words[i + 1] if i + 1 < len(words) else "")
+            if not Path(path).is_file():
+                raise ClusterError(
+                    f"hostfile {path!r} does not exist: deepspeed would silently use this host alone; "
+                    "correct the path (format: one `hostname slots=N` a line, see hostfile.example)"
+                )
+
+
+def _deepspeed_commandline() -> list[str]:
+    try:
+        for parent in psutil.Process().parents():
+            words = parent.cmdline()
+            if any(Path(word).name in ("deepspeed", "ds") for word in words[:3]):
+                return words
+    except psutil.Error:  # an ancestor of another user: then it is not our launcher
+        pass
+    return []
+
+
+def _from_environment(environ: Mapping[str, str]) -> Launch:
+    agent_store = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return Launch(
+        launcher="env",
+        global_rank=_integer(environ, "RANK"),
+        job_world_size=_integer(environ, "WORLD_SIZE"),
+        local_rank=int(environ.get("LOCAL_RANK", 0)),
+        master_addr=environ.get("MASTER_ADDR", "127.0.0.1"),
+        master_port=int(environ.get("MASTER_PORT", DEFAULT_PORT)),
+        agent_store=agent_store,
+    )
+
+
+def _integer(environ: Mapping[str, str], name: str) -> int:
+    try:
+        return int(environ[name])
+    except ValueError:
+        raise ClusterError(f"environment variable {name} must be an integer, got {environ[name]!r}") from None
+
+
+def _slurm_step_of_one(environ: Mapping[str, str]) -> bool:
+    """`srun -n1 mpirun ...`: MPI knows better."""
+    return environ["SLURM_STEP_NUM_TASKS"] == "1" and any(name in environ for name in MPI_SIZE_VARIABLES)
+
+
+def _from_slurm(environ: Mapping[str, str]) -> Launch:
+    hosts = expand_hostlist(environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST", "localhost"))
+    job_id, step_id = int(environ.get("SLURM_JOB_ID", 0)), int(environ.get("SLURM_STEP_ID", 0))
+    return Launch(
+        launcher="slurm",
+        global_rank=int(environ["SLURM_PROCID"]),
+        job_world_size=int(environ["SLURM_STEP_NUM_TASKS"]),
+        local_rank=int(environ.get("SLURM_LOCALID", 0)),
+        master_addr=environ.get("MASTER_ADDR", hosts[0]),
+        # two jobs or steps on one host must not meet
+        master_port=int(environ.get("MASTER_PORT", 20000 + (job_id * 7 + step_id) % 20000)),
+    )
+
+
+def expand_hostlist(text: str) -> list[str]:
+    """Expand Slurm's compact host list, e.g. `n[1-2,07],login` -> n1, n2, n07, login (zero padding kept)."""
+    hosts: list[str] = []
+    for prefix, ranges in re.findall(r"([^,\[\]]+)(?:\[([^\]]*)\])?(?:,|$)", text):
+        if not ranges:
+            hosts.append(prefix)
+            continue
+        for part in ranges.split(","):
+            first, _, last = part.partition("-")
+            hosts += [f"{prefix}{i:0{len(first)}d}" for i in range(int(first), int(last or first) + 1)]
+    return hosts
+
+
+def _from_mpi(environ: Mapping[str, str]) -> Launch:
+    from mpi4py import MPI
+
+    comm = MPI.COMM_WORLD
+    promised = next(int(environ[name]) for name in MPI_SIZE_VARIABLES if name in environ)
+    if comm.Get_size() != promised:
+        raise ClusterError(
+            f"mpirun started {promised} ranks, but libmpi ({MPI.Get_library_version().split(chr(10))[0].split(',')[0]}) "
+            f"sees a world of {comm.Get_size()}: mpirun and the libmpi that mpi4py loads come from different MPIs; "
+            "use the mpirun that lies beside this python, or set MPI4PY_MPIABI / LD_LIBRARY_PATH"
+        )
+    local_rank = comm.Split_type(MPI.COMM_TYPE_SHARED).Get_rank()
+    addr, port = comm.bcast(_free_address() if comm.Get_rank() == 0 else None, root=0)
+    return Launch("mpi", comm.Get_rank(), comm.Get_size(), local_rank, addr, port)
+
+
+def _free_address() -> tuple[str, int]:
+    """This host's name as other hosts reach it, and a port that is free now."""
+    if "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ:
+        return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    host = socket.gethostname()
+    try:
+        socket.getaddrinfo(host, None)
+    except OSError:  # a machine that cannot resolve its own name has no peers elsewhere
+        host = "127.0.0.1"
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return host, int(probe.getsockname()[1])

@@ -1,0 +1,235 @@
+"""Builds what the ranks stand on: the job's store, the rank group's own world, the federation group of leaders.
+
+Every rank group is a complete torch.distributed (and DeepSpeed) world of its own; DeepSpeed never learns that
+other clients exist. After `build_world`, rank and world size always mean *within the rank group*.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import sys
+import time
+import traceback
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+
+from dpa_ds.config import ClusterConfig
+from dpa_ds.distributed.federation_group import FederationGroup
+from dpa_ds.distributed.launchers import Launch
+from dpa_ds.distributed.topology import Topology
+from dpa_ds.errors import ClusterError, DpaError
+
+JOIN_TIMEOUT_SECONDS = 300.0
+
+
+class Job:
+    """All ranks launched together, and the key-value store through which they find each other.
+
+    Collective: every rank of the job constructs it.
+    """
+
+    def __init__(self, launch: Launch, store: dist.Store | None = None) -> None:
+        self.launch = launch
+        self.hosts: list[str] = [launch.hostname]
+        self.store = store if store is not None else _job_store(launch)
+
+    def agree(self, facts: Mapping[str, str], error: DpaError | None, timeout_seconds: float) -> None:
+        """Compare `facts` (code version, config, packages) of all ranks before anything is built or written.
+
+        Also carries a rank's own start-up `error` to rank 0, so that it is told once, with its hosts.
+        Collective: every rank of the job, same fact names.
+
+        Raises:
+            ClusterError: ranks differ in a fact, or did not arrive in time (their ranks are named).
+            DpaError: a rank had an error.
+        """
+        mine = {"host": self.launch.hostname, "facts": dict(facts), "error": str(error) if error else None}
+        self.store.set_timeout(timedelta(seconds=timeout_seconds))
+        self.store.set(f"hello/{self.launch.global_rank}", json.dumps(mine))
+        if self.launch.global_rank == 0:
+            hellos = self._collect_hellos(timeout_seconds)
+            verdict = {"error": _first_disagreement(hellos), "hosts": [hello["host"] for hello in hellos]}
+            self.store.set("verdict", json.dumps(verdict))
+        verdict = json.loads(self.store.get("verdict"))
+        self.hosts = verdict["hosts"]
+        if verdict["error"]:
+            raise error or ClusterError(verdict["error"])
+
+    def _collect_hellos(self, timeout_seconds: float) -> list[dict[str, Any]]:
+        deadline = time.monotonic() + timeout_seconds
+        missing = list(range(self.launch.job_world_size))
+        while missing := [rank for rank in missing if not self.store.check([f"hello/{rank}"])]:
+            if time.monotonic() > deadline:
+                raise ClusterError(
+                    f"ranks {missing} of {self.launch.job_world_size} did not arrive within {timeout_seconds:g} s "
+                    "(cluster.timeout_seconds): look at their hosts' output"
+                )
+            time.sleep(0.05)
+        return [json.loads(self.store.get(f"hello/{rank}")) for rank in range(self.launch.job_world_size)]
+
+    def fail(self, error: BaseException) -> NoReturn:
+        """End this rank; the first rank of the job to fail tells why, the others are silent.
+
+        A user's error is one line; anything else is a traceback, from that one rank.
+        """
+        if self._claim_failure():
+            where = f"[rank {self.launch.global_rank} on {self.launch.hostname}] " if len(self.hosts) > 1 else ""
+            if isinstance(error, DpaError):
+                sys.stderr.write(f"{where}error: {error}\n")
+            else:
+                sys.stderr.write(where + "".join(traceback.format_exception(error)))
+        self.launch.exit(error.exit_code if isinstance(error, DpaError) else 1)
+
+    def _claim_failure(self) -> bool:
+        try:
+            self.store.set_timeout(timedelta(seconds=5))
+            return self.store.add("failure", 1) == 1
+        except RuntimeError:  # the store lived on rank 0, which is gone and has said why
+            return self.launch.global_rank == 0
+
+
+@dataclass
+class World:
+    """A rank's place in its rank group, the collectives of that group, and (on leaders) the federation group."""
+
+    topology: Topology
+    group: int
+    """Index of this rank group."""
+    rank: int
+    """Rank within the group."""
+    world_size: int
+    """Ranks of the group."""
+    device: torch.device
+    federation: FederationGroup | None
+    """Set on the leader only."""
+
+    @property
+    def is_leader(self) -> bool:
+        """Rank 0 of the group: the only rank that talks to other groups and writes files."""
+        return self.rank == 0
+
+    @property
+    def is_main(self) -> bool:
+        """Leader of the first group: the one that reports."""
+        return self.rank == 0 and self.group == 0
+
+    def all_reduce_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum `tensor` (any device) over the rank group, in place. Collective: all ranks of the group."""
+        return self._on_device(tensor, dist.all_reduce)
+
+    def broadcast_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Overwrite `tensor` (any device) with the leader's. Collective: all ranks of the group."""
+        return self._on_device(tensor, lambda t: dist.broadcast(t, src=0))
+
+    def _on_device(self, tensor: torch.Tensor, collective: Any) -> torch.Tensor:
+        if self.world_size > 1:
+            travelling = tensor.to(self.device)  # NCCL moves device memory only
+            collective(travelling)
+            if travelling is not tensor:
+                tensor.copy_(travelling)
+        return tensor
+
+    def barrier(self) -> None:
+        """Wait for all ranks of the group. Collective: all ranks of the group."""
+        self.all_reduce_(torch.zeros(1))
+
+    @contextlib.contextmanager
+    def leader_first(self) -> Iterator[None]:
+        """Run the block on the leader, then on the others: they find what it cached. Collective: the group."""
+        if not self.is_leader:
+            self.barrier()
+        yield
+        if self.is_leader:
+            self.barrier()
+
+    def close(self) -> None:
+        """Tear down the group's world. Collective: all ranks of the group."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def build_world(job: Job, topology: Topology, cluster: ClusterConfig, federation_timeout_seconds: float) -> World:
+    """Build this rank's group world (torch.distributed and DeepSpeed) and, among leaders, the federation group.
+
+    Collective: every rank of the job.
+    """
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    # JIT-built on CPU, over a minute, only used for inference all-reduces (deepspeed 0.19.8, comm/torch.py).
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    launch = job.launch
+    group, rank = topology.group_of_rank(launch.global_rank), topology.rank_in_group(launch.global_rank)
+    size = topology.group_sizes[group]
+    # DeepSpeed and accelerate read these; LOCAL_RANK stays node-local because it picks the device.
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(launch.local_rank))
+    os.environ.update(MASTER_ADDR=launch.master_addr, MASTER_PORT=str(launch.master_port))
+    accelerator = get_accelerator()
+    on_cpu = accelerator.device_name() == "cpu"
+    if not on_cpu:
+        accelerator.set_device(launch.local_rank)
+    backend = "gloo" if on_cpu else accelerator.communication_backend_name()
+    timeout = timedelta(seconds=cluster.timeout_seconds)
+    dist.init_process_group(
+        backend, store=dist.PrefixStore(f"group/{group}", job.store), rank=rank, world_size=size, timeout=timeout
+    )
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
+    federation = None
+    if rank == 0:
+        federation = FederationGroup(job.store, group, topology.num_groups, federation_timeout_seconds)
+    device = torch.device(accelerator.current_device_name())
+    return World(topology, group, rank, size, device, federation)
+
+
+def code_fingerprint() -> str:
+    """SHA-256 over the source of this package: equal on every host, or the hosts run different code."""
+    root = Path(__file__).parents[1]
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _job_store(launch: Launch) -> dist.Store:
+    if launch.job_world_size == 1:
+        return dist.HashStore()
+    # Under torchrun the agent serves a store at this address; a second server there would fail to bind.
+    serves = launch.global_rank == 0 and not launch.agent_store
+    timeout = timedelta(seconds=JOIN_TIMEOUT_SECONDS)
+    try:
+        store = dist.TCPStore(
+            launch.master_addr, launch.master_port, None, serves, timeout=timeout, wait_for_workers=False
+        )
+    except RuntimeError as error:
+        raise ClusterError(
+            f"rank {launch.global_rank} cannot {'serve' if serves else 'reach'} the job's store at "
+            f"{launch.master_addr}:{launch.master_port}: {str(error).splitlines()[0]}; "
+            "choose another MASTER_PORT (deepspeed --master_port)"
+        ) from error
+    # A restarted torchrun attempt must not read the keys of the one before.
+    return dist.PrefixStore(f"dpa_ds/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+
+
+def _first_disagreement(hellos: list[dict[str, Any]]) -> str | None:
+    errors: dict[str, list[str]] = defaultdict(list)
+    for hello in hellos:
+        if hello["error"]:
+            errors[hello["error"]].append(hello["host"])
+    if errors:
+        return next(iter(errors))
+    for name, first in hellos[0]["facts"].items():
+        values: dict[str, set[str]] = defaultdict(set)
+        for hello in hellos:
+            values[hello["facts"].get(name, "missing")].add(hello["host"])
+        if len(values) > 1:
+            listed = "; ".join(f"{value} on {', '.join(sorted(hosts))}" for value, hosts in values.items())
+            return f"hosts differ in {name}: {listed}; make it equal everywhere (a shared folder or the same checkout)"
+    return None

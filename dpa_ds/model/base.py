@@ -1,0 +1,171 @@
+"""The frozen base: model directory, hub id or GGUF file -> a causal LM and its tokenizer.
+
+Under ZeRO-3 every rank reads only its own share of each tensor from the safetensors files, without any
+communication; the whole model never exists on one rank.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.initialization import no_init_weights
+
+from dpa_ds.config import ModelConfig
+from dpa_ds.errors import ModelError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def resolve_model(config: ModelConfig, cache_dir: str) -> Path:
+    """Local directory of the model; a GGUF file is converted once into the cache, a hub id fetched by its library.
+
+    Raises:
+        ModelError: nothing usable is there.
+    """
+    path = Path(config.path).expanduser()
+    if path.is_file():
+        from dpa_ds.model.gguf import convert_gguf
+
+        stat = path.stat()
+        key = hashlib.sha256(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:16]
+        return convert_gguf(path, Path(cache_dir).expanduser() / "models" / f"{path.stem}-{key}")
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"model.path {path} has no config.json: give a Hugging Face model directory or a GGUF file")
+        return path
+    return _from_hub(config.path)
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+
+    offline = ModelError(
+        f"model.path {name!r} is neither a directory, nor a GGUF file, nor a hub id that can be reached from here: "
+        "check the path, or download the model first"
+    )
+    if name.count("/") != 1 or name.startswith((".", "~", "/")):  # a mistyped path must not become a look-up
+        raise offline
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise offline from error
+
+
+def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+    """Tokenizer with an end token; padding falls back to it.
+
+    Raises:
+        ModelError: no tokenizer there, or one without an end token.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+    except (OSError, ValueError, json.JSONDecodeError) as error:
+        raise ModelError(f"no usable tokenizer in {directory}: {str(error).splitlines()[0]}") from error
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"the tokenizer in {directory} has no end token (eos_token): set it in tokenizer_config.json")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    return tokenizer
+
+
+def load_base(config: ModelConfig, directory: Path, deepspeed_json: Mapping[str, Any]) -> PreTrainedModel:
+    """Load the causal LM in `config.precision`, partitioned over the rank group if the JSON says ZeRO-3.
+
+    Collective under ZeRO-3: all ranks of the group.
+
+    Raises:
+        ModelError: files are missing, damaged or belong to another model.
+    """
+    transformers.utils.logging.disable_progress_bar()
+    zero3 = deepspeed_json.get("zero_optimization", {}).get("stage") == 3
+    try:
+        if zero3:
+            model = _load_partitioned(config, directory, deepspeed_json)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(
+                directory,
+                dtype=DTYPES[config.precision],
+                attn_implementation=config.attention,
+                use_safetensors=True,
+                local_files_only=True,
+            )
+    except (OSError, ValueError, RuntimeError, SafetensorError, ImportError) as error:
+        raise ModelError(f"cannot load a causal LM from {directory}: {str(error).strip().splitlines()[0]}") from error
+    model.config.use_cache = False
+    if config.gradient_checkpointing:
+        # ZeRO-3 empties parameters between forward and recomputation; the non-reentrant kind checks their shapes.
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": zero3})
+        if zero3:  # reentrant checkpointing needs an input that requires gradients, and the embedding is frozen
+            model.enable_input_require_grads()
+    return model
+
+
+def _load_partitioned(config: ModelConfig, directory: Path, deepspeed_json: Mapping[str, Any]) -> PreTrainedModel:
+    import deepspeed
+
+    hf_config = AutoConfig.from_pretrained(directory, local_files_only=True)
+    with no_init_weights(), deepspeed.zero.Init(config_dict_or_path=dict(deepspeed_json)):
+        model = AutoModelForCausalLM.from_config(
+            hf_config, dtype=DTYPES[config.precision], attn_implementation=config.attention
+        )
+    files = _tensor_files(directory)
+    with ExitStack() as stack:
+        opened = {
+            path: stack.enter_context(safe_open(path, framework="pt", device="cpu")) for path in set(files.values())
+        }
+        for name, parameter in model.named_parameters():
+            stored = _stored_name(name, files, model.base_model_prefix)
+            _read_partition(opened[files[stored]].get_slice(stored), name, parameter)
+    model.eval()
+    assert isinstance(model, PreTrainedModel)
+    return model
+
+
+def _tensor_files(directory: Path) -> dict[str, Path]:
+    """Tensor name -> safetensors file."""
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        return {name: directory / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+    single = directory / "model.safetensors"
+    if not single.is_file():
+        raise ModelError(f"{directory} has no model.safetensors: convert the weights (pickled files are not read)")
+    with safe_open(single, framework="pt") as file:
+        return dict.fromkeys(file.keys(), single)
+
+
+def _stored_name(name: str, files: Mapping[str, Path], prefix: str) -> str:
+    """Checkpoints of the bare base model lack the causal LM's prefix."""
+    for candidate in (name, name.removeprefix(prefix + ".")):
+        if candidate in files:
+            return candidate
+    raise ModelError(
+        f"the checkpoint has no tensor {name!r}: it belongs to another model, or stores this architecture in a layout "
+        "that ZeRO-3 loading does not know; use a ds_configs/ file below stage 3"
+    )
+
+
+def _read_partition(stored: Any, name: str, parameter: torch.nn.Parameter) -> None:
+    """Fill this rank's ZeRO-3 share of `parameter`: elements [start, end) of the flattened tensor."""
+    shape, full = tuple(stored.get_shape()), tuple(parameter.ds_shape)  # type: ignore[attr-defined]
+    if shape != full:
+        raise ModelError(f"tensor {name!r} has shape {shape} in the checkpoint, but the model's config says {full}")
+    partition: torch.Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
+    numel = int(torch.Size(shape).numel())
+    start = min(partition.numel() * int(os.environ["RANK"]), numel)
+    end = min(start + partition.numel(), numel)
+    row = numel // shape[0]  # elements of one slice along the first dimension
+    rows = stored[start // row : -(-end // row)].reshape(-1)
+    offset = start - start // row * row
+    with torch.no_grad():
+        partition.view(-1)[: end - start].copy_(rows[offset : offset + end - start])
+        partition.view(-1)[end - start :].zero_()

@@ -1,0 +1,151 @@
+"""The two LoRA adapters on one frozen base: which is mixed in with what weight, and which parameters they have.
+
+    h = W0 x + (1 - alpha) * s * B_g A_g x + alpha * s * B_l A_l x        s = lora.alpha / lora.rank
+
+alpha weights the LOCAL adapter (FedDPA, section 3; the published code reverses it at inference). PEFT is used
+unforked: a LoRA layer sums its active adapters, each times its own `scaling`, which may be a tensor with one
+weight per instance (peft 0.21, tuners/lora/layer.py).
+"""
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import peft
+import torch
+from peft.tuners.lora import LoraLayer
+from transformers import PreTrainedModel
+
+from dpa_ds.config import LoraConfig
+from dpa_ds.distributed.federation_group import AdapterState
+from dpa_ds.errors import ModelError
+
+Adapter = Literal["global", "local"]
+ADAPTERS: tuple[Adapter, Adapter] = ("global", "local")
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One adapter being trained."""
+
+    trains: Adapter
+    """The trainable adapter; the other is frozen, but stays in the graph where it is mixed in."""
+    alpha: float
+    """Weight of the local adapter in the forward pass; the global one has 1 - alpha."""
+
+
+class DualAdapter:
+    """A PEFT model with the adapters "global" and "local" on every target layer."""
+
+    def __init__(self, base: PreTrainedModel, config: LoraConfig) -> None:
+        _check_target_modules(base, config.target_modules)
+        base.requires_grad_(False)
+        # autocast_adapter_dtype=False: DeepSpeed keeps the fp32 master, the working copy has the base's precision.
+        self.peft_model = peft.PeftModel(
+            base, _peft_config(config, "global"), adapter_name="global", autocast_adapter_dtype=False
+        )
+        self.peft_model.add_adapter("local", _peft_config(config, "local"), autocast_adapter_dtype=False)
+        self.scale = config.alpha / config.rank
+        self._layers = [module for module in self.peft_model.modules() if isinstance(module, LoraLayer)]
+        self.parameters = {adapter: _adapter_parameters(self.peft_model, adapter) for adapter in ADAPTERS}
+        """Per adapter: PEFT's adapter-less key -> parameter, in a fixed order."""
+        # Before DeepSpeed takes over both must be trainable: it only manages what then requires gradients.
+        for adapter in ADAPTERS:
+            self.set_trainable(adapter, True)
+        # Full shapes, kept because ZeRO-3 empties the parameters themselves.
+        self.shapes = {
+            adapter: {key: tuple(p.shape) for key, p in self.parameters[adapter].items()} for adapter in ADAPTERS
+        }
+
+    def set_mix(self, alpha: float | torch.Tensor) -> None:
+        """Weight the adapters (1 - alpha, alpha) in every layer.
+
+        Args:
+            alpha: one weight in [0, 1], or one per instance, shape (batch,). At exactly 0.0 or 1.0 (as a float)
+                the other adapter is not computed at all.
+        """
+        active = list(ADAPTERS)
+        if isinstance(alpha, torch.Tensor):
+            alpha = alpha.reshape(-1, 1, 1)  # (batch, 1, 1) against (batch, seq_len, out_features)
+        elif alpha in (0.0, 1.0):
+            active = ["local"] if alpha else ["global"]
+        for layer in self._layers:
+            layer._active_adapter = active  # set_adapter() would switch requires_grad as well
+            layer.scaling["global"] = (1 - alpha) * self.scale
+            layer.scaling["local"] = alpha * self.scale
+
+    def set_trainable(self, adapter: Adapter, trainable: bool) -> None:
+        """Freeze or free the parameters of `adapter`. Its branch stays in the graph: gradients still flow through."""
+        for parameter in self.parameters[adapter].values():
+            parameter.requires_grad_(trainable)
+
+    def initial_state(self, adapter: Adapter, seed: Sequence[int]) -> AdapterState:
+        """Fresh weights as PEFT draws them (A: Kaiming uniform, B: zero), a pure function of `seed`.
+
+        Independent of rank count and ZeRO stage: drawn per key on CPU, in fp32.
+        """
+        return {key: _initial_tensor(key, shape, seed) for key, shape in self.shapes[adapter].items()}
+
+    def peft_config(self, adapter: Adapter) -> peft.LoraConfig:
+        """PEFT's own description of `adapter`, for export."""
+        return self.peft_model.peft_config[adapter]
+
+
+def flatten_state(state: AdapterState) -> torch.Tensor:
+    """One flat fp32 vector, keys in sorted order, shape (number of parameters,)."""
+    return torch.cat([state[key].reshape(-1) for key in sorted(state)])
+
+
+def unflatten_state(flat: torch.Tensor, like: AdapterState) -> AdapterState:
+    """Inverse of `flatten_state`, with keys and shapes of `like`; the tensors own their memory."""
+    state, offset = {}, 0
+    for key in sorted(like):
+        numel = like[key].numel()
+        state[key] = flat[offset : offset + numel].reshape(like[key].shape).clone()
+        offset += numel
+    return state
+
+
+def _initial_tensor(key: str, shape: Sequence[int], seed: Sequence[int]) -> torch.Tensor:
+    if ".lora_B." in key:
+        return torch.zeros(shape)
+    words = hashlib.sha256(f"{list(seed)} {key}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(words[:8], "little") >> 1)
+    bound = 1 / math.sqrt(shape[1])  # kaiming_uniform_(a=sqrt(5)) with fan-in shape[1]
+    return torch.empty(tuple(shape)).uniform_(-bound, bound, generator=generator)
+
+
+def _peft_config(config: LoraConfig, adapter: Adapter) -> peft.LoraConfig:
+    rank = config.local_rank if adapter == "local" and config.local_rank else config.rank
+    return peft.LoraConfig(
+        r=rank,
+        lora_alpha=config.alpha * rank / config.rank,  # alpha / rank is the scale of both
+        lora_dropout=config.dropout,
+        target_modules=list(config.target_modules),
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+
+
+def _adapter_parameters(model: peft.PeftModel, adapter: Adapter) -> dict[str, torch.nn.Parameter]:
+    """PEFT saves `...lora_A.weight` for the parameter `...lora_A.<adapter>.weight`."""
+    marks = (f".lora_A.{adapter}.", f".lora_B.{adapter}.")
+    found = {
+        name.replace(f".{adapter}.weight", ".weight"): parameter
+        for name, parameter in model.named_parameters()
+        if any(mark in name for mark in marks)
+    }
+    return dict(sorted(found.items()))
+
+
+def _check_target_modules(base: PreTrainedModel, targets: Sequence[str]) -> None:
+    # PEFT complains only if none of the names matches.
+    linear = [n for n, m in base.named_modules() if isinstance(m, torch.nn.Linear) or type(m).__name__ == "Conv1D"]
+    missing = [t for t in targets if not any(n == t or n.endswith("." + t) for n in linear)]
+    if missing:
+        available = sorted({name.rsplit(".", 1)[-1] for name in linear})
+        raise ModelError(
+            f"lora.target_modules {missing} are not linear layers of {type(base).__name__}; it has {available}"
+        )

@@ -1,0 +1,280 @@
+"""One DeepSpeed engine that holds both adapters for the whole run.
+
+The adapters are two named optimizer groups. `activate` does everything a phase change needs in one call; nobody
+sets requires_grad, active adapters, scales or learning rates elsewhere. Why: under ZeRO 2 and 3 a frozen
+parameter still gets a zero gradient, and an idle group with a learning rate drifts as far as the active one.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+import torch.nn.functional as F
+
+from dpa_ds.config import ModelConfig, RunConfig, TrainConfig
+from dpa_ds.data.batches import MicroBatch, StepBatch
+from dpa_ds.distributed.federation_group import AdapterState
+from dpa_ds.distributed.world import World
+from dpa_ds.errors import ConfigError
+from dpa_ds.model.dual_adapter import ADAPTERS, Adapter, DualAdapter, Phase
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def build_deepspeed_json(file_json: Mapping[str, Any], config: RunConfig, world_size: int) -> dict[str, Any]:
+    """The DeepSpeed config of one rank group: the JSON file's keys plus those that the recipe owns.
+
+    Gradient accumulation is driven by hand (one boundary per optimizer step), so DeepSpeed sees micro-batches of 1.
+    """
+    offload = file_json.get("zero_optimization", {}).get("offload_optimizer", {})
+    if offload.get("device") == "nvme":
+        raise ConfigError(
+            f"{config.engine.deepspeed_config}: offload_optimizer.device nvme is not supported: only the adapters have "
+            "optimizer state, and it fits in memory; use cpu, or offload_param for the frozen base"
+        )
+    merged = dict(file_json)
+    merged |= {
+        "train_batch_size": world_size,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": config.train.max_grad_norm,
+        "steps_per_print": None,
+    }
+    for precision in ("fp16", "bf16"):
+        merged[precision] = {**merged.get(precision, {}), "enabled": config.model.precision == precision}
+    return merged
+
+
+@dataclass(frozen=True)
+class _Fragment:
+    """Where this rank keeps the fp32 master of (a part of) one parameter."""
+
+    flat: torch.Tensor
+    """Flat fp32 tensor, the key of the inner optimizer's state."""
+    offset: int
+    """First element in `flat`."""
+    start: int
+    """First element of the flattened parameter."""
+    numel: int
+
+    def of(self, flat: torch.Tensor) -> torch.Tensor:
+        """This fragment of `flat`, or of a state tensor of the same layout, as a view."""
+        return flat.detach().view(-1)[self.offset : self.offset + self.numel]
+
+
+class AdapterEngine:
+    """Both adapters in one DeepSpeed engine. Every method is collective over the rank group."""
+
+    def __init__(
+        self, adapters: DualAdapter, world: World, model: ModelConfig, train: TrainConfig, ds_json: dict[str, Any]
+    ) -> None:
+        self.adapters, self.world, self._train = adapters, world, train
+        groups = [
+            {"params": list(adapters.parameters[a].values()), "name": a, "lr": 0.0, "weight_decay": 0.0}
+            for a in ADAPTERS
+        ]
+        optimizer = torch.optim.AdamW(groups, betas=train.adam_betas, eps=train.adam_epsilon)
+        self.engine, self.optimizer, _, _ = deepspeed.initialize(
+            model=adapters.peft_model, optimizer=optimizer, config=ds_json, dist_init_required=False
+        )
+        self.stage = int(self.engine.zero_optimization_stage())
+        self._inner = getattr(self.optimizer, "optimizer", self.optimizer)
+        self._fragments = {
+            adapter: {key: self._locate(p) for key, p in adapters.parameters[adapter].items()} for adapter in ADAPTERS
+        }
+        self._trains: Adapter | None = None
+        self._selection: torch.Tensor | None = None
+        head = adapters.peft_model.get_base_model().get_output_embeddings()
+        head.register_forward_pre_hook(self._select_positions)
+
+    # ---- phases -----------------------------------------------------------------------------------------------
+
+    def activate(self, phase: Phase, keep_optimizer_state: bool = False) -> None:
+        """Make `phase.trains` trainable beside the other, frozen adapter, with `phase.alpha` as the mix.
+
+        Sets mix, requires_grad and both groups' lr and weight decay, and resets the optimizer state of the adapter
+        that starts (both moments and the step count, in every ZeRO sub-group) unless it is to be kept.
+        """
+        self.adapters.set_mix(phase.alpha)
+        for adapter in ADAPTERS:
+            self.adapters.set_trainable(adapter, adapter == phase.trains)
+            group = self._group(adapter)
+            group["lr"] = 0.0
+            group["weight_decay"] = self._train.weight_decay if adapter == phase.trains else 0.0
+        if not keep_optimizer_state:
+            self.reset_optimizer_state(phase.trains)
+        self._trains = phase.trains
+
+    def train_step(self, step: StepBatch, learning_rate: float) -> tuple[torch.Tensor, float]:
+        """One optimizer step of the active phase on this rank's micro-batches.
+
+        The loss is the mean over the label tokens of the whole step, on all ranks: a mean of means would depend on
+        the rank count.
+
+        Returns:
+            this rank's share of the loss (sum over ranks = loss of the step; scalar on the device) and the gradient
+            norm before clipping.
+        """
+        assert self._trains is not None, "activate(phase) first"
+        self._group(self._trains)["lr"] = learning_rate
+        self.engine.train()
+        share = torch.zeros((), device=self.world.device)
+        for i, micro_batch in enumerate(step.micro_batches):
+            self.engine.set_gradient_accumulation_boundary(i == len(step.micro_batches) - 1)
+            loss = self._loss_sum(micro_batch) / step.num_label_tokens
+            share += loss.detach()
+            # DeepSpeed averages gradients over the ranks; ours are to be summed.
+            self.engine.backward(loss * self.world.world_size)
+        self.engine.step()
+        return share, float(self.engine.get_global_grad_norm() or 0.0)
+
+    @torch.no_grad()
+    def loss(self, steps: Sequence[StepBatch], alpha: float) -> float:
+        """Mean loss per label token over `steps`, both adapters mixed as (1 - alpha, alpha), dropout off."""
+        self.adapters.set_mix(alpha)
+        self.engine.eval()
+        total = torch.zeros(2, dtype=torch.float64)
+        for step in steps:
+            for micro_batch in step.micro_batches:
+                total[0] += float(self._loss_sum(micro_batch))
+            total[1] += step.num_label_tokens / self.world.world_size
+        self.world.all_reduce_(total)
+        return float(total[0] / total[1])
+
+    def _loss_sum(self, micro_batch: MicroBatch) -> torch.Tensor:
+        """Cross-entropy summed over the label tokens, fp32. Logits are computed at labelled positions only."""
+        input_ids = micro_batch.input_ids.to(self.world.device)
+        targets = micro_batch.labels[:, 1:].to(self.world.device)  # position t predicts token t + 1
+        labelled = targets != -100
+        if not bool((micro_batch.labels[:, 1:] != -100).any()):  # a dummy, so that all ranks run the same collectives
+            labelled[0, 0] = True
+        self._selection = labelled
+        # No attention mask: rows are padded on the right, and a causal model never looks there from a real token.
+        logits = self.engine(input_ids=input_ids, use_cache=False).logits
+        return F.cross_entropy(logits[0].float(), targets[labelled], ignore_index=-100, reduction="sum")
+
+    def _select_positions(self, _: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor] | None:
+        """Pre-hook of the output head: (batch, seq_len, hidden) -> (1, number of labels, hidden)."""
+        if self._selection is None:
+            return None
+        selection, self._selection = self._selection, None
+        return (inputs[0][:, :-1][selection].unsqueeze(0),)
+
+    def _group(self, adapter: Adapter) -> dict[str, Any]:
+        return next(group for group in self._inner.param_groups if group["name"] == adapter)
+
+    # ---- adapter state ----------------------------------------------------------------------------------------
+
+    def read_state(self, adapter: Adapter) -> AdapterState:
+        """Full fp32 master weights of `adapter`, on CPU, on every rank of the group."""
+        return self._gather(adapter, lambda fragment: fragment.flat)
+
+    @torch.no_grad()
+    def write_state(self, adapter: Adapter, state: AdapterState) -> None:
+        """Install `state` in the fp32 master and in the working copy (the next step alone would update the copy)."""
+        assert state.keys() == self._fragments[adapter].keys(), "adapter state of another model"
+        for key, parameter in self.adapters.parameters[adapter].items():
+            flat = state[key].reshape(-1)
+            fragment = self._fragments[adapter][key]
+            if fragment is not None:
+                fragment.of(fragment.flat).copy_(flat[fragment.start : fragment.start + fragment.numel])
+            if self.stage == 3 and fragment is not None:
+                partition = parameter.ds_tensor.view(-1)  # type: ignore[attr-defined]
+                partition[: fragment.numel].copy_(flat[fragment.start : fragment.start + fragment.numel])
+            if parameter.numel() == flat.numel():  # ZeRO 0-2, and ZeRO-3's small parameters that stay gathered
+                parameter.data.copy_(state[key])
+
+    def read_optimizer_state(self, adapter: Adapter) -> AdapterState:
+        """AdamW moments of `adapter` as `exp_avg.<key>` and `exp_avg_sq.<key>`, and the step count as `step`."""
+        state: AdapterState = {"step": torch.tensor(self._step_count(adapter))}
+        for moment in MOMENTS:
+            gathered = self._gather(adapter, lambda fragment, m=moment: self._optimizer_entry(fragment)[m])
+            state |= {f"{moment}.{key}": value for key, value in gathered.items()}
+        return state
+
+    @torch.no_grad()
+    def write_optimizer_state(self, adapter: Adapter, state: AdapterState) -> None:
+        """Inverse of `read_optimizer_state`."""
+        for key, fragment in self._fragments[adapter].items():
+            if fragment is None:
+                continue
+            entry = self._optimizer_entry(fragment)
+            entry["step"].fill_(state["step"])
+            for moment in MOMENTS:
+                flat = state[f"{moment}.{key}"].reshape(-1)
+                fragment.of(entry[moment]).copy_(flat[fragment.start : fragment.start + fragment.numel])
+
+    @torch.no_grad()
+    def reset_optimizer_state(self, adapter: Adapter) -> None:
+        """Zero both moments and the step count of `adapter`: as if AdamW had just been made."""
+        for fragment in self._fragments[adapter].values():
+            for value in self._inner.state.get(fragment.flat, {}).values() if fragment else ():
+                value.zero_()
+
+    def _step_count(self, adapter: Adapter) -> float:
+        steps = [float(self._optimizer_entry(f)["step"]) for f in self._fragments[adapter].values() if f]
+        count = torch.tensor(max(steps, default=0.0))
+        torch.distributed  # noqa: B018
+        return float(count)
+
+    def _optimizer_entry(self, fragment: _Fragment) -> dict[str, torch.Tensor]:
+        """AdamW's state of the flat tensor that holds `fragment`, made where no step was taken yet."""
+        entry = self._inner.state[fragment.flat]
+        if not entry:
+            entry["step"] = torch.zeros(())
+            entry |= {moment: torch.zeros_like(fragment.flat) for moment in MOMENTS}
+        result: dict[str, torch.Tensor] = entry
+        return result
+
+    def _gather(self, adapter: Adapter, flat_of: Any) -> AdapterState:
+        """Assemble full tensors from every rank's fragments: one all-reduce of a buffer that is zero elsewhere."""
+        shapes = self.adapters.shapes[adapter]
+        total = sum(torch.Size(shape).numel() for shape in shapes.values())
+        buffer = torch.zeros(total, device=self.world.device)
+        state, offset = {}, 0
+        for key, fragment in self._fragments[adapter].items():
+            if fragment is not None:
+                start = offset + fragment.start
+                buffer[start : start + fragment.numel].copy_(fragment.of(flat_of(fragment)))
+            offset += torch.Size(shapes[key]).numel()
+        if self.stage > 0:  # at stage 0 every rank has everything
+            self.world.all_reduce_(buffer)
+        buffer = buffer.cpu()
+        offset = 0
+        for key, shape in shapes.items():
+            numel = torch.Size(shape).numel()
+            state[key] = buffer[offset : offset + numel].view(shape).clone()
+            offset += numel
+        return state
+
+    def _locate(self, parameter: torch.nn.Parameter) -> _Fragment | None:
+        """Find the fp32 master of `parameter` on this rank (deepspeed 0.19.8; None if other ranks hold all of it)."""
+        if self.stage == 3:
+            group, offset, partition = self.optimizer.grad_position[parameter.ds_id]  # type: ignore[attr-defined]
+            start = min(partition * self.world.rank, parameter.ds_numel)  # type: ignore[attr-defined]
+            numel = min(partition, parameter.ds_numel - start)  # type: ignore[attr-defined]
+            return _Fragment(self.optimizer.fp32_partitioned_groups_flat[group], offset, start, numel) if numel else None
+        if self.stage in (1, 2):
+            mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+            if mapping is None:
+                return None
+            masters = getattr(self.optimizer, "single_partition_of_fp32_groups", None)
+            if masters is None:  # BF16_Optimizer: stage 1 with fp32 gradient accumulation
+                masters = self.optimizer.fp32_groups_flat_partition
+            address = mapping.get_hp_fragment_address()
+            start = mapping.lp_fragment_address.start
+            return _Fragment(masters[mapping.param_group_index], address.start, start, address.numel)
+        for working, master in self._masters_of_stage_zero():
+            if working is parameter:
+                return _Fragment(master, 0, 0, master.numel())
+        raise AssertionError("parameter without optimizer group")
+
+    def _masters_of_stage_zero(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        if self.optimizer is self._inner:  # fp32: the parameter is its own master
+            for group in self._inner.param_groups:
+                yield from ((p, p) for p in group["params"])
+        else:  # FP16_UnfusedOptimizer, for fp16 and bf16
+            for working, masters in zip(self.optimizer.fp16_groups, self.optimizer.fp32_groups, strict=True):
+                yield from zip(working, masters, strict=True)

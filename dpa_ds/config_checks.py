@@ -123,15 +123,14 @@ def load_deepspeed_json(path: str) -> dict[str, Any]:
 
     ConfigError: missing, unreadable, malformed (with its line), a key given twice, or keys that the recipe owns.
     """
+    remedy = "name one of those in ds_configs/"
     candidates = [Path(path).expanduser(), REPOSITORY / Path(path).expanduser()]
     found = next((candidate for candidate in candidates if candidate.exists()), None)
     if found is None:
         tried = " and ".join(str(candidate.absolute()) for candidate in dict.fromkeys(candidates))
-        raise ConfigError(
-            f"engine.deepspeed_config: no such file: {path} (tried {tried}): name one of those in ds_configs/"
-        )
+        raise ConfigError(f"engine.deepspeed_config: no such file: {path} (tried {tried}): {remedy}")
     try:
-        content = json.loads(read_text(found, "engine.deepspeed_config"), object_pairs_hook=_without_duplicates)
+        content = json.loads(read_text(found, "engine.deepspeed_config", remedy), object_pairs_hook=_without_duplicates)
     except json.JSONDecodeError as error:
         raise ConfigError(f"{found}, line {error.lineno}: not JSON: {error.msg} (column {error.colno})") from error
     except RecursionError as error:
@@ -153,25 +152,28 @@ def check_deepspeed_owner(content: Mapping[str, Any], path: str) -> None:
         if (not leaf and section in content) or (leaf and isinstance(inside, Mapping) and leaf in inside):
             clashes.append(f"{key} (owned by {owner})")
     if clashes:
-        raise ConfigError(f"{path} sets what the recipe owns: {', '.join(clashes)}.\nRemove it from {path}.")
+        raise ConfigError(
+            f"{path} sets what the recipe owns: {', '.join(clashes)}.\nRemove {'it' if len(clashes) == 1 else 'them'} from {path}."
+        )
 
 
-def read_text(path: Path, what: str) -> str:
-    """Text of a file of at most MAX_FILE_BYTES; ConfigError with `what` in front if it cannot be had."""
+def read_text(path: Path, what: str, remedy: str) -> str:
+    """Text of a file of at most MAX_FILE_BYTES; ConfigError `what: reason: remedy` if it cannot be had."""
     try:
         with path.open("rb") as file:
             content = file.read(MAX_FILE_BYTES + 1)
         if len(content) > MAX_FILE_BYTES:
-            raise ConfigError(f"{what}: {path} is larger than {MAX_FILE_BYTES >> 20} MiB")
+            raise ConfigError(f"{what}: {path} is larger than {MAX_FILE_BYTES >> 20} MiB: {remedy}")
         return content.decode("utf-8")
     except FileNotFoundError as error:
-        raise ConfigError(f"{what}: no such file: {path}") from error
+        raise ConfigError(f"{what}: no such file: {path}: {remedy}") from error
     except IsADirectoryError as error:
-        raise ConfigError(f"{what}: {path} is a directory: name a file in it") from error
+        raise ConfigError(f"{what}: {path} is a directory: {remedy}") from error
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{what}: {path} is not text in UTF-8 (byte {error.start})") from error
+        raise ConfigError(f"{what}: {path} is not text in UTF-8 (byte {error.start}): {remedy}") from error
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{what}: cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"{what}: cannot read {show(str(path))} ({reason}): {remedy}") from error
 
 
 def _problems(config: RunConfig) -> Iterator[str]:

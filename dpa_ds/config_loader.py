@@ -1,14 +1,11 @@
 """From the command line to a RunConfig: YAML recipe, dotted overrides, --help and --print_config."""
 
 import argparse
-import difflib
 import re
-import typing
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from types import NoneType
-from typing import Any, Literal
+from typing import Any
 
 import jsonargparse
 import yaml
@@ -24,6 +21,7 @@ from dpa_ds.config_checks import (
     show,
     validate,
 )
+from dpa_ds.config_schema import FIELDS, SECTIONS, alternatives, check_key, construct, describe, takes_scalar
 from dpa_ds.errors import ConfigError
 from dpa_ds.recipe_yaml import RecipeLoader, dump_yaml, load_yaml
 
@@ -81,10 +79,10 @@ def load_config(argv: Sequence[str]) -> RunConfig:
     for path in paths:
         recipe = _read_recipe(path)
         namespace = _parse(parser, recipe, namespace, [])
-    command_line = _Source(_COMMAND_LINE, {key.rstrip("+"): value for key, value in overrides}, {})
+    command_line = _Source(_COMMAND_LINE, {key: _override(key, value) for key, value in overrides}, {})
     arguments = [f"--{key}={value}" for key, value in overrides]
     namespace = _parse(parser, command_line, namespace, [*arguments, *flags])
-    config: RunConfig = _construct(RunConfig, namespace.as_dict())
+    config: RunConfig = construct(RunConfig, namespace.as_dict())
     validate(config)
     return config
 
@@ -116,7 +114,7 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]], list[
                 f"unexpected argument {show(argument)}: options look like --section.field VALUE (see --help)"
             )
         if name not in ("config", "local_rank", "local-rank"):
-            _check_key(name.removesuffix("+"), f"{_COMMAND_LINE}: --{name}")
+            check_key(name, f"{_COMMAND_LINE}: --{name}")
         if not has_value:
             if not rest or rest[0].startswith("--"):
                 raise ConfigError(f"--{name} needs a value: --{name} VALUE or --{name}=VALUE")
@@ -130,7 +128,7 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]], list[
 
 def _read_recipe(path: str) -> _Source:
     """ConfigError for what cannot be read or is no plain YAML mapping of known keys."""
-    text = read_text(Path(path).expanduser(), "--config")
+    text = read_text(Path(path).expanduser(), "--config", "give a recipe such as those in launch/recipes/")
     source = _Source(path, {}, {})
     try:
         loader = RecipeLoader(text)
@@ -144,7 +142,8 @@ def _read_recipe(path: str) -> _Source:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f"{path}, line {mark.line + 1}" if mark else path
-        raise ConfigError(f"{place}: not a YAML recipe: {error.problem}") from error
+        reason = ", ".join(part for part in (error.context, error.problem) if part)
+        raise ConfigError(f"{place}: not a YAML recipe: {reason}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error).splitlines()[0]
         raise ConfigError(f"{path}: not a YAML recipe: {reason}") from error
@@ -160,8 +159,8 @@ def _leaves(
         key = prefix + str(key_node.value if isinstance(key_node, yaml.ScalarNode) else "?")
         if key in seen:
             raise ConfigError(f"{path}, line {line}: {key} is given twice (first in line {seen[key]}): keep one")
-        if key not in _SECTIONS:
-            _check_key(key, f"{path}, line {line}: {key}")
+        if key not in SECTIONS:
+            check_key(key, f"{path}, line {line}: {key}")
             yield key, line, loader.construct_object(value_node, deep=True)
             continue
         seen[key] = line
@@ -171,96 +170,49 @@ def _leaves(
             raise ConfigError(f"{path}, line {line}: {key} is a section: write its fields below it, indented")
 
 
-def _check_key(key: str, given: str) -> None:
-    if key in _SECTIONS:
-        raise ConfigError(f"{given} is a section: give its fields, such as --{_fields_of(key)[0]} (see --help)")
-    if key not in _FIELDS:
-        raise ConfigError(f"{given} is not a field of the recipe{_nearest(key)}")
-
-
-def _nearest(key: str) -> str:
-    """`: did you mean x?`, by likeness of the whole dotted key and of its last part."""
-
-    def likeness(candidate: str) -> tuple[float, float]:
-        last = difflib.SequenceMatcher(None, key.rpartition(".")[2], candidate.rpartition(".")[2]).ratio()
-        whole = difflib.SequenceMatcher(None, key, candidate).ratio()
-        return max(last, whole), last + whole
-
-    best = max([*_FIELDS, *_SECTIONS], key=lambda candidate: sum(likeness(candidate)))
-    return f": did you mean {best}?" if likeness(best)[0] >= 0.7 else ": see --help for all fields"
-
-
 def _parse(
     parser: jsonargparse.ArgumentParser, source: _Source, namespace: jsonargparse.Namespace, arguments: list[str]
 ) -> jsonargparse.Namespace:
     """Types by jsonargparse; its error becomes one line with place, key, what is allowed and what was given."""
+    for key, value in source.values.items():
+        if not takes_scalar(FIELDS[key], value):
+            raise _type_error(source, key)
     try:
         if source.origin == _COMMAND_LINE:
-            return parser.parse_args(arguments, namespace=namespace)
-        return parser.parse_object(source.values, namespace=namespace)
-    except (argparse.ArgumentError, OverflowError) as error:
+            namespace = parser.parse_args(arguments, namespace=namespace)
+        else:
+            namespace = parser.parse_object(source.values, namespace=namespace)
+    except argparse.ArgumentError as error:
         named = re.search(r'key "([^"]+)"', str(error))
-        key = named.group(1) if named else ""
-        if key not in _FIELDS:
-            raise ConfigError(f"{source.origin}: {' '.join(str(error).split())}") from error
-        value = source.values.get(key)
-        quote = " (put it in quotes)" if "text" in _describe(_FIELDS[key]) and not isinstance(value, str | list) else ""
-        raise ConfigError(
-            f"{source.place(key)}: {key} must be {_describe(_FIELDS[key])}, got {show(value)}{quote}"
-        ) from error
+        if named and named.group(1) in FIELDS:
+            raise _type_error(source, named.group(1)) from error
+        raise ConfigError(f"{source.origin}: {' '.join(str(error).split())}") from error
+    return namespace
 
 
-def _describe(annotation: Any) -> str:
-    """What a field takes, in words."""
-    plain = {int: "a whole number", float: "a number", str: "text", bool: "true or false", NoneType: "null"}
-    arguments = typing.get_args(annotation)
-    origin = typing.get_origin(annotation)
-    if annotation in plain:
-        return plain[annotation]
-    if origin is Literal:
-        return ("one of " if len(arguments) > 1 else "") + ", ".join(arguments)
-    if origin is list:
-        return f"a list of {_describe(arguments[0]).removeprefix('a ')}s".replace("texts", "names such as [q_proj]")
-    if origin is tuple:
-        return f"a list of {len(arguments)} {_describe(arguments[0]).removeprefix('a ')}s"
-    return " or ".join(_describe(argument) for argument in arguments)
+def _type_error(source: _Source, key: str) -> ConfigError:
+    value = source.values.get(key)
+    allowed = describe(FIELDS[key])
+    quote = " (put it in quotes)" if allowed.startswith("text") and isinstance(value, bool | int | float) else ""
+    return ConfigError(f"{source.place(key)}: {key} must be {allowed}, got {show(value)}{quote}")
 
 
-def _construct(kind: type[Any], tree: Mapping[str, Any]) -> Any:
-    """Nested dataclasses of a nested dict whose values jsonargparse has checked."""
-    hints = typing.get_type_hints(kind)
-    return kind(
-        **{
-            item.name: _construct(hints[item.name], tree[item.name])
-            if is_dataclass(hints[item.name])
-            else tree[item.name]
-            for item in fields(kind)
-        }
-    )
-
-
-def _keys(kind: type[Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted key and annotation of every field and section."""
-    for name, annotation in typing.get_type_hints(kind).items():
-        yield prefix + name, annotation
-        if is_dataclass(annotation):
-            assert isinstance(annotation, type)
-            yield from _keys(annotation, f"{prefix}{name}.")
-
-
-_SECTIONS = {key: annotation for key, annotation in _keys(RunConfig) if is_dataclass(annotation)}
-_FIELDS = {key: annotation for key, annotation in _keys(RunConfig) if not is_dataclass(annotation)}
-
-
-def _fields_of(section: str) -> list[str]:
-    return [key for key in _FIELDS if key.startswith(f"{section}.")]
+def _override(key: str, text: str) -> Any:
+    """Value as a recipe would read it, for checks and messages; what is no YAML is text."""
+    if str in alternatives(FIELDS[key]):
+        return text
+    try:
+        return load_yaml(text)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return text
 
 
 class _HelpFormatter(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keeps the lines of the introduction, and leaves out the options jsonargparse adds for whole sections."""
+    """Keeps the lines of the introduction, and leaves out what jsonargparse adds: options for sections, and --list+."""
 
     def add_argument(self, action: argparse.Action) -> None:
-        if action.dest not in _SECTIONS:
+        if action.dest not in SECTIONS:
+            action.option_strings = [option for option in action.option_strings if not option.endswith("+")]
             super().add_argument(action)
 
 
@@ -280,4 +232,6 @@ def _build_parser() -> jsonargparse.ArgumentParser:
     )
     parser.add_argument("--config", action="config", metavar="RECIPE", help="YAML recipe; several: the later wins.")
     parser.add_class_arguments(RunConfig, None)
+    for section, group in (parser.groups or {}).items():
+        group.title = f"{section}: {group.title}" if section in SECTIONS else "run"
     return parser

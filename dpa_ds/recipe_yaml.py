@@ -1,7 +1,7 @@
 """The YAML of recipes: no anchors, dates or YAML 1.1 traps; what is written reads back equal."""
 
 import re
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 
@@ -14,7 +14,7 @@ _FLOAT = r"""[-+]?(?:
 _SCALARS = (
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
-    ("int", r"[-+]?(?:0|[1-9][0-9_]*)", list("-+0123456789")),  # 010 is not 8, 1:30 is not 90
+    ("int", r"[-+]?(?:0|[1-9][0-9_]{0,17})", list("-+0123456789")),  # 010 is not 8, 1:30 is not 90
     ("float", _FLOAT, list("-+.0123456789")),
 )
 
@@ -32,10 +32,8 @@ def dump_yaml(tree: Any) -> str:
 class RecipeLoader(yaml.SafeLoader):
     """SafeLoader that refuses anchors and reads plain scalars by `_SCALARS` only."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
-
     def compose_node(self, parent: Any, index: Any) -> Any:
-        event = self.peek_event()
+        event = self.peek_event()  # type: ignore[no-untyped-call]
         if getattr(event, "anchor", None) is not None:  # aliases of aliases make a few lines fill the memory
             problem = "a recipe has no anchors or aliases (&, *): write the value out, or quote it if it is text"
             raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
@@ -44,10 +42,6 @@ class RecipeLoader(yaml.SafeLoader):
 
 class _RecipeDumper(yaml.SafeDumper):
     """SafeDumper that quotes text which YAML 1.1 or a recipe would read as something else."""
-
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {
-        first: list(resolvers) for first, resolvers in yaml.SafeDumper.yaml_implicit_resolvers.items()
-    }
 
     def ignore_aliases(self, data: Any) -> bool:
         """An equal list used twice is written twice."""
@@ -58,6 +52,7 @@ class _RecipeDumper(yaml.SafeDumper):
         return self.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
 
 
+RecipeLoader.yaml_implicit_resolvers = {}  # the dumper keeps those of YAML 1.1, so that other readers agree too
 _RecipeDumper.add_representer(str, _RecipeDumper.represent_text)
 for _tag, _pattern, _first in _SCALARS:
     for _kind in (RecipeLoader, _RecipeDumper):

@@ -195,8 +195,8 @@ def _read_csv(path: Path) -> list[Row]:
 
 
 def _read_parquet(path: Path) -> list[Row]:
-    import pyarrow
-    import pyarrow.parquet
+    import pyarrow  # type: ignore[import-untyped]
+    import pyarrow.parquet  # type: ignore[import-untyped]
 
     try:
         values = pyarrow.parquet.ParquetFile(path).read().to_pylist()
@@ -207,7 +207,7 @@ def _read_parquet(path: Path) -> list[Row]:
 
 def _read_saved_dataset(path: Path) -> list[Row]:
     # Imported here: `datasets` takes seconds to import, and only this format needs it.
-    import datasets
+    import datasets  # type: ignore[import-untyped]
     import pyarrow
 
     if not any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):

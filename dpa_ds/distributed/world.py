@@ -12,7 +12,7 @@ import sys
 import time
 import traceback
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -74,6 +74,26 @@ class Job:
                 )
             time.sleep(0.05)
         return [json.loads(self.store.get(f"hello/{rank}")) for rank in range(self.launch.job_world_size)]
+
+    def publish(self, key: str, value: Any) -> None:
+        """Make the JSON `value` known to the job under `key`, once."""
+        self.store.set(f"published/{key}", json.dumps(value))
+
+    def lookup(self, key: str) -> Any:
+        """What some rank published under `key`; waits for it, at most `cluster.timeout_seconds`."""
+        return json.loads(self.store.get(f"published/{key}"))
+
+    def decide(self, key: str, decision: Callable[[], Any]) -> Any:
+        """Rank 0 alone computes the JSON value `decision()`; every rank returns it. Collective: all ranks."""
+        if self.launch.global_rank == 0:
+            self.publish(key, decision())
+        return self.lookup(key)
+
+    def finish(self) -> None:
+        """Wait until every rank has come this far: the store lives on rank 0. Collective: all ranks of the job."""
+        self.store.set(f"done/{self.launch.global_rank}", "")
+        if self.launch.global_rank == 0:
+            self.store.wait([f"done/{rank}" for rank in range(self.launch.job_world_size)])
 
     def fail(self, error: BaseException) -> NoReturn:
         """End this rank; the first rank of the job to fail tells why, the others are silent.

@@ -13,7 +13,7 @@ import deepspeed
 import torch
 import torch.nn.functional as F
 
-from dpa_ds.config import ModelConfig, RunConfig, TrainConfig
+from dpa_ds.config import RunConfig, TrainConfig
 from dpa_ds.data.batches import MicroBatch, StepBatch
 from dpa_ds.distributed.federation_group import AdapterState
 from dpa_ds.distributed.world import World
@@ -68,7 +68,7 @@ class AdapterEngine:
     """Both adapters in one DeepSpeed engine. Every method is collective over the rank group."""
 
     def __init__(
-        self, adapters: DualAdapter, world: World, model: ModelConfig, train: TrainConfig, ds_json: dict[str, Any]
+        self, adapters: DualAdapter, world: World, train: TrainConfig, ds_json: dict[str, Any]
     ) -> None:
         self.adapters, self.world, self._train = adapters, world, train
         groups = [
@@ -188,7 +188,7 @@ class AdapterEngine:
 
     def read_optimizer_state(self, adapter: Adapter) -> AdapterState:
         """AdamW moments of `adapter` as `exp_avg.<key>` and `exp_avg_sq.<key>`, and the step count as `step`."""
-        state: AdapterState = {"step": torch.tensor(self._step_count(adapter))}
+        state: AdapterState = {"step": torch.tensor([self._step_count(adapter)])}
         for moment in MOMENTS:
             gathered = self._gather(adapter, lambda fragment, m=moment: self._optimizer_entry(fragment)[m])
             state |= {f"{moment}.{key}": value for key, value in gathered.items()}
@@ -201,7 +201,7 @@ class AdapterEngine:
             if fragment is None:
                 continue
             entry = self._optimizer_entry(fragment)
-            entry["step"].fill_(state["step"])
+            entry["step"].fill_(float(state["step"]))
             for moment in MOMENTS:
                 flat = state[f"{moment}.{key}"].reshape(-1)
                 fragment.of(entry[moment]).copy_(flat[fragment.start : fragment.start + fragment.numel])
@@ -214,10 +214,10 @@ class AdapterEngine:
                 value.zero_()
 
     def _step_count(self, adapter: Adapter) -> float:
+        """AdamW steps taken since the last reset; a rank without fragments learns it from the others."""
         steps = [float(self._optimizer_entry(f)["step"]) for f in self._fragments[adapter].values() if f]
-        count = torch.tensor(max(steps, default=0.0))
-        torch.distributed  # noqa: B018
-        return float(count)
+        total = self.world.all_reduce_(torch.tensor([sum(steps), float(len(steps))], dtype=torch.float64))
+        return float(total[0] / total[1])
 
     def _optimizer_entry(self, fragment: _Fragment) -> dict[str, torch.Tensor]:
         """AdamW's state of the flat tensor that holds `fragment`, made where no step was taken yet."""
@@ -239,7 +239,7 @@ class AdapterEngine:
                 start = offset + fragment.start
                 buffer[start : start + fragment.numel].copy_(fragment.of(flat_of(fragment)))
             offset += torch.Size(shapes[key]).numel()
-        if self.stage > 0:  # at stage 0 every rank has everything
+        if self.stage > 0:  # at stage 0 every rank holds all of it
             self.world.all_reduce_(buffer)
         buffer = buffer.cpu()
         offset = 0

@@ -7,7 +7,6 @@ Every other file goes through transformers, with the special tokens set from the
 
 import json
 import logging
-import os
 import shutil
 import struct
 import tempfile
@@ -93,7 +92,7 @@ def convert_gguf(gguf_path: Path, out_dir: Path, dtype: torch.dtype = torch.floa
     partial_dir = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}-", dir=out_dir.parent))
     try:
         _write_model_dir(file, partial_dir, dtype)
-        partial_dir.chmod(0o755)
+        _share(partial_dir)
         _rename_dir(partial_dir, out_dir)
     finally:
         shutil.rmtree(partial_dir, ignore_errors=True)
@@ -119,7 +118,9 @@ def read_gguf(path: Path) -> GgufFile:
         metadata = {key: reader_field.contents() for key, reader_field in reader.fields.items()}
     except (ValueError, KeyError, IndexError, OverflowError, MemoryError, UnicodeDecodeError, struct.error) as error:
         num_bytes = path.stat().st_size
-        raise ModelError(f"{path}: truncated or damaged GGUF ({num_bytes:,} bytes; {error}): download it again") from error
+        raise ModelError(
+            f"{path}: truncated or damaged GGUF ({num_bytes:,} bytes; {error}): download it again"
+        ) from error
     return GgufFile(path, metadata, reader.tensors)
 
 
@@ -136,7 +137,7 @@ def _write_model_dir(file: GgufFile, out_dir: Path, dtype: torch.dtype) -> None:
         return
     config = _llama_config(file, dtype)
     config.save_pretrained(out_dir)
-    GenerationConfig(
+    GenerationConfig(  # type: ignore[no-untyped-call]
         bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
     ).save_pretrained(out_dir)
     _gpt2_tokenizer(file).save_pretrained(out_dir)
@@ -209,7 +210,7 @@ def _gpt2_tokenizer(file: GgufFile) -> PreTrainedTokenizerFast:
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
     user_defined = [token for token, kind in zip(tokens, types, strict=True) if kind == gguf.TokenType.USER_DEFINED]
     tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in user_defined])
-    fast = PreTrainedTokenizerFast(
+    fast = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer,
         unk_token=None if unknown is None else tokens[unknown],
         bos_token=None if bos is None else tokens[bos],
@@ -223,7 +224,7 @@ def _gpt2_tokenizer(file: GgufFile) -> PreTrainedTokenizerFast:
 
 
 def _write_weights(file: GgufFile, config: LlamaConfig, out_dir: Path, dtype: torch.dtype) -> None:
-    """De-quantise shard by shard (at most MAX_SHARD_BYTES in memory) and write safetensors, with an index if several."""
+    """De-quantise and write shard by shard, so that memory holds one; an index if there are several."""
     shards = list(_shards(file.tensors, dtype.itemsize))
     weight_map: dict[str, str] = {}
     for index, tensors in enumerate(shards, start=1):
@@ -256,7 +257,7 @@ def _hf_name(file: GgufFile, name: str) -> str:
     if name in TOP_LEVEL_NAMES:
         return TOP_LEVEL_NAMES[name]
     match name.split("."):
-        case ["blk", layer, part, ("weight" | "bias") as kind] if part in LAYER_NAMES and kind == "weight":
+        case ["blk", layer, part, "weight"] if part in LAYER_NAMES:
             return f"model.layers.{layer}.{LAYER_NAMES[part]}.weight"
     raise ModelError(f"{file.path}: unexpected tensor {name} in a llama file: give a Hugging Face directory instead")
 
@@ -267,7 +268,7 @@ def _weight(tensor: gguf.ReaderTensor, config: LlamaConfig) -> torch.Tensor:
     if tensor.name.endswith("attn_q.weight"):
         weight = _unpermute(weight, config.num_attention_heads)
     elif tensor.name.endswith("attn_k.weight"):
-        weight = _unpermute(weight, config.num_key_value_heads)
+        weight = _unpermute(weight, config.num_key_value_heads or config.num_attention_heads)
     return torch.from_numpy(np.array(weight, dtype=np.float32))
 
 
@@ -282,11 +283,13 @@ def _unpermute(weight: NDArray[np.float32], num_heads: int) -> NDArray[np.float3
 
 def _write_by_transformers(file: GgufFile, out_dir: Path, dtype: torch.dtype) -> None:
     """Load with transformers' own GGUF reader, de-quantised so that the model can be saved and trained."""
-    source = {"pretrained_model_name_or_path": file.path.parent, "gguf_file": file.path.name}
+    folder, name = file.path.parent, file.path.name
     tokens = file.require("tokenizer.ggml.tokens")
     try:
-        model = AutoModelForCausalLM.from_pretrained(**source, quantization_config=GgufConfig(dequantize=True), dtype=dtype)
-        tokenizer = AutoTokenizer.from_pretrained(**source)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=name, quantization_config=GgufConfig(dequantize=True), dtype=dtype
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
     except (ValueError, KeyError, NotImplementedError) as error:
         raise ModelError(
             f"{file.path}: architecture {file.require('general.architecture')!r} with tokenizer "
@@ -301,10 +304,18 @@ def _write_by_transformers(file: GgufFile, out_dir: Path, dtype: torch.dtype) ->
     tokenizer.save_pretrained(out_dir)
 
 
+def _share(directory: Path) -> None:
+    """Let other users read what mkdtemp and safetensors make private: the cache may serve a whole cluster."""
+    file_mode = (directory / "config.json").stat().st_mode
+    for path in directory.iterdir():
+        path.chmod(file_mode)
+    directory.chmod(0o755)
+
+
 def _rename_dir(source: Path, target: Path) -> None:
     """Rename a finished directory; keep `target` if another process has finished it meanwhile."""
     try:
-        os.rename(source, target)
+        source.rename(target)
     except OSError as error:
         if not is_model_dir(target):
             raise ModelError(f"cannot write {target}: {error}") from error

@@ -1,0 +1,87 @@
+"""What a finished run shows: a table, results.json and a picture, all from metrics.jsonl."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dpa_ds.checkpoint import write_file
+from dpa_ds.tracking import read_records
+
+
+def write_report(run_dir: Path, num_groups: int, seconds: float) -> str:
+    """Write results.json and held_out_loss.png into `run_dir`; returns the table as text. Main leader only."""
+    records = read_records(run_dir / "metrics.jsonl")
+    rows = _held_out_by_client(records)
+    rounds = [record for record in records if record["kind"] == "round" and record["round"] > 0]
+    write_file(run_dir / "results.json", json.dumps({"clients": rows, "last_round": rounds[-1]}, indent=1))
+    evaluated = [row for row in rows if len(row["held_out_loss"]) > 1]
+    lines = ["", f"{'client':34s} {'examples':>8s} {'held-out loss':>21s} {'change':>8s}"]
+    for row in rows:
+        course = row["held_out_loss"]
+        values = f"{course[0][1]:9.4f} -> {course[-1][1]:.4f} {_change(course):+8.1%}" if row in evaluated else "-".rjust(30)
+        lines.append(f"{row['label'][:34]:34s} {row['num_examples']:8d} {values:>30s}")
+    if evaluated:
+        plot_held_out_loss(evaluated, run_dir / "held_out_loss.png")
+        fallen = sum(_change(row["held_out_loss"]) < 0 for row in evaluated)
+        lines.append(f"held-out loss fell for {fallen} of {len(evaluated)} clients")
+    last = rounds[-1]
+    update, metrics = (int(last.get(f"bytes_handed/{purpose}", 0)) for purpose in ("update", "metrics"))
+    crossing = "between leaders" if num_groups > 1 else "(one group: nothing crossed a network)"
+    lines += [
+        f"sent per round and leader: {_size(update)} of global adapter, {_size(metrics)} of metrics {crossing}",
+        f"last round: {last['tokens_per_second']:.0f} tokens/s, padding {last['padding_share']:.0%} of computed tokens",
+        f"adapters (PEFT format): {run_dir / 'adapters'}/global and /local/client_NN",
+        f"numbers: {run_dir / 'metrics.jsonl'}, {run_dir / 'results.json'}; picture: {run_dir / 'held_out_loss.png'}",
+        f"curves: tensorboard --logdir {run_dir / 'tensorboard'}",
+        f"took {seconds:.0f} s",
+    ]
+    return "\n".join(lines)
+
+
+def plot_held_out_loss(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Held-out loss of every client over the rounds, as a PNG; round 0 is the base model."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    colours = pyplot.get_cmap("tab20" if len(rows) > 10 else "tab10")
+    for i, row in enumerate(rows):
+        axes.plot(*zip(*row["held_out_loss"], strict=True), marker="o", label=row["label"], color=colours(i % 20))
+    axes.set(xlabel="round", ylabel="held-out loss per answer token", title="Held-out loss of each client")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    if len(rows) <= 20:
+        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize="small")
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def _held_out_by_client(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Per client: label, number of examples, and held-out loss as [round, loss] pairs."""
+    clients: dict[int, dict[str, Any]] = {}
+    for record in records:
+        if record["kind"] == "client":
+            row = clients.setdefault(
+                record["client"],
+                {"label": record["label"], "num_examples": int(record["num_examples"]), "held_out_loss": []},
+            )
+            if "held_out_loss" in record:
+                row["held_out_loss"].append([record["round"], record["held_out_loss"]])
+    return [clients[client] for client in sorted(clients)]
+
+
+def _change(course: Sequence[Sequence[float]]) -> float:
+    return course[-1][1] / course[0][1] - 1
+
+
+def _size(num_bytes: int) -> str:
+    value = float(num_bytes)
+    for unit in ("B", "kB", "MB"):
+        if value < 1000:
+            return f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.3g} GB"

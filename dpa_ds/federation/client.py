@@ -1,0 +1,144 @@
+"""One client's round: its phases -> a ClientUpdate. Runs on all ranks of the rank group that hosts the client."""
+
+import hashlib
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from dpa_ds.config import RunConfig, TrainConfig
+from dpa_ds.data.batches import build_step, num_steps, step_indices
+from dpa_ds.data.prompts import TokenizedExamples
+from dpa_ds.distributed.federation_group import AdapterState
+from dpa_ds.distributed.world import World
+from dpa_ds.federation.aggregation import ClientUpdate
+from dpa_ds.federation.methods import Schedule
+from dpa_ds.model.dual_adapter import Phase
+from dpa_ds.model.engine import AdapterEngine
+from dpa_ds.tracking import Tracker
+
+
+@dataclass
+class HostedClient:
+    """What a client keeps to itself, in the memory of its rank group."""
+
+    client_id: int
+    label: str
+    examples: TokenizedExamples
+    held_out: TokenizedExamples | None
+    local_state: AdapterState
+    local_optimizer: AdapterState | None = None
+    """AdamW state of the local adapter, if `train.keep_optimizer_state`."""
+    steps_taken: dict[str, int] = field(default_factory=lambda: {"global": 0, "local": 0})
+    """Optimizer steps per adapter so far: the x axis of the client's curves."""
+
+
+@dataclass
+class RoundMetrics:
+    """Numbers of one client and round, summed over its phases. Losses are means per label token."""
+
+    num_steps: int = 0
+    seconds: float = 0.0
+    real_tokens: int = 0
+    computed_tokens: int = 0
+    global_loss: float = 0.0
+    """Mean training loss of the global phase's steps."""
+    local_loss: float = 0.0
+
+
+class ClientTrainer:
+    """Trains hosted clients, one after the other, on the rank group's engine. Every method is collective there."""
+
+    def __init__(
+        self, engine: AdapterEngine, world: World, config: RunConfig, schedule: Schedule, tracker: Tracker, pad_id: int
+    ) -> None:
+        self.engine, self.schedule = engine, schedule
+        self._world, self._config, self._tracker, self._pad_id = world, config, tracker, pad_id
+        self.metrics: dict[int, RoundMetrics] = {}
+        """Of the current round, by client; the round loop clears it."""
+
+    def before_aggregation(self, client: HostedClient, global_state: AdapterState, server_round: int) -> ClientUpdate:
+        """Run the client's phases of this round and return what it uploads."""
+        self.engine.write_state("global", global_state)
+        self._train(client, self.schedule.phases("before", server_round), server_round)
+        return ClientUpdate(client.client_id, len(client.examples), self.engine.read_state("global"))
+
+    def after_aggregation(self, client: HostedClient, global_state: AdapterState, server_round: int) -> None:
+        """Run the phases that train beside this round's aggregated global adapter."""
+        if self.schedule.after:
+            self.engine.write_state("global", global_state)
+            self._train(client, self.schedule.phases("after", server_round), server_round)
+
+    def finish(self, client: HostedClient, global_state: AdapterState, server_round: int) -> None:
+        """After the last round: start the local adapter from the global one and run the final phases."""
+        if self.schedule.final:
+            client.local_state = {key: value.clone() for key, value in global_state.items()}
+            client.local_optimizer = None
+            self.engine.write_state("global", global_state)
+            self._train(client, self.schedule.final, server_round)
+
+    def _train(self, client: HostedClient, phases: Sequence[Phase], server_round: int) -> None:
+        trains_local = any(phase.trains == "local" for phase in phases)
+        if trains_local:
+            self.engine.write_state("local", client.local_state)
+        for phase in phases:
+            self._run_phase(client, phase, server_round)
+        if trains_local:
+            client.local_state = self.engine.read_state("local")
+
+    def _run_phase(self, client: HostedClient, phase: Phase, server_round: int) -> None:
+        train = self._config.train
+        keep = train.keep_optimizer_state and phase.trains == "local"
+        self.engine.activate(phase)
+        if keep and client.local_optimizer is not None:
+            self.engine.write_optimizer_state("local", client.local_optimizer)
+        started = time.monotonic()
+        words = (self._config.seed, server_round, client.client_id, 0 if phase.trains == "global" else 1)
+        total = num_steps(len(client.examples), train.batch_size, train.local_epochs, train.max_steps)
+        metrics = self.metrics.setdefault(client.client_id, RoundMetrics())
+        shares, norms, rates = [], [], []
+        for k, indices in enumerate(step_indices(len(client.examples), train.batch_size, total, words)):
+            torch.manual_seed(_fold(*words, k, self._world.rank))  # dropout needs no state of its own to resume
+            step = build_step(
+                client.examples, indices, self._world.rank, self._world.world_size, train.micro_batch_tokens, self._pad_id
+            )
+            rates.append(learning_rate(train, k, total))
+            share, norm = self.engine.train_step(step, rates[-1])
+            shares.append(share)
+            norms.append(norm)
+            metrics.real_tokens += step.real_tokens
+            metrics.computed_tokens += step.computed_tokens
+            self._tracker.advance(f"round {server_round} {client.label} {phase.trains}")
+        # One exchange per phase, not per step: nobody waits for a number that is only looked at.
+        losses = self._world.all_reduce_(torch.stack(shares)).tolist()
+        if keep:
+            client.local_optimizer = self.engine.read_optimizer_state("local")
+        seconds = time.monotonic() - started
+        metrics.num_steps += total
+        metrics.seconds += seconds
+        setattr(metrics, f"{phase.trains}_loss", sum(losses) / total)
+        self._tracker.scalars(
+            f"client_{client.client_id:02d}",
+            {f"{phase.trains}/loss": losses, f"{phase.trains}/grad_norm": norms, f"{phase.trains}/lr": rates},
+            client.steps_taken[phase.trains],
+        )
+        client.steps_taken[phase.trains] += total
+
+
+def learning_rate(train: TrainConfig, step: int, total_steps: int) -> float:
+    """Learning rate of step `step` (from 0) of a phase of `total_steps`, as transformers' schedules without warm-up."""
+    match train.lr_schedule:
+        case "constant":
+            factor = 1.0
+        case "linear":
+            factor = 1.0 - step / total_steps
+        case "cosine":
+            factor = 0.5 * (1.0 + math.cos(math.pi * step / total_steps))
+    return train.learning_rate * factor
+
+
+def _fold(*words: int) -> int:
+    """One 63-bit seed from several words."""
+    return int.from_bytes(hashlib.sha256(str(words).encode()).digest()[:8], "little") >> 1

@@ -1,0 +1,81 @@
+"""The clients of this rank group: their data read and tokenised, their local adapters restored or drawn fresh."""
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from dpa_ds.checkpoint import RunFolder
+from dpa_ds.config import RunConfig
+from dpa_ds.data.prompts import TokenizedExamples, load_or_tokenize
+from dpa_ds.data.sources import ClientData, list_clients, pool_clients, read_clients
+from dpa_ds.distributed.world import World
+from dpa_ds.federation.client import HostedClient
+from dpa_ds.federation.methods import Schedule
+from dpa_ds.model.dual_adapter import DualAdapter
+from dpa_ds.tracking import logger
+
+GLOBAL_SEED, LOCAL_SEED = 0, 1
+
+
+def client_names(config: RunConfig, schedule: Schedule) -> list[str]:
+    """Names of all clients, in the order of their ids."""
+    return ["centralized"] if schedule.pooled else list_clients(config.data, config.seed)
+
+
+def host_clients(
+    config: RunConfig,
+    schedule: Schedule,
+    world: World,
+    tokenizer: PreTrainedTokenizerBase,
+    adapters: DualAdapter,
+    completed_rounds: int,
+) -> list[HostedClient]:
+    """Everything this group keeps for its clients after `completed_rounds`. Collective: all ranks of the group."""
+    mine = world.topology.clients_of_group(world.group)
+    data = dict(zip(mine, _read(config, schedule, mine), strict=True))
+    with world.leader_first():  # the others find the tokens in the cache
+        tokens = {client_id: _tokenize(config, data[client_id], tokenizer) for client_id in mine}
+    clients = []
+    for client_id in mine:
+        examples, held_out = tokens[client_id]
+        if world.is_leader and examples.num_dropped:
+            logger.warning(
+                f"{data[client_id].name}: {examples.num_dropped} of {len(examples) + examples.num_dropped} examples are "
+                f"longer than data.max_length = {config.data.max_length} tokens and are left out"
+            )
+        client = HostedClient(client_id, _label(data[client_id]), examples, held_out, local_state={})
+        _restore_local(client, config, adapters, completed_rounds)
+        clients.append(client)
+    return clients
+
+
+def _read(config: RunConfig, schedule: Schedule, mine: Sequence[int]) -> list[ClientData]:
+    if not schedule.pooled:
+        return read_clients(config.data, config.seed, mine)
+    everyone = range(len(list_clients(config.data, config.seed)))
+    return [pool_clients(read_clients(config.data, config.seed, everyone))]
+
+
+def _tokenize(
+    config: RunConfig, data: ClientData, tokenizer: PreTrainedTokenizerBase
+) -> tuple[TokenizedExamples, TokenizedExamples | None]:
+    examples = load_or_tokenize(data.train, tokenizer, config.data, data.name)
+    held_out = None
+    if data.held_out:
+        held_out = load_or_tokenize(data.held_out, tokenizer, config.data, f"{data.name} (held out)")
+    return examples, held_out
+
+
+def _label(data: ClientData) -> str:
+    """The client's name, with its task where it has only one."""
+    tasks = {example.task for example in data.train} - {""}
+    return f"{data.name} {tasks.pop()}" if len(tasks) == 1 and tasks != {data.name} else data.name
+
+
+def _restore_local(client: HostedClient, config: RunConfig, adapters: DualAdapter, completed_rounds: int) -> None:
+    if completed_rounds == 0:
+        client.local_state = adapters.initial_state("local", (config.seed, LOCAL_SEED, client.client_id))
+        return
+    saved = RunFolder(config.run_dir).load_adapter(completed_rounds, f"local/client_{client.client_id:02d}")
+    client.local_state, client.local_optimizer = saved.weights, saved.optimizer
+    client.steps_taken = saved.info["steps_taken"]

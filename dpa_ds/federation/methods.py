@@ -1,0 +1,66 @@
+"""FedDPA and its baselines as schedules of phases: data, not branches.
+
+A round of a client runs the phases in `before` (before the aggregation), and those in `after` (after it); when
+all rounds are over, those in `final` once. Source: FedDPA (arXiv 2403.19211) sections 3.2 and 3.3; `local_first`
+is the order of the authors' published code.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from dpa_ds.config import MethodConfig
+from dpa_ds.model.dual_adapter import Phase
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What a client does in a round, and what leaves it."""
+
+    before: tuple[Phase, ...] = ()
+    """Phases of every round, before this round's aggregation."""
+    after: tuple[Phase, ...] = ()
+    """Phases of every round, beside this round's aggregated global adapter."""
+    final: tuple[Phase, ...] = ()
+    """Phases once, after the last round, starting from a local adapter copied from the global one."""
+    federated: bool = True
+    """The global adapter is averaged over clients each round."""
+    pooled: bool = False
+    """All clients' data form a single client."""
+    local_from_round: int = 1
+    """First round in which local phases run."""
+    inference_alpha: float = 0.0
+    """Fixed weight of the local adapter when no per-instance weight is used."""
+
+    def phases(self, stage: Literal["before", "after"], server_round: int) -> tuple[Phase, ...]:
+        """Phases of `stage` (before, after) that run in `server_round`."""
+        phases = self.before if stage == "before" else self.after
+        return tuple(p for p in phases if p.trains == "global" or server_round >= self.local_from_round)
+
+    def alpha_after(self, server_round: int, num_rounds: int) -> float:
+        """Fixed inference weight after `server_round` of `num_rounds`: 0 while no local adapter was trained yet."""
+        first = num_rounds if self.final else self.local_from_round
+        return self.inference_alpha if server_round >= first else 0.0
+
+
+def build_schedule(config: MethodConfig) -> Schedule:
+    """The schedule of `method.name`."""
+    global_alone = Phase(trains="global", alpha=0.0)
+    local_alone = Phase(trains="local", alpha=1.0)
+    local_beside = Phase(trains="local", alpha=config.alpha)
+    match config.name:
+        case "feddpa_t" if config.phase_order == "local_first":
+            return Schedule((local_beside, global_alone), local_from_round=2, inference_alpha=config.alpha)
+        case "feddpa_t" if config.local_partner == "aggregated":
+            return Schedule((global_alone,), after=(local_beside,), inference_alpha=config.alpha)
+        case "feddpa_t":
+            return Schedule((global_alone, local_beside), inference_alpha=config.alpha)
+        case "feddpa_f":
+            return Schedule((global_alone,), final=(local_alone,), inference_alpha=config.alpha)
+        case "fedit":
+            return Schedule((global_alone,))
+        case "fedlora":
+            return Schedule((global_alone,), final=(local_alone,), inference_alpha=1.0)
+        case "local":
+            return Schedule((local_alone,), federated=False, inference_alpha=1.0)
+        case "centralized":
+            return Schedule((global_alone,), pooled=True)

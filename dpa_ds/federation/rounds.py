@@ -1,0 +1,222 @@
+"""The round loop: sample, train, aggregate, evaluate, save, track."""
+
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from typing import Iterator
+
+import torch
+
+from dpa_ds.checkpoint import RunFolder
+from dpa_ds.config import RunConfig
+from dpa_ds.data.batches import num_steps
+from dpa_ds.distributed.federation_group import AdapterState
+from dpa_ds.distributed.world import World
+from dpa_ds.evaluation.held_out import held_out_loss
+from dpa_ds.federation.aggregation import Aggregator, ClientUpdate
+from dpa_ds.federation.client import ClientTrainer, HostedClient, RoundMetrics
+from dpa_ds.federation.sampling import sample_clients
+from dpa_ds.model.dual_adapter import flatten_state, unflatten_state
+from dpa_ds.tracking import Tracker
+
+COLUMNS = ("took_part", "num_examples", "held_out_loss", *(f.name for f in fields(RoundMetrics)))
+"""One row a client in the table that leaders sum after each round; nothing else about a client leaves its group."""
+
+
+@dataclass
+class Federation:
+    """One rank's view of the run between rounds."""
+
+    config: RunConfig
+    world: World
+    trainer: ClientTrainer
+    aggregator: Aggregator
+    clients: Sequence[HostedClient]
+    """Hosted by this rank group, in order."""
+    labels: Sequence[str]
+    """Of all clients, for messages."""
+    global_state: AdapterState
+    folder: RunFolder
+    tracker: Tracker
+    pad_id: int
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    """Time of each part of the current round."""
+
+    @contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        """Add the block's duration to `seconds[part]`."""
+        started = time.monotonic()
+        yield
+        self.seconds[part] += time.monotonic() - started
+
+
+def run_rounds(federation: Federation, completed_rounds: int) -> None:
+    """Run all rounds after `completed_rounds`. Collective: every rank of the job."""
+    config, tracker = federation.config, federation.tracker
+    if completed_rounds == 0:
+        finish_round(federation, 0, participants=(), evaluates=True)
+    with tracker.progress(remaining_steps(federation, completed_rounds)):
+        for server_round in range(completed_rounds + 1, config.federation.num_rounds + 1):
+            is_last = server_round == config.federation.num_rounds
+            participants = draw(federation, server_round)
+            mine = [client for client in federation.clients if client.client_id in participants]
+            with federation.timed("train"):
+                updates = [
+                    federation.trainer.before_aggregation(client, federation.global_state, server_round)
+                    for client in mine
+                ]
+            with federation.timed("aggregate"):
+                federation.global_state = aggregate(federation, updates)
+            with federation.timed("train"):
+                for client in mine:
+                    federation.trainer.after_aggregation(client, federation.global_state, server_round)
+                for client in federation.clients if is_last else ():
+                    federation.trainer.finish(client, federation.global_state, server_round)
+            every = config.evaluation.every_rounds
+            finish_round(federation, server_round, participants, is_last or (every > 0 and server_round % every == 0))
+
+
+def draw(federation: Federation, server_round: int) -> tuple[int, ...]:
+    """Clients of `server_round`: every rank computes the same."""
+    settings = federation.config.federation
+    return sample_clients(
+        federation.world.topology,
+        settings.client_fraction,
+        federation.config.seed,
+        server_round,
+        settings.stratify_by_group,
+    )
+
+
+def aggregate(federation: Federation, updates: Sequence[ClientUpdate]) -> AdapterState:
+    """The next global adapter, on every rank: leaders average, then broadcast inside their groups."""
+    world, current = federation.world, federation.global_state
+    if not federation.trainer.schedule.federated:
+        return current
+    flat = flatten_state(current)
+    if world.federation is not None:
+        flat = flatten_state(federation.aggregator.aggregate(updates, current, world.federation))
+    return unflatten_state(world.broadcast_(flat), current)
+
+
+def finish_round(federation: Federation, server_round: int, participants: Sequence[int], evaluates: bool) -> None:
+    """Evaluate, save and track one round. Round 0 is the state before training."""
+    with federation.timed("evaluate"):
+        losses = evaluate(federation, server_round) if evaluates else {}
+    with federation.timed("save"):
+        if server_round > 0:
+            save(federation, server_round)
+        table = exchange_metrics(federation, participants, losses)
+        if server_round > 0 and federation.world.is_main:  # the exchange was the barrier: all leaders have saved
+            federation.folder.complete_round(server_round, {"clients": list(federation.labels)})
+    track(federation, server_round, table)
+    federation.trainer.metrics.clear()
+    federation.seconds.clear()
+
+
+def evaluate(federation: Federation, server_round: int) -> dict[int, float]:
+    """Held-out loss of every hosted client that has held-out examples, with the method's fixed mix."""
+    config, engine = federation.config, federation.trainer.engine
+    alpha = federation.trainer.schedule.alpha_after(server_round, config.federation.num_rounds)
+    losses = {}
+    engine.write_state("global", federation.global_state)
+    for client in federation.clients:
+        if client.held_out is not None:
+            engine.write_state("local", client.local_state)
+            losses[client.client_id] = held_out_loss(
+                engine,
+                federation.world,
+                client.held_out,
+                alpha,
+                config.evaluation.max_examples,
+                config.train.micro_batch_tokens,
+                federation.pad_id,
+            )
+    return losses
+
+
+def save(federation: Federation, server_round: int) -> None:
+    """Each leader writes its clients' local adapters, the main leader also the global one."""
+    world, adapters, folder = federation.world, federation.trainer.engine.adapters, federation.folder
+    if not world.is_leader:
+        return
+    if world.is_main:
+        folder.save_adapter(
+            server_round, "global", federation.global_state, adapters.peft_config("global"), None, {}
+        )
+    for client in federation.clients:
+        folder.save_adapter(
+            server_round,
+            f"local/client_{client.client_id:02d}",
+            client.local_state,
+            adapters.peft_config("local"),
+            client.local_optimizer,
+            {"label": client.label, "steps_taken": client.steps_taken},
+        )
+
+
+def exchange_metrics(
+    federation: Federation, participants: Sequence[int], losses: dict[int, float]
+) -> list[dict[str, float]]:
+    """One row per client of the federation, on leaders: each fills its own clients' rows, the sum is the table."""
+    world, clients = federation.world, federation.clients
+    if world.federation is None:
+        return []
+    table = torch.zeros(len(federation.labels), len(COLUMNS), dtype=torch.float64)
+    for client in clients:
+        values = {
+            "took_part": float(client.client_id in participants),
+            "num_examples": float(len(client.examples)),
+            "held_out_loss": losses.get(client.client_id, float("nan")),
+            **asdict(federation.trainer.metrics.get(client.client_id, RoundMetrics())),
+        }
+        table[client.client_id] = torch.tensor([values[column] for column in COLUMNS], dtype=torch.float64)
+    world.federation.all_reduce_(table.view(-1), "metrics")
+    return [dict(zip(COLUMNS, row, strict=True)) for row in table.tolist()]
+
+
+def track(federation: Federation, server_round: int, table: Sequence[dict[str, float]]) -> None:
+    """Records of the round: one per client, one for the round."""
+    world, tracker = federation.world, federation.tracker
+    if not world.is_main or world.federation is None:
+        return
+    for client_id, (label, row) in enumerate(zip(federation.labels, table, strict=True)):
+        known = {name: value for name, value in row.items() if value == value}  # NaN: not evaluated
+        tracker.record("client", server_round, client=client_id, label=label, **known)
+        if "held_out_loss" in known:
+            tracker.scalars(f"client_{client_id:02d}", {"held_out/loss": row["held_out_loss"]}, server_round)
+    totals = {name: sum(row[name] for row in table) for name in ("seconds", "real_tokens", "computed_tokens")}
+    evaluated = [row["held_out_loss"] for row in table if row["held_out_loss"] == row["held_out_loss"]]
+    summary = {
+        **{f"seconds/{part}": value for part, value in federation.seconds.items()},
+        **{f"bytes_handed/{purpose}": n for purpose, n in world.federation.bytes_handed.items()},
+        "tokens_per_second": totals["real_tokens"] / max(federation.seconds["train"], 1e-9),
+        "padding_share": 1 - totals["real_tokens"] / max(totals["computed_tokens"], 1.0),
+    }
+    if evaluated:
+        summary["held_out_loss"] = sum(evaluated) / len(evaluated)
+    tracker.record("round", server_round, **summary)
+    tracker.scalars("rounds", summary, server_round)
+    world.federation.bytes_handed.clear()
+    if evaluated:
+        tracker.say(f"round {server_round}: mean held-out loss {summary['held_out_loss']:.4f}")
+
+
+def remaining_steps(federation: Federation, completed_rounds: int) -> int:
+    """Optimizer steps that this rank group has yet to take: exact, because sampling is a pure function."""
+    config, schedule = federation.config, federation.trainer.schedule
+    train = config.train
+    total = 0
+    for server_round in range(completed_rounds + 1, config.federation.num_rounds + 1):
+        participants = draw(federation, server_round)
+        is_last = server_round == config.federation.num_rounds
+        for client in federation.clients:
+            phases = len(schedule.final) if is_last else 0
+            if client.client_id in participants:
+                phases += len(schedule.phases("before", server_round)) + len(schedule.phases("after", server_round))
+            total += phases * num_steps(
+                len(client.examples), train.batch_size, train.local_epochs, train.max_steps
+            )
+    return total

@@ -1,0 +1,76 @@
+"""From a process that some launcher started to a job whose ranks agree on what they run."""
+
+import hashlib
+import importlib.metadata
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from dpa_ds.config import RunConfig
+from dpa_ds.config_loader import load_config, to_yaml
+from dpa_ds.distributed.launchers import check_hostfile_of_launcher, discover_launch
+from dpa_ds.distributed.world import JOIN_TIMEOUT_SECONDS, Job, code_fingerprint
+from dpa_ds.errors import DpaError
+
+PACKAGES = ("torch", "deepspeed", "transformers", "peft")
+RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
+
+
+def run_job(argv: Sequence[str], work: Callable[[RunConfig, Job], None]) -> None:
+    """Find this rank's place, load the config, agree with the other ranks, and do `work(config, job)`.
+
+    Ends the process with the error's exit code if anything fails on this rank; one rank of the job says what.
+    Collective: every rank of the job.
+    """
+    try:
+        launch = discover_launch()
+    except DpaError as error:
+        if next((os.environ[name] for name in RANK_VARIABLES if name in os.environ), "0") == "0":
+            sys.stderr.write(f"error: {error}\n")
+        sys.exit(error.exit_code)
+    config, problem = None, None
+    try:
+        check_hostfile_of_launcher()
+        with _silent_unless(launch.global_rank == 0):  # --help and --print_config are told once
+            config = load_config(argv)
+    except DpaError as error:
+        problem = error
+    job = None
+    try:
+        job = Job(launch)
+        timeout = config.cluster.timeout_seconds if config else JOIN_TIMEOUT_SECONDS
+        job.agree(_facts(config), problem, timeout)
+        assert config is not None  # else there was a problem, and agree() raised it
+        if config.cluster.device == "cpu":
+            os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed chooses when it is first imported
+        work(config, job)
+        job.finish()
+    except BaseException as error:
+        if job is None:  # no store, no agreement on who speaks
+            if launch.global_rank == 0 or not isinstance(error, DpaError):
+                sys.stderr.write(f"error: {error}\n")
+            launch.exit(getattr(error, "exit_code", 1))
+        job.fail(error)
+
+
+def _facts(config: RunConfig | None) -> dict[str, str]:
+    versions = " ".join(f"{name}-{importlib.metadata.version(name)}" for name in PACKAGES)
+    return {
+        "the code of dpa_ds": code_fingerprint(),
+        "package versions": versions,
+        "the resolved config": hashlib.sha256(to_yaml(config).encode()).hexdigest()[:16] if config else "",
+    }
+
+
+class _silent_unless:
+    """Let only one rank print what --help and --print_config write to stdout."""
+
+    def __init__(self, speaks: bool) -> None:
+        self._speaks, self._stdout = speaks, sys.stdout
+
+    def __enter__(self) -> None:
+        if not self._speaks:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+    def __exit__(self, *_: object) -> None:
+        sys.stdout = self._stdout

@@ -1,0 +1,91 @@
+"""Federated training, from a config and a job: the table of contents."""
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from dpa_ds.checkpoint import RunFolder, write_file
+from dpa_ds.config import RunConfig
+from dpa_ds.config_loader import load_deepspeed_json, to_yaml
+from dpa_ds.distributed.topology import Topology, plan_topology
+from dpa_ds.distributed.world import Job, World, build_world
+from dpa_ds.evaluation.report import write_report
+from dpa_ds.federation.aggregation import build_aggregator
+from dpa_ds.federation.client import ClientTrainer
+from dpa_ds.federation.hosting import GLOBAL_SEED, client_names, host_clients
+from dpa_ds.federation.methods import build_schedule
+from dpa_ds.federation.rounds import Federation, run_rounds
+from dpa_ds.model.base import load_base, load_tokenizer, resolve_model
+from dpa_ds.model.dual_adapter import DualAdapter
+from dpa_ds.model.engine import AdapterEngine, build_deepspeed_json
+from dpa_ds.tracking import Tracker, logger, setup_logging
+
+
+def train(config: RunConfig, job: Job) -> None:
+    """Train `config.method` on all clients, from the last complete round on. Collective: every rank of the job."""
+    started = time.monotonic()
+    setup_logging(is_main=job.launch.global_rank == 0)
+    schedule = build_schedule(config.method)
+    file_json = load_deepspeed_json(config.engine.deepspeed_config)
+    names = client_names(config, schedule)
+    topology = plan_topology(job.launch.job_world_size, len(names), config.cluster.ranks_per_group)
+    folder = RunFolder(config.run_dir)
+    completed = int(job.decide("completed_rounds", lambda: folder.claim(config)))
+
+    world = build_world(job, topology, config.cluster, config.federation.timeout_seconds)
+    if world.is_main:
+        logger.info(describe(config, job, topology, file_json, world, completed))
+    with world.leader_first():
+        directory = resolve_model(config.model, config.data.cache_dir)
+    tokenizer = load_tokenizer(directory)
+    ds_json = build_deepspeed_json(file_json, config, world.world_size)
+    adapters = DualAdapter(load_base(config.model, directory, ds_json), config.lora)
+    clients = host_clients(config, schedule, world, tokenizer, adapters, completed)
+    engine = AdapterEngine(adapters, world, config.train, ds_json)
+
+    for client in clients if world.is_leader else ():
+        job.publish(f"label/{client.client_id}", client.label)
+    labels = [job.lookup(f"label/{client_id}") for client_id in range(len(names))]
+    if world.is_main:  # everything that a user can get wrong was read by now: from here on the run exists
+        folder.remove_leftovers()
+        write_file(config.run_dir / "config.yaml", to_yaml(config))
+    tracker = Tracker(config.run_dir if world.is_leader else None, world.is_main, config.tracking)
+    tracker.drop_records_after(completed)
+    pad_id = int(tokenizer.pad_token_id)
+    federation = Federation(
+        config=config,
+        world=world,
+        trainer=ClientTrainer(engine, world, config, schedule, tracker, pad_id),
+        aggregator=build_aggregator(config.federation),
+        clients=clients,
+        labels=labels,
+        global_state=folder.load_adapter(completed, "global").weights
+        if completed
+        else adapters.initial_state("global", (config.seed, GLOBAL_SEED)),
+        folder=folder,
+        tracker=tracker,
+        pad_id=pad_id,
+    )
+    run_rounds(federation, completed)
+    tracker.close()
+    if world.is_main:
+        logger.info(write_report(config.run_dir, topology.num_groups, time.monotonic() - started))
+    world.close()
+
+
+def describe(
+    config: RunConfig, job: Job, topology: Topology, file_json: Mapping[str, Any], world: World, completed: int
+) -> str:
+    """The whole picture at start: groups, hosts, clients, ZeRO stage, precision."""
+    stage = file_json.get("zero_optimization", {}).get("stage", 0)
+    lines = [
+        f"{config.name}: {config.method.name}, {topology.num_clients} clients in {topology.num_groups} rank groups "
+        f"({topology.job_world_size} ranks), ZeRO stage {stage}, {config.model.precision}, {world.device.type}",
+    ]
+    for group, (leader, size) in enumerate(zip(topology.leaders, topology.group_sizes, strict=True)):
+        hosts = ", ".join(dict.fromkeys(job.hosts[leader : leader + size]))
+        clients = ", ".join(map(str, topology.clients_of_group(group)))
+        lines.append(f"  group {group}: {size} rank{'s' if size > 1 else ''} on {hosts}; clients {clients}")
+    if completed:
+        lines.append(f"  continues after round {completed} of {config.federation.num_rounds}")
+    return "\n".join(lines)

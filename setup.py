@@ -1,0 +1,50 @@
+"""Package dpa_ds. Install torch first: deepspeed needs it at build time (see README)."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+version = next(
+    line.split('"')[1] for line in Path("dpa_ds/__init__.py").read_text().splitlines() if line.startswith("__version__")
+)
+
+setup(
+    name="dpa_ds",
+    version=version,
+    description="Federated dual-personalizing adapters (FedDPA) over one frozen LLM, at scale on DeepSpeed",
+    long_description=Path("README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["dpa_ds", "dpa_ds.*"]),
+    python_requires=">=3.11",
+    install_requires=[
+        "torch>=2.13,<2.14",
+        "deepspeed>=0.19.8,<0.20",
+        "transformers>=5.17,<6",
+        "peft>=0.21.2,<0.22",
+        "mpi4py>=4.1,<5",
+        "datasets>=5,<6",
+        "tensorboard>=2.21,<3",
+        "safetensors>=0.8,<1",
+        "jsonargparse[signatures]>=4.53,<4.54",
+        "psutil>=7",
+        "tqdm>=4.67,<5",
+        "matplotlib>=3.10,<4",
+        "gguf>=0.19,<0.20",
+    ],
+    extras_require={
+        "demo": [],
+        "test": [
+            "pytest>=9,<10",
+            "hypothesis>=6",
+            "mpich>=5,<6",
+            "ruff",
+            "mypy",
+            "import-linter>=2.16,<3",
+            "interrogate>=1.7,<2",
+            "types-PyYAML",
+            "types-psutil",
+            "types-tqdm",
+        ],
+    },
+)

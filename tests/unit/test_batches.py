@@ -1,0 +1,231 @@
+"""Ranks, hosting and token budget divide a step; they never change what it computes."""
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from tokenizer_for_tests import make_tokenizer
+
+from dpa_ds.config import DataConfig
+from dpa_ds.data.batches import (
+    IGNORE_INDEX,
+    MICRO_BATCH_OVERHEAD_TOKENS,
+    build_step,
+    dummy_micro_batch,
+    num_steps,
+    plan_step,
+    step_indices,
+)
+from dpa_ds.data.prompts import TokenizedExamples, tokenize_examples
+from dpa_ds.data.sources import list_clients, read_client
+
+AUTHORS_DATA = Path(__file__).parents[2].parent / "shared" / "data" / "feddpa" / "dataset1"
+
+
+def make_examples(lengths: Sequence[int], prompt_lengths: Sequence[int]) -> TokenizedExamples:
+    """Tokens 10, 11, 12 ... : each occurs once, so that its place can be checked."""
+    return TokenizedExamples(
+        tokens=np.arange(10, 10 + sum(lengths), dtype=np.int32),
+        offsets=np.cumsum([0, *lengths], dtype=np.int64),
+        prompt_lengths=np.array(prompt_lengths, dtype=np.int64),
+        num_dropped=0,
+    )
+
+
+@pytest.mark.parametrize(
+    ("num_examples", "batch_size", "local_epochs", "max_steps", "expected"),
+    [
+        (300, 64, 10.0, None, 50),
+        (300, 64, 1.0, None, 5),
+        (100, 10, 0.5, None, 5),
+        (100, 10, 0.01, None, 1),
+        (100, 10, 1.1, None, 11),  # in floats 1.1 x 10 rounds up to 12
+        (100, 10, 2.31, None, 24),
+        (7, 64, 3.0, None, 3),
+        (100, 10, 10.0, 3, 3),
+        (100, 10, 0.1, 25, 25),
+        (1, 1, 0.0001, None, 1),
+    ],
+)
+def test_num_steps(
+    num_examples: int, batch_size: int, local_epochs: float, max_steps: int | None, expected: int
+) -> None:
+    assert num_steps(num_examples, batch_size, local_epochs, max_steps) == expected
+
+
+def test_an_epoch_holds_every_example_once_and_its_last_step_the_rest() -> None:
+    steps = step_indices(10, 4, 7, seed=(0, 1, 2, 0))
+    assert [len(step) for step in steps] == [4, 4, 2, 4, 4, 2, 4]
+    assert sorted(chain.from_iterable(steps[:3])) == list(range(10))
+    assert sorted(chain.from_iterable(steps[3:6])) == list(range(10))
+    assert steps[:3] != steps[3:6]
+
+
+def test_step_indices_is_a_function_of_every_seed_word() -> None:
+    seeds = [(0, 1, 2, 0), (1, 1, 2, 0), (0, 2, 2, 0), (0, 1, 3, 0), (0, 1, 2, 1), (0, 1, 2), (0,), (0, 0)]
+    orders = [step_indices(50, 50, 1, seed)[0] for seed in seeds]
+    assert len({tuple(order) for order in orders}) == len(seeds)
+    assert step_indices(50, 50, 1, seeds[0])[0] == orders[0]
+
+
+def test_a_longer_phase_begins_with_the_same_steps() -> None:
+    assert step_indices(30, 8, 20, (5, 1))[:6] == step_indices(30, 8, 6, (5, 1))
+
+
+@settings(deadline=None, max_examples=300)
+@example(lengths=[7], world_size=8, token_budget=1)
+@example(lengths=[9] * 64, world_size=3, token_budget=10**6)
+@given(
+    lengths=st.lists(st.integers(1, 300), min_size=1, max_size=70),
+    world_size=st.integers(1, 9),
+    token_budget=st.integers(1, 5000),
+)
+def test_plan_step_holds_its_promises(lengths: list[int], world_size: int, token_budget: int) -> None:
+    plan = plan_step(lengths, world_size, token_budget)
+    assert len(plan) == world_size
+    assert len({len(part) for part in plan}) == 1 and len(plan[0]) >= 1
+    micro_batches = list(chain.from_iterable(plan))
+    assert sorted(chain.from_iterable(micro_batches)) == list(range(len(lengths)))
+    for rows in micro_batches:
+        assert len(rows) <= 1 or len(rows) * max(lengths[row] for row in rows) <= token_budget
+    # A rank idles only where there are too few rows to go round.
+    if any(not rows for rows in micro_batches):
+        assert all(len(rows) <= 1 for rows in micro_batches)
+    assert plan == plan_step(lengths, world_size, token_budget)
+
+
+def padded_cost(lengths: Sequence[int], micro_batches: Sequence[Sequence[int]]) -> int:
+    filled = [rows for rows in micro_batches if rows]
+    return sum(len(rows) * max(lengths[row] for row in rows) + MICRO_BATCH_OVERHEAD_TOKENS for rows in filled)
+
+
+def least_cost(lengths: Sequence[int], token_budget: int) -> int:
+    """Exhaustive: every way to put the rows into micro-batches, not only the contiguous ones."""
+
+    def extend(row: int, parts: list[list[int]]) -> int:
+        if row == len(lengths):
+            legal = all(len(p) == 1 or len(p) * max(lengths[r] for r in p) <= token_budget for p in parts)
+            return padded_cost(lengths, parts) if legal else 10**9
+        best = extend(row + 1, [*parts, [row]])
+        for number in range(len(parts)):
+            best = min(best, extend(row + 1, [*parts[:number], [*parts[number], row], *parts[number + 1 :]]))
+        return best
+
+    return extend(0, [])
+
+
+@settings(deadline=None, max_examples=60)
+@given(lengths=st.lists(st.integers(1, 120), min_size=1, max_size=6), token_budget=st.integers(1, 400))
+def test_one_rank_gets_the_cheapest_division_of_all(lengths: list[int], token_budget: int) -> None:
+    assert padded_cost(lengths, plan_step(lengths, 1, token_budget)[0]) == least_cost(lengths, token_budget)
+
+
+def test_two_ranks_share_a_step_that_one_micro_batch_could_hold() -> None:
+    plan = plan_step([20] * 64, 2, 4096)
+    assert [[len(rows) for rows in part] for part in plan] == [[32], [32]]
+
+
+def test_few_examples_leave_ranks_with_dummies() -> None:
+    assert sorted(plan_step([5, 6], 4, 100)) == [[[]], [[]], [[0]], [[1]]]
+
+
+def test_loads_of_ranks_are_close() -> None:
+    lengths = np.random.default_rng(0).integers(20, 200, size=64).tolist()
+    loads = [padded_cost(lengths, part) for part in plan_step(lengths, 4, 1024)]
+    assert max(loads) <= 1.1 * sum(loads) / 4
+
+
+def test_planning_is_fast() -> None:
+    lengths = np.random.default_rng(0).integers(20, 200, size=64).tolist()
+    times = []
+    for _ in range(20):
+        start = time.perf_counter()
+        plan_step(lengths, 2, 1024)
+        times.append(time.perf_counter() - start)
+    assert min(times) < 0.005
+
+
+def test_build_step_pads_right_and_labels_only_the_answer() -> None:
+    examples = make_examples([3, 5], [2, 2])
+    step = build_step(examples, [1, 0], rank=0, world_size=1, token_budget=100, pad_id=7)
+    (micro_batch,) = step.micro_batches
+    assert micro_batch.input_ids.tolist() == [[10, 11, 12, 7, 7], [13, 14, 15, 16, 17]]
+    assert micro_batch.attention_mask.tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
+    assert micro_batch.labels.tolist() == [[-100, -100, 12, -100, -100], [-100, -100, 15, 16, 17]]
+    assert {t.dtype for t in (micro_batch.input_ids, micro_batch.attention_mask, micro_batch.labels)} == {torch.int64}
+    assert (step.num_label_tokens, step.num_examples, step.real_tokens, step.computed_tokens) == (4, 2, 8, 10)
+
+
+def test_the_first_token_of_an_example_is_never_a_label_token() -> None:
+    step = build_step(make_examples([4], [0]), [0], rank=0, world_size=1, token_budget=100, pad_id=0)
+    assert step.num_label_tokens == 3
+
+
+def test_dummy_has_no_label_and_attends_to_something() -> None:
+    dummy = dummy_micro_batch(9)
+    assert dummy.input_ids.tolist() == [[9, 9]]
+    assert dummy.attention_mask.tolist() == [[1, 1]]
+    assert dummy.labels.tolist() == [[IGNORE_INDEX, IGNORE_INDEX]]
+
+
+def labelled_rows(
+    examples: TokenizedExamples, indices: list[int], world_size: int, budget: int
+) -> Counter[tuple[int, ...]]:
+    """What all ranks together train on: (token, label) sequences without padding, and the step's totals."""
+    rows: Counter[tuple[int, ...]] = Counter()
+    totals = set()
+    for rank in range(world_size):
+        step = build_step(examples, indices, rank, world_size, budget, pad_id=0)
+        totals.add((step.num_label_tokens, step.num_examples, step.real_tokens))
+        for batch in step.micro_batches:
+            for ids, mask, labels in zip(batch.input_ids, batch.attention_mask, batch.labels, strict=True):
+                if (labels != IGNORE_INDEX).any():
+                    rows[(*ids[mask == 1].tolist(), *labels[mask == 1].tolist())] += 1
+    assert len(totals) == 1
+    num_label_tokens, num_examples, real_tokens = totals.pop()
+    rows[("totals", num_label_tokens, num_examples, real_tokens)] = 1  # type: ignore[index]
+    return rows
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    lengths=st.lists(st.integers(2, 40), min_size=1, max_size=20),
+    world_size=st.integers(1, 5),
+    budget=st.integers(1, 400),
+)
+def test_ranks_and_budget_do_not_change_what_is_trained(lengths: list[int], world_size: int, budget: int) -> None:
+    examples = make_examples(lengths, [length // 2 for length in lengths])
+    indices = list(range(len(lengths)))
+    assert labelled_rows(examples, indices, world_size, budget) == labelled_rows(examples, indices, 1, 10**6)
+
+
+@settings(deadline=None, max_examples=60)
+@given(lengths=st.lists(st.integers(2, 40), min_size=1, max_size=20), world_size=st.integers(1, 5))
+def test_totals_count_what_the_tensors_hold(lengths: list[int], world_size: int) -> None:
+    examples = make_examples(lengths, [1] * len(lengths))
+    steps = [build_step(examples, range(len(lengths)), rank, world_size, 100, 0) for rank in range(world_size)]
+    batches = [batch for step in steps for batch in step.micro_batches]
+    assert steps[0].computed_tokens == sum(batch.input_ids.numel() for batch in batches)
+    assert steps[0].num_label_tokens == sum(int((batch.labels[:, 1:] != IGNORE_INDEX).sum()) for batch in batches)
+
+
+@pytest.mark.skipif(not AUTHORS_DATA.is_dir(), reason=f"the authors' data is not at {AUTHORS_DATA}")
+def test_padding_is_below_fifteen_percent_on_the_authors_data() -> None:
+    config = DataConfig(path=str(AUTHORS_DATA))
+    clients = [read_client(config, 0, k) for k in range(len(list_clients(config, 0)))]
+    tokenizer = make_tokenizer((e.instruction for c in clients for e in c.train), vocab_size=1000)
+    tokenized = [tokenize_examples(c.train, tokenizer, config.template, 512, c.name) for c in clients]
+    for world_size, batch_size, budget in [(w, b, t) for w in (1, 2) for b in (32, 64) for t in (1024, 4096)]:
+        real = computed = 0
+        for client_id, examples in enumerate(tokenized):
+            for indices in step_indices(len(examples), batch_size, 10, (0, 1, client_id, 0)):
+                step = build_step(examples, indices, 0, world_size, budget, pad_id=0)
+                real, computed = real + step.real_tokens, computed + step.computed_tokens
+        assert real / computed >= 0.85

@@ -1,0 +1,435 @@
+"""Recipes, overrides, help and the DeepSpeed JSON: what is read, what is refused and what the message says."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from dpa_ds.config import ClusterConfig, DataConfig, LoraConfig, MethodConfig, ModelConfig, RunConfig, TrainConfig
+from dpa_ds.config_checks import flatten
+from dpa_ds.config_loader import (
+    check_deepspeed_owner,
+    diff_configs,
+    fingerprint_sections,
+    load_config,
+    load_deepspeed_json,
+    to_yaml,
+    validate,
+)
+from dpa_ds.errors import ConfigError
+
+BASE = "model: {path: m}\ndata: {path: d}\n"
+TABLE = "data: {path: d, format: table, partition: %s}\nmodel: {path: m}\n"
+VALID = RunConfig(model=ModelConfig(path="m"), data=DataConfig(path="d"))
+
+
+def load(tmp_path: Path, text: str, *overrides: str) -> RunConfig:
+    """A recipe file with `text`, read with `overrides`."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(text, encoding="utf-8")
+    return load_config(["--config", str(recipe), *overrides])
+
+
+def refuse(tmp_path: Path, text: str, *overrides: str) -> str:
+    """Message of the ConfigError: one or two lines, nothing of jsonargparse."""
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, text, *overrides)
+    message = str(caught.value)
+    assert message.count("\n") <= 1
+    assert not re.search(r"Traceback|<class|Parser key|usage:", message)
+    return message
+
+
+# Overrides on a valid recipe, and what the message must contain.
+BAD_OVERRIDES = [
+    (
+        ["--train.learning_rat=1"],
+        "--train.learning_rat is not a field of the recipe: did you mean train.learning_rate?",
+    ),
+    (["--learning_rat=1"], "did you mean train.learning_rate?"),
+    (["--train.learning-rate=1"], "did you mean train.learning_rate?"),
+    (["--deepspeed_config=x"], "did you mean engine.deepspeed_config?"),
+    (["--federation.rounds=1"], "did you mean federation.num_rounds?"),
+    (["--train.lr=1"], "train has batch_size, micro_batch_tokens"),
+    (["--zzz=1"], "see --help for all fields"),
+    (["--train=1"], "--train is a section: give its fields, such as --train.batch_size"),
+    (["--data.partition={}"], "such as --data.partition.kind"),
+    (["train.batch_size=1"], 'unexpected argument "train.batch_size=1"'),
+    (["--"], 'unexpected argument "--"'),
+    (["-x"], 'unexpected argument "-x"'),
+    (["--train.batch_size"], "--train.batch_size needs a value"),
+    (["--train.batch_size", "--seed=1"], "--train.batch_size needs a value"),
+    (["--config"], "--config needs a value"),
+    (["--print_config=nonsense"], 'Invalid option "nonsense"'),
+    (["--train.batch_size=true"], "command line: train.batch_size must be a whole number, got true"),
+    (["--seed=1:30"], 'seed must be a whole number, got "1:30"'),
+    (["--train.batch_size=1.5"], "must be a whole number, got 1.5"),
+    (["--train.batch_size=null"], "must be a whole number, got null"),
+    (["--train.batch_size="], "train.batch_size must be a whole number"),
+    (["--train.learning_rate=fast"], 'train.learning_rate must be a number, got "fast"'),
+    (["--train.learning_rate=true"], "train.learning_rate must be a number, got true"),
+    (["--train.learning_rate=.nan"], "train.learning_rate must be finite, got NaN"),
+    (["--train.learning_rate=nan"], "train.learning_rate must be a number, got"),
+    (["--train.learning_rate=1e400"], "train.learning_rate must be finite, got Infinity"),
+    (["--train.learning_rate=1" + "0" * 400], 'train.learning_rate must be a number, got "1000'),
+    (["--train.learning_rate=1" + "0" * 5000], 'train.learning_rate must be a number, got "1000'),
+    (["--train.max_steps=many"], "train.max_steps must be a whole number or null, got"),
+    (["--train.adam_betas=[0.9]"], "train.adam_betas must be a list of 2 numbers, got [0.9]"),
+    (["--train.adam_betas=[0.9, true]"], "train.adam_betas must be a list of 2 numbers"),
+    (["--train.adam_betas=[0.9, .inf]"], "train.adam_betas must be finite"),
+    (["--train.keep_optimizer_state=1"], "train.keep_optimizer_state must be true or false, got 1"),
+    (["--model.precision=fp8"], 'model.precision must be one of fp32, bf16, fp16, got "fp8"'),
+    (["--lora.target_modules=q_proj"], 'lora.target_modules must be a list of names such as [q_proj], got "q_proj"'),
+    (["--model.gradient_checkpointing=yes"], "model.gradient_checkpointing must be true or false"),
+    (["--lora.target_modules+=k_proj"], "did you mean lora.target_modules?"),
+    (["--lora.target_modules=[1]"], "lora.target_modules must be a list of names"),
+    (["--cluster.ranks_per_group=true"], "must be a whole number or a list of whole numbers or auto, got true"),
+    (["--cluster.ranks_per_group=[true]"], "cluster.ranks_per_group must be a whole number or a list"),
+    (["--federation.num_rounds=0"], "federation.num_rounds must be >= 1, got 0"),
+    (["--federation.client_fraction=0"], "federation.client_fraction must be in (0, 1], got 0.0"),
+    (["--federation.client_fraction=1.01"], "federation.client_fraction must be in (0, 1], got 1.01"),
+    (["--federation.timeout_seconds=0"], "federation.timeout_seconds must be > 0"),
+    (["--cluster.timeout_seconds=-1"], "cluster.timeout_seconds must be > 0, got -1.0"),
+    (["--cluster.ranks_per_group=0"], "cluster.ranks_per_group must be auto, a number >= 1 or a list of them"),
+    (["--cluster.ranks_per_group=[]"], "cluster.ranks_per_group must be auto, a number >= 1 or a list of them"),
+    (["--cluster.ranks_per_group=[2, 0]"], "such as [2, 2, 1], got [2, 0]"),
+    (["--train.batch_size=0"], "train.batch_size must be >= 1, got 0"),
+    (["--train.micro_batch_tokens=0"], "train.micro_batch_tokens must be >= 1"),
+    (["--train.local_epochs=0"], "train.local_epochs must be > 0"),
+    (["--train.max_steps=0"], "train.max_steps must be >= 1, or null to train for train.local_epochs, got 0"),
+    (["--train.learning_rate=0"], "train.learning_rate must be > 0"),
+    (["--train.weight_decay", "-1e-3"], "train.weight_decay must be >= 0, got -0.001"),
+    (["--train.adam_betas=[0.9, 1]"], "train.adam_betas must both be in [0, 1), got [0.9, 1.0]"),
+    (["--train.adam_epsilon=0"], "train.adam_epsilon must be > 0"),
+    (["--train.max_grad_norm=-1"], "train.max_grad_norm must be >= 0 (0 turns clipping off)"),
+    (["--lora.rank=0"], "lora.rank must be >= 1"),
+    (["--lora.alpha=0"], "lora.alpha must be > 0"),
+    (["--lora.dropout=1"], "lora.dropout must be in [0, 1)"),
+    (["--lora.local_rank=0"], "lora.local_rank must be >= 1, or null for lora.rank"),
+    (["--lora.target_modules=[]"], "lora.target_modules must name at least one linear layer"),
+    (["--lora.target_modules=['']"], "lora.target_modules must name at least one linear layer"),
+    (["--method.alpha=1.1"], "method.alpha must be in [0, 1]"),
+    (["--data.held_out_fraction=1"], "data.held_out_fraction must be in [0, 1)"),
+    (["--data.max_length=1"], "data.max_length must be >= 2"),
+    (["--data.template=x"], 'data.template must contain {instruction} exactly once, got "x"'),
+    (["--data.template={instruction}{instruction}"], "data.template must contain {instruction} exactly once"),
+    (["--data.num_clients=0"], "data.num_clients must be >= 1"),
+    (["--data.path="], "data.path must not be empty"),
+    (["--model.path="], "model.path must not be empty (give a model directory"),
+    (["--engine.deepspeed_config="], "engine.deepspeed_config must not be empty"),
+    (["--seed=-1"], "seed must be >= 0"),
+    (["--evaluation.max_examples=0"], "evaluation.max_examples must be >= 1"),
+    (["--evaluation.every_rounds=-1"], "evaluation.every_rounds must be >= 0"),
+    (["--name="], "name must be a plain folder name"),
+    (["--name=.."], 'got ".."'),
+    (["--name=."], 'got "."'),
+    (["--name=a/b"], 'without / or \\, got "a/b"'),
+    (["--name=a\\b"], "name must be a plain folder name"),
+    (["--name=a\nb"], "name must be a plain folder name"),
+    (["--method.name=fedit", "--method.phase_order=local_first"], "method.phase_order: local_first has no effect with"),
+    (["--method.name=feddpa_f", "--method.local_partner=aggregated"], "aggregated has no effect with method feddpa_f"),
+    (["--method.phase_order=local_first", "--method.local_partner=aggregated"], "contradicts method.phase_order"),
+]
+
+# Whole recipes, and what the message must contain.
+BAD_RECIPES = [
+    (BASE + "train:\n  learning_rat: 3e-4\n", "recipe.yaml, line 4: train.learning_rat is not a field"),
+    (BASE + "trian: {batch_size: 3}\n", "line 3: trian is not a field of the recipe: did you mean train?"),
+    (BASE + "train: 3\n", "line 3: train is a section: write its fields below it, indented"),
+    (BASE + "train:\n- batch_size: 3\n", "train is a section"),
+    (BASE + "train:\n  batch_size: true\n", "recipe.yaml, line 4: train.batch_size must be a whole number, got true"),
+    (BASE + "train:\n  batch_size: {a: 1}\n", 'train.batch_size must be a whole number, got {"a": 1}'),
+    (BASE + "seed: 1:30\n", 'seed must be a whole number, got "1:30"'),
+    (BASE + "seed: 010\n", 'seed must be a whole number, got "010"'),
+    (BASE + "seed: '8'\n", 'seed must be a whole number, got "8"'),
+    (BASE + "tracking: {tensorboard: yes}\n", 'tracking.tensorboard must be true or false, got "yes"'),
+    (BASE + "cluster: {ranks_per_group: '8'}\n", 'or auto, got "8"'),
+    (BASE + "train: {batch_size: null}\n", "train.batch_size must be a whole number, got null"),
+    (BASE + "data.partition.kind:\n", "data.partition.kind must be one of column, iid, dirichlet, got null"),
+    (BASE + "name: 12\n", "name must be text, got 12 (put it in quotes)"),
+    (BASE + "name: null\n", "name must be text, got null"),
+    (BASE + "name: {class_path: os.system}\n", "name must be text"),
+    (BASE + "name: !!python/object/apply:os.system [ls]\n", "line 3: not a YAML recipe: could not determine"),
+    (BASE + "model: {path: n}\n", "recipe.yaml, line 3: model is given twice (first in line 1): keep one"),
+    (BASE + "train: {batch_size: 1, batch_size: 2}\n", "train.batch_size is given twice"),
+    (BASE + "train: {batch_size: 1}\ntrain.batch_size: 2\n", "train.batch_size is given twice"),
+    (BASE + "lora: &x {rank: 2}\n", "line 3: not a YAML recipe: a recipe has no anchors or aliases"),
+    (BASE + "lora: *x\n", "a recipe has no anchors or aliases"),
+    ("a: &a [1,1]\nb: &b [*a,*a]\nc: [*b,*b]\n", "a recipe has no anchors or aliases"),
+    (BASE + "? [1, 2]\n: 3\n", "is not a field of the recipe"),
+    (BASE + "1: 2\n", "1 is not a field of the recipe"),
+    (BASE + "<<: {seed: 1}\n", "<< is not a field of the recipe"),
+    (BASE + "--- {}\n", "not a YAML recipe: expected a single document"),
+    ("model:\n\tpath: m\n", "line 2: not a YAML recipe: while scanning for the next token"),
+    ("model: [\n", "not a YAML recipe: while parsing a flow node"),
+    ("[" * 3000, "not a YAML recipe: nested too deeply"),
+    ("a\0b", "not a YAML recipe"),
+    ("[1]", "a recipe is a mapping of sections such as train:, got [1]"),
+    ("text", 'a recipe is a mapping of sections such as train:, got "text"'),
+    ("", "got nothing"),
+    ("# only a comment\n", "got nothing"),
+    ("#" * (1 << 20) + "\n", "is larger than 1 MiB"),
+    ("model: {path: m}\n", "data.path must not be empty"),
+    ("data: {path: m}\n", "model.path must not be empty"),
+    (BASE + "train: {learning_rate: .inf}\n", "train.learning_rate must be finite"),
+    (BASE + "train: {learning_rate: 1" + "0" * 400 + "}\n", "train.learning_rate must be a number"),
+    (BASE + "seed: 1" + "0" * 5000 + "\n", "seed must be a whole number"),
+    (TABLE % "{}", "data.partition.column is missing: data.partition.kind column needs the name of a column"),
+    (TABLE % "{kind: iid}", "data.partition.num_clients must be >= 1 with data.partition.kind iid, got null"),
+    (TABLE % "{kind: iid, num_clients: 0}", "data.partition.num_clients must be >= 1"),
+    (TABLE % "{kind: dirichlet, num_clients: 2}", "data.partition.column is missing"),
+    (TABLE % "{kind: dirichlet, column: c}", "data.partition.num_clients must be >= 1"),
+    (TABLE % "{kind: dirichlet, column: c, num_clients: 2, concentration: 0}", "concentration must be > 0, got 0.0"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "fragment"), BAD_OVERRIDES, ids=lambda case: str(case)[:60])
+def test_bad_override(overrides: list[str], fragment: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert fragment in refuse(tmp_path, BASE, *overrides)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(("text", "fragment"), BAD_RECIPES, ids=lambda case: str(case)[:60])
+def test_bad_recipe(text: str, fragment: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    message = refuse(tmp_path, text)
+    assert fragment in message
+    assert len(message) < 500
+    assert capfd.readouterr() == ("", "")
+
+
+def test_no_recipe_says_how_to_give_one() -> None:
+    with pytest.raises(ConfigError, match=re.escape("give one with --config RECIPE.yaml (recipes lie in launch/rec")):
+        load_config(["--local_rank=0"])
+
+
+@pytest.mark.parametrize(
+    ("name", "fragment"),
+    [
+        ("missing.yaml", "no such file"),
+        (".", "is a directory"),
+        ("binary", "not text in UTF-8"),
+        ("a\0b", "cannot read"),
+    ],
+)
+def test_recipe_that_cannot_be_read(name: str, fragment: str, tmp_path: Path) -> None:
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match=f"--config: .*{fragment}.*launch/recipes/"):
+        load_config(["--config", str(tmp_path / name)])
+
+
+@pytest.mark.parametrize("spelling", ["3e-4", "3E-4", "3.0e-4", "0.0003", ".0003"])
+def test_numbers_that_yaml_1_1_reads_as_text(spelling: str, tmp_path: Path) -> None:
+    assert load(tmp_path, f"{BASE}train: {{learning_rate: {spelling}}}\n").train.learning_rate == 3e-4
+    assert load(tmp_path, BASE, "--train.learning_rate", spelling).train.learning_rate == 3e-4
+
+
+def test_types_that_are_accepted(tmp_path: Path) -> None:
+    config = load(
+        tmp_path,
+        BASE
+        + """
+name: 2026-01-01
+train: {learning_rate: 1, max_steps: null, adam_betas: [0, 0.5]}
+cluster: {ranks_per_group: [2, 2, 1]}
+tracking:
+evaluation.every_rounds: 3
+""",
+        "--lora.local_rank=null",
+        "--data.task_column=null",
+        "--model.gradient_checkpointing=true",
+        "--lora.target_modules=[q_proj, 'k_proj']",
+    )
+    assert config.name == "2026-01-01"
+    assert type(config.train.learning_rate) is float
+    assert config.train.adam_betas == (0.0, 0.5)
+    assert config.cluster.ranks_per_group == [2, 2, 1]
+    assert config.evaluation.every_rounds == 3
+    assert (config.train.max_steps, config.lora.local_rank, config.data.task_column) == (None, None, None)
+    assert config.model.gradient_checkpointing is True
+    assert config.lora.target_modules == ["q_proj", "k_proj"]
+
+
+def test_partitions_that_are_accepted(tmp_path: Path) -> None:
+    for partition in ("{column: c}", "{kind: iid, num_clients: 1}", "{kind: dirichlet, column: c, num_clients: 2}"):
+        load(tmp_path, TABLE % partition)
+
+
+def test_overrides_win_over_recipes_and_later_recipes_over_earlier(tmp_path: Path) -> None:
+    second = tmp_path / "second.yaml"
+    second.write_text("train: {batch_size: 2, max_steps: 2}\n")
+    text = BASE + "train: {batch_size: 1, max_steps: 1, learning_rate: 0.5}\nlora: {rank: 4}\n"
+    config = load(tmp_path, text, "--train.max_steps=3", "--config", str(second), "--seed", "1", "--seed=2")
+    assert (config.train.batch_size, config.train.max_steps, config.train.learning_rate) == (2, 3, 0.5)
+    assert (config.lora.rank, config.lora.alpha, config.seed) == (4, 16.0, 2)
+    assert type(config.train) is TrainConfig
+
+
+@pytest.mark.parametrize(
+    "spelling", [["--local_rank=0"], ["--local_rank", "0"], ["--local-rank=0"], ["--local-rank", "0"]]
+)
+def test_local_rank_of_the_launcher_is_swallowed(spelling: list[str], tmp_path: Path) -> None:
+    assert load(tmp_path, BASE, *spelling) == load(tmp_path, BASE)
+
+
+def test_help_teaches_every_field(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "10000")
+    for flag in ("--help", "-h"):
+        with pytest.raises(SystemExit) as caught:
+            load_config([flag])
+        assert caught.value.code == 0
+    text = capsys.readouterr().out
+    source = (Path(__file__).parents[2] / "dpa_ds" / "config.py").read_text()
+    docstrings = re.findall(r'^    (\w+): (?!\w*Config = field).*\n    """(.*)"""$', source, flags=re.MULTILINE)
+    assert len(docstrings) == len(flatten(RunConfig()))
+    for (name, docstring), key in zip(sorted(docstrings), sorted(flatten(RunConfig()), key=leaf), strict=True):
+        assert name == leaf(key)
+        assert re.search(rf"--{re.escape(key)}[ ,]", text)
+        assert docstring in text
+    for command in ("deepspeed launch/run.py --config", "--hostfile hostfile", "torchrun", "srun", "--print_config >"):
+        assert command in text
+    assert "default: 0.0003" in text
+    assert "--train CONFIG" not in text
+    assert "modules+" not in text
+
+
+def leaf(key: str) -> str:
+    return key.rpartition(".")[2]
+
+
+def test_print_config_is_the_complete_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        load(tmp_path, BASE, "--train.batch_size=3", "--print_config")
+    assert caught.value.code == 0
+    printed = capsys.readouterr().out
+    assert printed == to_yaml(load(tmp_path, BASE, "--train.batch_size=3"))
+    with pytest.raises(SystemExit):
+        load_config(["--print_config"])
+    assert capsys.readouterr().out == to_yaml(RunConfig())
+
+
+NASTY_TEXTS = [
+    "1e-3", "3e4", "010", "1:30", "yes", "null", "~", "2026-01-01", "1_0", ".5", ".nan", "[a]", "{a}", "&a", "*a", "!a",
+    "# a", "a # b", "a: b", " a ", "'", '"', "%a", "@a", "- a", "é 漢 🦊", "=", "<<", "x" * 300 + " y" * 200,
+]  # fmt: skip
+NASTY_TEMPLATES = [
+    "{instruction}\n",
+    "\n{instruction}",
+    " a\n{instruction} \n\n",
+    "\ta\r\n{instruction}\x85\u2028",
+    "{instruction}\n#",
+]
+
+
+@pytest.mark.parametrize("text", NASTY_TEXTS)
+def test_text_survives_yaml(text: str, tmp_path: Path) -> None:
+    config = replace(VALID, output_dir=text, lora=LoraConfig(target_modules=[text, text]))
+    assert load(tmp_path, to_yaml(config)) == config
+
+
+@pytest.mark.parametrize("template", NASTY_TEMPLATES)
+def test_template_survives_yaml(template: str, tmp_path: Path) -> None:
+    config = replace(VALID, data=DataConfig(path="d", template=template))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_bytes(to_yaml(config).encode())
+    assert load_config(["--config", str(recipe)]) == config
+
+
+def test_config_survives_yaml(tmp_path: Path) -> None:
+    config = replace(
+        VALID,
+        seed=7,
+        cluster=ClusterConfig(ranks_per_group=[2, 1], timeout_seconds=1e20),
+        train=TrainConfig(learning_rate=1e-5, adam_betas=(0.0, 0.95), max_steps=3, keep_optimizer_state=True),
+    )
+    assert load(tmp_path, to_yaml(config)) == config
+    assert type(load(tmp_path, to_yaml(config)).train.adam_betas) is tuple
+
+
+def test_validate_takes_configs_built_in_code() -> None:
+    validate(VALID)
+    with pytest.raises(ConfigError, match=r"lora\.rank must be >= 1, got 0"):
+        validate(replace(VALID, lora=LoraConfig(rank=0)))
+
+
+def test_fingerprint_holds_what_determines_the_result() -> None:
+    fingerprint = fingerprint_sections(VALID)
+    assert fingerprint == json.loads(json.dumps(fingerprint))
+    left_out = set(flatten(VALID)) - set(fingerprint)
+    assert left_out == {
+        *("name", "output_dir", "data.cache_dir", "train.micro_batch_tokens"),
+        *("federation.num_rounds", "federation.timeout_seconds"),
+        *(key for key in flatten(VALID) if key.startswith(("cluster.", "engine.", "evaluation.", "tracking."))),
+    }
+    assert {"seed", "federation.stratify_by_group", "data.partition.kind", "method.name"} <= set(fingerprint)
+
+
+def test_diff_names_key_old_and_new() -> None:
+    new = replace(VALID, train=TrainConfig(learning_rate=1e-3, max_steps=5), method=MethodConfig(name="fedit"))
+    assert diff_configs(fingerprint_sections(VALID), fingerprint_sections(new)) == [
+        'method.name: "feddpa_t" -> "fedit"',
+        "train.max_steps: null -> 5",
+        "train.learning_rate: 0.0003 -> 0.001",
+    ]
+    assert diff_configs(fingerprint_sections(new), fingerprint_sections(new)) == []
+    assert diff_configs({"a": 1}, {"b": None}) == ["a: 1 -> absent", "b: absent -> null"]
+
+
+@pytest.mark.parametrize(
+    ("content", "fragment"),
+    [
+        ('{\n"zero_optimization": {,}\n}', "ds.json, line 2: not JSON"),
+        ("", "ds.json, line 1: not JSON"),
+        ("[1]", r"a DeepSpeed JSON is an object of keys, got \[1\]"),
+        ('{"a": 1, "a": 2}', "ds.json: key a is given twice"),
+        ("[" * 100_000, "nested too deeply"),
+        (
+            '{"bf16": {"enabled": true}}',
+            r"ds.json sets what the recipe owns: bf16.enabled \(owned by model.precision\)",
+        ),
+    ],
+)
+def test_bad_deepspeed_json(content: str, fragment: str, tmp_path: Path) -> None:
+    (tmp_path / "ds.json").write_text(content)
+    with pytest.raises(ConfigError, match=fragment):
+        load_deepspeed_json(str(tmp_path / "ds.json"))
+
+
+def test_deepspeed_json_is_sought_in_two_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    repository = Path(__file__).parents[2]
+    with pytest.raises(ConfigError) as caught:
+        load_deepspeed_json("ds_configs/none.json")
+    assert str(tmp_path / "ds_configs/none.json") in str(caught.value)
+    assert str(repository / "ds_configs/none.json") in str(caught.value)
+    with pytest.raises(ConfigError, match="is a directory"):
+        load_deepspeed_json("ds_configs")  # found in the repository
+    (tmp_path / "mine.json").write_text('{"zero_optimization": {"stage": 2}}')
+    assert load_deepspeed_json("mine.json") == {"zero_optimization": {"stage": 2}}
+
+
+def test_keys_of_the_recipe_are_one_error() -> None:
+    clashing = {
+        "train_batch_size": 8,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 8,
+        "gradient_clipping": 1.0,
+        "optimizer": {"type": "AdamW"},
+        "scheduler": {},
+        "fp16": {"enabled": False},
+        "bf16": {"enabled": True},
+        "tensorboard": {},
+        "managed_gradient_accumulation": True,
+    }
+    with pytest.raises(ConfigError) as caught:
+        check_deepspeed_owner(clashing, "ds.json")
+    for key in clashing:
+        assert key in str(caught.value)
+    for owner in ("train.batch_size", "train.micro_batch_tokens", "train.max_grad_norm", "model.precision"):
+        assert owner in str(caught.value)
+    assert str(caught.value).endswith("Remove them from ds.json.")
+    check_deepspeed_owner(
+        {"fp16": {"loss_scale": 0, "initial_scale_power": 8}, "steps_per_print": 9, "zero_optimization": {"stage": 1}},
+        "ds.json",
+    )

@@ -1,0 +1,206 @@
+"""GGUF conversion, on a tiny LLaMA written by the test with llama.cpp's own layout."""
+
+import json
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+import dpa_ds.model.gguf as gguf_module
+from dpa_ds.errors import ModelError
+from dpa_ds.model.gguf import convert_gguf
+
+CONTROL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+BYTE_TOKENS = sorted(ByteLevel.alphabet())
+MERGES = ["a b", "1 2", "Ġ ab"]
+TOKENS = [*CONTROL_TOKENS, *BYTE_TOKENS, "ab", "12", "Ġab"]
+NUM_HEADS, NUM_KV_HEADS = 4, 2
+ROPE_THETA = 5000.0
+
+HF_TO_GGUF = {
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def tiny_llama(tied: bool) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(TOKENS),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=NUM_HEADS,
+        num_key_value_heads=NUM_KV_HEADS,
+        max_position_embeddings=64,
+        rms_norm_eps=3e-6,
+        rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA},
+        tie_word_embeddings=tied,
+        initializer_range=0.2,
+    )
+    return LlamaForCausalLM(config)
+
+
+def permute(weight: NDArray[np.float32], num_heads: int) -> NDArray[np.float32]:
+    """llama.cpp's convert_hf_to_gguf: (half, pair) rows of every head become (pair, half)."""
+    head_dim = weight.shape[0] // num_heads
+    return weight.reshape(num_heads, 2, head_dim // 2, -1).swapaxes(1, 2).reshape(weight.shape)
+
+
+def gguf_name(name: str) -> str:
+    top_level = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+    module = name.removesuffix(".weight")
+    if module in top_level:
+        return f"{top_level[module]}.weight"
+    _, _, layer, part = module.split(".", 3)
+    return f"blk.{layer}.{HF_TO_GGUF[part]}.weight"
+
+
+def write_gguf(
+    path: Path, model: LlamaForCausalLM, arch: str = "llama", pre: str = "smollm", pad: int | None = 0
+) -> None:
+    """Write `model`; its v_proj weights as Q8_0 (and put the rounded values into `model`), all else as F32."""
+    config = model.config
+    writer = gguf.GGUFWriter(path, arch)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(NUM_KV_HEADS)
+    writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
+    writer.add_rope_freq_base(ROPE_THETA)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(len(TOKENS))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(TOKENS)
+    kinds = [gguf.TokenType.CONTROL if token in CONTROL_TOKENS else gguf.TokenType.NORMAL for token in TOKENS]
+    writer.add_token_types(kinds)
+    writer.add_token_merges(MERGES)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+    if pad is not None:
+        writer.add_pad_token_id(pad)
+    writer.add_chat_template("{% for message in messages %}{{ message['content'] }}<|im_end|>{% endfor %}")
+    q8_0 = gguf.GGMLQuantizationType.Q8_0
+    for name, parameter in model.named_parameters():
+        weight = parameter.detach().numpy().copy()
+        if "q_proj" in name or "k_proj" in name:
+            weight = permute(weight, NUM_HEADS if "q_proj" in name else NUM_KV_HEADS)
+        if "v_proj" in name:
+            quantised = gguf.quants.quantize(weight, q8_0)
+            parameter.data = torch.from_numpy(gguf.quants.dequantize(quantised, q8_0))
+            writer.add_tensor(gguf_name(name), quantised, raw_dtype=q8_0)
+        else:
+            writer.add_tensor(gguf_name(name), weight)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_converted_model_gives_the_same_logits(tmp_path: Path, tied: bool) -> None:
+    model = tiny_llama(tied)
+    write_gguf(tmp_path / "tiny.gguf", model)
+    out_dir = convert_gguf(tmp_path / "tiny.gguf", tmp_path / "out")
+    converted = AutoModelForCausalLM.from_pretrained(out_dir)
+    input_ids = torch.arange(3, 40).reshape(1, -1)
+    with torch.no_grad():
+        assert torch.equal(converted(input_ids).logits, model(input_ids).logits)
+    assert converted.config.rms_norm_eps == 3e-6
+    assert converted.config.tie_word_embeddings is tied
+    assert converted.dtype == torch.float32
+    assert (converted.config.bos_token_id, converted.config.eos_token_id, converted.config.pad_token_id) == (1, 2, 0)
+    assert converted.generation_config.eos_token_id == 2
+
+
+def test_several_shards_hold_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_llama(tied=True)
+    write_gguf(tmp_path / "tiny.gguf", model)
+    monkeypatch.setattr(gguf_module, "MAX_SHARD_BYTES", 20_000)
+    out_dir = convert_gguf(tmp_path / "tiny.gguf", tmp_path / "out", torch.bfloat16)
+    assert len(list(out_dir.glob("model-*.safetensors"))) > 1
+    converted = AutoModelForCausalLM.from_pretrained(out_dir)
+    expected = {name: weight.to(torch.bfloat16) for name, weight in model.state_dict().items()}
+    weights = converted.state_dict()
+    assert converted.dtype == torch.bfloat16
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(
+    ("pre", "tokens"),
+    [("smollm", ["ab", "Ġab", "1", "2", "<|im_end|>"]), ("gpt-2", ["ab", "Ġab", "12", "<|im_end|>"])],
+)
+def test_tokenizer_round_trip(tmp_path: Path, pre: str, tokens: list[str]) -> None:
+    write_gguf(tmp_path / "tiny.gguf", tiny_llama(tied=True), pre=pre, pad=None)
+    tokenizer = AutoTokenizer.from_pretrained(convert_gguf(tmp_path / "tiny.gguf", tmp_path / "out"))
+    assert tokenizer("ab ab12<|im_end|>").tokens() == tokens
+    text = "ab, été\n\t 日本 2024 don't ."
+    assert tokenizer.decode(tokenizer(text).input_ids) == text
+    assert (tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.bos_token_id) == (2, 2, 1)
+    assert tokenizer.decode(tokenizer("ab<|im_end|>").input_ids, skip_special_tokens=True) == "ab"
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "ab"}], tokenize=False) == "ab<|im_end|>"
+
+
+def test_an_unknown_pre_tokenizer_goes_through_transformers(tmp_path: Path) -> None:
+    model = tiny_llama(tied=True)
+    write_gguf(tmp_path / "tiny.gguf", model, pre="llama-bpe")
+    out_dir = convert_gguf(tmp_path / "tiny.gguf", tmp_path / "out")
+    converted, tokenizer = AutoModelForCausalLM.from_pretrained(out_dir), AutoTokenizer.from_pretrained(out_dir)
+    input_ids = torch.arange(3, 40).reshape(1, -1)
+    with torch.no_grad():
+        torch.testing.assert_close(converted(input_ids).logits, model(input_ids).logits)
+    assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (2, 0)
+    assert converted.config.eos_token_id == 2
+
+
+def test_a_complete_directory_is_kept_and_a_foreign_one_refused(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "tiny.gguf", tiny_llama(tied=True))
+    out_dir = convert_gguf(tmp_path / "tiny.gguf", tmp_path / "models" / "out")
+    (out_dir / "config.json").write_text(json.dumps({"mine": True}))
+    assert convert_gguf(tmp_path / "tiny.gguf", out_dir) == out_dir
+    assert json.loads((out_dir / "config.json").read_text()) == {"mine": True}
+    assert [path.name for path in out_dir.parent.iterdir()] == ["out"]
+    with pytest.raises(ModelError, match="remove it"):
+        convert_gguf(tmp_path / "tiny.gguf", tmp_path)
+
+
+@pytest.mark.parametrize("kept_bytes", [4, 100, 5_000, -1_000])
+def test_a_truncated_file_is_named(tmp_path: Path, kept_bytes: int) -> None:
+    write_gguf(tmp_path / "tiny.gguf", tiny_llama(tied=True))
+    content = (tmp_path / "tiny.gguf").read_bytes()
+    (tmp_path / "cut.gguf").write_bytes(content[:kept_bytes])
+    with pytest.raises(ModelError, match=r"cut\.gguf: truncated or damaged .*: download it again"):
+        convert_gguf(tmp_path / "cut.gguf", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_files_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "page.gguf").write_text("<html>not found</html>")
+    with pytest.raises(ModelError, match=r"page\.gguf: not a GGUF file"):
+        convert_gguf(tmp_path / "page.gguf", tmp_path / "out")
+    with pytest.raises(ModelError, match=r"none\.gguf: no such file"):
+        convert_gguf(tmp_path / "none.gguf", tmp_path / "out")
+
+
+def test_an_unknown_architecture_is_named(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "tiny.gguf", tiny_llama(tied=True), arch="perceptron")
+    with pytest.raises(ModelError, match=r"architecture 'perceptron' .* use a llama file"):
+        convert_gguf(tmp_path / "tiny.gguf", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == [tmp_path / "tiny.gguf"]

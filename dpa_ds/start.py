@@ -46,8 +46,8 @@ def run_job(argv: Sequence[str], work: Callable[[RunConfig, Job], None]) -> None
         work(config, job)
         job.finish()
     except BaseException as error:
-        if job is None:  # no store, no agreement on who speaks
-            if launch.global_rank == 0 or not isinstance(error, DpaError):
+        if job is None:  # no store, no agreement on who speaks: one rank of each host
+            if launch.local_rank == 0:
                 sys.stderr.write(f"error: {error}\n")
             launch.exit(getattr(error, "exit_code", 1))
         job.fail(error)

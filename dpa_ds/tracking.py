@@ -49,10 +49,13 @@ class Tracker:
     # ---- records ----------------------------------------------------------------------------------------------
 
     def drop_records_after(self, server_round: int) -> None:
-        """Forget records of rounds that will be run again, so that each round is recorded once."""
+        """Forget records of rounds that will be run again, so that each round is recorded once.
+
+        Before the first complete round that is all of them: round 0, the state before training, is evaluated again.
+        """
         path = self._records_path
         if self._is_main and path is not None and path.is_file():
-            kept = [record for record in read_records(path) if record["round"] <= server_round]
+            kept = [record for record in read_records(path) if record["round"] <= server_round and server_round > 0]
             temporary = path.with_suffix(".tmp")
             temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
             temporary.replace(path)

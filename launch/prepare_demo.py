@@ -11,14 +11,15 @@ import sys
 import time
 from pathlib import Path
 
-from dpa_ds.data import demo
+from dpa_ds.data import archives, demo
+from dpa_ds.data.demo_tasks import SMOLLM2, SMOLLM2_GGUF_SHA256, SMOLLM2_MEMBER
 from dpa_ds.errors import DataError, DpaError
 
 DEFAULT_CACHE = Path(__file__).resolve().parent.parent / ".cache" / "demo"
 MODEL_NAME = "SmolLM2-135M-Instruct"
 NOTICE = (
     "SmolLM2-135M-Instruct by HuggingFaceTB, Apache-2.0 (GGUF field general.license; text in LICENSE).\n"
-    f"De-quantised from {demo.SMOLLM2_MEMBER} in {demo.SMOLLM2.package} {demo.SMOLLM2.version} (Apache-2.0).\n"
+    f"De-quantised from {SMOLLM2_MEMBER} in {SMOLLM2.package} {SMOLLM2.version} (Apache-2.0).\n"
 )
 
 logger = logging.getLogger("prepare_demo")
@@ -50,11 +51,12 @@ def main() -> int:
 def prepare_model(cache: Path) -> Path:
     """Directory of the converted model in `cache`. Raises DpaError where something else stands in its place."""
     model_dir = cache / MODEL_NAME
-    if demo.verified_manifest(model_dir) is not None:
+    if archives.verified_manifest(model_dir) is not None:
         return model_dir
-    if model_dir.exists() and not (model_dir / demo.MANIFEST_NAME).is_file():
+    if model_dir.exists() and not (model_dir / archives.MANIFEST_NAME).is_file():
         raise DataError(f"{model_dir} was not made by this command: move it away, or give another --cache")
-    gguf_path = demo.obtain_gguf(cache / Path(demo.SMOLLM2_MEMBER).name, cache / "archives")
+    archives_dir, gguf_path = cache / "archives", cache / Path(SMOLLM2_MEMBER).name
+    archives.extract_member(SMOLLM2, SMOLLM2_MEMBER, SMOLLM2_GGUF_SHA256, gguf_path, archives_dir)
     logger.info("converting %s", gguf_path.name)
     # Only here: it imports torch and transformers, which takes longer than verifying a cache that is complete.
     from dpa_ds.model.gguf import convert_gguf
@@ -63,9 +65,9 @@ def prepare_model(cache: Path) -> Path:
     shutil.rmtree(partial_dir, ignore_errors=True)
     convert_gguf(gguf_path, partial_dir)
     (partial_dir / "NOTICE").write_text(NOTICE, encoding="utf-8")
-    (licence,) = demo.read_members(demo.obtain(demo.SMOLLM2, cache / "archives"), demo.SMOLLM2.licence_member)
+    (licence,) = archives.read_members(archives.obtain(SMOLLM2, archives_dir), SMOLLM2.licence_member)
     (partial_dir / "LICENSE").write_bytes(licence)
-    demo.write_manifest(partial_dir, {"gguf_sha256": demo.SMOLLM2_GGUF_SHA256})
+    archives.write_manifest(partial_dir, {"gguf_sha256": SMOLLM2_GGUF_SHA256})
     shutil.rmtree(model_dir, ignore_errors=True)
     partial_dir.rename(model_dir)
     return model_dir

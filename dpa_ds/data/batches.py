@@ -29,12 +29,14 @@ _DUMMY_LENGTH = 2
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One forward pass: int64 tensors of shape (batch, seq_len), padded on the right."""
+    """One forward pass: int64 tensors of shape (batch, seq_len).
+
+    No attention mask: rows are padded on the right and the model is causal, so no token can attend to padding, and
+    padding has no label.
+    """
 
     input_ids: torch.Tensor
     """Tokens; padding is the pad token."""
-    attention_mask: torch.Tensor
-    """1 on tokens, 0 on padding."""
     labels: torch.Tensor
     """Token t at position t (the loss shifts); IGNORE_INDEX on prompt and padding."""
 
@@ -61,7 +63,7 @@ def num_steps(num_examples: int, batch_size: int, local_epochs: float, max_steps
     An epoch has ceil(num_examples / batch_size) steps; part of an epoch is rounded up to whole steps. `max_steps`
     wins over `local_epochs`, and goes on into further epochs if need be.
     """
-    assert num_examples >= 1 and batch_size >= 1, (num_examples, batch_size)
+    assert min(num_examples, batch_size) >= 1, (num_examples, batch_size)
     if max_steps is not None:
         return max(1, max_steps)
     # Decimal, as written in the recipe: in floats 1.1 epochs of 10 steps would be 12 steps.
@@ -88,7 +90,7 @@ def plan_step(lengths: Sequence[int], world_size: int, token_budget: int) -> lis
     Every rank gets the same number of micro-batches, at least one; some may be empty (the rank runs a dummy, so
     that collectives match). rows x longest row is at most `token_budget`, except for a single row. Deterministic.
     """
-    assert lengths and world_size >= 1, (len(lengths), world_size)
+    assert min(len(lengths), world_size) >= 1, (len(lengths), world_size)
     order = np.argsort(np.asarray(lengths), kind="stable")
     ascending = [int(lengths[position]) for position in order]
     chunks = _cut_with_least_padding(ascending, token_budget)
@@ -101,9 +103,9 @@ def plan_step(lengths: Sequence[int], world_size: int, token_budget: int) -> lis
 
 
 def dummy_micro_batch(pad_id: int) -> MicroBatch:
-    """A forward pass that adds nothing: shape (1, 2), no label. The mask is 1: attention over nothing is NaN."""
+    """A forward pass that adds nothing: shape (1, 2), no label."""
     input_ids = torch.full((1, _DUMMY_LENGTH), pad_id, dtype=torch.int64)
-    return MicroBatch(input_ids, torch.ones_like(input_ids), torch.full_like(input_ids, IGNORE_INDEX))
+    return MicroBatch(input_ids, torch.full_like(input_ids, IGNORE_INDEX))
 
 
 def build_step(
@@ -217,11 +219,9 @@ def _collate(examples: TokenizedExamples, indices: Sequence[int], pad_id: int) -
         return dummy_micro_batch(pad_id)
     shape = (len(indices), max(examples.length(index) for index in indices))
     input_ids = np.full(shape, pad_id, dtype=np.int64)
-    attention_mask = np.zeros(shape, dtype=np.int64)
     labels = np.full(shape, IGNORE_INDEX, dtype=np.int64)
     for row, index in enumerate(indices):
         length, prompt_length = examples.length(index), int(examples.prompt_lengths[index])
         input_ids[row, :length] = examples.input_ids(index)
-        attention_mask[row, :length] = 1
         labels[row, prompt_length:length] = input_ids[row, prompt_length:length]
-    return MicroBatch(torch.from_numpy(input_ids), torch.from_numpy(attention_mask), torch.from_numpy(labels))
+    return MicroBatch(torch.from_numpy(input_ids), torch.from_numpy(labels))

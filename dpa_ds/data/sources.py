@@ -4,20 +4,16 @@ A client's training rows are read by the ranks that host it only: with `format: 
 opened. Every fault of a file is a DataError that names file and row.
 """
 
-import csv
-import io
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from dpa_ds.config import DataConfig
 from dpa_ds.data.partition import partition_by_column, partition_dirichlet, partition_iid
+from dpa_ds.data.tables import Row, read_rows, read_table, reading
 from dpa_ds.errors import ConfigError, DataError
 
 # Second word of the seed, as in partition.py: the split of held-out examples has its own random stream.
@@ -41,14 +37,6 @@ class ClientData:
     name: str
     train: tuple[Example, ...]
     held_out: tuple[Example, ...]
-
-
-@dataclass(frozen=True)
-class Row:
-    """One row of a table, with its place (`file:line` or `file: row n`) for messages."""
-
-    values: dict[str, Any]
-    place: str
 
 
 def list_clients(config: DataConfig, seed: int) -> list[str]:
@@ -97,162 +85,15 @@ def pool_clients(clients: Sequence[ClientData]) -> ClientData:
     return ClientData(0, "centralized", train, tuple(held_out.elements()))
 
 
-def read_table(path: str | Path) -> list[Row]:
-    """All rows of a JSON array, JSONL, CSV or parquet file, or of a folder written by `datasets` save_to_disk.
-
-    Raises DataError (file and line or row) for a file that is missing, unreadable, malformed or has no rows.
-    """
-    rows = _read_rows(Path(path))
-    if not rows:
-        raise DataError(f"{path}: is empty: no rows; give data.path and data.test_path a file with examples")
-    return rows
-
-
-def _read_rows(path: Path) -> list[Row]:
-    with _reading(path):
-        if path.is_dir():
-            return _read_saved_dataset(path)
-        match path.suffix.lower():
-            case ".json" | ".jsonl":
-                return _read_json(path)
-            case ".csv":
-                return _read_csv(path)
-            case ".parquet":
-                return _read_parquet(path)
-    raise DataError(
-        f"{path}: unknown kind of file {path.suffix!r}: use .json, .jsonl, .csv, .parquet, "
-        "or a folder written by save_to_disk"
-    )
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: no such file or folder: check data.path and data.test_path") from error
-    except PermissionError as error:
-        raise DataError(f"{path}: no permission to read it: chmod it for the user of this job") from error
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error}): check the file and its file system") from error
-
-
-def _read_text(path: Path) -> str:
-    raw = path.read_bytes()
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line, byte = raw.count(b"\n", 0, error.start) + 1, raw[error.start]
-        raise DataError(f"{path}:{line}: byte 0x{byte:02x} is not UTF-8: convert the file to UTF-8") from error
-    if "\0" in text:
-        line = text.count("\n", 0, text.index("\0")) + 1
-        raise DataError(f"{path}:{line}: contains a NUL byte: the file is damaged or not UTF-8; write it again")
-    return text.removeprefix("\ufeff")
-
-
-def _read_json(path: Path) -> list[Row]:
-    text = _read_text(path)
-    if path.suffix.lower() == ".json" and text.lstrip().startswith("["):
-        items = [(f"{path}: row {n}", item) for n, item in enumerate(_parse_json(text, path, 1), start=1)]
-    else:
-        # Not splitlines(): U+2028 and its like may stand unescaped inside a JSON string.
-        lines = enumerate(text.split("\n"), start=1)
-        items = [(f"{path}:{n}", _parse_json(line, path, n)) for n, line in lines if line.strip()]
-    for place, item in items:
-        if not isinstance(item, dict):
-            raise DataError(f"{place}: expected an object with named columns, got {type(item).__name__}")
-    return [Row(item, place) for place, item in items]
-
-
-def _parse_json(text: str, path: Path, first_line: int) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{path}:{first_line + error.lineno - 1}: not JSON ({error.msg}, column {error.colno}): "
-            "a file is one array of objects (.json), or one object per line"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}:{first_line}: JSON that cannot be read ({error}): shorten that value") from error
-
-
-def _read_csv(path: Path) -> list[Row]:
-    reader = csv.reader(io.StringIO(_read_text(path), newline=""), strict=True)
-    rows = []
-    try:
-        header = next(reader, [])
-        if len(set(header)) < len(header):
-            raise DataError(f"{path}:1: a column name occurs twice in {header}: rename one")
-        for fields in reader:
-            place = f"{path}:{reader.line_num}"
-            if fields and len(fields) != len(header):
-                raise DataError(f"{place}: {len(fields)} fields, but the header has {len(header)}: quote commas")
-            if fields:
-                rows.append(Row(dict(zip(header, fields, strict=True)), place))
-    except csv.Error as error:
-        raise DataError(f"{path}:{reader.line_num}: not CSV ({error}): check quotes") from error
-    return rows
-
-
-def _read_parquet(path: Path) -> list[Row]:
-    import pyarrow  # type: ignore[import-untyped]
-    import pyarrow.parquet  # type: ignore[import-untyped]
-
-    try:
-        values = pyarrow.parquet.ParquetFile(path).read().to_pylist()
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not a readable parquet file ({error}): write it again") from error
-    return [Row(value, f"{path}: row {n}") for n, value in enumerate(values, start=1)]
-
-
-def _read_saved_dataset(path: Path) -> list[Row]:
-    # Imported here: `datasets` takes seconds to import, and only this format needs it.
-    import datasets  # type: ignore[import-untyped]
-    import pyarrow
-
-    if not any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
-        raise DataError(f"{path}: folder without data: name a file in it, or a folder written by save_to_disk")
-    try:
-        loaded = datasets.load_from_disk(str(path))
-        if isinstance(loaded, datasets.DatasetDict):
-            if "train" not in loaded:
-                raise DataError(f"{path}: no split 'train' among {sorted(loaded)}: give the folder of one split")
-            loaded = loaded["train"]
-        values = list(loaded.with_format(None))
-    except (ValueError, KeyError, TypeError, pyarrow.ArrowException) as error:
-        raise DataError(f"{path}: not a readable data set ({error}): save it again with save_to_disk") from error
-    return [Row(dict(value), f"{path}: row {n}") for n, value in enumerate(values, start=1)]
-
-
-def _text(row: Row, column: str) -> str:
-    if column not in row.values:
-        existing = ", ".join(map(repr, row.values)) or "none"
-        raise DataError(f"{row.place}: no column {column!r}; columns are {existing}: set the data.*_column that fits")
-    value = row.values[column]
-    if isinstance(value, bool | int | float):
-        return str(value)
-    if not isinstance(value, str):
-        raise DataError(f"{row.place}: column {column!r} must be text, got {type(value).__name__}")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise DataError(f"{row.place}: column {column!r} has half a surrogate pair: remove the \\ud8xx") from error
-    return value
-
-
-def _optional_text(row: Row, column: str) -> str:
-    return "" if row.values.get(column, "") is None else _text(row, column)
-
-
 def _to_example(row: Row, config: DataConfig) -> Example:
-    instruction = _text(row, config.instruction_column)
-    output = _text(row, config.output_column)
+    instruction = row.text(config.instruction_column)
+    output = row.text(config.output_column)
     for column, value in ((config.instruction_column, instruction), (config.output_column, output)):
         if not value.strip():
             raise DataError(f"{row.place}: column {column!r} is empty: fill it in, or remove the row")
-    further = _optional_text(row, config.input_column) if config.input_column else ""
+    further = row.optional_text(config.input_column) if config.input_column else ""
     named = config.task_column is not None and config.task_column in row.values
-    task = _optional_text(row, config.task_column) if named and config.task_column else ""
+    task = row.optional_text(config.task_column) if named and config.task_column else ""
     return Example(f"{instruction}\n{further}" if further else instruction, output, task)
 
 
@@ -261,7 +102,7 @@ def _rows_of_clients(config: DataConfig, seed: int, client_ids: Sequence[int]) -
     if config.format == "feddpa":
         files = _feddpa_files(config)
         for client_id in client_ids:
-            yield f"client_{client_id}", str(files[client_id]), _read_rows(files[client_id])
+            yield f"client_{client_id}", str(files[client_id]), read_rows(files[client_id])
     else:
         rows = read_table(config.path)
         parts = list(_partition(rows, config, seed).items())
@@ -275,7 +116,7 @@ def _partition(rows: Sequence[Row], config: DataConfig, seed: int) -> dict[str, 
     kind, column, num_clients = config.partition.kind, config.partition.column, config.partition.num_clients
     if column is None and kind != "iid":
         raise ConfigError(f"data.partition.kind {kind} needs data.partition.column: name a column of {config.path}")
-    values = [_text(row, column) for row in rows] if column is not None and kind != "iid" else []
+    values = [row.text(column) for row in rows] if column is not None and kind != "iid" else []
     if kind == "column":
         return partition_by_column(values)
     if num_clients is None:
@@ -290,7 +131,7 @@ def _partition(rows: Sequence[Row], config: DataConfig, seed: int) -> dict[str, 
 def _feddpa_files(config: DataConfig) -> list[Path]:
     """<path>/<C>/local_training_<k>.json for k = 0..C-1, all of them there."""
     root = Path(config.path)
-    with _reading(root):
+    with reading(root):
         folders = {int(p.name): p for p in root.iterdir() if p.name.isascii() and p.name.isdigit() and p.is_dir()}
         wanted = [config.num_clients] if config.num_clients is not None else sorted(folders)
         if len(wanted) != 1 or wanted[0] not in folders:
@@ -314,7 +155,7 @@ def _read_test_examples(config: DataConfig) -> tuple[Example, ...] | None:
     """Examples of the test file; None where there is none."""
     path = config.test_path
     if path is None and config.format == "feddpa":
-        with _reading(Path(config.path)):
+        with reading(Path(config.path)):
             candidates = sorted(p for p in Path(config.path).iterdir() if p.suffix == ".jsonl")
         if len(candidates) > 1:
             names = ", ".join(p.name for p in candidates)

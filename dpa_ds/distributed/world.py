@@ -12,7 +12,7 @@ import sys
 import time
 import traceback
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -28,6 +28,9 @@ from dpa_ds.distributed.topology import Topology
 from dpa_ds.errors import ClusterError, DpaError
 
 JOIN_TIMEOUT_SECONDS = 300.0
+POLL_SECONDS = 0.05
+STORE_SECONDS_AT_END = 3.0
+"""How long a failing rank bothers with the store: launchers end the others meanwhile."""
 
 
 class Job:
@@ -40,6 +43,8 @@ class Job:
         self.launch = launch
         self.hosts: list[str] = [launch.hostname]
         self.store = store if store is not None else _job_store(launch)
+        self.timeout_seconds = JOIN_TIMEOUT_SECONDS
+        """Bound on every wait for other ranks; `cluster.timeout_seconds` once `agree` has begun."""
 
     def agree(self, facts: Mapping[str, str], error: DpaError | None, timeout_seconds: float) -> None:
         """Compare `facts` (code version, config, packages) of all ranks before anything is built or written.
@@ -51,29 +56,44 @@ class Job:
             ClusterError: ranks differ in a fact, or did not arrive in time (their ranks are named).
             DpaError: a rank had an error.
         """
-        mine = {"host": self.launch.hostname, "facts": dict(facts), "error": str(error) if error else None}
+        mine = {"host": self.launch.hostname, "facts": dict(facts), "error": None}
+        if error is not None:
+            mine |= {"error": str(error), "exit_code": error.exit_code}
+        self.timeout_seconds = timeout_seconds
         self.store.set_timeout(timedelta(seconds=timeout_seconds))
         self.store.set(f"hello/{self.launch.global_rank}", json.dumps(mine))
         if self.launch.global_rank == 0:
-            hellos = self._collect_hellos(timeout_seconds)
-            verdict = {"error": _first_disagreement(hellos), "hosts": [hello["host"] for hello in hellos]}
+            hellos = self._collect_hellos()
+            verdict = {**_first_disagreement(hellos), "hosts": [hello["host"] for hello in hellos]}
             self.store.set("verdict", json.dumps(verdict))
+        self._wait(["verdict"], "rank 0's comparison of all ranks")
         verdict = json.loads(self.store.get("verdict"))
         self.hosts = verdict["hosts"]
-        if verdict["error"]:
-            raise error or ClusterError(verdict["error"])
+        if "error" in verdict:
+            told = ClusterError(verdict["error"])
+            told.exit_code = verdict["exit_code"]
+            raise error or told
 
-    def _collect_hellos(self, timeout_seconds: float) -> list[dict[str, Any]]:
-        deadline = time.monotonic() + timeout_seconds
-        missing = list(range(self.launch.job_world_size))
-        while missing := [rank for rank in missing if not self.store.check([f"hello/{rank}"])]:
-            if time.monotonic() > deadline:
-                raise ClusterError(
-                    f"ranks {missing} of {self.launch.job_world_size} did not arrive within {timeout_seconds:g} s "
-                    "(cluster.timeout_seconds): look at their hosts' output"
-                )
-            time.sleep(0.05)
-        return [json.loads(self.store.get(f"hello/{rank}")) for rank in range(self.launch.job_world_size)]
+    def _collect_hellos(self) -> list[dict[str, Any]]:
+        keys = [f"hello/{rank}" for rank in range(self.launch.job_world_size)]
+        self._wait(keys, f"all {len(keys)} ranks to arrive")
+        return [json.loads(self.store.get(key)) for key in keys]
+
+    def _wait(self, keys: Sequence[str], what: str) -> None:
+        """Wait for `keys`, at most `timeout_seconds`. Polls, so that a rank which failed ends the others' wait."""
+        missing, deadline = list(keys), time.monotonic() + self.timeout_seconds
+        try:
+            while missing := [key for key in missing if not self.store.check([key])]:
+                if self.store.check(["failure"]):
+                    raise ClusterError("another rank of the job failed")  # and said why: this one stays silent
+                if time.monotonic() > deadline:
+                    raise ClusterError(
+                        f"rank {self.launch.global_rank} waited {self.timeout_seconds:g} s (cluster.timeout_seconds) for "
+                        f"{what}; missing: {', '.join(missing)}: look at the output of those ranks"
+                    )
+                time.sleep(POLL_SECONDS)
+        except RuntimeError as error:
+            raise ClusterError("lost the job's store: rank 0 is gone") from error
 
     def publish(self, key: str, value: Any) -> None:
         """Make the JSON `value` known to the job under `key`, once."""
@@ -81,6 +101,7 @@ class Job:
 
     def lookup(self, key: str) -> Any:
         """What some rank published under `key`; waits for it, at most `cluster.timeout_seconds`."""
+        self._wait([f"published/{key}"], f"another rank's {key}")
         return json.loads(self.store.get(f"published/{key}"))
 
     def decide(self, key: str, decision: Callable[[], Any]) -> Any:
@@ -93,27 +114,36 @@ class Job:
         """Wait until every rank has come this far: the store lives on rank 0. Collective: all ranks of the job."""
         self.store.set(f"done/{self.launch.global_rank}", "")
         if self.launch.global_rank == 0:
-            self.store.wait([f"done/{rank}" for rank in range(self.launch.job_world_size)])
+            self._wait([f"done/{rank}" for rank in range(self.launch.job_world_size)], "all ranks to finish")
 
     def fail(self, error: BaseException) -> NoReturn:
         """End this rank; the first rank of the job to fail tells why, the others are silent.
 
         A user's error is one line; anything else is a traceback, from that one rank.
         """
-        if self._claim_failure():
-            where = f"[rank {self.launch.global_rank} on {self.launch.hostname}] " if len(self.hosts) > 1 else ""
-            if isinstance(error, DpaError):
-                sys.stderr.write(f"{where}error: {error}\n")
-            else:
-                sys.stderr.write(where + "".join(traceback.format_exception(error)))
-        self.launch.exit(error.exit_code if isinstance(error, DpaError) else 1)
-
-    def _claim_failure(self) -> bool:
+        code = error.exit_code if isinstance(error, DpaError) else 1
+        mine = f"{self.launch.global_rank} {code}"
         try:
-            self.store.set_timeout(timedelta(seconds=5))
-            return self.store.add("failure", 1) == 1
+            self.store.set_timeout(timedelta(seconds=STORE_SECONDS_AT_END))
+            first = self.store.compare_set("failure", "", mine).decode()
         except RuntimeError:  # the store lived on rank 0, which is gone and has said why
-            return self.launch.global_rank == 0
+            first = mine if self.launch.global_rank == 0 else "0 3"
+        if first == mine:
+            where = f"[rank {self.launch.global_rank} on {self.launch.hostname}] " if len(self.hosts) > 1 else ""
+            text = f"error: {error}\n" if isinstance(error, DpaError) else "".join(traceback.format_exception(error))
+            sys.stderr.write(where + text)
+            sys.stderr.flush()
+        self._outlive_others()
+        self.launch.exit(int(first.split()[1]))
+
+    def _outlive_others(self) -> None:
+        """Keep the store, which lives on rank 0, until the others have read why the job fails, or for a moment."""
+        deadline = time.monotonic() + STORE_SECONDS_AT_END
+        with contextlib.suppress(RuntimeError):
+            ended = self.store.add("ended", 1)
+            while self.launch.global_rank == 0 and ended < self.launch.job_world_size and time.monotonic() < deadline:
+                time.sleep(POLL_SECONDS)
+                ended = self.store.add("ended", 0)
 
 
 @dataclass
@@ -238,18 +268,22 @@ def _job_store(launch: Launch) -> dist.Store:
     return dist.PrefixStore(f"dpa_ds/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
-def _first_disagreement(hellos: list[dict[str, Any]]) -> str | None:
-    errors: dict[str, list[str]] = defaultdict(list)
-    for hello in hellos:
-        if hello["error"]:
-            errors[hello["error"]].append(hello["host"])
-    if errors:
-        return next(iter(errors))
-    for name, first in hellos[0]["facts"].items():
+def _first_disagreement(hellos: list[dict[str, Any]]) -> dict[str, Any]:
+    """`error` and `exit_code` of what keeps the job from starting; empty if nothing does."""
+    wrong = [hello for hello in hellos if hello["error"]]
+    if wrong:
+        same = [hello["host"] for hello in wrong if hello["error"] == wrong[0]["error"]]
+        where = f" (only on {', '.join(dict.fromkeys(same))})" if len(same) < len(hellos) else ""
+        return {"error": wrong[0]["error"] + where, "exit_code": wrong[0]["exit_code"]}
+    for name in hellos[0]["facts"]:
         values: dict[str, set[str]] = defaultdict(set)
         for hello in hellos:
             values[hello["facts"].get(name, "missing")].add(hello["host"])
         if len(values) > 1:
             listed = "; ".join(f"{value} on {', '.join(sorted(hosts))}" for value, hosts in values.items())
-            return f"hosts differ in {name}: {listed}; make it equal everywhere (a shared folder or the same checkout)"
-    return None
+            return {
+                "error": f"hosts differ in {name}: {listed}; make it equal everywhere (a shared folder or the same "
+                "checkout)",
+                "exit_code": ClusterError.exit_code,
+            }
+    return {}

@@ -118,6 +118,7 @@ def _load_partitioned(config: ModelConfig, directory: Path, deepspeed_json: Mapp
         model = AutoModelForCausalLM.from_config(
             hf_config, dtype=DTYPES[config.precision], attn_implementation=config.attention
         )
+    model.tie_weights()  # part of the initialisation that was skipped
     files = _tensor_files(directory)
     with ExitStack() as stack:
         opened = {

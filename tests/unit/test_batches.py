@@ -26,6 +26,9 @@ from dpa_ds.data.batches import (
 from dpa_ds.data.prompts import TokenizedExamples, tokenize_examples
 from dpa_ds.data.sources import list_clients, read_client
 
+# Not among the tokens of make_examples, so that padding can be told from them.
+PAD_ID = 0
+
 AUTHORS_DATA = Path(__file__).parents[2].parent / "shared" / "data" / "feddpa" / "dataset1"
 
 
@@ -90,7 +93,8 @@ def test_a_longer_phase_begins_with_the_same_steps() -> None:
 def test_plan_step_holds_its_promises(lengths: list[int], world_size: int, token_budget: int) -> None:
     plan = plan_step(lengths, world_size, token_budget)
     assert len(plan) == world_size
-    assert len({len(part) for part in plan}) == 1 and len(plan[0]) >= 1
+    assert len({len(part) for part in plan}) == 1
+    assert len(plan[0]) >= 1
     micro_batches = list(chain.from_iterable(plan))
     assert sorted(chain.from_iterable(micro_batches)) == list(range(len(lengths)))
     for rows in micro_batches:
@@ -157,9 +161,8 @@ def test_build_step_pads_right_and_labels_only_the_answer() -> None:
     step = build_step(examples, [1, 0], rank=0, world_size=1, token_budget=100, pad_id=7)
     (micro_batch,) = step.micro_batches
     assert micro_batch.input_ids.tolist() == [[10, 11, 12, 7, 7], [13, 14, 15, 16, 17]]
-    assert micro_batch.attention_mask.tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
     assert micro_batch.labels.tolist() == [[-100, -100, 12, -100, -100], [-100, -100, 15, 16, 17]]
-    assert {t.dtype for t in (micro_batch.input_ids, micro_batch.attention_mask, micro_batch.labels)} == {torch.int64}
+    assert {micro_batch.input_ids.dtype, micro_batch.labels.dtype} == {torch.int64}
     assert (step.num_label_tokens, step.num_examples, step.real_tokens, step.computed_tokens) == (4, 2, 8, 10)
 
 
@@ -168,10 +171,9 @@ def test_the_first_token_of_an_example_is_never_a_label_token() -> None:
     assert step.num_label_tokens == 3
 
 
-def test_dummy_has_no_label_and_attends_to_something() -> None:
+def test_dummy_has_no_label() -> None:
     dummy = dummy_micro_batch(9)
     assert dummy.input_ids.tolist() == [[9, 9]]
-    assert dummy.attention_mask.tolist() == [[1, 1]]
     assert dummy.labels.tolist() == [[IGNORE_INDEX, IGNORE_INDEX]]
 
 
@@ -182,12 +184,13 @@ def labelled_rows(
     rows: Counter[tuple[int, ...]] = Counter()
     totals = set()
     for rank in range(world_size):
-        step = build_step(examples, indices, rank, world_size, budget, pad_id=0)
+        step = build_step(examples, indices, rank, world_size, budget, PAD_ID)
         totals.add((step.num_label_tokens, step.num_examples, step.real_tokens))
         for batch in step.micro_batches:
-            for ids, mask, labels in zip(batch.input_ids, batch.attention_mask, batch.labels, strict=True):
+            for ids, labels in zip(batch.input_ids, batch.labels, strict=True):
                 if (labels != IGNORE_INDEX).any():
-                    rows[(*ids[mask == 1].tolist(), *labels[mask == 1].tolist())] += 1
+                    is_token = ids != PAD_ID
+                    rows[(*ids[is_token].tolist(), *labels[is_token].tolist())] += 1
     assert len(totals) == 1
     num_label_tokens, num_examples, real_tokens = totals.pop()
     rows[("totals", num_label_tokens, num_examples, real_tokens)] = 1  # type: ignore[index]

@@ -46,7 +46,8 @@ def test_iid_depends_on_the_seed() -> None:
 def test_dirichlet_is_a_partition_without_empty_clients(labels: list[str], num_clients: int, seed: int) -> None:
     parts = partition_dirichlet(labels, num_clients, 1.0, seed)
     assert_true_partition(parts, len(labels))
-    assert len(parts) == num_clients and all(parts)
+    assert len(parts) == num_clients
+    assert all(parts)
     assert parts == partition_dirichlet(labels, num_clients, 1.0, seed)
 
 

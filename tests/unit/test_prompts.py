@@ -42,7 +42,8 @@ def test_layout_is_prompt_answer_end_token() -> None:
     assert (len(tokenized), tokenized.num_dropped) == (2, 0)
     for index, example in enumerate(EXAMPLES):
         ids, border = tokenized.input_ids(index).tolist(), int(tokenized.prompt_lengths[index])
-        assert ids[0] == BOS and ids[-1] == EOS and ids.count(BOS) == ids.count(EOS) == 1
+        assert (ids[0], ids[-1]) == (BOS, EOS)
+        assert ids.count(BOS) == ids.count(EOS) == 1
         assert TOKENIZER.decode(ids[1:border]) == render_prompt(TEMPLATE, example.instruction)
         assert TOKENIZER.decode(ids[border:-1]) == example.output
         assert tokenized.length(index) == len(ids)

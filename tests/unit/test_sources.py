@@ -1,8 +1,6 @@
-"""Every format gives the same clients, and every bad input one message with place and remedy."""
+"""Every layout gives the same clients, and every bad input one message with place and remedy."""
 
-import csv
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,6 @@ from dpa_ds.data.sources import (
     pool_clients,
     read_client,
     read_clients,
-    read_table,
 )
 from dpa_ds.errors import ConfigError, DataError
 
@@ -40,138 +37,6 @@ def write_feddpa(root: Path, rows_of_clients: list[list[dict[str, Any]]], test: 
 
 def feddpa_of_two(root: Path) -> Path:
     return write_feddpa(root, [ROWS[0::2], ROWS[1::2]], [{**row, "output": "held"} for row in ROWS[:3]])
-
-
-def write_csv(path: Path, rows: list[dict[str, str]]) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
-    pyarrow = pytest.importorskip("pyarrow")
-    pytest.importorskip("pyarrow.parquet").write_table(pyarrow.Table.from_pylist(rows), path)
-
-
-def write_saved(path: Path, rows: list[dict[str, Any]]) -> None:
-    pytest.importorskip("datasets").Dataset.from_list(rows).save_to_disk(path)
-
-
-def write_saved_splits(path: Path, rows: list[dict[str, Any]]) -> None:
-    datasets = pytest.importorskip("datasets")
-    splits = {"train": datasets.Dataset.from_list(rows), "test": datasets.Dataset.from_list(rows[:1])}
-    datasets.DatasetDict(splits).save_to_disk(path)
-
-
-WRITERS: dict[str, Callable[[Path, list[dict[str, Any]]], object]] = {
-    "rows.json": lambda path, rows: path.write_text(json.dumps(rows, indent=1)),
-    "bom.json": lambda path, rows: path.write_text(json.dumps(rows), encoding="utf-8-sig"),
-    "rows.jsonl": lambda path, rows: path.write_text("\n\r\n".join(map(json.dumps, rows)) + "\n\n"),
-    "lines.json": lambda path, rows: path.write_text("\n".join(map(json.dumps, rows))),
-    "rows.csv": write_csv,
-    "rows.parquet": write_parquet,
-    "saved": write_saved,
-    "splits": write_saved_splits,
-}
-
-
-@pytest.mark.parametrize("name", WRITERS)
-def test_every_format_gives_the_same_rows(tmp_path: Path, name: str) -> None:
-    rows = [*ROWS, {"instruction": 'a,"b"\nc\u2028d', "output": "\u00e9 \u4e2d {x}", "category": "a"}]
-    WRITERS[name](tmp_path / name, rows)
-    read = read_table(tmp_path / name)
-    assert [row.values for row in read] == rows
-    assert all(row.place.startswith(str(tmp_path / name)) for row in read)
-
-
-# Text as it may stand in a data file: no lone surrogates, no NUL.
-texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=20)
-
-
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    rows=st.lists(st.dictionaries(texts, texts, min_size=1, max_size=3), min_size=1, max_size=5), ascii=st.booleans()
-)
-def test_json_and_jsonl_return_what_was_written(tmp_path: Path, rows: list[dict[str, str]], ascii: bool) -> None:
-    array, lines = tmp_path / "x.json", tmp_path / "x.jsonl"
-    array.write_text(json.dumps(rows, ensure_ascii=ascii), encoding="utf-8", newline="")
-    lines.write_text("\n".join(json.dumps(row, ensure_ascii=ascii) for row in rows), encoding="utf-8", newline="")
-    assert [row.values for row in read_table(array)] == rows
-    assert [row.values for row in read_table(lines)] == rows
-
-
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(content=st.binary(max_size=60), suffix=st.sampled_from([".json", ".jsonl", ".csv", ".parquet"]))
-def test_damaged_files_end_in_a_data_error_or_in_rows(tmp_path: Path, content: bytes, suffix: str) -> None:
-    path = tmp_path / f"x{suffix}"
-    path.write_bytes(content)
-    try:
-        assert read_table(path)
-    except DataError as error:
-        assert str(error).startswith(str(path))
-
-
-GOOD = b'{"instruction": "i", "output": "o"}\n'
-BAD_TABLES = [
-    ("empty.json", b"", r"is empty: no rows"),
-    ("empty.jsonl", b"\n \n", r"is empty: no rows"),
-    ("array.json", b"[]", r"is empty: no rows"),
-    ("header.csv", b"instruction,output\n", r"is empty: no rows"),
-    ("line3.jsonl", GOOD * 2 + b'{"instruction": \n', r"line3.jsonl:3: not JSON \(Expecting value, column"),
-    ("line3.json", b'[\n{"instruction": "i",\n oops}]', r"line3.json:3: not JSON"),
-    ("object.json", b'{\n"data": []\n}', r"object.json:1: not JSON.*one array of objects"),
-    ("list.jsonl", GOOD + b"[1]\n", r"list.jsonl:2: expected an object with named columns, got list"),
-    ("text.json", b'["a"]', r"text.json: row 1: expected an object with named columns, got str"),
-    ("latin.jsonl", GOOD * 2 + b'{"instruction": "caf\xe9"}', r"latin.jsonl:3: byte 0xe9 is not UTF-8"),
-    ("bom.jsonl", b"\xef\xbb\xbf" + GOOD + b"\xff", r"bom.jsonl:2: byte 0xff is not UTF-8"),
-    ("utf16.json", "[]".encode("utf-16"), r"utf16.json:1: byte 0xff is not UTF-8"),
-    ("nul.jsonl", GOOD + b"\0\0\0", r"nul.jsonl:2: contains a NUL byte"),
-    ("nul.csv", b"a,b\n1,\0\n", r"nul.csv:2: contains a NUL byte"),
-    ("deep.json", b"[" * 100_000, r"deep.json:1: JSON that cannot be read"),
-    ("digits.jsonl", b'{"a": ' + b"1" * 5000 + b"}", r"digits.jsonl:1: JSON that cannot be read"),
-    ("short.csv", b"a,b\n1,2\n3\n", r"short.csv:3: 1 fields, but the header has 2"),
-    ("quote.csv", b'a,b\n1,2\n"3,4\n', r"quote.csv:3: not CSV"),
-    ("twice.csv", b"a,a\n1,2\n", r"twice.csv:1: a column name occurs twice"),
-    ("bad.parquet", b"PAR1 not really", r"bad.parquet: not a readable parquet file"),
-    ("empty.parquet", b"", r"empty.parquet: not a readable parquet file"),
-    ("rows.txt", b"hello", r"unknown kind of file '.txt': use .json, .jsonl, .csv, .parquet"),
-]
-
-
-@pytest.mark.parametrize(("name", "content", "message"), BAD_TABLES, ids=[name for name, _, _ in BAD_TABLES])
-def test_bad_tables(tmp_path: Path, name: str, content: bytes, message: str) -> None:
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError, match=message):
-        read_table(tmp_path / name)
-
-
-def test_missing_file_folder_without_data_and_damaged_folder(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"x.json: no such file or folder: check data.path"):
-        read_table(tmp_path / "x.json")
-    with pytest.raises(DataError, match="folder without data"):
-        read_table(tmp_path)
-    (tmp_path / "state.json").write_text("{")
-    with pytest.raises(DataError, match=str(tmp_path)):
-        read_table(tmp_path)
-
-
-def test_no_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # By hand, because root may read everything.
-    def refuse(path: Path) -> bytes:
-        raise PermissionError(13, "Permission denied", str(path))
-
-    (tmp_path / "x.json").write_text("[]")
-    monkeypatch.setattr(Path, "read_bytes", refuse)
-    with pytest.raises(DataError, match=r"x.json: no permission to read it"):
-        read_table(tmp_path / "x.json")
-
-
-def test_saved_splits_without_train_are_named(tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets")
-    datasets.DatasetDict({"dev": datasets.Dataset.from_list(ROWS)}).save_to_disk(tmp_path / "d")
-    with pytest.raises(DataError, match=r"no split 'train' among \['dev'\]"):
-        read_table(tmp_path / "d")
 
 
 def table(path: Path, **changes: Any) -> DataConfig:
@@ -287,8 +152,8 @@ def test_client_without_examples_is_named(tmp_path: Path, content: str) -> None:
 
 
 def test_table_by_column_uses_the_values_as_names(tmp_path: Path) -> None:
-    write_csv(tmp_path / "t.csv", ROWS)
-    config = table(tmp_path / "t.csv")
+    (tmp_path / "t.json").write_text(json.dumps(ROWS))
+    config = table(tmp_path / "t.json")
     assert list_clients(config, 0) == ["a", "b"]
     clients = read_clients(config, 0, [1, 0])
     assert [client.name for client in clients] == ["b", "a"]
@@ -343,8 +208,9 @@ def test_held_out_examples_are_never_trained_on(tmp_path: Path, size: int, fract
     config = DataConfig(path=str(tmp_path), held_out_fraction=fraction)
     client = read_client(config, seed, 0)
     train, held_out = [e.instruction for e in client.train], [e.instruction for e in client.held_out]
-    assert train and sorted(train + held_out) == [row["instruction"] for row in rows]
-    assert train == sorted(train) and held_out == sorted(held_out)
+    assert train
+    assert sorted(train + held_out) == [row["instruction"] for row in rows]
+    assert (train, held_out) == (sorted(train), sorted(held_out))
     assert bool(held_out) == (fraction > 0 and size > 1)
     assert abs(len(held_out) - fraction * size) <= 1
     assert client == read_client(config, seed, 0)

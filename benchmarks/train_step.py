@@ -1,0 +1,307 @@
+"""Examples per second of one client's phases, against the plain Trainer and against the frozen base alone.
+
+    python benchmarks/train_step.py --model .cache/demo/SmolLM2-135M-Instruct --data .cache/demo/federation
+
+All variants run in this process, in turns, on the same examples in the same optimizer steps. The losses of ours and
+of the Trainer are compared before any number is printed: what is timed is the same work.
+"""
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from floor import Floor, matmul_flops_per_second, phase_flops
+from plain_trainer import PlainTrainer
+
+from dpa_ds.config import DataConfig, EngineConfig, LoraConfig, ModelConfig, RunConfig, TrainConfig
+from dpa_ds.config_loader import load_deepspeed_json
+from dpa_ds.data.batches import build_step, step_indices
+from dpa_ds.data.prompts import TokenizedExamples, tokenize_examples
+from dpa_ds.data.sources import read_client
+from dpa_ds.model.base import DTYPES, load_base, load_tokenizer
+from dpa_ds.model.dual_adapter import ADAPTERS, DualAdapter, Phase
+
+# Largest relative difference of the first step's loss; bf16 keeps 8 bits, and the stacks round in different places.
+LOSS_TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
+
+Steps = Sequence[Sequence[int]]
+
+
+@dataclass
+class Variant:
+    """One way to do a phase, and what its runs took."""
+
+    name: str
+    phase: str
+    """global, local, or any where it makes no difference."""
+    computed_tokens: int
+    """Tokens of all steps, padding included."""
+    run: Callable[[Steps], tuple[float, list[float]]]
+    """Steps -> seconds, and the loss of every step (none for the floor)."""
+    seconds: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+
+
+def main() -> None:
+    """Entry point."""
+    args = _parse()
+    if args.device == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed chooses when it is first imported
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    result = measure(args)
+    print(render(result))
+    if args.json:
+        Path(args.json).write_text(json.dumps(result, indent=2) + "\n")
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Build the stacks, time them in turns, check that they did the same work."""
+    device = torch.device("cuda" if args.device == "auto" and torch.cuda.is_available() else "cpu")
+    config = _recipe(args, device)
+    tokenizer = load_tokenizer(Path(args.model))
+    client = read_client(config.data, config.seed, args.client)
+    examples = tokenize_examples(client.train, tokenizer, config.data.template, config.data.max_length, client.name)
+    steps = step_indices(len(examples), args.batch_size, args.steps, (config.seed,))
+    assert all(len(step) == args.batch_size for step in steps), "fewer --steps: the last step of an epoch is short"
+
+    base = load_base(config.model, Path(args.model), {}).to(device)
+    variants = [*_stacks(config, args, tokenizer, examples, steps, device), *_floors(base, args, examples, steps)]
+    flops = phase_flops(base, examples, steps)
+    peak = 0.0
+    for variant in variants:
+        variant.run(steps[:1])  # warm-up
+    for _ in range(args.repeats):
+        for variant in variants:
+            seconds, variant.losses = variant.run(steps)
+            variant.seconds.append(seconds)
+        peak = max(peak, matmul_flops_per_second(DTYPES[config.model.precision], device))
+    loss_difference = _check_losses(variants, LOSS_TOLERANCE[config.model.precision])
+
+    lengths = [examples.length(index) for step in steps for index in step]
+    return {
+        "hardware": _hardware(device),
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "deepspeed", "transformers", "peft")},
+        "date": datetime.date.today().isoformat(),
+        "model": Path(args.model).name,
+        "data": f"{Path(args.data).name}, client {args.client}",
+        "setting": f"{config.model.precision}, {args.steps} steps of {args.batch_size} examples, "
+        f"{args.repeats} repeats, {Path(args.deepspeed_config).name}, at most {args.micro_batch_tokens} tokens a pass",
+        "tokens_per_example": [min(lengths), round(statistics.fmean(lengths), 1), max(lengths)],
+        "first_loss_relative_difference": loss_difference,
+        "matmul_peak_flops_per_second": peak,
+        "phase_flops": flops,
+        "variants": _summaries(variants, len(lengths), sum(lengths), flops, peak),
+    }
+
+
+def render(result: dict[str, Any]) -> str:
+    """The result as text: where and when, then one line a variant."""
+    shortest, mean, longest = result["tokens_per_example"]
+    lines = [
+        f"{result['hardware']}; {result['date']}",
+        ", ".join(f"{name} {version}" for name, version in result["versions"].items()),
+        f"{result['model']}, {result['data']}: {mean} tokens an example ({shortest} to {longest}); {result['setting']}",
+        f"first loss, ours against Trainer: {result['first_loss_relative_difference']:.1e} relative",
+        f"large matrix product: {result['matmul_peak_flops_per_second'] / 1e9:.1f} GFLOP/s",
+        "",
+        f"{'phase':8}{'variant':20}{'examples/s':>11}{'tokens/s':>10}{'real/computed':>14}{'GFLOP/s':>9}{'of peak':>9}"
+        f"   ours / this (lowest to highest)",
+    ]
+    for v in result["variants"]:
+        ratios = "; ".join(
+            f"{phase} {median:.2f} ({low:.2f} to {high:.2f})"
+            for phase, (median, low, high) in v["ours_over_this"].items()
+        )
+        lines.append(
+            f"{v['phase']:8}{v['name']:20}{v['examples_per_second']:11.2f}{v['tokens_per_second']:10.0f}"
+            f"{v['real_over_computed']:14.2f}{v['flops_per_second'] / 1e9:9.1f}{v['share_of_peak']:9.0%}   {ratios}"
+        )
+    return "\n".join(lines)
+
+
+def _stacks(
+    config: RunConfig,
+    args: argparse.Namespace,
+    tokenizer: Any,
+    examples: TokenizedExamples,
+    steps: Steps,
+    device: torch.device,
+) -> list[Variant]:
+    """Ours and the Trainer's, for both phases, all from the same weights."""
+    model = load_base(config.model, Path(args.model), {}).to(device)
+    plain = PlainTrainer(model, tokenizer, config.lora, config.train, device)  # before the engine's world exists
+    adapters = DualAdapter(load_base(config.model, Path(args.model), {}), config.lora)
+    states = {adapter: _random_state(adapters, adapter) for adapter in ADAPTERS}
+    ours = _Ours(adapters, config, examples, states, int(tokenizer.pad_token_id))
+    variants = []
+    for phase in (Phase("global", 0.0), Phase("local", config.method.alpha)):
+        run = lambda chosen, phase=phase: ours.run(phase, chosen)  # noqa: E731
+        variants.append(Variant("ours", phase.trains, sum(s.computed_tokens for s in map(ours.build, steps)), run))
+        for size in args.trainer_batch:
+            run = lambda chosen, phase=phase, size=size: plain.run(phase, states, examples, chosen, size)  # noqa: E731
+            computed = sum(plain.computed_tokens(examples, step, size) for step in steps)
+            variants.append(Variant(f"Trainer, batch {size}", phase.trains, computed, run))
+    return variants
+
+
+def _floors(base: Any, args: argparse.Namespace, examples: TokenizedExamples, steps: Steps) -> list[Variant]:
+    real = sum(examples.length(index) for step in steps for index in step)
+    return [
+        Variant(
+            f"floor, {budget} tokens", "any", real, lambda chosen, f=Floor(base, budget): (f.run(examples, chosen), [])
+        )
+        for budget in args.floor_tokens
+    ]
+
+
+class _Ours:
+    """This project's engine in a job of one rank; a phase as `ClientTrainer` runs it, without its bookkeeping."""
+
+    def __init__(
+        self, adapters: DualAdapter, config: RunConfig, examples: TokenizedExamples, states: dict[str, Any], pad_id: int
+    ) -> None:
+        # Imported here: these import DeepSpeed, which must find the device that was asked for.
+        from dpa_ds.distributed.launchers import Launch
+        from dpa_ds.distributed.topology import Topology
+        from dpa_ds.distributed.world import Job, build_world
+        from dpa_ds.model.engine import AdapterEngine, build_deepspeed_json
+
+        job = Job(Launch("single", 0, 1, 0, "127.0.0.1", 0))
+        world = build_world(job, Topology((1,), 1), config.cluster, config.federation.timeout_seconds)
+        ds_json = build_deepspeed_json(load_deepspeed_json(config.engine.deepspeed_config), config, 1)
+        self._engine = AdapterEngine(adapters, world, config.train, ds_json)
+        self._train, self._examples, self._states, self._pad_id = config.train, examples, states, pad_id
+
+    def build(self, step: Sequence[int]) -> Any:
+        """Tensors of one step."""
+        return build_step(self._examples, step, 0, 1, self._train.micro_batch_tokens, self._pad_id)
+
+    def run(self, phase: Phase, steps: Steps) -> tuple[float, list[float]]:
+        """Seconds of a phase from the starting weights, the building of its batches included; losses of its steps."""
+        from dpa_ds.federation.client import learning_rate
+
+        for adapter in ADAPTERS:
+            self._engine.write_state(adapter, self._states[adapter])
+        started = time.perf_counter()
+        self._engine.activate(phase)
+        shares = []
+        for k, indices in enumerate(steps):
+            share, _ = self._engine.train_step(self.build(indices), learning_rate(self._train, k, len(steps)))
+            shares.append(share)
+        losses = torch.stack(shares).tolist()  # waits for the device
+        return time.perf_counter() - started, losses
+
+
+def _random_state(adapters: DualAdapter, adapter: Any) -> dict[str, torch.Tensor]:
+    """PEFT's initial weights, but with B not zero: with B = 0 the first loss would not tell whether A and alpha agree."""
+    state = adapters.initial_state(adapter, (0, ADAPTERS.index(adapter)))
+    generator = torch.Generator().manual_seed(ADAPTERS.index(adapter))
+    return {
+        key: torch.randn(value.shape, generator=generator) * 0.02 if ".lora_B." in key else value
+        for key, value in state.items()
+    }
+
+
+def _check_losses(variants: Sequence[Variant], tolerance: float) -> float:
+    """Largest relative difference between the first losses of ours and of the Trainer in the same phase."""
+    first = {v.phase: v.losses[0] for v in variants if v.name == "ours"}
+    worst = max(abs(v.losses[0] / first[v.phase] - 1) for v in variants if v.phase in first)
+    assert worst <= tolerance, [(v.phase, v.name, v.losses) for v in variants]
+    assert len(set(first.values())) == len(first), f"the phases have the same loss, so alpha has no effect: {first}"
+    return worst
+
+
+def _summaries(
+    variants: Sequence[Variant], num_examples: int, real_tokens: int, flops: float, peak: float
+) -> list[dict[str, Any]]:
+    ours = {v.phase: v for v in variants if v.name == "ours"}
+    summaries = []
+    for v in variants:
+        seconds = statistics.median(v.seconds)
+        ratios = {
+            phase: [this / own for this, own in zip(v.seconds, ours[phase].seconds, strict=True)]
+            for phase in (ours if v.phase == "any" else (v.phase,))
+        }
+        summaries.append(
+            {
+                "phase": v.phase,
+                "name": v.name,
+                "seconds": v.seconds,
+                "losses": v.losses,
+                "examples_per_second": num_examples / seconds,
+                "tokens_per_second": real_tokens / seconds,
+                "real_over_computed": real_tokens / v.computed_tokens,
+                "flops_per_second": flops / seconds,
+                "share_of_peak": flops / seconds / peak,
+                "ours_over_this": {p: [statistics.median(r), min(r), max(r)] for p, r in ratios.items()},
+            }
+        )
+    return summaries
+
+
+def _recipe(args: argparse.Namespace, device: torch.device) -> RunConfig:
+    precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
+    return RunConfig(
+        model=ModelConfig(path=args.model, precision=precision),
+        lora=LoraConfig(dropout=0.0),  # the stacks draw dropout in different order
+        data=DataConfig(path=args.data),
+        train=TrainConfig(batch_size=args.batch_size, micro_batch_tokens=args.micro_batch_tokens),
+        engine=EngineConfig(deepspeed_config=args.deepspeed_config),
+    )
+
+
+def _hardware(device: torch.device) -> str:
+    threads = f"{torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name()}, {threads}"
+    info = Path("/proc/cpuinfo")
+    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor()} ({torch.backends.cpu.get_cpu_capability()}), {threads}"
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=".cache/demo/SmolLM2-135M-Instruct", help="Hugging Face model directory")
+    parser.add_argument("--data", default=".cache/demo/federation", help="federation in the authors' layout")
+    parser.add_argument("--client", type=int, default=0, help="whose examples (default: 0)")
+    parser.add_argument("--device", choices=("auto", "cpu"), default="auto")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), help="default: fp32 on a CPU, bf16 elsewhere")
+    parser.add_argument("--batch_size", type=int, default=16, help="examples per optimizer step (default: 16)")
+    parser.add_argument("--steps", type=int, default=2, help="optimizer steps per run (default: 2)")
+    parser.add_argument("--repeats", type=int, default=3, help="timed runs of each variant (default: 3)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: as torch chooses)")
+    parser.add_argument(
+        "--micro_batch_tokens", type=int, default=4096, help="bound on one pass of ours (default: 4096)"
+    )
+    parser.add_argument("--deepspeed_config", default="ds_configs/zero1.json")
+    parser.add_argument(
+        "--trainer_batch", type=int, nargs="+", help="the Trainer's batch sizes to try (default: 8 and the whole step)"
+    )
+    parser.add_argument(
+        "--floor_tokens", type=int, nargs="+", default=[1024, 4096], help="the floor's pass sizes (default: 1024 4096)"
+    )
+    parser.add_argument("--json", help="also write the result to this file")
+    args = parser.parse_args()
+    args.trainer_batch = args.trainer_batch or sorted({min(8, args.batch_size), args.batch_size})
+    if any(args.batch_size % size for size in args.trainer_batch):
+        parser.error(f"--trainer_batch {args.trainer_batch} must divide --batch_size {args.batch_size}")
+    return args
+
+
+if __name__ == "__main__":
+    main()

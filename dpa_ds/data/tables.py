@@ -1,0 +1,174 @@
+"""Tables on disk as rows with their place: JSON arrays, JSONL, CSV, parquet, folders written by save_to_disk.
+
+Every fault of a file or a cell is a DataError that names file and row.
+"""
+
+import csv
+import io
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dpa_ds.errors import DataError
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a table, with its place (`file:line` or `file: row n`) for messages."""
+
+    values: dict[str, Any]
+    place: str
+
+    def text(self, column: str) -> str:
+        """The cell as text; numbers and truth values are written out. Raises DataError for anything else."""
+        if column not in self.values:
+            existing = ", ".join(map(repr, self.values)) or "none"
+            raise DataError(
+                f"{self.place}: no column {column!r}; columns are {existing}: set the data.*_column that fits"
+            )
+        value = self.values[column]
+        if isinstance(value, bool | int | float):
+            return str(value)
+        if not isinstance(value, str):
+            raise DataError(f"{self.place}: column {column!r} must be text, got {type(value).__name__}")
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise DataError(f"{self.place}: column {column!r} has half a surrogate pair: remove the \\ud8xx") from error
+        return value
+
+    def optional_text(self, column: str) -> str:
+        """As `text`, but "" where the cell is null."""
+        return "" if self.values.get(column, "") is None else self.text(column)
+
+
+def read_table(path: str | Path) -> list[Row]:
+    """All rows of a JSON array, JSONL, CSV or parquet file, or of a folder written by `datasets` save_to_disk.
+
+    Raises DataError (file and line or row) for a file that is missing, unreadable, malformed or has no rows.
+    """
+    rows = read_rows(Path(path))
+    if not rows:
+        raise DataError(f"{path}: is empty: no rows; give data.path and data.test_path a file with examples")
+    return rows
+
+
+def read_rows(path: Path) -> list[Row]:
+    """As `read_table`, for a file that may have no rows."""
+    with reading(path):
+        if path.is_dir():
+            return _read_saved_dataset(path)
+        match path.suffix.lower():
+            case ".json" | ".jsonl":
+                return _read_json(path)
+            case ".csv":
+                return _read_csv(path)
+            case ".parquet":
+                return _read_parquet(path)
+    raise DataError(
+        f"{path}: unknown kind of file {path.suffix!r}: use .json, .jsonl, .csv, .parquet, "
+        "or a folder written by save_to_disk"
+    )
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn what the operating system says about `path` into a DataError with its remedy."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such file or folder: check data.path and data.test_path") from error
+    except PermissionError as error:
+        raise DataError(f"{path}: no permission to read it: chmod it for the user of this job") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error}): check the file and its file system") from error
+
+
+def _read_text(path: Path) -> str:
+    raw = path.read_bytes()
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line, byte = raw.count(b"\n", 0, error.start) + 1, raw[error.start]
+        raise DataError(f"{path}:{line}: byte 0x{byte:02x} is not UTF-8: convert the file to UTF-8") from error
+    if "\0" in text:
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise DataError(f"{path}:{line}: contains a NUL byte: the file is damaged or not UTF-8; write it again")
+    return text.removeprefix("\ufeff")
+
+
+def _read_json(path: Path) -> list[Row]:
+    text = _read_text(path)
+    if path.suffix.lower() == ".json" and text.lstrip().startswith("["):
+        items = [(f"{path}: row {n}", item) for n, item in enumerate(_parse_json(text, path, 1), start=1)]
+    else:
+        # Not splitlines(): U+2028 and its like may stand unescaped inside a JSON string.
+        lines = enumerate(text.split("\n"), start=1)
+        items = [(f"{path}:{n}", _parse_json(line, path, n)) for n, line in lines if line.strip()]
+    for place, item in items:
+        if not isinstance(item, dict):
+            raise DataError(f"{place}: expected an object with named columns, got {type(item).__name__}")
+    return [Row(item, place) for place, item in items]
+
+
+def _parse_json(text: str, path: Path, first_line: int) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{path}:{first_line + error.lineno - 1}: not JSON ({error.msg}, column {error.colno}): "
+            "a file is one array of objects (.json), or one object per line"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}:{first_line}: JSON that cannot be read ({error}): shorten that value") from error
+
+
+def _read_csv(path: Path) -> list[Row]:
+    reader = csv.reader(io.StringIO(_read_text(path), newline=""), strict=True)
+    rows = []
+    try:
+        header = next(reader, [])
+        if len(set(header)) < len(header):
+            raise DataError(f"{path}:1: a column name occurs twice in {header}: rename one")
+        for fields in reader:
+            place = f"{path}:{reader.line_num}"
+            if fields and len(fields) != len(header):
+                raise DataError(f"{place}: {len(fields)} fields, but the header has {len(header)}: quote commas")
+            if fields:
+                rows.append(Row(dict(zip(header, fields, strict=True)), place))
+    except csv.Error as error:
+        raise DataError(f"{path}:{reader.line_num}: not CSV ({error}): check quotes") from error
+    return rows
+
+
+def _read_parquet(path: Path) -> list[Row]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        values = pyarrow.parquet.ParquetFile(path).read().to_pylist()
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: not a readable parquet file ({error}): write it again") from error
+    return [Row(value, f"{path}: row {n}") for n, value in enumerate(values, start=1)]
+
+
+def _read_saved_dataset(path: Path) -> list[Row]:
+    # Imported here: `datasets` takes seconds to import, and only this format needs it.
+    import datasets
+    import pyarrow
+
+    if not any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        raise DataError(f"{path}: folder without data: name a file in it, or a folder written by save_to_disk")
+    try:
+        loaded = datasets.load_from_disk(str(path))
+        if isinstance(loaded, datasets.DatasetDict):
+            if "train" not in loaded:
+                raise DataError(f"{path}: no split 'train' among {sorted(loaded)}: give the folder of one split")
+            loaded = loaded["train"]
+        values = list(loaded.with_format(None))
+    except (ValueError, KeyError, TypeError, pyarrow.ArrowException) as error:
+        raise DataError(f"{path}: not a readable data set ({error}): save it again with save_to_disk") from error
+    return [Row(dict(value), f"{path}: row {n}") for n, value in enumerate(values, start=1)]

@@ -1,0 +1,56 @@
+"""A GGUF file as it lies on disk: metadata and quantised tensors, read by gguf."""
+
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+
+from dpa_ds.errors import ModelError
+
+GGUF_MAGIC = b"GGUF"
+
+
+@dataclass(frozen=True)
+class GgufFile:
+    """Metadata by key, and tensors as stored (quantised), memory-mapped."""
+
+    path: Path
+    metadata: Mapping[str, Any]
+    tensors: Sequence[gguf.ReaderTensor]
+
+    def require(self, key: str) -> Any:
+        """Value of `key`. Raises ModelError if the file lacks it."""
+        if key not in self.metadata:
+            raise ModelError(f"{self.path}: the GGUF metadata lack {key}: convert the model to GGUF again")
+        return self.metadata[key]
+
+
+def read_gguf(path: Path) -> GgufFile:
+    """Open a GGUF file. Raises ModelError if it is missing, truncated, or not a GGUF file."""
+    if not path.is_file():
+        raise ModelError(f"{path}: no such file: model.path must name a GGUF file that is there")
+    with path.open("rb") as stream:
+        if stream.read(len(GGUF_MAGIC)) != GGUF_MAGIC:
+            raise ModelError(f"{path}: not a GGUF file (it does not begin with 'GGUF'): download it again")
+    try:
+        reader = gguf.GGUFReader(path)
+        metadata = {key: reader_field.contents() for key, reader_field in reader.fields.items()}
+    except (ValueError, KeyError, IndexError, OverflowError, MemoryError, UnicodeDecodeError, struct.error) as error:
+        num_bytes = path.stat().st_size
+        raise ModelError(
+            f"{path}: truncated or damaged GGUF ({num_bytes:,} bytes; {error}): download it again"
+        ) from error
+    return GgufFile(path, metadata, reader.tensors)
+
+
+def special_ids(file: GgufFile) -> tuple[int | None, int | None, int, int]:
+    """(unknown, begin, end, pad) token ids; the end token pads where the file names no pad token."""
+    unknown, bos, eos, pad = (
+        file.metadata.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("unknown", "bos", "eos", "padding")
+    )
+    if eos is None:
+        raise ModelError(f"{file.path}: the GGUF metadata name no end token (tokenizer.ggml.eos_token_id)")
+    return unknown, bos, eos, eos if pad is None else pad

@@ -1,0 +1,203 @@
+"""Starts commands as a user would, each with a deadline after which everything that it started is killed.
+
+torchrun and mpirun put their ranks into sessions of their own, so a process group does not hold them all: a mark in
+the environment, which every descendant inherits, does.
+"""
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+from safetensors.torch import load_file
+
+from tests.ranks import _forkserver
+
+REPOSITORY = Path(__file__).parents[2]
+PYTHON = sys.executable
+RUN = [PYTHON, "launch/run.py"]
+MARK = "DPA_DS_TEST_MARK"
+LAUNCHER_PREFIXES = ("SLURM_", "OMPI_", "PMI", "PMIX_", "MV2_", "TORCHELASTIC_", "MASTER_")
+LAUNCHER_NAMES = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "DS_ACCELERATOR"}
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What came of a command."""
+
+    returncode: int
+    output: str
+    """stdout and stderr together, as they were written."""
+    seconds: float
+
+    @property
+    def errors(self) -> list[str]:
+        """Lines that tell the user what to mend."""
+        return [line for line in self.output.splitlines() if "error: " in line]
+
+    @property
+    def num_tracebacks(self) -> int:
+        """Exceptions printed as Python prints them."""
+        return self.output.count("Traceback (most recent call last)")
+
+
+class Running:
+    """A started command; use as a context manager, so that nothing of it is left whatever the test does."""
+
+    def __init__(self, command: Sequence[str], cwd: Path = REPOSITORY, **variables: str) -> None:
+        self._mark = uuid.uuid4().hex
+        self._output = tempfile.TemporaryFile("w+")  # not a pipe: nobody needs to read it for the ranks to go on
+        self._started = time.monotonic()
+        self.command = list(command)
+        self.process = subprocess.Popen(
+            self.command,
+            cwd=cwd,
+            env={**_environment(), MARK: self._mark, **variables},
+            stdin=subprocess.DEVNULL,
+            stdout=self._output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+    def __enter__(self) -> "Running":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+        self._output.close()
+
+    def kill(self) -> None:
+        """SIGKILL for everything that this command started."""
+        while remaining := self.remaining():
+            for process in remaining:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+            self.process.poll()
+            time.sleep(0.02)
+        self.process.wait()
+
+    def remaining(self) -> list[psutil.Process]:
+        """Processes of this command that still run."""
+        found = []
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):  # ended meanwhile, or belongs to another user
+                if process.status() != psutil.STATUS_ZOMBIE and process.environ().get(MARK) == self._mark:
+                    found.append(process)
+        return found
+
+    def wait(self, deadline_seconds: float) -> Ended:
+        """Wait until the command has ended, and every rank with it (some launchers leave ranks behind)."""
+        try:
+            self.process.wait(deadline_seconds)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise AssertionError(f"{self.command} hung for {deadline_seconds:g} s:\n{self.output()}") from None
+        seconds = time.monotonic() - self._started
+        grace = time.monotonic() + 10.0
+        while (left := self.remaining()) and time.monotonic() < grace:
+            time.sleep(0.05)
+        assert not left, f"{self.command} left {[p.cmdline() for p in left]} behind:\n{self.output()}"
+        return Ended(self.process.returncode, self.output(), seconds)
+
+    def output(self) -> str:
+        """What was written so far."""
+        self._output.seek(0)
+        return self._output.read()
+
+
+def run(command: Sequence[str], deadline_seconds: float = 120.0, cwd: Path = REPOSITORY, **variables: str) -> Ended:
+    """Start `command` with `variables` in its environment and wait for its end."""
+    with Running(command, cwd, **variables) as running:
+        return running.wait(deadline_seconds)
+
+
+def run_by_hand(ranks: Sequence[Running], deadline_seconds: float = 120.0) -> list[Ended]:
+    """Wait for ranks that were started one by one, without a launcher that would end the others if one fails."""
+    deadline = time.monotonic() + deadline_seconds
+    try:
+        return [rank.wait(max(1.0, deadline - time.monotonic())) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.__exit__()
+
+
+def run_forked(argv: Sequence[str], output: Path, deadline_seconds: float = 120.0) -> Ended:
+    """`python launch/run.py ARGV` in a process of its own, forked from one that has imported everything: no 5 s start."""
+    started = time.monotonic()
+    process = _forkserver().Process(target=_run_job, args=(list(argv), str(output)), daemon=True)
+    process.start()
+    process.join(deadline_seconds)
+    hung = process.is_alive()
+    process.kill()
+    process.join()
+    assert not hung, f"{argv} hung for {deadline_seconds:g} s:\n{output.read_text()}"
+    return Ended(process.exitcode, output.read_text(), time.monotonic() - started)
+
+
+def adapters(run_dir: Path, server_round: int | None = None) -> dict[str, torch.Tensor]:
+    """Every tensor of the global and all local adapters of a run, after its last round or after `server_round`."""
+    folder = run_dir / ("adapters" if server_round is None else f"rounds/round_{server_round:06d}")
+    tensors = {
+        f"{path.parent.relative_to(folder)}/{key}": tensor
+        for path in sorted(folder.glob("**/adapter_model.safetensors"))
+        for key, tensor in load_file(path).items()
+    }
+    assert any(key.startswith("global/") for key in tensors), sorted(tensors)
+    return tensors
+
+
+def assert_same_adapters(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float) -> None:
+    """Equal keys, shapes and values, each tensor within `tolerance` of the expected one's norm."""
+    assert actual.keys() == expected.keys()
+    for key, tensor in expected.items():
+        assert actual[key].shape == tensor.shape, key
+        difference = float((actual[key] - tensor).norm())
+        assert difference <= tolerance * float(tensor.norm()), f"{key}: {difference:g} apart"
+        assert float(tensor.norm()) > 0, f"{key} is zero: nothing was trained"
+
+
+def free_port() -> int:
+    """A port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def beside_python(name: str) -> str:
+    """The launcher that belongs to this python."""
+    return str(Path(PYTHON).with_name(name))
+
+
+def _environment() -> dict[str, str]:
+    """This process's environment without what some launcher left there; never a hub."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in LAUNCHER_NAMES and not name.startswith(LAUNCHER_PREFIXES)
+    }
+    path = f"{Path(PYTHON).parent}{os.pathsep}{kept.get('PATH', '')}"
+    return {**kept, "PATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def _run_job(argv: list[str], output: str) -> None:
+    """Body of the forked process."""
+    from dpa_ds.start import run_job
+    from dpa_ds.train import train
+
+    file = os.open(output, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.chdir(REPOSITORY)
+    environment = _environment()
+    os.environ.clear()
+    os.environ.update(environment)
+    run_job(argv, train)

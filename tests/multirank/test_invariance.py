@@ -1,0 +1,199 @@
+"""A client's adapters do not depend on ranks, ZeRO stage, micro-batches or hosting, and equal a plain PyTorch loop."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dpa_ds.config_loader import load_config
+from dpa_ds.data.batches import num_steps, step_indices
+from dpa_ds.data.prompts import load_or_tokenize
+from dpa_ds.data.sources import list_clients, pool_clients, read_clients
+from tests import plain, tiny
+from tests.ranks import run_on_ranks
+
+pytestmark = pytest.mark.multirank
+ROUNDS, ALPHA_MIX, LEARNING_RATE, CLIP = 2, 0.4, 1e-2, 1.0
+TOLERANCE = 1e-5
+
+
+def train_on_rank(job: Any, argv: Sequence[str]) -> None:
+    from dpa_ds.train import train
+
+    train(load_config(argv), job)
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """The final adapters of a run."""
+
+    global_state: plain.State
+    local: list[plain.State]
+
+    def assert_close(self, other: "Adapters", tolerance: float) -> None:
+        for ours, theirs in [
+            (self.global_state, other.global_state),
+            *zip(self.local, other.local, strict=True),
+        ]:
+            assert ours.keys() == theirs.keys()
+            for key in ours:
+                error = (ours[key] - theirs[key]).norm() / theirs[key].norm().clamp_min(1e-12)
+                assert error < tolerance, (key, float(error))
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    folder = tmp_path_factory.mktemp("inputs")
+    return tiny.make_model(folder / "model"), tiny.make_federation(folder / "data"), folder
+
+
+def run(inputs: tuple[Path, Path, Path], tmp_path: Path, num_ranks: int, **overrides: Any) -> Adapters:
+    model, data, _ = inputs
+    settings = {"method__alpha": ALPHA_MIX, "federation__num_rounds": ROUNDS, "train__learning_rate": LEARNING_RATE}
+    argv = tiny.recipe(model, data, tmp_path / "runs", **{**settings, **overrides})
+    run_on_ranks(train_on_rank, num_ranks, tmp_path, argv)
+    adapters = tmp_path / "runs" / "tiny" / "adapters"
+    local = sorted((adapters / "local").iterdir())
+    return Adapters(
+        load_file(adapters / "global" / "adapter_model.safetensors"),
+        [load_file(folder / "adapter_model.safetensors") for folder in local],
+    )
+
+
+def start(inputs: tuple[Path, Path, Path], pooled: bool = False) -> tuple[plain.Plain, list[plain.Client], plain.State]:
+    """The plain model, its clients and the initial global adapter, as the recipe of `run` describes them."""
+    from transformers import AutoModelForCausalLM
+
+    from dpa_ds.federation.hosting import GLOBAL_SEED, LOCAL_SEED
+    from dpa_ds.model.dual_adapter import DualAdapter
+
+    model, data, folder = inputs
+    config = load_config(tiny.recipe(model, data, folder / "reference"))
+    drawn = DualAdapter(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), config.lora)
+    reference = plain.Plain(model, 4, 8.0, config.lora.target_modules, LEARNING_RATE, CLIP)
+    everyone = read_clients(config.data, config.seed, range(len(list_clients(config.data, config.seed))))
+    clients = []
+    for client_id, client in enumerate([pool_clients(everyone)] if pooled else everyone):
+        tokens = load_or_tokenize(client.train, tiny.make_tokenizer(), config.data, client.name)
+        examples = [(tokens.input_ids(i).tolist(), int(tokens.prompt_lengths[i])) for i in range(len(tokens))]
+
+        def order(server_round: int, adapter: str, client_id: int = client_id, n: int = len(tokens)) -> Any:
+            words = (config.seed, server_round, client_id, 0 if adapter == "global" else 1)
+            return step_indices(n, config.train.batch_size, num_steps(n, config.train.batch_size, 1.0, None), words)
+
+        local = drawn.initial_state("local", (config.seed, LOCAL_SEED, client_id))
+        clients.append(plain.Client(examples, local, order))
+    return reference, clients, drawn.initial_state("global", (config.seed, GLOBAL_SEED))
+
+
+@pytest.fixture(scope="module")
+def reference(inputs: tuple[Path, Path, Path]) -> Adapters:
+    """feddpa_t by the plain loop."""
+    model, clients, initial = start(inputs)
+    final = plain.feddpa_t(model, clients, initial, ROUNDS, ALPHA_MIX)
+    return Adapters(final, [client.local for client in clients])
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "ranks_per_group", "stage", "micro_batch_tokens"),
+    [
+        (1, "auto", "zero0", 128),
+        (1, "auto", "zero1", 4096),
+        (1, "auto", "zero3", 32),
+        (2, "auto", "zero1", 128),  # 2 groups that host 2 clients each
+        (4, "auto", "zero2", 128),  # 4 groups
+        (4, "auto", "zero3", 64),
+        (2, 2, "zero0", 64),  # 1 group of 2 ranks
+        (2, 2, "zero1", 32),
+        (2, 2, "zero2", 4096),
+        (2, 2, "zero3", 128),
+        (2, 2, "zero3_offload_cpu", 64),
+        (4, 2, "zero1", 64),  # 2 groups of 2
+        (4, [2, 1, 1], "zero2", 64),  # groups of unequal size, clients of unequal size and step count
+        (4, 4, "zero0", 64),
+        (4, 4, "zero1", 16),
+        (4, 4, "zero2", 128),
+        (4, 4, "zero3", 128),
+    ],
+)
+def test_every_layout_gives_the_adapters_of_a_plain_loop(
+    inputs: Any,
+    reference: Adapters,
+    tmp_path: Path,
+    num_ranks: int,
+    ranks_per_group: Any,
+    stage: str,
+    micro_batch_tokens: int,
+) -> None:
+    result = run(
+        inputs,
+        tmp_path,
+        num_ranks,
+        cluster__ranks_per_group=ranks_per_group,
+        engine__deepspeed_config=f"ds_configs/{stage}.json",
+        train__micro_batch_tokens=micro_batch_tokens,
+    )
+    result.assert_close(reference, TOLERANCE)
+
+
+def test_the_comparison_can_fail(inputs: Any, reference: Adapters, tmp_path: Path) -> None:
+    result = run(inputs, tmp_path, 1, method__alpha=ALPHA_MIX + 0.001)
+    with pytest.raises(AssertionError):
+        result.assert_close(reference, TOLERANCE)
+
+
+def test_local_partner_aggregated(inputs: Any, tmp_path: Path) -> None:
+    model, clients, initial = start(inputs)
+    final = plain.feddpa_t(model, clients, initial, ROUNDS, ALPHA_MIX, partner="aggregated")
+    result = run(inputs, tmp_path, 2, method__local_partner="aggregated")
+    result.assert_close(Adapters(final, [client.local for client in clients]), TOLERANCE)
+
+
+def test_local_first_is_the_published_code(inputs: Any, tmp_path: Path) -> None:
+    model, clients, initial = start(inputs)
+    final = plain.feddpa_t(model, clients, initial, ROUNDS, ALPHA_MIX, order="local_first", partner="none")
+    result = run(inputs, tmp_path, 2, method__phase_order="local_first")
+    result.assert_close(Adapters(final, [client.local for client in clients]), TOLERANCE)
+
+
+def test_weighting_by_num_examples(inputs: Any, tmp_path: Path) -> None:
+    model, clients, initial = start(inputs)
+    sizes = [float(len(client.examples)) for client in clients]
+    final = plain.feddpa_t(model, clients, initial, ROUNDS, ALPHA_MIX, weights=sizes)
+    result = run(inputs, tmp_path, 2, federation__weighting="num_examples")
+    result.assert_close(Adapters(final, [client.local for client in clients]), TOLERANCE)
+
+
+@pytest.mark.parametrize("method", ["feddpa_f", "fedlora", "fedit"])
+def test_methods_with_a_global_phase_only(inputs: Any, tmp_path: Path, method: str) -> None:
+    model, clients, initial = start(inputs)
+    untouched = [client.local for client in clients]
+    final = plain.feddpa_f(model, clients, initial, ROUNDS)
+    result = run(inputs, tmp_path, 2, method__name=method)
+    local = untouched if method == "fedit" else [client.local for client in clients]
+    result.assert_close(Adapters(final, local), TOLERANCE)
+
+
+def test_local_never_touches_the_global_adapter(inputs: Any, tmp_path: Path) -> None:
+    model, clients, initial = start(inputs)
+    for client in clients:
+        model.load("local", client.local)
+        for server_round in range(1, ROUNDS + 1):
+            model.phase(client, "local", (0.0, 1.0), server_round)
+        client.local = model.state("local")
+    result = run(inputs, tmp_path, 2, method__name="local")
+    result.assert_close(Adapters(initial, [client.local for client in clients]), TOLERANCE)
+    assert all(torch.equal(result.global_state[key], initial[key]) for key in initial)
+
+
+def test_centralized_trains_one_adapter_on_the_union(inputs: Any, tmp_path: Path) -> None:
+    model, clients, initial = start(inputs, pooled=True)
+    model.load("global", initial)
+    for server_round in range(1, ROUNDS + 1):
+        model.phase(clients[0], "global", (1.0, 0.0), server_round)
+    result = run(inputs, tmp_path, 2, method__name="centralized")
+    result.assert_close(Adapters(model.state("global"), [clients[0].local]), TOLERANCE)

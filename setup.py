@@ -26,20 +26,25 @@ setup(
         "datasets>=5,<6",
         "tensorboard>=2.21,<3",
         "safetensors>=0.8,<1",
+        "tokenizers",  # the version that transformers asks for
+        "huggingface_hub",  # likewise
+        "numpy>=2",
+        "pyarrow",  # the version that datasets asks for
         "jsonargparse[signatures]>=4.53,<4.54",
+        "PyYAML>=6,<7",
         "psutil>=7",
         "tqdm>=4.67,<5",
         "matplotlib>=3.10,<4",
         "gguf>=0.19,<0.20",
     ],
     extras_require={
-        "demo": [],
+        "demo": ["pip"],  # launch/prepare_demo.py downloads with it; environments made by uv lack it
         "test": [
             "pytest>=9,<10",
-            "hypothesis>=6",
+            "hypothesis>=6,<7",
             "mpich>=5,<6",
-            "ruff",
-            "mypy",
+            "ruff>=0.17,<0.18",
+            "mypy>=2.4,<3",
             "import-linter>=2.16,<3",
             "interrogate>=1.7,<2",
             "types-PyYAML",

@@ -4,8 +4,8 @@ No adapters, no optimizer, no padding: the tokens of a step are laid end to end 
 length. The output head runs at label positions only.
 """
 
-import time
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -19,18 +19,18 @@ from dpa_ds.data.prompts import TokenizedExamples
 class Floor:
     """The frozen base alone; `micro_batch_tokens` bounds one pass."""
 
-    def __init__(self, base: PreTrainedModel, micro_batch_tokens: int) -> None:
-        self._base, self._budget = base.requires_grad_(False), micro_batch_tokens
+    def __init__(self, base: PreTrainedModel, micro_batch_tokens: int, clock: Callable[[], float]) -> None:
+        self._base, self._budget, self._clock = base.requires_grad_(False), micro_batch_tokens, clock
 
     def run(self, examples: TokenizedExamples, steps: Sequence[Sequence[int]]) -> float:
         """Seconds of one pass over `steps`."""
         batches = [batch for step in steps for batch in self._pack(examples, step)]
-        started = time.perf_counter()
+        started = self._clock()
         for input_ids, labels in batches:
             self._forward_backward(input_ids, labels)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        return time.perf_counter() - started
+        return self._clock() - started
 
     def _forward_backward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> None:
         inputs = self._base.get_input_embeddings()(input_ids).requires_grad_()
@@ -49,7 +49,7 @@ class Floor:
         whole = len(step) * length
         cuts = [*range(0, whole, width), whole, len(tokens)]
         passes = []
-        for start, stop in zip(cuts, cuts[1:], strict=False):
+        for start, stop in itertools.pairwise(cuts):
             shape = (-1, length) if stop <= whole else (1, stop - start)
             if stop - start >= 2:
                 passes.append(tuple(_tensor(a[start:stop].reshape(shape), self._base.device) for a in (tokens, labels)))
@@ -75,17 +75,17 @@ def phase_flops(base: PreTrainedModel, examples: TokenizedExamples, steps: Seque
     return total
 
 
-def matmul_flops_per_second(dtype: torch.dtype, device: torch.device) -> float:
+def matmul_flops_per_second(dtype: torch.dtype, device: torch.device, clock: Callable[[], float]) -> float:
     """The best of some large square matrix products: what this machine gives right now."""
     size = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     best = 0.0
     for _ in range(5):
-        started = time.perf_counter()
+        started = clock()
         a @ b
         if device.type == "cuda":
             torch.cuda.synchronize()
-        best = max(best, 2 * size**3 / (time.perf_counter() - started))
+        best = max(best, 2 * size**3 / (clock() - started))
     return best
 
 

@@ -4,8 +4,10 @@ Two active LoRA adapters with weights (or one), padding to the longest row of ea
 gradient accumulation, the Trainer's own AdamW, schedule and clipping.
 """
 
-import time
-from collections.abc import Sequence
+import contextlib
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import peft
@@ -29,7 +31,7 @@ from dpa_ds.model.dual_adapter import ADAPTERS, Phase
 
 
 class PlainTrainer:
-    """Runs phases on its own copy of the model. Build it before DeepSpeed's world: the Trainer must not see one."""
+    """Runs phases on its own copy of the model, in one process without DistributedDataParallel."""
 
     def __init__(
         self,
@@ -38,8 +40,10 @@ class PlainTrainer:
         lora: LoraConfig,
         train: TrainConfig,
         device: torch.device,
+        clock: Callable[[], float],
     ) -> None:
-        self._train, self._device, self._bf16 = train, device, base.dtype == torch.bfloat16
+        self._train, self._device, self._clock, self._bf16 = train, device, clock, base.dtype == torch.bfloat16
+        self._folder = tempfile.TemporaryDirectory()
         tokenizer.padding_side = "right"
         self._collator = DataCollatorForSeq2Seq(tokenizer, padding=True, label_pad_token_id=IGNORE_INDEX)
         config = peft.LoraConfig(
@@ -51,7 +55,6 @@ class PlainTrainer:
         )
         self.model = peft.PeftModel(base, config, adapter_name="global")
         self.model.add_adapter("local", config)
-        assert self._arguments(1, 1).world_size == 1  # fixes accelerate's state for the rest of the process
 
     def run(
         self,
@@ -68,17 +71,19 @@ class PlainTrainer:
         """
         self._activate(phase, states)
         rows = [_row(examples, index) for step in steps for index in step]
-        clock = _Clock()
-        trainer = Trainer(
-            model=self.model,
-            args=self._arguments(len(steps), device_batch_size),
-            train_dataset=rows,  # type: ignore[arg-type]
-            data_collator=self._collator,
-            callbacks=[clock],
-        )
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
-        return clock.seconds, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        timer = _Timer(self._clock)
+        with _no_launcher():
+            trainer = Trainer(
+                model=self.model,
+                args=self._arguments(len(steps), device_batch_size),
+                train_dataset=rows,  # type: ignore[arg-type]
+                data_collator=self._collator,
+                callbacks=[timer],
+            )
+            trainer.remove_callback(PrinterCallback)
+            trainer.train()
+        assert trainer.model_wrapped is self.model, "the Trainer wrapped the model: its time would include that"
+        return timer.seconds, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
     def computed_tokens(self, examples: TokenizedExamples, step: Sequence[int], device_batch_size: int) -> int:
         """Tokens of one step, padding included."""
@@ -101,7 +106,7 @@ class PlainTrainer:
         train = self._train
         # One loss a step is logged, as the engine reads one gradient norm a step: both wait for the device once.
         return TrainingArguments(
-            output_dir="unused",
+            output_dir=self._folder.name,
             per_device_train_batch_size=device_batch_size,
             gradient_accumulation_steps=train.batch_size // device_batch_size,
             max_steps=max_steps,
@@ -119,18 +124,29 @@ class PlainTrainer:
         )
 
 
-class _Clock(TrainerCallback):
+class _Timer(TrainerCallback):
     """Seconds from the first batch to the last optimizer step; building the Trainer is not counted."""
 
-    seconds = 0.0
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock, self.seconds = clock, 0.0
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
-        self._started = time.perf_counter()
+        self._started = self._clock()
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        self.seconds = time.perf_counter() - self._started
+        self.seconds = self._clock() - self._started
+
+
+@contextlib.contextmanager
+def _no_launcher() -> Iterator[None]:
+    """Hide the rank variables set for DeepSpeed's world of one rank: the Trainer would take DDP for it."""
+    hidden = {name: os.environ.pop(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
 
 
 def _row(examples: TokenizedExamples, index: int) -> dict[str, list[int]]:

@@ -70,7 +70,7 @@ class _silent_unless:
 
     def __enter__(self) -> None:
         if not self._speaks:
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+            sys.stdout = open(os.devnull, "w")
 
     def __exit__(self, *_: object) -> None:
         sys.stdout = self._stdout

@@ -1,7 +1,7 @@
 """Runs one plain function on N real ranks: forked from a server that has imported everything, with a deadline.
 
-A FileStore under tmp_path joins the ranks, so no port is used. What the function returns must be picklable
-(multiprocessing's own pipe, not a file).
+A FileStore under tmp_path joins the ranks, so no port is used. What the function returns must be picklable and hold
+no torch tensor: those travel as file descriptors, which end with the rank.
 """
 
 import multiprocessing

@@ -12,7 +12,7 @@ import sys
 import time
 import traceback
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -66,7 +66,7 @@ class Job:
             hellos = self._collect_hellos()
             verdict = {**_first_disagreement(hellos), "hosts": [hello["host"] for hello in hellos]}
             self.store.set("verdict", json.dumps(verdict))
-        self._wait(["verdict"], "rank 0's comparison of all ranks")
+        self._wait({"verdict": "rank 0"})
         verdict = json.loads(self.store.get("verdict"))
         self.hosts = verdict["hosts"]
         if "error" in verdict:
@@ -75,21 +75,29 @@ class Job:
             raise error or told
 
     def _collect_hellos(self) -> list[dict[str, Any]]:
-        keys = [f"hello/{rank}" for rank in range(self.launch.job_world_size)]
-        self._wait(keys, f"all {len(keys)} ranks to arrive")
+        keys = self._key_of_each_rank("hello")
+        self._wait(keys)
         return [json.loads(self.store.get(key)) for key in keys]
 
-    def _wait(self, keys: Sequence[str], what: str) -> None:
-        """Wait for `keys`, at most `timeout_seconds`. Polls, so that a rank which failed ends the others' wait."""
-        missing, deadline = list(keys), time.monotonic() + self.timeout_seconds
+    def _key_of_each_rank(self, name: str) -> dict[str, str]:
+        return {f"{name}/{rank}": f"rank {rank}" for rank in range(self.launch.job_world_size)}
+
+    def _wait(self, owners: Mapping[str, str]) -> None:
+        """Wait for keys, at most `timeout_seconds`. Polls, so that a rank which failed ends the others' wait.
+
+        Args:
+            owners: key -> who is to publish it, for the message.
+        """
+        missing, deadline = list(owners), time.monotonic() + self.timeout_seconds
         try:
             while missing := [key for key in missing if not self.store.check([key])]:
                 if self.store.check(["failure"]):
                     raise ClusterError("another rank of the job failed")  # and said why: this one stays silent
                 if time.monotonic() > deadline:
+                    named = ", ".join(owners[key] for key in missing[:8]) + (", ..." if len(missing) > 8 else "")
                     raise ClusterError(
-                        f"rank {self.launch.global_rank} waited {self.timeout_seconds:g} s (cluster.timeout_seconds) for "
-                        f"{what}; missing: {', '.join(missing)}: look at the output of those ranks"
+                        f"rank {self.launch.global_rank} of {self.launch.job_world_size} waited {self.timeout_seconds:g} s "
+                        f"(cluster.timeout_seconds) in vain for {named}: look at the output there"
                     )
                 time.sleep(POLL_SECONDS)
         except RuntimeError as error:
@@ -101,7 +109,7 @@ class Job:
 
     def lookup(self, key: str) -> Any:
         """What some rank published under `key`; waits for it, at most `cluster.timeout_seconds`."""
-        self._wait([f"published/{key}"], f"another rank's {key}")
+        self._wait({f"published/{key}": f"the rank that publishes {key}"})
         return json.loads(self.store.get(f"published/{key}"))
 
     def decide(self, key: str, decision: Callable[[], Any]) -> Any:
@@ -114,7 +122,7 @@ class Job:
         """Wait until every rank has come this far: the store lives on rank 0. Collective: all ranks of the job."""
         self.store.set(f"done/{self.launch.global_rank}", "")
         if self.launch.global_rank == 0:
-            self._wait([f"done/{rank}" for rank in range(self.launch.job_world_size)], "all ranks to finish")
+            self._wait(self._key_of_each_rank("done"))
 
     def fail(self, error: BaseException) -> NoReturn:
         """End this rank; the first rank of the job to fail tells why, the others are silent.

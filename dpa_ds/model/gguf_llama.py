@@ -58,7 +58,7 @@ def write_llama(file: GgufFile, out_dir: Path, dtype: torch.dtype) -> None:
     """Fill the empty `out_dir` with config, tokenizer and weights in `dtype`. Raises ModelError for other files."""
     config = _llama_config(file, dtype)
     config.save_pretrained(out_dir)
-    GenerationConfig(  # type: ignore[no-untyped-call]
+    GenerationConfig(
         bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
     ).save_pretrained(out_dir)
     _gpt2_tokenizer(file).save_pretrained(out_dir)
@@ -121,7 +121,7 @@ def _gpt2_tokenizer(file: GgufFile) -> PreTrainedTokenizerFast:
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
     user_defined = [token for token, kind in zip(tokens, types, strict=True) if kind == gguf.TokenType.USER_DEFINED]
     tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in user_defined])
-    fast = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+    fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         unk_token=None if unknown is None else tokens[unknown],
         bos_token=None if bos is None else tokens[bos],

@@ -55,7 +55,8 @@ class Running:
 
     def __init__(self, command: Sequence[str], cwd: Path = REPOSITORY, **variables: str) -> None:
         self._mark = uuid.uuid4().hex
-        self._output = tempfile.TemporaryFile("w+")  # not a pipe: nobody needs to read it for the ranks to go on
+        # Not a pipe: nobody needs to read it for the ranks to go on.
+        self._output = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self._started = time.monotonic()
         self.command = list(command)
         self.process = subprocess.Popen(

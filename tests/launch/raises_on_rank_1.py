@@ -1,0 +1,34 @@
+"""A job whose rank 1 has a programmer's error while rank 0 waits: `... raises_on_rank_1.py WHERE --config RECIPE`.
+
+WHERE: all_reduce or store, what rank 0 waits in; killed, if rank 1 is to die without a word.
+"""
+
+import os
+import signal
+import sys
+
+from dpa_ds.config import RunConfig
+from dpa_ds.distributed.topology import Topology
+from dpa_ds.distributed.world import Job, build_world
+from dpa_ds.start import run_job
+
+
+def wait_for_each_other(config: RunConfig, job: Job) -> None:
+    """Rank 0 waits for a rank 1 that never comes."""
+    import torch
+
+    where = sys.argv[1]
+    world = build_world(job, Topology((1, 1), 2), config.cluster, config.federation.timeout_seconds)
+    assert world.federation is not None
+    world.federation.all_reduce_(torch.ones(3), "metrics")  # both are here
+    if job.launch.global_rank == 1:
+        if where == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise ZeroDivisionError("a fault of the programmer")
+    if where == "store":
+        job.lookup("never published")
+    world.federation.all_reduce_(torch.ones(3), "update")
+
+
+if __name__ == "__main__":
+    run_job([argument for argument in sys.argv[2:] if not argument.startswith("--local")], wait_for_each_other)

@@ -1,0 +1,197 @@
+"""One engine, two adapters: what a phase may touch, what a reset resets, what reading and writing must preserve."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dpa_ds.config_loader import load_config, load_deepspeed_json
+from dpa_ds.model.dual_adapter import ADAPTERS, Phase, flatten_state
+from tests import tiny
+from tests.ranks import run_on_ranks
+
+pytestmark = pytest.mark.multirank
+LAYOUTS = [
+    (stage, precision, 2)
+    for stage in ("zero0", "zero1", "zero2", "zero3", "zero3_offload_cpu")
+    for precision in ("fp32", "bf16")
+]
+GLOBAL, LOCAL = Phase("global", 0.0), Phase("local", 0.5)
+
+
+@pytest.fixture(scope="module")
+def argv(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("engine")
+    return tiny.recipe(tiny.make_model(folder / "model"), tiny.make_federation(folder / "data"), folder / "runs")
+
+
+def build(job: Any, argv: Sequence[str], stage: str = "zero1", precision: str = "fp32", **json: Any) -> tuple[Any, Any]:
+    """The engine of one rank group that holds all ranks of `job`, and a function that makes training steps."""
+    from dpa_ds.data.batches import build_step
+    from dpa_ds.data.prompts import load_or_tokenize
+    from dpa_ds.data.sources import read_client
+    from dpa_ds.distributed.topology import plan_topology
+    from dpa_ds.distributed.world import build_world
+    from dpa_ds.model.base import load_base, load_tokenizer, resolve_model
+    from dpa_ds.model.dual_adapter import DualAdapter
+    from dpa_ds.model.engine import AdapterEngine, build_deepspeed_json
+
+    stage_file = f"--engine.deepspeed_config=ds_configs/{stage}.json"
+    config = load_config([*argv, stage_file, f"--model.precision={precision}"])
+    size = job.launch.job_world_size
+    world = build_world(job, plan_topology(size, 1, size), config.cluster, 60.0)
+    ds_json = {**build_deepspeed_json(load_deepspeed_json(config.engine.deepspeed_config), config, size), **json}
+    directory = resolve_model(config.model, config.data.cache_dir)
+    adapters = DualAdapter(load_base(config.model, directory, ds_json), config.lora)
+    engine = AdapterEngine(adapters, world, config.train, ds_json)
+    for i, adapter in enumerate(ADAPTERS):
+        engine.write_state(adapter, randomised(adapters.initial_state(adapter, (7, i))))
+    tokens = load_or_tokenize(read_client(config.data, 0, 0).train, load_tokenizer(directory), config.data, "client")
+
+    def step(k: int) -> Any:
+        return build_step(tokens, [(k + j) % len(tokens) for j in range(3)], world.rank, size, 64, 0)
+
+    return engine, step
+
+
+def randomised(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """B is not zero, so that every adapter has an effect and a gradient."""
+    generator = torch.Generator().manual_seed(1)
+    return {k: v + 0.1 * torch.randn(v.shape, generator=generator) for k, v in state.items()}
+
+
+def working_copy(engine: Any, adapter: str) -> dict[str, torch.Tensor]:
+    """The parameters as the forward pass sees them, gathered under ZeRO-3."""
+    import deepspeed
+
+    parameters = engine.adapters.parameters[adapter]
+    with deepspeed.zero.GatheredParameters(list(parameters.values()), enabled=engine.stage == 3):
+        return {key: p.detach().float().clone() for key, p in parameters.items()}
+
+
+def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def idle_stays(job: Any, argv: Sequence[str], stage: str, precision: str) -> dict[str, bool]:
+    engine, step = build(job, argv, stage, precision)
+    result = {}
+    for phase, idle in ((GLOBAL, "local"), (LOCAL, "global"), (GLOBAL, "local")):
+        master, copy = engine.read_state(idle), working_copy(engine, idle)
+        before = engine.read_state(phase.trains)
+        engine.activate(phase)
+        for k in range(3):
+            engine.train_step(step(k), 1e-2)
+        name = f"{phase.trains} {len(result)}"
+        result[f"{name}: idle master"] = equal(engine.read_state(idle), master)
+        result[f"{name}: idle copy"] = equal(working_copy(engine, idle), copy)
+        after = engine.read_state(phase.trains)
+        result[f"{name}: trained"] = all(not torch.equal(after[key], before[key]) for key in after)
+        dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+        rounded = {key: value.to(dtype).float() for key, value in after.items()}
+        result[f"{name}: copy follows master"] = equal(working_copy(engine, phase.trains), rounded)
+    return result
+
+
+@pytest.mark.parametrize(("stage", "precision", "num_ranks"), LAYOUTS)
+def test_idle_adapter_stays_bit_identical(
+    argv: list[str], tmp_path: Path, stage: str, precision: str, num_ranks: int
+) -> None:
+    for result in run_on_ranks(idle_stays, num_ranks, tmp_path, argv, stage, precision):
+        assert len(result) == 12
+        assert all(result.values()), result
+
+
+def reading_and_writing(job: Any, argv: Sequence[str], stage: str, precision: str) -> dict[str, bool]:
+    engine, step = build(job, argv, stage, precision)
+    result = {}
+    engine.activate(LOCAL)
+    engine.train_step(step(0), 1e-2)
+    for i, adapter in enumerate(ADAPTERS):
+        wanted = randomised(engine.adapters.initial_state(adapter, (99, i)))
+        engine.write_state(adapter, wanted)
+        dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+        result[f"{adapter} master"] = equal(engine.read_state(adapter), wanted)
+        result[f"{adapter} copy"] = equal(
+            working_copy(engine, adapter), {key: value.to(dtype).float() for key, value in wanted.items()}
+        )
+    # AdamW state, written back after a reset, continues as if nothing had happened.
+    engine.train_step(step(1), 1e-2)
+    weights, optimizer = engine.read_state("local"), engine.read_optimizer_state("local")
+    result["two steps counted"] = float(optimizer["step"]) == 2.0
+    result["moments are not zero"] = all(bool(v.abs().sum() > 0) for k, v in optimizer.items())
+    engine.train_step(step(2), 1e-2)
+    wanted = engine.read_state("local")
+    engine.activate(LOCAL)
+    cleared = engine.read_optimizer_state("local")
+    result["reset"] = all(bool((value == 0).all()) for value in cleared.values())
+    engine.write_state("local", weights)
+    engine.write_optimizer_state("local", optimizer)
+    result["optimizer state read back"] = equal(engine.read_optimizer_state("local"), optimizer)
+    engine.train_step(step(2), 1e-2)
+    result["continues"] = equal(engine.read_state("local"), wanted)
+    return result
+
+
+@pytest.mark.parametrize(("stage", "precision", "num_ranks"), LAYOUTS)
+def test_state_is_read_and_written_exactly(
+    argv: list[str], tmp_path: Path, stage: str, precision: str, num_ranks: int
+) -> None:
+    for result in run_on_ranks(reading_and_writing, num_ranks, tmp_path, argv, stage, precision):
+        assert len(result) == 9
+        assert all(result.values()), result
+
+
+def fresh_adamw(job: Any, argv: Sequence[str], stage: str) -> float:
+    """Steps of a phase that follows another one, against torch.optim.AdamW made new, fed with the same gradients."""
+    engine, step = build(job, argv, stage, "fp32")
+    engine.activate(GLOBAL)
+    for k in range(3):
+        engine.train_step(step(k), 3e-2)
+    engine.activate(LOCAL)
+    engine.activate(GLOBAL)
+    parameters = {k: torch.nn.Parameter(v) for k, v in engine.read_state("global").items()}
+    optimizer = torch.optim.AdamW(parameters.values(), lr=1e-2, weight_decay=0.0)
+    from deepspeed.utils import safe_get_full_grad
+
+    for k in range(3):
+        engine.engine.set_gradient_accumulation_boundary(True)
+        batch = step(k)
+        engine._group("global")["lr"] = 1e-2
+        engine.engine.backward(engine._loss_sum(batch.micro_batches[0]) / batch.num_label_tokens)
+        for key, parameter in engine.adapters.parameters["global"].items():
+            parameters[key].grad = safe_get_full_grad(parameter).clone().float().view_as(parameters[key])
+        torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
+        engine.engine.step()
+        optimizer.step()
+    ours = engine.read_state("global")
+    return max(float((ours[key] - p.detach()).norm() / p.detach().norm()) for key, p in parameters.items())
+
+
+@pytest.mark.parametrize("stage", ["zero0", "zero1", "zero2", "zero3"])
+def test_reset_means_a_fresh_adamw(argv: list[str], tmp_path: Path, stage: str) -> None:
+    (error,) = run_on_ranks(fresh_adamw, 1, tmp_path, argv, stage)
+    assert error < 1e-6
+
+
+def two_steps(job: Any, argv: Sequence[str], stage: str) -> tuple[Any, int]:
+    engine, step = build(job, argv, stage)
+    calls = []
+    layer = engine.adapters.peft_model.get_base_model().model.layers[0].mlp
+    layer.register_forward_pre_hook(lambda *_: calls.append(1))
+    engine.activate(LOCAL)
+    for k in range(2):
+        engine.train_step(step(k), 1e-2)
+    return flatten_state(engine.read_state("local")).numpy(), len(calls)
+
+
+@pytest.mark.parametrize("stage", ["zero1", "zero3"])
+def test_gradient_checkpointing_recomputes_and_changes_nothing(argv: list[str], tmp_path: Path, stage: str) -> None:
+    plain = run_on_ranks(two_steps, 2, tmp_path, argv, stage)
+    recomputed = run_on_ranks(two_steps, 2, tmp_path, [*argv, "--model.gradient_checkpointing=true"], stage)
+    for (state, calls), (other, more_calls) in zip(plain, recomputed, strict=True):
+        assert more_calls == 2 * calls
+        assert np.allclose(state, other, rtol=1e-6, atol=1e-8)

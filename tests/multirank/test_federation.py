@@ -1,0 +1,170 @@
+"""What crosses a client border, who keeps what, and what plain PEFT reads of the results."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from dpa_ds.config_loader import load_config
+from dpa_ds.distributed.topology import Topology
+from dpa_ds.federation.sampling import sample_clients
+from dpa_ds.tracking import read_records
+from tests import tiny
+from tests.ranks import run_on_ranks
+
+pytestmark = pytest.mark.multirank
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("inputs")
+    return tiny.make_model(folder / "model"), tiny.make_federation(folder / "data")
+
+
+def train_and_count(job: Any, argv: Sequence[str]) -> list[tuple[int, int]]:
+    """Train, and note every call of the process group that joins the leaders: (elements, bytes)."""
+    import torch.distributed as dist
+
+    from dpa_ds.train import train
+
+    handed: list[tuple[int, int]] = []
+
+    class Counting:
+        def __init__(self, *args: Any) -> None:
+            self._group = gloo(*args)
+
+        def __getattr__(self, name: str) -> Any:
+            def call(tensors: list[torch.Tensor]) -> Any:
+                handed.extend((t.numel(), t.numel() * t.element_size()) for t in tensors)
+                return getattr(self._group, name)(tensors)
+
+            return call
+
+    gloo, dist.ProcessGroupGloo = dist.ProcessGroupGloo, Counting  # the rank groups' worlds are made otherwise
+    train(load_config(argv), job)
+    return handed
+
+
+def test_only_the_global_adapter_and_the_metrics_cross(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    argv = tiny.recipe(*inputs, tmp_path / "runs", cluster__ranks_per_group=2)
+    per_rank = run_on_ranks(train_and_count, 4, tmp_path, argv)
+    run_dir = tmp_path / "runs" / "tiny"
+    parameters = sum(t.numel() for t in load_file(run_dir / "adapters/global/adapter_model.safetensors").values())
+    update = (parameters + 1, 4 * (parameters + 1))  # fp32 parameters and a header of one fp32 weight sum
+    metrics = (4 * 9, 4 * 9 * 8)  # 4 clients x 9 columns of fp64
+    leader = [metrics, update, metrics, update, metrics]  # before training, round 1, round 2
+    assert per_rank == [leader, [], leader, []]
+    rounds = [r for r in read_records(run_dir / "metrics.jsonl") if r["kind"] == "round"]
+    assert [r.get("bytes_handed/update", 0) for r in rounds] == [0, update[1], update[1]]
+    assert [r["bytes_handed/metrics"] for r in rounds] == [metrics[1]] * 3
+
+
+def train_on_rank(job: Any, argv: Sequence[str]) -> None:
+    from dpa_ds.train import train
+
+    train(load_config(argv), job)
+
+
+def adapter(run_dir: Path, server_round: int, name: str) -> dict[str, torch.Tensor]:
+    return load_file(run_dir / f"rounds/round_{server_round:06d}" / name / "adapter_model.safetensors")
+
+
+def test_absent_clients_keep_their_local_adapter(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    argv = tiny.recipe(*inputs, tmp_path / "runs", federation__client_fraction=0.5, train__keep_optimizer_state=True)
+    run_on_ranks(train_on_rank, 2, tmp_path, argv)
+    run_dir = tmp_path / "runs" / "tiny"
+    drawn = sample_clients(Topology((1, 1), 4), 0.5, seed=0, server_round=2)
+    assert len(drawn) == 2
+    for client in range(4):
+        before, after = (adapter(run_dir, r, f"local/client_{client:02d}") for r in (1, 2))
+        same = all(torch.equal(before[key], after[key]) for key in before)
+        assert same == (client not in drawn), client
+    took_part = {
+        (r["round"], r["client"])
+        for r in read_records(run_dir / "metrics.jsonl")
+        if r["kind"] == "client" and r["took_part"]
+    }
+    assert took_part == {
+        (r, c) for r in (1, 2) for c in sample_clients(Topology((1, 1), 4), 0.5, seed=0, server_round=r)
+    }
+
+
+def test_kept_optimizer_state_is_durable(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    argv = tiny.recipe(*inputs, tmp_path / "runs", train__keep_optimizer_state=True)
+    run_on_ranks(train_on_rank, 2, tmp_path, argv)
+    folder = tmp_path / "runs/tiny/adapters/local/client_02"
+    state = load_file(folder / "optimizer.safetensors")
+    steps = json.loads((folder / "state.json").read_text())["info"]["steps_taken"]
+    assert steps == {"global": 6, "local": 6}  # 9 examples, batch 4: 3 steps, 2 rounds
+    assert float(state["step"]) == 6.0
+    weights = load_file(folder / "adapter_model.safetensors")
+    assert {key.removeprefix("exp_avg.") for key in state if key.startswith("exp_avg.")} == weights.keys()
+
+
+def aggregate_identical(job: Any) -> tuple[float, bool]:
+    from dpa_ds.distributed.federation_group import FederationGroup
+    from dpa_ds.federation.aggregation import ClientUpdate, WeightedAverage
+
+    group = FederationGroup(job.store, job.launch.global_rank, job.launch.job_world_size, 30.0)
+    state = {"b": torch.randn(3, 4, generator=torch.Generator().manual_seed(0)), "a": torch.ones(2)}
+    mine = [ClientUpdate(0, 5 + job.launch.global_rank, state)] if job.launch.global_rank != 1 else []
+    same = WeightedAverage(by_num_examples=True).aggregate(mine, state, group)
+    nobody = WeightedAverage(by_num_examples=False).aggregate([], state, group)
+    error = max(float((same[key] - state[key]).abs().max()) for key in state)
+    return error, all(torch.equal(nobody[key], state[key]) for key in state)
+
+
+def test_averaging_identical_clients_changes_nothing(tmp_path: Path) -> None:
+    """Three leaders, one of which hosts nobody that was drawn; then a round in which nobody was."""
+    for error, unchanged in run_on_ranks(aggregate_identical, 3, tmp_path):
+        assert error < 1e-6
+        assert unchanged
+
+
+@pytest.mark.parametrize(("precision", "stage"), [("fp32", "zero1"), ("fp32", "zero3"), ("bf16", "zero2")])
+def test_plain_peft_loads_the_results(
+    inputs: tuple[Path, Path], tmp_path: Path, precision: str, stage: str
+) -> None:
+    """`PeftModel.from_pretrained` and `load_adapter` give the held-out loss that the run recorded."""
+    argv = tiny.recipe(
+        *inputs,
+        tmp_path / "runs",
+        model__precision=precision,
+        engine__deepspeed_config=f"ds_configs/{stage}.json",
+        lora__local_rank=2,
+    )
+    run_on_ranks(train_on_rank, 2, tmp_path, argv)
+    run_dir = tmp_path / "runs" / "tiny"
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    base = AutoModelForCausalLM.from_pretrained(inputs[0], dtype=dtype)
+    model = peft.PeftModel.from_pretrained(
+        base, run_dir / "adapters/global", adapter_name="global", autocast_adapter_dtype=False
+    )
+    model.load_adapter(run_dir / "adapters/local/client_01", adapter_name="local", autocast_adapter_dtype=False)
+    model.base_model.set_adapter(["global", "local"])
+    for layer in model.modules():
+        if isinstance(layer, peft.tuners.lora.LoraLayer):
+            assert layer.r == {"global": 4, "local": 2}
+            layer.scaling = {"global": 0.5 * 2.0, "local": 0.5 * 2.0}
+    tokenizer = tiny.make_tokenizer()
+    total, count = 0.0, 0
+    rows = [json.loads(line) for line in (inputs[1] / "test.jsonl").read_text().splitlines()]
+    for row in (row for row in rows if row["task"] == "count1"):
+        prompt = tokenizer(f"{row['instruction']} = ").input_ids
+        answer = [*tokenizer(row["output"]).input_ids, tokenizer.eos_token_id]
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1].float()
+        total += float(torch.nn.functional.cross_entropy(logits, torch.tensor(answer), reduction="sum"))
+        count += len(answer)
+    recorded = [
+        r["held_out_loss"]
+        for r in read_records(run_dir / "metrics.jsonl")
+        if r["kind"] == "client" and r["client"] == 1 and r["round"] == 2
+    ]
+    assert recorded == [pytest.approx(total / count, rel=1e-6 if precision == "fp32" else 1e-2)]

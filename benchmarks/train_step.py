@@ -294,6 +294,12 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=16, help="examples per optimizer step (default: 16)")
     parser.add_argument("--steps", type=int, default=2, help="optimizer steps per run (default: 2)")
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of each variant (default: 3)")
+    parser.add_argument(
+        "--clock",
+        choices=CLOCKS,
+        default="wall",
+        help="wall time, or CPU time for a machine that others use as well (default: wall)",
+    )
     parser.add_argument("--threads", type=int, help="CPU threads (default: as torch chooses)")
     parser.add_argument(
         "--micro_batch_tokens", type=int, default=4096, help="bound on one pass of ours (default: 4096)"

@@ -33,6 +33,7 @@ class RecipeLoader(yaml.SafeLoader):
     """SafeLoader that refuses anchors and reads plain scalars by `_SCALARS` only."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
+        """Refuse anchors and aliases, which a recipe does not need and a small file can grow by."""
         event = self.peek_event()  # type: ignore[no-untyped-call]
         if getattr(event, "anchor", None) is not None:  # aliases of aliases make a few lines fill the memory
             problem = "a recipe has no anchors or aliases (&, *): write the value out, or quote it if it is text"

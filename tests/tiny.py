@@ -10,7 +10,7 @@ import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-WORDS = "red blue green one two three cat dog bird runs sleeps sings near far tree house".split()
+WORDS = ("red", "blue", "green", "one", "two", "three", "cat", "dog", "bird", "runs", "sleeps", "sings", "near", "far")
 TASKS = ("colour", "count", "animal", "verb")
 
 

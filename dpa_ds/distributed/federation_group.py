@@ -18,9 +18,7 @@ class FederationGroup:
     Collective: every leader constructs it, with the same `generation`.
     """
 
-    def __init__(
-        self, store: dist.Store, rank: int, size: int, timeout_seconds: float, generation: int = 0
-    ) -> None:
+    def __init__(self, store: dist.Store, rank: int, size: int, timeout_seconds: float, generation: int = 0) -> None:
         self.rank, self.size = rank, size
         self.timeout_seconds = timeout_seconds
         self.bytes_handed: Counter[str] = Counter()
@@ -37,10 +35,10 @@ class FederationGroup:
         Raises:
             ClusterError: a leader did not arrive within `federation.timeout_seconds`, or was lost.
         """
-        assert buffer.device.type == "cpu" and buffer.dim() == 1, (buffer.device, buffer.shape)
+        assert (buffer.device.type, buffer.dim()) == ("cpu", 1), (buffer.device, buffer.shape)
         self.bytes_handed[purpose] += buffer.numel() * buffer.element_size()
         try:
-            self._group.allreduce([buffer]).wait()
+            self._group.allreduce([buffer]).wait()  # type: ignore[attr-defined]
         except RuntimeError as error:
             raise ClusterError(
                 f"leader {self.rank} of {self.size} lost its peers in the {purpose} all-reduce "

@@ -95,7 +95,9 @@ def _auto_sizes(job_world_size: int, num_clients: int) -> tuple[int, ...]:
 
 def _choices(job_world_size: int, num_clients: int) -> str:
     """The remedies: rank counts that divide evenly, group sizes that fit this job, an uneven list."""
-    fitting = [s for s in range(1, job_world_size + 1) if job_world_size % s == 0 and job_world_size // s <= num_clients]
+    fitting = [
+        s for s in range(1, job_world_size + 1) if job_world_size % s == 0 and job_world_size // s <= num_clients
+    ]
     groups = min(num_clients, job_world_size)
     base, extra = divmod(job_world_size, groups)
     uneven = [base + 1] * extra + [base] * (groups - extra)

@@ -56,7 +56,7 @@ class Job:
             ClusterError: ranks differ in a fact, or did not arrive in time (their ranks are named).
             DpaError: a rank had an error.
         """
-        mine = {"host": self.launch.hostname, "facts": dict(facts), "error": None}
+        mine: dict[str, Any] = {"host": self.launch.hostname, "facts": dict(facts), "error": None}
         if error is not None:
             mine |= {"error": str(error), "exit_code": error.exit_code}
         self.timeout_seconds = timeout_seconds

@@ -19,7 +19,9 @@ def write_report(run_dir: Path, num_groups: int, seconds: float) -> str:
     lines = ["", f"{'client':34s} {'examples':>8s} {'held-out loss':>21s} {'change':>8s}"]
     for row in rows:
         course = row["held_out_loss"]
-        values = f"{course[0][1]:9.4f} -> {course[-1][1]:.4f} {_change(course):+8.1%}" if row in evaluated else "-".rjust(30)
+        values = (
+            f"{course[0][1]:9.4f} -> {course[-1][1]:.4f} {_change(course):+8.1%}" if row in evaluated else "-".rjust(30)
+        )
         lines.append(f"{row['label'][:34]:34s} {row['num_examples']:8d} {values:>30s}")
     if evaluated:
         plot_held_out_loss(evaluated, run_dir / "held_out_loss.png")
@@ -44,14 +46,14 @@ def plot_held_out_loss(rows: Sequence[dict[str, Any]], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     colours = pyplot.get_cmap("tab20" if len(rows) > 10 else "tab10")
     for i, row in enumerate(rows):
         axes.plot(*zip(*row["held_out_loss"], strict=True), marker="o", label=row["label"], color=colours(i % 20))
     axes.set(xlabel="round", ylabel="held-out loss per answer token", title="Held-out loss of each client")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     if len(rows) <= 20:

@@ -102,7 +102,12 @@ class ClientTrainer:
         for k, indices in enumerate(step_indices(len(client.examples), train.batch_size, total, words)):
             torch.manual_seed(_fold(*words, k, self._world.rank))  # dropout needs no state of its own to resume
             step = build_step(
-                client.examples, indices, self._world.rank, self._world.world_size, train.micro_batch_tokens, self._pad_id
+                client.examples,
+                indices,
+                self._world.rank,
+                self._world.world_size,
+                train.micro_batch_tokens,
+                self._pad_id,
             )
             rates.append(learning_rate(train, k, total))
             share, norm = self.engine.train_step(step, rates[-1])

@@ -2,10 +2,9 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
-from typing import Iterator
 
 import torch
 
@@ -143,9 +142,7 @@ def save(federation: Federation, server_round: int) -> None:
     if not world.is_leader:
         return
     if world.is_main:
-        folder.save_adapter(
-            server_round, "global", federation.global_state, adapters.peft_config("global"), None, {}
-        )
+        folder.save_adapter(server_round, "global", federation.global_state, adapters.peft_config("global"), None, {})
     for client in federation.clients:
         folder.save_adapter(
             server_round,
@@ -216,7 +213,5 @@ def remaining_steps(federation: Federation, completed_rounds: int) -> int:
             phases = len(schedule.final) if is_last else 0
             if client.client_id in participants:
                 phases += len(schedule.phases("before", server_round)) + len(schedule.phases("after", server_round))
-            total += phases * num_steps(
-                len(client.examples), train.batch_size, train.local_epochs, train.max_steps
-            )
+            total += phases * num_steps(len(client.examples), train.batch_size, train.local_epochs, train.max_steps)
     return total

@@ -39,14 +39,16 @@ def resolve_model(config: ModelConfig, cache_dir: str) -> Path:
         return convert_gguf(path, Path(cache_dir).expanduser() / "models" / f"{path.stem}-{key}")
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise ModelError(f"model.path {path} has no config.json: give a Hugging Face model directory or a GGUF file")
+            raise ModelError(
+                f"model.path {path} has no config.json: give a Hugging Face model directory or a GGUF file"
+            )
         return path
     return _from_hub(config.path)
 
 
 def _from_hub(name: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     offline = ModelError(
         f"model.path {name!r} is neither a directory, nor a GGUF file, nor a hub id that can be reached from here: "

@@ -66,7 +66,7 @@ class DualAdapter:
             alpha: one weight in [0, 1], or one per instance, shape (batch,). At exactly 0.0 or 1.0 (as a float)
                 the other adapter is not computed at all.
         """
-        active = list(ADAPTERS)
+        active: list[str] = list(ADAPTERS)
         if isinstance(alpha, torch.Tensor):
             alpha = alpha.reshape(-1, 1, 1)  # (batch, 1, 1) against (batch, seq_len, out_features)
         elif alpha in (0.0, 1.0):
@@ -90,7 +90,9 @@ class DualAdapter:
 
     def peft_config(self, adapter: Adapter) -> peft.LoraConfig:
         """PEFT's own description of `adapter`, for export."""
-        return self.peft_model.peft_config[adapter]
+        config = self.peft_model.peft_config[adapter]
+        assert isinstance(config, peft.LoraConfig)
+        return config
 
 
 def flatten_state(state: AdapterState) -> torch.Tensor:
@@ -121,7 +123,7 @@ def _peft_config(config: LoraConfig, adapter: Adapter) -> peft.LoraConfig:
     rank = config.local_rank if adapter == "local" and config.local_rank else config.rank
     return peft.LoraConfig(
         r=rank,
-        lora_alpha=config.alpha * rank / config.rank,  # alpha / rank is the scale of both
+        lora_alpha=config.alpha * rank / config.rank,  # type: ignore[arg-type]  # alpha / rank is the scale of both
         lora_dropout=config.dropout,
         target_modules=list(config.target_modules),
         bias="none",

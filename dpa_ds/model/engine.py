@@ -5,13 +5,13 @@ sets requires_grad, active adapters, scales or learning rates elsewhere. Why: un
 parameter still gets a zero gradient, and an idle group with a learning rate drifts as far as the active one.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import deepspeed
 import torch
 import torch.nn.functional as F
+from transformers import PreTrainedModel
 
 from dpa_ds.config import RunConfig, TrainConfig
 from dpa_ds.data.batches import MicroBatch, StepBatch
@@ -19,6 +19,7 @@ from dpa_ds.distributed.federation_group import AdapterState
 from dpa_ds.distributed.world import World
 from dpa_ds.errors import ConfigError
 from dpa_ds.model.dual_adapter import ADAPTERS, Adapter, DualAdapter, Phase
+from dpa_ds.model.master_weights import Fragment, locate_masters
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -47,29 +48,10 @@ def build_deepspeed_json(file_json: Mapping[str, Any], config: RunConfig, world_
     return merged
 
 
-@dataclass(frozen=True)
-class _Fragment:
-    """Where this rank keeps the fp32 master of (a part of) one parameter."""
-
-    flat: torch.Tensor
-    """Flat fp32 tensor, the key of the inner optimizer's state."""
-    offset: int
-    """First element in `flat`."""
-    start: int
-    """First element of the flattened parameter."""
-    numel: int
-
-    def of(self, flat: torch.Tensor) -> torch.Tensor:
-        """This fragment of `flat`, or of a state tensor of the same layout, as a view."""
-        return flat.detach().view(-1)[self.offset : self.offset + self.numel]
-
-
 class AdapterEngine:
     """Both adapters in one DeepSpeed engine. Every method is collective over the rank group."""
 
-    def __init__(
-        self, adapters: DualAdapter, world: World, train: TrainConfig, ds_json: dict[str, Any]
-    ) -> None:
+    def __init__(self, adapters: DualAdapter, world: World, train: TrainConfig, ds_json: dict[str, Any]) -> None:
         self.adapters, self.world, self._train = adapters, world, train
         groups = [
             {"params": list(adapters.parameters[a].values()), "name": a, "lr": 0.0, "weight_decay": 0.0}
@@ -82,11 +64,14 @@ class AdapterEngine:
         self.stage = int(self.engine.zero_optimization_stage())
         self._inner = getattr(self.optimizer, "optimizer", self.optimizer)
         self._fragments = {
-            adapter: {key: self._locate(p) for key, p in adapters.parameters[adapter].items()} for adapter in ADAPTERS
+            adapter: locate_masters(self.optimizer, self.stage, world.rank, adapters.parameters[adapter])
+            for adapter in ADAPTERS
         }
         self._trains: Adapter | None = None
         self._selection: torch.Tensor | None = None
-        head = adapters.peft_model.get_base_model().get_output_embeddings()
+        base = adapters.peft_model.get_base_model()
+        assert isinstance(base, PreTrainedModel)
+        head = base.get_output_embeddings()
         head.register_forward_pre_hook(self._select_positions)
 
     # ---- phases -----------------------------------------------------------------------------------------------
@@ -190,7 +175,7 @@ class AdapterEngine:
         """AdamW moments of `adapter` as `exp_avg.<key>` and `exp_avg_sq.<key>`, and the step count as `step`."""
         state: AdapterState = {"step": torch.tensor([self._step_count(adapter)])}
         for moment in MOMENTS:
-            gathered = self._gather(adapter, lambda fragment, m=moment: self._optimizer_entry(fragment)[m])
+            gathered = self._gather(adapter, self._moment(moment))
             state |= {f"{moment}.{key}": value for key, value in gathered.items()}
         return state
 
@@ -219,7 +204,10 @@ class AdapterEngine:
         total = self.world.all_reduce_(torch.tensor([sum(steps), float(len(steps))], dtype=torch.float64))
         return float(total[0] / total[1])
 
-    def _optimizer_entry(self, fragment: _Fragment) -> dict[str, torch.Tensor]:
+    def _moment(self, name: str) -> Callable[[Fragment], torch.Tensor]:
+        return lambda fragment: self._optimizer_entry(fragment)[name]
+
+    def _optimizer_entry(self, fragment: Fragment) -> dict[str, torch.Tensor]:
         """AdamW's state of the flat tensor that holds `fragment`, made where no step was taken yet."""
         entry = self._inner.state[fragment.flat]
         if not entry:
@@ -228,7 +216,7 @@ class AdapterEngine:
         result: dict[str, torch.Tensor] = entry
         return result
 
-    def _gather(self, adapter: Adapter, flat_of: Any) -> AdapterState:
+    def _gather(self, adapter: Adapter, flat_of: Callable[[Fragment], torch.Tensor]) -> AdapterState:
         """Assemble full tensors from every rank's fragments: one all-reduce of a buffer that is zero elsewhere."""
         shapes = self.adapters.shapes[adapter]
         total = sum(torch.Size(shape).numel() for shape in shapes.values())
@@ -248,33 +236,3 @@ class AdapterEngine:
             state[key] = buffer[offset : offset + numel].view(shape).clone()
             offset += numel
         return state
-
-    def _locate(self, parameter: torch.nn.Parameter) -> _Fragment | None:
-        """Find the fp32 master of `parameter` on this rank (deepspeed 0.19.8; None if other ranks hold all of it)."""
-        if self.stage == 3:
-            group, offset, partition = self.optimizer.grad_position[parameter.ds_id]  # type: ignore[attr-defined]
-            start = min(partition * self.world.rank, parameter.ds_numel)  # type: ignore[attr-defined]
-            numel = min(partition, parameter.ds_numel - start)  # type: ignore[attr-defined]
-            return _Fragment(self.optimizer.fp32_partitioned_groups_flat[group], offset, start, numel) if numel else None
-        if self.stage in (1, 2):
-            mapping = parameter._hp_mapping  # type: ignore[attr-defined]
-            if mapping is None:
-                return None
-            masters = getattr(self.optimizer, "single_partition_of_fp32_groups", None)
-            if masters is None:  # BF16_Optimizer: stage 1 with fp32 gradient accumulation
-                masters = self.optimizer.fp32_groups_flat_partition
-            address = mapping.get_hp_fragment_address()
-            start = mapping.lp_fragment_address.start
-            return _Fragment(masters[mapping.param_group_index], address.start, start, address.numel)
-        for working, master in self._masters_of_stage_zero():
-            if working is parameter:
-                return _Fragment(master, 0, 0, master.numel())
-        raise AssertionError("parameter without optimizer group")
-
-    def _masters_of_stage_zero(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        if self.optimizer is self._inner:  # fp32: the parameter is its own master
-            for group in self._inner.param_groups:
-                yield from ((p, p) for p in group["params"])
-        else:  # FP16_UnfusedOptimizer, for fp16 and bf16
-            for working, masters in zip(self.optimizer.fp16_groups, self.optimizer.fp32_groups, strict=True):
-                yield from zip(working, masters, strict=True)

@@ -128,9 +128,7 @@ def test_averaging_identical_clients_changes_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("precision", "stage"), [("fp32", "zero1"), ("fp32", "zero3"), ("bf16", "zero2")])
-def test_plain_peft_loads_the_results(
-    inputs: tuple[Path, Path], tmp_path: Path, precision: str, stage: str
-) -> None:
+def test_plain_peft_loads_the_results(inputs: tuple[Path, Path], tmp_path: Path, precision: str, stage: str) -> None:
     """`PeftModel.from_pretrained` and `load_adapter` give the held-out loss that the run recorded."""
     argv = tiny.recipe(
         *inputs,

@@ -1,0 +1,41 @@
+# make demo: install, fetch the demo's model and data, train. make test: install, run all tests.
+PYTHON ?= python3.11
+VENV ?= .venv
+BIN := $(VENV)/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: demo test check install install-test clean
+
+demo: install
+	$(BIN)/python launch/prepare_demo.py
+	$(BIN)/deepspeed launch/run.py --config launch/recipes/demo.yaml
+
+test: install-test
+	$(BIN)/python -m pytest
+
+# What CI checks beside the tests.
+check: install-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/interrogate dpa_ds launch benchmarks
+
+install: $(VENV)/.installed
+install-test: $(VENV)/.installed-test
+
+# torch first, because deepspeed needs it at build time; a plain version without CUDA libraries where there is no GPU.
+# On a GPU machine, install the torch build you want into the environment beforehand: it is kept.
+$(VENV)/.installed: setup.py
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install torch==2.13.0
+	$(BIN)/python -m pip install setuptools wheel ninja py-cpuinfo numpy packaging psutil
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --no-build-isolation -e ".[demo]"
+	touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --no-build-isolation -e ".[test]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) .cache build *.egg-info

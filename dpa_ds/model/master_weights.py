@@ -1,0 +1,79 @@
+"""Where DeepSpeed keeps the fp32 master of each adapter parameter on this rank, for every ZeRO stage.
+
+The one place that knows the insides of DeepSpeed's optimizers (0.19.8). Its own accessors do not serve: under ZeRO-3
+`safe_get_full_fp32_param` returns None for a frozen parameter, `safe_set_full_fp32_param` fails where the size is not a
+multiple of the ranks, and there is none that resets a step count.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """Where this rank keeps the fp32 master of (a part of) one parameter."""
+
+    flat: torch.Tensor
+    """Flat fp32 tensor, the key of the inner optimizer's state."""
+    offset: int
+    """First element in `flat`."""
+    start: int
+    """First element of the flattened parameter."""
+    numel: int
+
+    def of(self, flat: torch.Tensor) -> torch.Tensor:
+        """This fragment of `flat`, or of a state tensor of the same layout, as a view."""
+        return flat.detach().view(-1)[self.offset : self.offset + self.numel]
+
+
+def locate_masters(
+    optimizer: Any, stage: int, rank: int, parameters: Mapping[str, torch.nn.Parameter]
+) -> dict[str, Fragment | None]:
+    """This rank's fragment of each parameter's fp32 master; None where other ranks hold all of it.
+
+    Args:
+        optimizer: what `deepspeed.initialize` returned.
+        stage: its ZeRO stage.
+        rank: this rank within the group.
+        parameters: by key, each in one of the optimizer's groups.
+    """
+    match stage:
+        case 0:
+            masters = {id(working): master for working, master in _pairs_of_stage_zero(optimizer)}
+            return {key: Fragment(m, 0, 0, m.numel()) for key, p in parameters.items() for m in [masters[id(p)]]}
+        case 1 | 2:
+            return {key: _of_stage_one_or_two(optimizer, p) for key, p in parameters.items()}
+        case _:
+            return {key: _of_stage_three(optimizer, p, rank) for key, p in parameters.items()}
+
+
+def _pairs_of_stage_zero(optimizer: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """(working copy, master): the same tensor in fp32; FP16_UnfusedOptimizer keeps two lists in fp16 and bf16."""
+    if isinstance(optimizer, torch.optim.Optimizer):
+        for group in optimizer.param_groups:
+            yield from ((parameter, parameter) for parameter in group["params"])
+    else:
+        for working, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+            yield from zip(working, masters, strict=True)
+
+
+def _of_stage_one_or_two(optimizer: Any, parameter: Any) -> Fragment | None:
+    mapping = parameter._hp_mapping
+    if mapping is None:
+        return None
+    flats = getattr(optimizer, "single_partition_of_fp32_groups", None)
+    if flats is None:  # BF16_Optimizer: stage 1 with fp32 gradient accumulation
+        flats = optimizer.fp32_groups_flat_partition
+    address = mapping.get_hp_fragment_address()
+    flat = flats[mapping.param_group_index]
+    return Fragment(flat, address.start, mapping.lp_fragment_address.start, address.numel)
+
+
+def _of_stage_three(optimizer: Any, parameter: Any, rank: int) -> Fragment | None:
+    group, offset, partition = optimizer.grad_position[parameter.ds_id]
+    start = min(partition * rank, parameter.ds_numel)
+    numel = min(partition, parameter.ds_numel - start)  # the last rank's partition is padded
+    return Fragment(optimizer.fp32_partitioned_groups_flat[group], offset, start, numel) if numel else None

@@ -24,8 +24,8 @@ check: install-test
 install: $(VENV)/.installed
 install-test: $(VENV)/.installed-test
 
-# torch first, because deepspeed needs it at build time; a plain version without CUDA libraries where there is no GPU.
-# On a GPU machine, install the torch build you want into the environment beforehand: it is kept.
+# torch first, because deepspeed needs it at build time. Which build (CPU, CUDA) that is depends on your package index:
+# to choose another, install it into $(VENV) beforehand; it is kept.
 $(VENV)/.installed: setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install torch==2.13.0

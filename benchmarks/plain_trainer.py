@@ -76,7 +76,7 @@ class PlainTrainer:
             trainer = Trainer(
                 model=self.model,
                 args=self._arguments(len(steps), device_batch_size),
-                train_dataset=rows,  # type: ignore[arg-type]
+                train_dataset=rows,
                 data_collator=self._collator,
                 callbacks=[timer],
             )

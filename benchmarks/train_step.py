@@ -16,18 +16,16 @@ import platform
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from floor import Floor, matmul_flops_per_second, phase_flops
-from plain_trainer import PlainTrainer
+from table import Steps, Variant, render, summarize
 
 from dpa_ds.config import DataConfig, EngineConfig, LoraConfig, ModelConfig, RunConfig, TrainConfig
-from dpa_ds.config_loader import load_deepspeed_json
-from dpa_ds.data.batches import build_step, step_indices
+from dpa_ds.data.batches import step_indices
 from dpa_ds.data.prompts import TokenizedExamples, tokenize_examples
 from dpa_ds.data.sources import read_client
 from dpa_ds.model.base import DTYPES, load_base, load_tokenizer
@@ -38,23 +36,6 @@ CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 # Largest relative difference of the first step's loss; bf16 keeps 8 bits, and the stacks round in different places.
 LOSS_TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
-
-Steps = Sequence[Sequence[int]]
-
-
-@dataclass
-class Variant:
-    """One way to do a phase, and what its runs took."""
-
-    name: str
-    phase: str
-    """global, local, or any where it makes no difference."""
-    computed_tokens: int
-    """Tokens of all steps, padding included."""
-    run: Callable[[Steps], tuple[float, list[float]]]
-    """Steps -> seconds, and the loss of every step (none for the floor)."""
-    seconds: list[float] = field(default_factory=list)
-    losses: list[float] = field(default_factory=list)
 
 
 def main() -> None:
@@ -103,38 +84,14 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "model": Path(args.model).name,
         "data": f"{Path(args.data).name}, client {args.client}",
         "setting": f"{config.model.precision}, {args.steps} steps of {args.batch_size} examples, "
-        f"{args.repeats} repeats, {args.clock} time, {Path(args.deepspeed_config).name}, at most {args.micro_batch_tokens} tokens a pass",
+        f"{args.repeats} repeats, {args.clock} time, {Path(args.deepspeed_config).name}, "
+        f"at most {args.micro_batch_tokens} tokens a pass",
         "tokens_per_example": [min(lengths), round(statistics.fmean(lengths), 1), max(lengths)],
         "first_loss_relative_difference": loss_difference,
         "matmul_peak_flops_per_second": peak,
         "phase_flops": flops,
-        "variants": _summaries(variants, len(lengths), sum(lengths), flops, peak),
+        "variants": summarize(variants, len(lengths), sum(lengths), flops, peak),
     }
-
-
-def render(result: dict[str, Any]) -> str:
-    """The result as text: where and when, then one line a variant."""
-    shortest, mean, longest = result["tokens_per_example"]
-    lines = [
-        f"{result['hardware']}; {result['date']}",
-        ", ".join(f"{name} {version}" for name, version in result["versions"].items()),
-        f"{result['model']}, {result['data']}: {mean} tokens an example ({shortest} to {longest}); {result['setting']}",
-        f"first loss, ours against Trainer: {result['first_loss_relative_difference']:.1e} relative",
-        f"large matrix product: {result['matmul_peak_flops_per_second'] / 1e9:.1f} GFLOP/s",
-        "",
-        f"{'phase':8}{'variant':20}{'examples/s':>11}{'tokens/s':>10}{'real/computed':>14}{'GFLOP/s':>9}{'of peak':>9}"
-        f"   ours / this (lowest to highest)",
-    ]
-    for v in result["variants"]:
-        ratios = "; ".join(
-            f"{phase} {median:.2f} ({low:.2f} to {high:.2f})"
-            for phase, (median, low, high) in v["ours_over_this"].items()
-        )
-        lines.append(
-            f"{v['phase']:8}{v['name']:20}{v['examples_per_second']:11.2f}{v['tokens_per_second']:10.0f}"
-            f"{v['real_over_computed']:14.2f}{v['flops_per_second'] / 1e9:9.1f}{v['share_of_peak']:9.0%}   {ratios}"
-        )
-    return "\n".join(lines)
 
 
 def _stacks(
@@ -146,11 +103,15 @@ def _stacks(
     device: torch.device,
 ) -> list[Variant]:
     """Ours and the Trainer's, for both phases, all from the same weights."""
+    # Imported here: both import DeepSpeed, which must find the device that was asked for.
+    from dpa_engine import DpaEngine, random_state
+    from plain_trainer import PlainTrainer
+
     model = load_base(config.model, Path(args.model), {}).to(device)
     plain = PlainTrainer(model, tokenizer, config.lora, config.train, device, CLOCKS[args.clock])
     adapters = DualAdapter(load_base(config.model, Path(args.model), {}), config.lora)
-    states = {adapter: _random_state(adapters, adapter) for adapter in ADAPTERS}
-    ours = _Ours(adapters, config, examples, states, int(tokenizer.pad_token_id), CLOCKS[args.clock])
+    states = {adapter: random_state(adapters, adapter) for adapter in ADAPTERS}
+    ours = DpaEngine(adapters, config, examples, states, int(tokenizer.pad_token_id), CLOCKS[args.clock])
     variants = []
     for phase in (Phase("global", 0.0), Phase("local", config.method.alpha)):
         run = lambda chosen, phase=phase: ours.run(phase, chosen)  # noqa: E731
@@ -172,61 +133,6 @@ def _floors(base: Any, args: argparse.Namespace, examples: TokenizedExamples, st
     return variants
 
 
-class _Ours:
-    """This project's engine in a job of one rank; a phase as `ClientTrainer` runs it, without its bookkeeping."""
-
-    def __init__(
-        self,
-        adapters: DualAdapter,
-        config: RunConfig,
-        examples: TokenizedExamples,
-        states: dict[str, Any],
-        pad_id: int,
-        clock: Callable[[], float],
-    ) -> None:
-        # Imported here: these import DeepSpeed, which must find the device that was asked for.
-        from dpa_ds.distributed.launchers import Launch
-        from dpa_ds.distributed.topology import Topology
-        from dpa_ds.distributed.world import Job, build_world
-        from dpa_ds.model.engine import AdapterEngine, build_deepspeed_json
-
-        job = Job(Launch("single", 0, 1, 0, "127.0.0.1", 0))
-        world = build_world(job, Topology((1,), 1), config.cluster, config.federation.timeout_seconds)
-        ds_json = build_deepspeed_json(load_deepspeed_json(config.engine.deepspeed_config), config, 1)
-        self._engine = AdapterEngine(adapters, world, config.train, ds_json)
-        self._train, self._examples, self._states, self._pad_id = config.train, examples, states, pad_id
-        self._clock = clock
-
-    def build(self, step: Sequence[int]) -> Any:
-        """Tensors of one step."""
-        return build_step(self._examples, step, 0, 1, self._train.micro_batch_tokens, self._pad_id)
-
-    def run(self, phase: Phase, steps: Steps) -> tuple[float, list[float]]:
-        """Seconds of a phase from the starting weights, the building of its batches included; losses of its steps."""
-        from dpa_ds.federation.client import learning_rate
-
-        for adapter in ADAPTERS:
-            self._engine.write_state(adapter, self._states[adapter])
-        started = self._clock()
-        self._engine.activate(phase)
-        shares = []
-        for k, indices in enumerate(steps):
-            share, _ = self._engine.train_step(self.build(indices), learning_rate(self._train, k, len(steps)))
-            shares.append(share)
-        losses = torch.stack(shares).tolist()  # waits for the device
-        return self._clock() - started, losses
-
-
-def _random_state(adapters: DualAdapter, adapter: Any) -> dict[str, torch.Tensor]:
-    """PEFT's initial weights, but with B not zero: with B = 0 the first loss would not tell whether A and alpha agree."""
-    state = adapters.initial_state(adapter, (0, ADAPTERS.index(adapter)))
-    generator = torch.Generator().manual_seed(ADAPTERS.index(adapter))
-    return {
-        key: torch.randn(value.shape, generator=generator) * 0.02 if ".lora_B." in key else value
-        for key, value in state.items()
-    }
-
-
 def _check_losses(variants: Sequence[Variant], tolerance: float) -> float:
     """Largest relative difference between the first losses of ours and of the Trainer in the same phase."""
     first = {v.phase: v.losses[0] for v in variants if v.name == "ours"}
@@ -234,34 +140,6 @@ def _check_losses(variants: Sequence[Variant], tolerance: float) -> float:
     assert worst <= tolerance, [(v.phase, v.name, v.losses) for v in variants]
     assert len(set(first.values())) == len(first), f"the phases have the same loss, so alpha has no effect: {first}"
     return worst
-
-
-def _summaries(
-    variants: Sequence[Variant], num_examples: int, real_tokens: int, flops: float, peak: float
-) -> list[dict[str, Any]]:
-    ours = {v.phase: v for v in variants if v.name == "ours"}
-    summaries = []
-    for v in variants:
-        seconds = statistics.median(v.seconds)
-        ratios = {
-            phase: [this / own for this, own in zip(v.seconds, ours[phase].seconds, strict=True)]
-            for phase in (ours if v.phase == "any" else (v.phase,))
-        }
-        summaries.append(
-            {
-                "phase": v.phase,
-                "name": v.name,
-                "seconds": v.seconds,
-                "losses": v.losses,
-                "examples_per_second": num_examples / seconds,
-                "tokens_per_second": real_tokens / seconds,
-                "real_over_computed": real_tokens / v.computed_tokens,
-                "flops_per_second": flops / seconds,
-                "share_of_peak": flops / seconds / peak,
-                "ours_over_this": {p: [statistics.median(r), min(r), max(r)] for p, r in ratios.items()},
-            }
-        )
-    return summaries
 
 
 def _recipe(args: argparse.Namespace, device: torch.device) -> RunConfig:

@@ -19,7 +19,7 @@ class ClusterConfig:
     ranks_per_group: RanksPerGroup = "auto"
     """Ranks that train one client at a time: a number, a list (groups of unequal size), or auto."""
     timeout_seconds: float = 1800.0
-    """Bound on every wait between ranks of one group, and on the start of the job, in seconds."""
+    """Bound on every wait between ranks of one group and on the agreement at start, in seconds."""
     device: Literal["auto", "cpu"] = "auto"
     """auto uses the accelerator DeepSpeed finds; cpu forbids it."""
 
@@ -31,7 +31,7 @@ class ModelConfig:
     path: str = ""
     """Hugging Face model directory, GGUF file, or hub id where there is a hub."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
-    """Precision of base and activations; adapters keep an fp32 master."""
+    """Precision of base and activations; adapters keep an fp32 master. A CPU without native bf16 emulates it, slowly."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"

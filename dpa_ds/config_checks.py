@@ -54,7 +54,8 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("tracking.log_every_seconds", lambda value: value >= 0, "must be >= 0"),
 )
 
-# Fields that may change between the parts of one run: they move work and output about, never the result. num_rounds is
+# Fields that may change between the parts of one run: they move work and output about, never the result (but for the
+# dropout masks, which each rank draws for itself). num_rounds is
 # among them so that a finished run can be extended; nothing inside a round depends on it.
 _NOT_IN_FINGERPRINT = {
     "name",
@@ -191,7 +192,7 @@ def _problems(config: RunConfig) -> Iterator[str]:
             yield f"{key} {text}, got {show(values[key])}"
     yield from _rank_problems(config.cluster.ranks_per_group)
     yield from _partition_problems(config.data)
-    yield from _method_problems(config.method)
+    yield from _method_problems(config)
 
 
 def _rank_problems(ranks: RanksPerGroup) -> Iterator[str]:
@@ -218,8 +219,13 @@ def _partition_problems(data: DataConfig) -> Iterator[str]:
         yield f"data.partition.concentration must be > 0, got {show(partition.concentration)}"
 
 
-def _method_problems(method: MethodConfig) -> Iterator[str]:
-    default = MethodConfig()
+def _method_problems(config: RunConfig) -> Iterator[str]:
+    method, lora, default = config.method, config.lora, MethodConfig()
+    if method.name in ("feddpa_f", "fedlora") and lora.local_rank not in (None, lora.rank):
+        yield (
+            f"lora.local_rank is {lora.local_rank}, but {method.name} starts the local adapter from the global one of "
+            f"rank {lora.rank}: leave lora.local_rank out"
+        )
     if method.name != "feddpa_t":
         for key in ("phase_order", "local_partner"):
             if getattr(method, key) != getattr(default, key):

@@ -42,7 +42,7 @@ Federated fine-tuning of two LoRA adapters per client (one shared, one private) 
 A recipe is a YAML file with the sections and fields below; launch/recipes/ holds several to start from. Any field can
 be overridden on the command line. Each line is one way to start:
 
-  deepspeed launch/run.py --config RECIPE                                   all accelerators of this host
+  deepspeed launch/run.py --config RECIPE                                   all accelerators of this host (on CPU: a rank per NUMA node)
   deepspeed --hostfile hostfile launch/run.py --config RECIPE               several hosts
   torchrun --nproc-per-node 4 launch/run.py --config RECIPE                 without the DeepSpeed launcher
   srun --ntasks-per-node 4 python launch/run.py --config RECIPE             under Slurm, one task per rank

@@ -2,12 +2,13 @@
 
 import hashlib
 import importlib.metadata
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
 
 from dpa_ds.config import RunConfig
-from dpa_ds.config_loader import load_config, to_yaml
+from dpa_ds.config_loader import load_config, load_deepspeed_json, to_yaml
 from dpa_ds.distributed.launchers import check_hostfile_of_launcher, discover_launch
 from dpa_ds.distributed.world import JOIN_TIMEOUT_SECONDS, Job, code_fingerprint
 from dpa_ds.errors import DpaError
@@ -28,18 +29,19 @@ def run_job(argv: Sequence[str], work: Callable[[RunConfig, Job], None]) -> None
         if next((os.environ[name] for name in RANK_VARIABLES if name in os.environ), "0") == "0":
             sys.stderr.write(f"error: {error}\n")
         sys.exit(error.exit_code)
-    config, problem = None, None
+    config, problem, facts = None, None, dict[str, str]()
     try:
         check_hostfile_of_launcher()
         with _silent_unless(launch.global_rank == 0):  # --help and --print_config are told once
             config = load_config(argv)
+        facts = _facts(config)
     except DpaError as error:
         problem = error
     job = None
     try:
         job = Job(launch)
         timeout = config.cluster.timeout_seconds if config else JOIN_TIMEOUT_SECONDS
-        job.agree(_facts(config), problem, timeout)
+        job.agree(facts, problem, timeout)
         assert config is not None  # else there was a problem, and agree() raised it
         if config.cluster.device == "cpu":
             os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed chooses when it is first imported
@@ -53,12 +55,13 @@ def run_job(argv: Sequence[str], work: Callable[[RunConfig, Job], None]) -> None
         job.fail(error)
 
 
-def _facts(config: RunConfig | None) -> dict[str, str]:
+def _facts(config: RunConfig) -> dict[str, str]:
     versions = " ".join(f"{name}-{importlib.metadata.version(name)}" for name in PACKAGES)
     return {
         "the code of dpa_ds": code_fingerprint(),
         "package versions": versions,
-        "the resolved config": hashlib.sha256(to_yaml(config).encode()).hexdigest()[:16] if config else "",
+        "the DeepSpeed JSON": json.dumps(load_deepspeed_json(config.engine.deepspeed_config)),
+        "the resolved config": hashlib.sha256(to_yaml(config).encode()).hexdigest()[:16],
     }
 
 

@@ -10,12 +10,12 @@ from dpa_ds.config_loader import load_deepspeed_json, to_yaml
 from dpa_ds.distributed.topology import Topology, plan_topology
 from dpa_ds.distributed.world import Job, World, build_world
 from dpa_ds.evaluation.report import write_report
-from dpa_ds.federation.aggregation import build_aggregator
+from dpa_ds.federation.aggregation import WeightedAverage
 from dpa_ds.federation.client import ClientTrainer
 from dpa_ds.federation.hosting import GLOBAL_SEED, client_names, host_clients
 from dpa_ds.federation.methods import build_schedule
 from dpa_ds.federation.rounds import Federation, run_rounds
-from dpa_ds.model.base import load_base, load_tokenizer, resolve_model
+from dpa_ds.model.base import check_precision, load_base, load_tokenizer, resolve_model
 from dpa_ds.model.dual_adapter import DualAdapter
 from dpa_ds.model.engine import AdapterEngine, build_deepspeed_json
 from dpa_ds.tracking import Tracker, logger, setup_logging
@@ -35,6 +35,7 @@ def train(config: RunConfig, job: Job) -> None:
     world = build_world(job, topology, config.cluster, config.federation.timeout_seconds)
     if world.is_main:
         logger.info(describe(config, job, topology, file_json, world, completed))
+    check_precision(config.model.precision)
     with world.leader_first():
         directory = resolve_model(config.model, config.data.cache_dir)
     tokenizer = load_tokenizer(directory)
@@ -56,7 +57,7 @@ def train(config: RunConfig, job: Job) -> None:
         config=config,
         world=world,
         trainer=ClientTrainer(engine, world, config, schedule, tracker, pad_id),
-        aggregator=build_aggregator(config.federation),
+        aggregator=WeightedAverage(by_num_examples=config.federation.weighting == "num_examples"),
         clients=clients,
         labels=labels,
         global_state=folder.load_adapter(completed, "global").weights

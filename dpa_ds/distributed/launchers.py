@@ -56,14 +56,14 @@ def discover_launch(environ: Mapping[str, str] = os.environ) -> Launch:
     Raises:
         ClusterError: variables are missing or contradict each other, or mpirun and libmpi do not belong together.
     """
-    if "RANK" in environ and "WORLD_SIZE" in environ:
+    if "RANK" in environ or "WORLD_SIZE" in environ:
         return _from_environment(environ)
     # SLURM_PROCID alone is also set in a batch script; only a step has SLURM_STEP_NUM_TASKS.
     if "SLURM_PROCID" in environ and "SLURM_STEP_NUM_TASKS" in environ and not _slurm_step_of_one(environ):
         return _from_slurm(environ)
     if any(name in environ for name in MPI_SIZE_VARIABLES):
         return _from_mpi(environ)
-    return Launch("single", 0, 1, 0, "127.0.0.1", int(environ.get("MASTER_PORT", 0)))
+    return Launch("single", 0, 1, 0, "127.0.0.1", 0)
 
 
 def check_hostfile_of_launcher(commandline: list[str] | None = None) -> None:
@@ -101,19 +101,26 @@ def _deepspeed_commandline() -> list[str]:
 
 
 def _from_environment(environ: Mapping[str, str]) -> Launch:
-    agent_store = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    for name, other in (("RANK", "WORLD_SIZE"), ("WORLD_SIZE", "RANK")):
+        if other not in environ:  # each process would take itself for a whole job, all writing to one folder
+            raise ClusterError(f"{name} is set, but {other} is not: set both, or neither for a job of one rank")
+    rank, size = _integer(environ, "RANK"), _integer(environ, "WORLD_SIZE")
+    if not 0 <= rank < size:
+        raise ClusterError(f"RANK is {rank}, but the job has {size} ranks: RANK must be in 0..{size - 1}")
     return Launch(
         launcher="env",
-        global_rank=_integer(environ, "RANK"),
-        job_world_size=_integer(environ, "WORLD_SIZE"),
-        local_rank=int(environ.get("LOCAL_RANK", 0)),
+        global_rank=rank,
+        job_world_size=size,
+        local_rank=_integer(environ, "LOCAL_RANK", 0),
         master_addr=environ.get("MASTER_ADDR", "127.0.0.1"),
-        master_port=int(environ.get("MASTER_PORT", DEFAULT_PORT)),
-        agent_store=agent_store,
+        master_port=_integer(environ, "MASTER_PORT", DEFAULT_PORT),
+        agent_store=environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
     )
 
 
-def _integer(environ: Mapping[str, str], name: str) -> int:
+def _integer(environ: Mapping[str, str], name: str, default: int | None = None) -> int:
+    if name not in environ and default is not None:
+        return default
     try:
         return int(environ[name])
     except ValueError:
@@ -127,29 +134,33 @@ def _slurm_step_of_one(environ: Mapping[str, str]) -> bool:
 
 def _from_slurm(environ: Mapping[str, str]) -> Launch:
     hosts = expand_hostlist(environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST", "localhost"))
-    job_id, step_id = int(environ.get("SLURM_JOB_ID", 0)), int(environ.get("SLURM_STEP_ID", 0))
+    job_id, step_id = _integer(environ, "SLURM_JOB_ID", 0), _integer(environ, "SLURM_STEP_ID", 0)
     return Launch(
         launcher="slurm",
-        global_rank=int(environ["SLURM_PROCID"]),
-        job_world_size=int(environ["SLURM_STEP_NUM_TASKS"]),
-        local_rank=int(environ.get("SLURM_LOCALID", 0)),
+        global_rank=_integer(environ, "SLURM_PROCID"),
+        job_world_size=_integer(environ, "SLURM_STEP_NUM_TASKS"),
+        local_rank=_integer(environ, "SLURM_LOCALID", 0),
         master_addr=environ.get("MASTER_ADDR", hosts[0]),
         # two jobs or steps on one host must not meet
-        master_port=int(environ.get("MASTER_PORT", 20000 + (job_id * 7 + step_id) % 20000)),
+        master_port=_integer(environ, "MASTER_PORT", 20000 + (job_id * 7 + step_id) % 20000),
     )
 
 
 def expand_hostlist(text: str) -> list[str]:
     """Expand Slurm's compact host list, e.g. `n[1-2,07],login` -> n1, n2, n07, login (zero padding kept)."""
     hosts: list[str] = []
-    for prefix, ranges in re.findall(r"([^,\[\]]+)(?:\[([^\]]*)\])?(?:,|$)", text):
-        if not ranges:
-            hosts.append(prefix)
-            continue
-        for part in ranges.split(","):
-            first, _, last = part.partition("-")
-            hosts += [f"{prefix}{i:0{len(first)}d}" for i in range(int(first), int(last or first) + 1)]
+    for item in re.findall(r"(?:[^,\[\]]+|\[[^\]]*\])+", text):
+        expanded = [""]
+        for literal, ranges in re.findall(r"([^\[\]]+)|\[([^\]]*)\]", item):
+            endings = [literal] if literal else [ending for part in ranges.split(",") for ending in _expand_range(part)]
+            expanded = [start + ending for start in expanded for ending in endings]
+        hosts += expanded
     return hosts
+
+
+def _expand_range(part: str) -> list[str]:
+    first, _, last = part.partition("-")
+    return [f"{i:0{len(first)}d}" for i in range(int(first), int(last or first) + 1)]
 
 
 def _from_mpi(environ: Mapping[str, str]) -> Launch:

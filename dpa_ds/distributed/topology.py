@@ -101,8 +101,5 @@ def _choices(job_world_size: int, num_clients: int) -> str:
     groups = min(num_clients, job_world_size)
     base, extra = divmod(job_world_size, groups)
     uneven = [base + 1] * extra + [base] * (groups - extra)
-    shown = str(uneven) if groups <= 16 else f"a list of {groups} sizes"
-    return (
-        f"use a multiple of {num_clients} ranks, or set cluster.ranks_per_group to one of {fitting}, "
-        f"or to a list such as {shown}"
-    )
+    shown = f"a list such as {uneven}" if groups <= 16 else f"a list of {groups} sizes"
+    return f"use a multiple of {num_clients} ranks, or set cluster.ranks_per_group to one of {fitting}, or to {shown}"

@@ -228,14 +228,16 @@ def build_world(job: Job, topology: Topology, cluster: ClusterConfig, federation
     group, rank = topology.group_of_rank(launch.global_rank), topology.rank_in_group(launch.global_rank)
     size = topology.group_sizes[group]
     # DeepSpeed and accelerate read these; LOCAL_RANK stays node-local because it picks the device.
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(launch.local_rank))
-    os.environ.update(MASTER_ADDR=launch.master_addr, MASTER_PORT=str(launch.master_port))
     accelerator = get_accelerator()
     on_cpu = accelerator.device_name() == "cpu"
+    local_rank = launch.local_rank if on_cpu else _device_index(launch.local_rank, accelerator.device_count())
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(local_rank))
+    os.environ.update(MASTER_ADDR=launch.master_addr, MASTER_PORT=str(launch.master_port))
     if not on_cpu:
-        accelerator.set_device(launch.local_rank)
+        accelerator.set_device(local_rank)
     backend = "gloo" if on_cpu else accelerator.communication_backend_name()
-    timeout = timedelta(seconds=cluster.timeout_seconds)
+    # While leaders wait for the slowest client, the other ranks of their groups wait for them.
+    timeout = timedelta(seconds=cluster.timeout_seconds + federation_timeout_seconds)
     dist.init_process_group(
         backend, store=dist.PrefixStore(f"group/{group}", job.store), rank=rank, world_size=size, timeout=timeout
     )
@@ -254,6 +256,17 @@ def code_fingerprint() -> str:
     for path in sorted(root.rglob("*.py")):
         digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def _device_index(local_rank: int, num_devices: int) -> int:
+    """Device of a rank; a launcher that shows each rank only its own device (srun --gpus-per-task) shows one."""
+    if num_devices == 1:
+        return 0
+    if local_rank >= num_devices:
+        raise ClusterError(
+            f"rank {local_rank} of this host has no device: the host shows {num_devices}; start fewer ranks per host"
+        )
+    return local_rank
 
 
 def _job_store(launch: Launch) -> dist.Store:

@@ -34,8 +34,9 @@ def write_report(run_dir: Path, num_groups: int, seconds: float) -> str:
         f"sent per round and leader: {_size(update)} of global adapter, {_size(metrics)} of metrics {crossing}",
         f"last round: {last['tokens_per_second']:.0f} tokens/s, padding {last['padding_share']:.0%} of computed tokens",
         f"adapters (PEFT format): {run_dir / 'adapters'}/global and /local/client_NN",
-        f"numbers: {run_dir / 'metrics.jsonl'}, {run_dir / 'results.json'}; picture: {run_dir / 'held_out_loss.png'}",
-        f"curves: tensorboard --logdir {run_dir / 'tensorboard'}",
+        f"numbers: {run_dir / 'metrics.jsonl'}, {run_dir / 'results.json'}",
+        *([f"picture: {run_dir / 'held_out_loss.png'}"] if evaluated else []),
+        *([f"curves: tensorboard --logdir {run_dir / 'tensorboard'}"] if (run_dir / "tensorboard").is_dir() else []),
         f"took {seconds:.0f} s",
     ]
     return "\n".join(lines)

@@ -1,4 +1,7 @@
-"""How the updates of a round become the next global adapter. Another rule is one new class in one new file."""
+"""How the updates of a round become the next global adapter.
+
+Another rule is one new file with a class like `WeightedAverage`; `dpa_ds/train.py` says which one runs.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,7 +9,6 @@ from typing import Protocol
 
 import torch
 
-from dpa_ds.config import FederationConfig
 from dpa_ds.distributed.federation_group import AdapterState, FederationGroup
 from dpa_ds.model.dual_adapter import flatten_state, unflatten_state
 
@@ -56,8 +58,3 @@ class WeightedAverage:
         if total[-1] == 0:  # no client took part
             return current
         return unflatten_state(total[:-1] / total[-1], current)
-
-
-def build_aggregator(config: FederationConfig) -> Aggregator:
-    """The rule that `federation.weighting` names."""
-    return WeightedAverage(by_num_examples=config.weighting == "num_examples")

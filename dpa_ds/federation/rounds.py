@@ -21,7 +21,7 @@ from dpa_ds.model.dual_adapter import flatten_state, unflatten_state
 from dpa_ds.tracking import Tracker
 
 COLUMNS = ("took_part", "num_examples", "held_out_loss", *(f.name for f in fields(RoundMetrics)))
-"""One row a client in the table that leaders sum after each round; nothing else about a client leaves its group."""
+"""One row a client in the table that leaders sum after each round. Beside it, only its label leaves the group."""
 
 
 @dataclass

@@ -19,9 +19,30 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.initialization import no_init_weights
 
 from dpa_ds.config import ModelConfig
-from dpa_ds.errors import ModelError
+from dpa_ds.errors import ConfigError, ModelError
+from dpa_ds.tracking import logger
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def check_precision(precision: str) -> None:
+    """Refuse a precision that the device lacks, and warn of one that it only emulates.
+
+    Raises:
+        ConfigError: the device cannot compute in it.
+    """
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    supported = {"fp32": True, "bf16": accelerator.is_bf16_supported(), "fp16": accelerator.is_fp16_supported()}
+    if not supported[precision]:
+        possible = [name for name, works in supported.items() if works]
+        raise ConfigError(
+            f"model.precision {precision} is not supported on {accelerator.device_name()}: use {possible}"
+        )
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    if precision == "bf16" and accelerator.device_name() == "cpu" and not native:
+        logger.warning("model.precision bf16 is emulated on this CPU, and slower than fp32: consider fp32")
 
 
 def resolve_model(config: ModelConfig, cache_dir: str) -> Path:

@@ -76,11 +76,11 @@ class AdapterEngine:
 
     # ---- phases -----------------------------------------------------------------------------------------------
 
-    def activate(self, phase: Phase, keep_optimizer_state: bool = False) -> None:
+    def activate(self, phase: Phase) -> None:
         """Make `phase.trains` trainable beside the other, frozen adapter, with `phase.alpha` as the mix.
 
         Sets mix, requires_grad and both groups' lr and weight decay, and resets the optimizer state of the adapter
-        that starts (both moments and the step count, in every ZeRO sub-group) unless it is to be kept.
+        that starts (both moments and the step count, in every ZeRO sub-group).
         """
         self.adapters.set_mix(phase.alpha)
         for adapter in ADAPTERS:
@@ -88,8 +88,7 @@ class AdapterEngine:
             group = self._group(adapter)
             group["lr"] = 0.0
             group["weight_decay"] = self._train.weight_decay if adapter == phase.trains else 0.0
-        if not keep_optimizer_state:
-            self.reset_optimizer_state(phase.trains)
+        self.reset_optimizer_state(phase.trains)
         self._trains = phase.trains
 
     def train_step(self, step: StepBatch, learning_rate: float) -> tuple[torch.Tensor, float]:
@@ -159,7 +158,8 @@ class AdapterEngine:
     @torch.no_grad()
     def write_state(self, adapter: Adapter, state: AdapterState) -> None:
         """Install `state` in the fp32 master and in the working copy (the next step alone would update the copy)."""
-        assert state.keys() == self._fragments[adapter].keys(), "adapter state of another model"
+        shapes = {key: tuple(value.shape) for key, value in state.items()}
+        assert shapes == self.adapters.shapes[adapter], "adapter state of another model"
         for key, parameter in self.adapters.parameters[adapter].items():
             flat = state[key].reshape(-1)
             fragment = self._fragments[adapter][key]

@@ -92,9 +92,17 @@ RECIPES = {
         "lora.target_modules ['w_proj'] are not linear layers of LlamaForCausalLM; it has ['down_proj', 'gate_proj'",
     ),
     "no such DeepSpeed JSON": (["--engine.deepspeed_config", "zero9.json"], 2, "no such file: zero9.json"),
-    "no such model": (["--model.path", "somewhere/on/disk"], 2, "model.path 'somewhere/on/disk' is neither a directory"),
+    "no such model": (
+        ["--model.path", "somewhere/on/disk"],
+        2,
+        "model.path 'somewhere/on/disk' is neither a directory",
+    ),
     "no such data": (["--data.path", "nowhere"], 2, "nowhere: no such file or folder: check data.path"),
-    "no such number of clients": (["--data.num_clients", "5"], 2, "[2], wanted: 5: set data.num_clients to one of them"),
+    "no such number of clients": (
+        ["--data.num_clients", "5"],
+        2,
+        "[2], wanted: 5: set data.num_clients to one of them",
+    ),
     "table without column": (
         ["--data.format", "table", "--data.partition.column", "who"],
         2,
@@ -151,7 +159,10 @@ DATA = {
     "not objects": ("[1, 2]", "{file}: row 1: expected an object with named columns, got int"),
     "column missing": ('[{"instruction": "a", "answer": "b"}]', "{file}: row 1: no column 'output'; columns are"),
     "answer empty": (f'[{GOOD}, {{"instruction": "a", "output": " "}}]', "{file}: row 2: column 'output' is empty"),
-    "not text": ('[{"instruction": ["a"], "output": "b"}]', "{file}: row 1: column 'instruction' must be text, got list"),
+    "not text": (
+        '[{"instruction": ["a"], "output": "b"}]',
+        "{file}: row 1: column 'instruction' must be text, got list",
+    ),
 }
 
 
@@ -268,7 +279,8 @@ def test_output_dir_that_cannot_be_written(output_dir: str, place: Place) -> Non
     file.write_text("in the way")
     path = output_dir.format(file=file)
     told = refuse(place, [*place.recipe(), "--output_dir", path], exit_code=4)
-    assert f"cannot write results to {path}/tiny" in told
+    assert "error: cannot write" in told
+    assert f"{path}/tiny" in told
     assert "choose another output_dir" in told
     assert file.read_text() == "in the way"
 

@@ -1,0 +1,64 @@
+"""This project's engine, as a benchmark drives it: a job of one rank, phases that start from given weights."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from dpa_ds.config import RunConfig
+from dpa_ds.config_loader import load_deepspeed_json
+from dpa_ds.data.batches import StepBatch, build_step
+from dpa_ds.data.prompts import TokenizedExamples
+from dpa_ds.distributed.federation_group import AdapterState
+from dpa_ds.distributed.launchers import Launch
+from dpa_ds.distributed.topology import Topology
+from dpa_ds.distributed.world import Job, build_world
+from dpa_ds.federation.client import learning_rate
+from dpa_ds.model.dual_adapter import ADAPTERS, Adapter, DualAdapter, Phase
+from dpa_ds.model.engine import AdapterEngine, build_deepspeed_json
+
+
+class DpaEngine:
+    """This project's engine in a job of one rank; a phase as `ClientTrainer` runs it, without its bookkeeping."""
+
+    def __init__(
+        self,
+        adapters: DualAdapter,
+        config: RunConfig,
+        examples: TokenizedExamples,
+        states: dict[Adapter, AdapterState],
+        pad_id: int,
+        clock: Callable[[], float],
+    ) -> None:
+        job = Job(Launch("single", 0, 1, 0, "127.0.0.1", 0))
+        world = build_world(job, Topology((1,), 1), config.cluster, config.federation.timeout_seconds)
+        ds_json = build_deepspeed_json(load_deepspeed_json(config.engine.deepspeed_config), config, 1)
+        self._engine = AdapterEngine(adapters, world, config.train, ds_json)
+        self._train, self._examples, self._states, self._pad_id = config.train, examples, states, pad_id
+        self._clock = clock
+
+    def build(self, step: Sequence[int]) -> StepBatch:
+        """Tensors of one step."""
+        return build_step(self._examples, step, 0, 1, self._train.micro_batch_tokens, self._pad_id)
+
+    def run(self, phase: Phase, steps: Sequence[Sequence[int]]) -> tuple[float, list[float]]:
+        """Seconds of a phase from the starting weights, the building of its batches included; losses of its steps."""
+        for adapter in ADAPTERS:
+            self._engine.write_state(adapter, self._states[adapter])
+        started = self._clock()
+        self._engine.activate(phase)
+        shares = []
+        for k, indices in enumerate(steps):
+            share, _ = self._engine.train_step(self.build(indices), learning_rate(self._train, k, len(steps)))
+            shares.append(share)
+        losses = torch.stack(shares).tolist()  # waits for the device
+        return self._clock() - started, losses
+
+
+def random_state(adapters: DualAdapter, adapter: Adapter) -> AdapterState:
+    """PEFT's initial weights, but with B not zero: with B = 0 the first loss would not tell whether A and alpha agree."""
+    state = adapters.initial_state(adapter, (0, ADAPTERS.index(adapter)))
+    generator = torch.Generator().manual_seed(ADAPTERS.index(adapter))
+    return {
+        key: torch.randn(value.shape, generator=generator) * 0.02 if ".lora_B." in key else value
+        for key, value in state.items()
+    }

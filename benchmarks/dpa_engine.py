@@ -9,9 +9,10 @@ from dpa_ds.config_loader import load_deepspeed_json
 from dpa_ds.data.batches import StepBatch, build_step
 from dpa_ds.data.prompts import TokenizedExamples
 from dpa_ds.distributed.federation_group import AdapterState
+from dpa_ds.distributed.job import Job
 from dpa_ds.distributed.launchers import Launch
 from dpa_ds.distributed.topology import Topology
-from dpa_ds.distributed.world import Job, build_world
+from dpa_ds.distributed.world import build_world
 from dpa_ds.federation.client import learning_rate
 from dpa_ds.model.dual_adapter import ADAPTERS, Adapter, DualAdapter, Phase
 from dpa_ds.model.engine import AdapterEngine, build_deepspeed_json

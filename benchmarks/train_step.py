@@ -184,7 +184,7 @@ def _parse() -> argparse.Namespace:
     )
     parser.add_argument("--deepspeed_config", default="ds_configs/zero1.json")
     parser.add_argument(
-        "--trainer_batch", type=int, nargs="+", help="the Trainer's batch sizes to try (default: 8 and the whole step)"
+        "--trainer_batch", type=int, nargs="+", help="the Trainer's batch sizes to try (default: 4, 8, the whole step)"
     )
     parser.add_argument(
         "--floor_tokens", type=int, nargs="+", default=[1024, 4096], help="the floor's pass sizes (default: 1024 4096)"
@@ -193,7 +193,7 @@ def _parse() -> argparse.Namespace:
     args = parser.parse_args()
     if args.clock == "cpu" and (args.device != "cpu" or args.threads != 1):
         parser.error("--clock cpu adds up the time of all threads: it needs --device cpu --threads 1")
-    args.trainer_batch = args.trainer_batch or sorted({min(8, args.batch_size), args.batch_size})
+    args.trainer_batch = args.trainer_batch or [n for n in (4, 8) if n < args.batch_size] + [args.batch_size]
     if any(args.batch_size % size for size in args.trainer_batch):
         parser.error(f"--trainer_batch {args.trainer_batch} must divide --batch_size {args.batch_size}")
     return args

@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 
 from dpa_ds.config import RunConfig
 from dpa_ds.config_loader import load_config, load_deepspeed_json, to_yaml
+from dpa_ds.distributed.job import JOIN_TIMEOUT_SECONDS, Job, code_fingerprint
 from dpa_ds.distributed.launchers import check_hostfile_of_launcher, discover_launch
-from dpa_ds.distributed.world import JOIN_TIMEOUT_SECONDS, Job, code_fingerprint
 from dpa_ds.errors import DpaError
 
 PACKAGES = ("torch", "deepspeed", "transformers", "peft")

@@ -7,8 +7,9 @@ from typing import Any
 from dpa_ds.checkpoint import RunFolder, write_file
 from dpa_ds.config import RunConfig
 from dpa_ds.config_loader import load_deepspeed_json, to_yaml
+from dpa_ds.distributed.job import Job
 from dpa_ds.distributed.topology import Topology, plan_topology
-from dpa_ds.distributed.world import Job, World, build_world
+from dpa_ds.distributed.world import World, build_world
 from dpa_ds.evaluation.report import write_report
 from dpa_ds.federation.aggregation import WeightedAverage
 from dpa_ds.federation.client import ClientTrainer

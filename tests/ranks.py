@@ -66,8 +66,8 @@ def _run(
 ) -> None:
     import torch.distributed as dist
 
+    from dpa_ds.distributed.job import Job
     from dpa_ds.distributed.launchers import Launch
-    from dpa_ds.distributed.world import Job
 
     try:
         launch = Launch("env", rank, num_ranks, rank, "127.0.0.1", 0)

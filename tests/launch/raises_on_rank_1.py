@@ -8,8 +8,9 @@ import signal
 import sys
 
 from dpa_ds.config import RunConfig
+from dpa_ds.distributed.job import Job
 from dpa_ds.distributed.topology import Topology
-from dpa_ds.distributed.world import Job, build_world
+from dpa_ds.distributed.world import build_world
 from dpa_ds.start import run_job
 
 

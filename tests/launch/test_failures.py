@@ -1,6 +1,7 @@
 """A rank that fails ends the whole job: soon, with an exit status that is not 0, and with one rank saying why."""
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -169,7 +170,8 @@ def other_packages(tmp_path: Path) -> tuple[list[str], dict[str, str]]:
     metadata = tmp_path / "site" / "peft-0.1.0.dist-info" / "METADATA"
     metadata.parent.mkdir(parents=True)
     metadata.write_text("Metadata-Version: 2.1\nName: peft\nVersion: 0.1.0\n")
-    return [], {"PYTHONPATH": str(tmp_path / "site")}
+    paths = [str(tmp_path / "site"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return [], {"PYTHONPATH": os.pathsep.join(paths)}
 
 
 def other_recipe_missing(tmp_path: Path) -> tuple[list[str], dict[str, str]]:

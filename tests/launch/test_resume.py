@@ -19,7 +19,7 @@ def arguments(model: Path, federation: Path, tmp_path_factory: pytest.TempPathFa
     """The recipe: rounds of about a second, dropout and optimizer state that must be taken up again too."""
 
     def arguments(folder: Path, **overrides: object) -> list[str]:
-        settings = {"train__local_epochs": 20.0, "lora__dropout": 0.1, "train__keep_optimizer_state": True}
+        settings = {"train__local_epochs": 5.0, "lora__dropout": 0.1, "train__keep_optimizer_state": True}
         return tiny.recipe(model, federation, folder / "runs", **settings, **overrides)
 
     return arguments

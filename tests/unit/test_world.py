@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from dpa_ds.config import ClusterConfig
+from dpa_ds.distributed.job import Job, _first_disagreement
 from dpa_ds.distributed.topology import Topology
-from dpa_ds.distributed.world import Job, _first_disagreement, build_world
+from dpa_ds.distributed.world import build_world
 from dpa_ds.errors import ClusterError, ConfigError
 from tests.ranks import run_on_ranks
 

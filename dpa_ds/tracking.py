@@ -32,6 +32,9 @@ def setup_logging(is_main: bool) -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     # peft 0.21.2 reads what transformers 5.23 renamed: two lines from every rank that a user can do nothing about
     warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning, module="transformers"
+    )  # addressed to libraries, not users
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else it warns after every fork
 
 

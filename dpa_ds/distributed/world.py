@@ -101,6 +101,8 @@ def build_world(job: Job, topology: Topology, cluster: ClusterConfig, federation
     os.environ.update(MASTER_ADDR=launch.master_addr, MASTER_PORT=str(launch.master_port))
     if not on_cpu:
         accelerator.set_device(local_rank)
+    elif "OMP_NUM_THREADS" not in os.environ:  # else every rank of a host would use all of its cores
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // job.hosts.count(launch.hostname)))
     backend = "gloo" if on_cpu else accelerator.communication_backend_name()
     # While leaders wait for the slowest client, the other ranks of their groups wait for them.
     timeout = timedelta(seconds=cluster.timeout_seconds + federation_timeout_seconds)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from dpa_ds.config import RunConfig, TrainConfig
-from dpa_ds.data.batches import MicroBatch, StepBatch
+from dpa_ds.data.batches import IGNORE_INDEX, MicroBatch, StepBatch
 from dpa_ds.distributed.federation_group import AdapterState
 from dpa_ds.distributed.world import World
 from dpa_ds.errors import ConfigError
@@ -68,7 +68,7 @@ class AdapterEngine:
             for adapter in ADAPTERS
         }
         self._trains: Adapter | None = None
-        self._selection: torch.Tensor | None = None
+        self._positions: torch.Tensor | None = None
         base = adapters.peft_model.get_base_model()
         assert isinstance(base, PreTrainedModel)
         head = base.get_output_embeddings()
@@ -129,22 +129,25 @@ class AdapterEngine:
 
     def _loss_sum(self, micro_batch: MicroBatch) -> torch.Tensor:
         """Cross-entropy summed over the label tokens, fp32. Logits are computed at labelled positions only."""
-        input_ids = micro_batch.input_ids.to(self.world.device)
-        targets = micro_batch.labels[:, 1:].to(self.world.device)  # position t predicts token t + 1
-        labelled = targets != -100
-        if not bool((micro_batch.labels[:, 1:] != -100).any()):  # a dummy, so that all ranks run the same collectives
-            labelled[0, 0] = True
-        self._selection = labelled
+        # Position t predicts token t + 1. Found on the CPU, where labels are: on a GPU it would wait for the device.
+        targets = F.pad(micro_batch.labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()
+        positions = (targets != IGNORE_INDEX).nonzero().flatten()
+        if len(positions) == 0:  # a dummy, so that all ranks run the same collectives: one ignored position
+            positions = torch.zeros(1, dtype=torch.int64)
+        device = self.world.device
+        self._positions = positions.to(device)
         # No attention mask: rows are padded on the right, and a causal model never looks there from a real token.
-        logits = self.engine(input_ids=input_ids, use_cache=False).logits
-        return F.cross_entropy(logits[0].float(), targets[labelled], ignore_index=-100, reduction="sum")
+        logits = self.engine(input_ids=micro_batch.input_ids.to(device), use_cache=False).logits
+        return F.cross_entropy(
+            logits[0].float(), targets[positions].to(device), ignore_index=IGNORE_INDEX, reduction="sum"
+        )
 
     def _select_positions(self, _: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor] | None:
         """Pre-hook of the output head: (batch, seq_len, hidden) -> (1, number of labels, hidden)."""
-        if self._selection is None:
+        if self._positions is None:
             return None
-        selection, self._selection = self._selection, None
-        return (inputs[0][:, :-1][selection].unsqueeze(0),)
+        positions, self._positions = self._positions, None
+        return (inputs[0].flatten(0, 1).index_select(0, positions).unsqueeze(0),)
 
     def _group(self, adapter: Adapter) -> dict[str, Any]:
         return next(group for group in self._inner.param_groups if group["name"] == adapter)

@@ -1,0 +1,89 @@
+"""ZeRO-3 loading: every rank reads and holds its own share, and together they hold the model."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from dpa_ds.config_loader import load_config
+from tests import tiny
+from tests.ranks import run_on_ranks
+
+pytestmark = pytest.mark.multirank
+
+
+def load_shares(job: Any, argv: Sequence[str], model_dir: str, precision: str) -> dict[str, float]:
+    import deepspeed
+
+    from dpa_ds.distributed.topology import plan_topology
+    from dpa_ds.distributed.world import build_world
+    from dpa_ds.model import base
+
+    size = job.launch.job_world_size
+    config = load_config([*argv, f"--model.path={model_dir}", f"--model.precision={precision}"])
+    build_world(job, plan_topology(size, 1, size), config.cluster, 60.0)
+    ds_json = {
+        "train_batch_size": size,
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": 3},
+        "bf16": {"enabled": precision == "bf16"},
+    }
+    read = []
+    read_partition = base._read_partition
+
+    class Counted:
+        def __init__(self, stored: Any) -> None:
+            self.get_shape = stored.get_shape
+            self._stored = stored
+
+        def __getitem__(self, rows: slice) -> torch.Tensor:
+            read.append(self._stored[rows].numel())
+            return self._stored[rows]
+
+    base._read_partition = lambda stored, *rest: read_partition(Counted(stored), *rest)  # type: ignore[assignment]
+    model = base.load_base(config.model, Path(model_dir), ds_json)
+    held = sum(p.ds_tensor.numel() for p in model.parameters())
+    total = sum(p.ds_numel for p in model.parameters())
+    wanted = AutoModelForCausalLM.from_pretrained(model_dir, dtype=base.DTYPES[precision]).state_dict()
+    wrong = 0.0
+    with deepspeed.zero.GatheredParameters(list(model.parameters())):
+        for name, parameter in model.named_parameters():
+            wrong = max(wrong, float((parameter - wanted[name]).abs().max()))
+    return {"held": held / total, "read": sum(read) / total, "wrong": wrong}
+
+
+@pytest.mark.parametrize(("num_ranks", "precision", "changes"), [
+    (1, "fp32", {}),
+    (2, "bf16", {"tie_word_embeddings": False}),
+    (3, "fp32", {"hidden_size": 40, "num_key_value_heads": 4}),  # sizes that 3 does not divide
+    (4, "fp32", {}),
+])  # fmt: skip
+def test_each_rank_reads_its_share(tmp_path: Path, num_ranks: int, precision: str, changes: dict[str, Any]) -> None:
+    model = tiny.make_model(tmp_path / "model", **changes)
+    argv = tiny.recipe(model, tiny.make_federation(tmp_path / "data"), tmp_path / "runs")
+    for share in run_on_ranks(load_shares, num_ranks, tmp_path, argv, str(model), precision):
+        assert share["wrong"] == 0.0
+        assert share["held"] == pytest.approx(1 / num_ranks, rel=0.01)
+        # whole rows are read, so a share may begin and end with part of a row
+        assert share["read"] <= 1 / num_ranks + 0.05
+
+
+def test_sharded_checkpoint(tmp_path: Path) -> None:
+    model = tiny.make_model(tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    (model / "model.safetensors").unlink()
+    names = sorted(tensors)
+    weight_map = {}
+    for i, part in enumerate((names[::2], names[1::2])):
+        file = f"model-{i + 1:05d}-of-00002.safetensors"
+        save_file({name: tensors[name] for name in part}, model / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    (model / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    argv = tiny.recipe(model, tiny.make_federation(tmp_path / "data"), tmp_path / "runs")
+    for share in run_on_ranks(load_shares, 2, tmp_path, argv, str(model), "fp32"):
+        assert share["wrong"] == 0.0

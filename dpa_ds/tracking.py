@@ -30,11 +30,8 @@ def setup_logging(is_main: bool) -> None:
     logger.setLevel(logging.INFO if is_main else logging.WARNING)
     for name in ("DeepSpeed", "deepspeed", "transformers", "torch.distributed"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    # peft 0.21.2 reads what transformers 5.23 renamed: two lines from every rank that a user can do nothing about
-    warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
-    warnings.filterwarnings(
-        "ignore", category=FutureWarning, module="transformers"
-    )  # addressed to libraries, not users
+    # Deprecations between peft, torch and transformers: lines from every rank that a user can do nothing about.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|torch)\.")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else it warns after every fork
 
 

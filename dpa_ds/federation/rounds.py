@@ -108,9 +108,9 @@ def finish_round(federation: Federation, server_round: int, participants: Sequen
         if server_round > 0:
             save(federation, server_round)
         table = exchange_metrics(federation, participants, losses)
-        if server_round > 0 and federation.world.is_main:  # the exchange was the barrier: all leaders have saved
-            federation.folder.complete_round(server_round, {"clients": list(federation.labels)})
-    track(federation, server_round, table)
+    track(federation, server_round, table)  # before the round counts: a complete round is also a recorded one
+    if server_round > 0 and federation.world.is_main:  # the exchange was the barrier: all leaders have saved
+        federation.folder.complete_round(server_round, {"clients": list(federation.labels)})
     federation.trainer.metrics.clear()
     federation.seconds.clear()
 

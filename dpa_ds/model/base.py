@@ -112,16 +112,7 @@ def load_base(config: ModelConfig, directory: Path, deepspeed_json: Mapping[str,
     transformers.utils.logging.disable_progress_bar()
     zero3 = deepspeed_json.get("zero_optimization", {}).get("stage") == 3
     try:
-        if zero3:
-            model = _load_partitioned(config, directory, deepspeed_json)
-        else:
-            model = AutoModelForCausalLM.from_pretrained(
-                directory,
-                dtype=DTYPES[config.precision],
-                attn_implementation=config.attention,
-                use_safetensors=True,
-                local_files_only=True,
-            )
+        model = _load_partitioned(config, directory, deepspeed_json) if zero3 else _load_whole(config, directory)
     except (OSError, ValueError, RuntimeError, SafetensorError, ImportError) as error:
         raise ModelError(f"cannot load a causal LM from {directory}: {str(error).strip().splitlines()[0]}") from error
     model.config.use_cache = False
@@ -130,6 +121,27 @@ def load_base(config: ModelConfig, directory: Path, deepspeed_json: Mapping[str,
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": zero3})
         if zero3:  # reentrant checkpointing needs an input that requires gradients, and the embedding is frozen
             model.enable_input_require_grads()
+    return model
+
+
+def _load_whole(config: ModelConfig, directory: Path) -> PreTrainedModel:
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        directory,
+        dtype=DTYPES[config.precision],
+        attn_implementation=config.attention,
+        use_safetensors=True,
+        local_files_only=True,
+        ignore_mismatched_sizes=True,  # to name them here: transformers' own error says "see the above report"
+        output_loading_info=True,
+    )
+    model: PreTrainedModel
+    model, report = loaded
+    for name, stored, expected in sorted(report["mismatched_keys"]):
+        raise ModelError(
+            f"tensor {name!r} has shape {tuple(stored)} in the checkpoint, but the model's config says {tuple(expected)}"
+        )
+    for name in sorted(report["missing_keys"]):  # transformers only warns, and draws the tensor at random
+        raise ModelError(f"the checkpoint has no tensor {name!r}: it is incomplete, or belongs to another model")
     return model
 
 

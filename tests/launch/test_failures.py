@@ -22,7 +22,7 @@ from tests.launch.processes import (
 )
 
 pytestmark = pytest.mark.launch
-DEADLINE_SECONDS = 60.0
+DEADLINE_SECONDS = 120.0
 SCRIPT = "tests/launch/raises_on_rank_1.py"
 
 

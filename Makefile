@@ -6,9 +6,10 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .PHONY: demo test check install install-test clean
 
+# Two ranks where there is no GPU (deepspeed's default is one per NUMA node): each trains four of the eight clients.
 demo: install
 	$(BIN)/python launch/prepare_demo.py
-	$(BIN)/deepspeed launch/run.py --config launch/recipes/demo.yaml
+	LOCAL_SIZE=2 $(BIN)/deepspeed launch/run.py --config launch/recipes/demo.yaml
 
 test: install-test
 	$(BIN)/python -m pytest

@@ -3,10 +3,6 @@
 import os
 import sys
 
-# Threads that spin while they wait stall one another where other programs use the cores too: with three busy processes
-# on 2 cores, a small MLP ran 4.5 times a second spinning and 44 times waiting passively. Read when torch is loaded.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
 
 def main() -> None:
     """Entry point under every launcher: deepspeed, torchrun, srun, mpirun, python."""

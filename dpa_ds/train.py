@@ -13,7 +13,7 @@ from dpa_ds.distributed.world import World, build_world
 from dpa_ds.evaluation.report import write_report
 from dpa_ds.federation.aggregation import WeightedAverage
 from dpa_ds.federation.client import ClientTrainer
-from dpa_ds.federation.hosting import GLOBAL_SEED, client_names, host_clients
+from dpa_ds.federation.hosting import client_names, host_clients, restore_global
 from dpa_ds.federation.methods import build_schedule
 from dpa_ds.federation.rounds import Federation, run_rounds
 from dpa_ds.model.base import check_precision, load_base, load_tokenizer, resolve_model
@@ -61,9 +61,7 @@ def train(config: RunConfig, job: Job) -> None:
         aggregator=WeightedAverage(by_num_examples=config.federation.weighting == "num_examples"),
         clients=clients,
         labels=labels,
-        global_state=folder.load_adapter(completed, "global").weights
-        if completed
-        else adapters.initial_state("global", (config.seed, GLOBAL_SEED)),
+        global_state=restore_global(config, adapters, completed),
         folder=folder,
         tracker=tracker,
         pad_id=pad_id,

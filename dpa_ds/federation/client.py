@@ -89,47 +89,43 @@ class ClientTrainer:
             client.local_state = self.engine.read_state("local")
 
     def _run_phase(self, client: HostedClient, phase: Phase, server_round: int) -> None:
-        train = self._config.train
-        keep = train.keep_optimizer_state and phase.trains == "local"
-        self.engine.activate(phase)
-        if keep and client.local_optimizer is not None:
-            self.engine.write_optimizer_state("local", client.local_optimizer)
+        keeps = self._config.train.keep_optimizer_state and phase.trains == "local"
         started = time.monotonic()
-        words = (self._config.seed, server_round, client.client_id, 0 if phase.trains == "global" else 1)
-        total = num_steps(len(client.examples), train.batch_size, train.local_epochs, train.max_steps)
+        self.engine.activate(phase)
+        if keeps and client.local_optimizer is not None:
+            self.engine.write_optimizer_state("local", client.local_optimizer)
+        series = self._take_steps(client, phase, server_round)
+        if keeps:
+            client.local_optimizer = self.engine.read_optimizer_state("local")
+        losses = series["loss"]
+        metrics = self.metrics[client.client_id]
+        metrics.num_steps += len(losses)
+        metrics.seconds += time.monotonic() - started
+        setattr(metrics, f"{phase.trains}_loss", sum(losses) / len(losses))
+        tagged = {f"{phase.trains}/{name}": values for name, values in series.items()}
+        self._tracker.scalars(f"client_{client.client_id:02d}", tagged, client.steps_taken[phase.trains])
+        client.steps_taken[phase.trains] += len(losses)
+
+    def _take_steps(self, client: HostedClient, phase: Phase, server_round: int) -> dict[str, list[float]]:
+        """The optimizer steps of one phase; their loss, gradient norm and learning rate."""
+        train, world, examples = self._config.train, self._world, client.examples
         metrics = self.metrics.setdefault(client.client_id, RoundMetrics())
-        shares, norms, rates = [], [], []
-        for k, indices in enumerate(step_indices(len(client.examples), train.batch_size, total, words)):
-            torch.manual_seed(_fold(*words, k, self._world.rank))  # dropout needs no state of its own to resume
-            step = build_step(
-                client.examples,
-                indices,
-                self._world.rank,
-                self._world.world_size,
-                train.micro_batch_tokens,
-                self._pad_id,
-            )
-            rates.append(learning_rate(train, k, total))
-            share, norm = self.engine.train_step(step, rates[-1])
+        words = (self._config.seed, server_round, client.client_id, 0 if phase.trains == "global" else 1)
+        total = num_steps(len(examples), train.batch_size, train.local_epochs, train.max_steps)
+        rates = [learning_rate(train, k, total) for k in range(total)]
+        shares, norms = [], []
+        for k, indices in enumerate(step_indices(len(examples), train.batch_size, total, words)):
+            torch.manual_seed(_fold(*words, k, world.rank))  # dropout needs no state of its own to resume
+            step = build_step(examples, indices, world.rank, world.world_size, train.micro_batch_tokens, self._pad_id)
+            share, norm = self.engine.train_step(step, rates[k])
             shares.append(share)
             norms.append(norm)
             metrics.real_tokens += step.real_tokens
             metrics.computed_tokens += step.computed_tokens
             self._tracker.advance(f"round {server_round} {client.label} {phase.trains}")
         # One exchange per phase, not per step: nobody waits for a number that is only looked at.
-        losses = self._world.all_reduce_(torch.stack(shares)).tolist()
-        if keep:
-            client.local_optimizer = self.engine.read_optimizer_state("local")
-        seconds = time.monotonic() - started
-        metrics.num_steps += total
-        metrics.seconds += seconds
-        setattr(metrics, f"{phase.trains}_loss", sum(losses) / total)
-        self._tracker.scalars(
-            f"client_{client.client_id:02d}",
-            {f"{phase.trains}/loss": losses, f"{phase.trains}/grad_norm": norms, f"{phase.trains}/lr": rates},
-            client.steps_taken[phase.trains],
-        )
-        client.steps_taken[phase.trains] += total
+        losses: list[float] = world.all_reduce_(torch.stack(shares)).tolist()
+        return {"loss": losses, "grad_norm": norms, "lr": rates}
 
 
 def learning_rate(train: TrainConfig, step: int, total_steps: int) -> float:

@@ -8,6 +8,7 @@ from dpa_ds.checkpoint import RunFolder
 from dpa_ds.config import RunConfig
 from dpa_ds.data.prompts import TokenizedExamples, load_or_tokenize
 from dpa_ds.data.sources import ClientData, list_clients, pool_clients, read_clients
+from dpa_ds.distributed.federation_group import AdapterState
 from dpa_ds.distributed.world import World
 from dpa_ds.federation.client import HostedClient
 from dpa_ds.federation.methods import Schedule
@@ -47,6 +48,13 @@ def host_clients(
         _restore_local(client, config, adapters, completed_rounds)
         clients.append(client)
     return clients
+
+
+def restore_global(config: RunConfig, adapters: DualAdapter, completed_rounds: int) -> AdapterState:
+    """The global adapter after `completed_rounds`, or a fresh one; the same on every rank."""
+    if completed_rounds == 0:
+        return adapters.initial_state("global", (config.seed, GLOBAL_SEED))
+    return RunFolder(config.run_dir).load_adapter(completed_rounds, "global").weights
 
 
 def _read(config: RunConfig, schedule: Schedule, mine: Sequence[int]) -> list[ClientData]:

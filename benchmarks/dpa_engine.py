@@ -49,7 +49,7 @@ class DpaEngine:
         self._engine.activate(phase)
         shares = []
         for k, indices in enumerate(steps):
-            share, _ = self._engine.train_step(self.build(indices), learning_rate(self._train, k, len(steps)))
+            share, _, _ = self._engine.train_step(self.build(indices), learning_rate(self._train, k, len(steps)))
             shares.append(share)
         losses = torch.stack(shares).tolist()  # waits for the device
         return self._clock() - started, losses

@@ -102,12 +102,15 @@ class RunFolder:
                 _fsync(path)
             content = {"sha256": {path.name: _sha256(path) for path in files}, "info": dict(info)}
             _write_text(folder / STATE, json.dumps(content, indent=1))
+            for directory in (folder, folder.parent):  # the names of the files, too, must survive a power cut
+                _fsync(directory)
 
     def complete_round(self, server_round: int, meta: Mapping[str, Any]) -> None:
         """Make the round count: main leader, after all leaders have saved. Keeps the last `KEPT_ROUNDS` rounds."""
         unfinished, final = self._unfinished(server_round), self._folder(server_round)
         with _storage_errors(final):
             _write_text(unfinished / META, json.dumps({"round": server_round, **meta}, indent=1))
+            _fsync(unfinished)
             if final.exists():  # a damaged or abandoned round of the same number
                 shutil.rmtree(final)
             unfinished.rename(final)
@@ -116,8 +119,8 @@ class RunFolder:
             link.symlink_to(final.relative_to(self.run_dir))
             link.replace(self.run_dir / "adapters")
             _fsync(self.rounds_dir)
-            for old in sorted(self.rounds_dir.glob("round_??????"))[:-KEPT_ROUNDS]:
-                shutil.rmtree(old)
+        for old in sorted(self.rounds_dir.glob("round_??????"))[:-KEPT_ROUNDS]:
+            shutil.rmtree(old, ignore_errors=True)  # the new round counts, whatever becomes of an old one
 
     def load_adapter(self, server_round: int, name: str) -> SavedAdapter:
         """Read one adapter of a complete round, checking its checksums.

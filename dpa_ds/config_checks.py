@@ -226,6 +226,11 @@ def _method_problems(config: RunConfig) -> Iterator[str]:
             f"lora.local_rank is {lora.local_rank}, but {method.name} starts the local adapter from the global one of "
             f"rank {lora.rank}: leave lora.local_rank out"
         )
+    if method.name == "feddpa_t" and method.alpha == 0:
+        yield (
+            "method.alpha must be in (0, 1] for feddpa_t, got 0: the local adapter would have no weight in its own phase; "
+            "for the global adapter alone choose method fedit"
+        )
     if method.name != "feddpa_t":
         for key in ("phase_order", "local_partner"):
             if getattr(method, key) != getattr(default, key):

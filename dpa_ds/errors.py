@@ -25,6 +25,12 @@ class ClusterError(DpaError):
     exit_code = 3
 
 
+class TrainingError(DpaError):
+    """A client's training diverged."""
+
+    exit_code = 5
+
+
 class CheckpointError(DpaError):
     """Saved state cannot be read, or belongs to another run."""
 

@@ -45,11 +45,12 @@ def train(config: RunConfig, job: Job) -> None:
     clients = host_clients(config, schedule, world, tokenizer, adapters, completed)
     engine = AdapterEngine(adapters, world, config.train, ds_json)
 
+    if world.is_main:  # before a label tells the other leaders to go on
+        folder.remove_leftovers()
     for client in clients if world.is_leader else ():
         job.publish(f"label/{client.client_id}", client.label)
     labels = [job.lookup(f"label/{client_id}") for client_id in range(len(names))]
     if world.is_main:  # everything that a user can get wrong was read by now: from here on the run exists
-        folder.remove_leftovers()
         write_file(config.run_dir / "config.yaml", to_yaml(config))
     tracker = Tracker(config.run_dir if world.is_leader else None, world.is_main, config.tracking)
     tracker.drop_records_after(completed)

@@ -1,5 +1,6 @@
 """The thin second group: leaders only, CPU tensors only, every byte counted."""
 
+import socket
 from collections import Counter
 from datetime import timedelta
 
@@ -23,9 +24,16 @@ class FederationGroup:
         self.timeout_seconds = timeout_seconds
         self.bytes_handed: Counter[str] = Counter()
         """Bytes this leader handed to the group so far, by purpose."""
-        self._group = dist.ProcessGroupGloo(
-            dist.PrefixStore(f"federation/{generation}", store), rank, size, timedelta(seconds=timeout_seconds)
-        )
+        try:
+            self._group = dist.ProcessGroupGloo(
+                dist.PrefixStore(f"federation/{generation}", store), rank, size, timedelta(seconds=timeout_seconds)
+            )
+        except RuntimeError as error:
+            raise ClusterError(
+                f"leader {rank} of {size} on {socket.gethostname()} cannot reach the other leaders: "
+                f"{str(error).splitlines()[0]}; where a host's name is not the address that others reach, set "
+                "GLOO_SOCKET_IFNAME to the network interface (with deepspeed in .deepspeed_env)"
+            ) from error
 
     def all_reduce_(self, buffer: torch.Tensor, purpose: str) -> None:
         """Sum the flat CPU tensor `buffer` over all leaders, in place, and count its bytes under `purpose`.

@@ -76,6 +76,7 @@ class World:
 
     def close(self) -> None:
         """Tear down the group's world. Collective: all ranks of the group."""
+        self.barrier()  # NCCL wants all ranks to leave at about the same time, and the leader has files to write
         if dist.is_initialized():
             dist.destroy_process_group()
 

@@ -13,6 +13,7 @@ from dpa_ds.data.batches import build_step, num_steps, step_indices
 from dpa_ds.data.prompts import TokenizedExamples
 from dpa_ds.distributed.federation_group import AdapterState
 from dpa_ds.distributed.world import World
+from dpa_ds.errors import TrainingError
 from dpa_ds.federation.aggregation import ClientUpdate
 from dpa_ds.federation.methods import Schedule
 from dpa_ds.model.dual_adapter import Phase
@@ -46,6 +47,8 @@ class RoundMetrics:
     global_loss: float = 0.0
     """Mean training loss of the global phase's steps."""
     local_loss: float = 0.0
+    skipped_steps: int = 0
+    """Steps that DeepSpeed left out because their gradient was not finite (fp16: while the loss scale settles)."""
 
 
 class ClientTrainer:
@@ -63,7 +66,8 @@ class ClientTrainer:
         """Run the client's phases of this round and return what it uploads."""
         self.engine.write_state("global", global_state)
         self._train(client, self.schedule.phases("before", server_round), server_round)
-        return ClientUpdate(client.client_id, len(client.examples), self.engine.read_state("global"))
+        update = _finite(self.engine.read_state("global"), client, server_round)
+        return ClientUpdate(client.client_id, len(client.examples), update)
 
     def after_aggregation(self, client: HostedClient, global_state: AdapterState, server_round: int) -> None:
         """Run the phases that train beside this round's aggregated global adapter."""
@@ -86,7 +90,7 @@ class ClientTrainer:
         for phase in phases:
             self._run_phase(client, phase, server_round)
         if trains_local:
-            client.local_state = self.engine.read_state("local")
+            client.local_state = _finite(self.engine.read_state("local"), client, server_round)
 
     def _run_phase(self, client: HostedClient, phase: Phase, server_round: int) -> None:
         keeps = self._config.train.keep_optimizer_state and phase.trains == "local"
@@ -113,19 +117,34 @@ class ClientTrainer:
         words = (self._config.seed, server_round, client.client_id, 0 if phase.trains == "global" else 1)
         total = num_steps(len(examples), train.batch_size, train.local_epochs, train.max_steps)
         rates = [learning_rate(train, k, total) for k in range(total)]
-        shares, norms = [], []
+        shares, norms, num_skipped = [], [], 0
         for k, indices in enumerate(step_indices(len(examples), train.batch_size, total, words)):
             torch.manual_seed(_fold(*words, k, world.rank))  # dropout needs no state of its own to resume
             step = build_step(examples, indices, world.rank, world.world_size, train.micro_batch_tokens, self._pad_id)
-            share, norm = self.engine.train_step(step, rates[k])
+            share, norm, applied = self.engine.train_step(step, rates[k])
             shares.append(share)
             norms.append(norm)
+            num_skipped += not applied
             metrics.real_tokens += step.real_tokens
             metrics.computed_tokens += step.computed_tokens
             self._tracker.advance(f"round {server_round} {client.label} {phase.trains}")
         # One exchange per phase, not per step: nobody waits for a number that is only looked at.
         losses: list[float] = world.all_reduce_(torch.stack(shares)).tolist()
-        return {"loss": losses, "grad_norm": norms, "lr": rates}
+        metrics.skipped_steps += num_skipped
+        if num_skipped == total or not all(map(math.isfinite, losses)):
+            raise TrainingError(
+                f"{client.label} diverged in round {server_round}, {phase.trains} phase: {num_skipped} of {total} steps "
+                f"had no finite gradient, losses {losses[0]:.4g} to {losses[-1]:.4g}; lower train.learning_rate, or use "
+                "model.precision bf16 or fp32. Earlier rounds are intact"
+            )
+        return {"loss": losses, "grad_norm": torch.stack(norms).tolist(), "lr": rates}
+
+
+def _finite(state: AdapterState, client: HostedClient, server_round: int) -> AdapterState:
+    """`state`, unless training left NaN or infinity in it: that would spoil every client's average."""
+    if not all(bool(tensor.isfinite().all()) for tensor in state.values()):
+        raise TrainingError(f"{client.label} diverged in round {server_round}: lower train.learning_rate")
+    return state
 
 
 def learning_rate(train: TrainConfig, step: int, total_steps: int) -> float:

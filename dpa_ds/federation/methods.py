@@ -29,17 +29,12 @@ class Schedule:
     local_from_round: int = 1
     """First round in which local phases run."""
     inference_alpha: float = 0.0
-    """Fixed weight of the local adapter when no per-instance weight is used."""
+    """Fixed weight of the local adapter when no per-instance weight is used (0 for a client that never trained it)."""
 
     def phases(self, stage: Literal["before", "after"], server_round: int) -> tuple[Phase, ...]:
         """Phases of `stage` (before, after) that run in `server_round`."""
         phases = self.before if stage == "before" else self.after
         return tuple(p for p in phases if p.trains == "global" or server_round >= self.local_from_round)
-
-    def alpha_after(self, server_round: int, num_rounds: int) -> float:
-        """Fixed inference weight after `server_round` of `num_rounds`: 0 while no local adapter was trained yet."""
-        first = num_rounds if self.final else self.local_from_round
-        return self.inference_alpha if server_round >= first else 0.0
 
 
 def build_schedule(config: MethodConfig) -> Schedule:

@@ -103,7 +103,7 @@ def aggregate(federation: Federation, updates: Sequence[ClientUpdate]) -> Adapte
 def finish_round(federation: Federation, server_round: int, participants: Sequence[int], evaluates: bool) -> None:
     """Evaluate, save and track one round. Round 0 is the state before training."""
     with federation.timed("evaluate"):
-        losses = evaluate(federation, server_round) if evaluates else {}
+        losses = evaluate(federation) if evaluates else {}
     with federation.timed("save"):
         if server_round > 0:
             save(federation, server_round)
@@ -115,10 +115,12 @@ def finish_round(federation: Federation, server_round: int, participants: Sequen
     federation.seconds.clear()
 
 
-def evaluate(federation: Federation, server_round: int) -> dict[int, float]:
-    """Held-out loss of every hosted client that has held-out examples, with the method's fixed mix."""
+def evaluate(federation: Federation) -> dict[int, float]:
+    """Held-out loss of every hosted client that has held-out examples, with the method's fixed mix.
+
+    A client whose local adapter was never trained (not drawn so far) is scored with the global one alone.
+    """
     config, engine = federation.config, federation.trainer.engine
-    alpha = federation.trainer.schedule.alpha_after(server_round, config.federation.num_rounds)
     losses = {}
     engine.write_state("global", federation.global_state)
     for client in federation.clients:
@@ -128,7 +130,7 @@ def evaluate(federation: Federation, server_round: int) -> dict[int, float]:
                 engine,
                 federation.world,
                 client.held_out,
-                alpha,
+                federation.trainer.schedule.inference_alpha if client.steps_taken["local"] else 0.0,
                 config.evaluation.max_examples,
                 config.train.micro_batch_tokens,
                 federation.pad_id,

@@ -154,17 +154,37 @@ def _load_partitioned(config: ModelConfig, directory: Path, deepspeed_json: Mapp
             hf_config, dtype=DTYPES[config.precision], attn_implementation=config.attention
         )
     model.tie_weights()  # part of the initialisation that was skipped
+    _restore_computed_buffers(model)
     files = _tensor_files(directory)
     with ExitStack() as stack:
         opened = {
             path: stack.enter_context(safe_open(path, framework="pt", device="cpu")) for path in set(files.values())
         }
+        for name, buffer in model.named_buffers():
+            if name in files:
+                buffer.copy_(opened[files[name]].get_tensor(name))
         for name, parameter in model.named_parameters():
             stored = _stored_name(name, files, model.base_model_prefix)
             _read_partition(opened[files[stored]].get_slice(stored), name, parameter)
     model.eval()
     assert isinstance(model, PreTrainedModel)
     return model
+
+
+def _restore_computed_buffers(model: PreTrainedModel) -> None:
+    """Compute rotary frequencies and the like anew in fp32.
+
+    Inside `zero.Init` DeepSpeed makes every new float tensor in the training precision (0.19.8,
+    zero/partition_parameters.py): in bf16 the frequencies of a rotary embedding would be off by up to 0.4 %.
+    """
+    for module in model.modules():
+        computed = module._non_persistent_buffers_set & module._buffers.keys()
+        for name in computed:
+            buffer = module._buffers[name]
+            if buffer is not None and buffer.is_floating_point():
+                module._buffers[name] = buffer.float()
+        if computed and next(module.parameters(recurse=False), None) is None:
+            model._init_weights(module)
 
 
 def _tensor_files(directory: Path) -> dict[str, Path]:

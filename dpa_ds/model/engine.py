@@ -67,6 +67,14 @@ class AdapterEngine:
             adapter: locate_masters(self.optimizer, self.stage, world.rank, adapters.parameters[adapter])
             for adapter in ADAPTERS
         }
+        if self.engine.dp_world_size != world.world_size:
+            raise ConfigError(
+                f"the DeepSpeed JSON divides the rank group ({self.engine.dp_world_size} of {world.world_size} ranks are "
+                "data-parallel): leave tensor, sequence and pipeline parallelism out"
+            )
+        # Dynamic loss scaling (fp16) must not carry over from one phase or client to the next.
+        self._scaler = getattr(self.optimizer, "loss_scaler", getattr(self.optimizer, "loss_scale_config", None))
+        self._fresh_scaler = vars(self._scaler).copy() if self._scaler is not None else {}
         self._trains: Adapter | None = None
         self._positions: torch.Tensor | None = None
         base = adapters.peft_model.get_base_model()
@@ -89,17 +97,22 @@ class AdapterEngine:
             group["lr"] = 0.0
             group["weight_decay"] = self._train.weight_decay if adapter == phase.trains else 0.0
         self.reset_optimizer_state(phase.trains)
+        if self._scaler is not None:
+            vars(self._scaler).update(self._fresh_scaler)
+        if self.stage == 3:  # a frozen parameter's share is never written again, but still tested for overflow
+            self.optimizer.grad_partitions_flat_buffer.zero_()
         self._trains = phase.trains
 
-    def train_step(self, step: StepBatch, learning_rate: float) -> tuple[torch.Tensor, float]:
+    def train_step(self, step: StepBatch, learning_rate: float) -> tuple[torch.Tensor, torch.Tensor, bool]:
         """One optimizer step of the active phase on this rank's micro-batches.
 
         The loss is the mean over the label tokens of the whole step, on all ranks: a mean of means would depend on
         the rank count.
 
         Returns:
-            this rank's share of the loss (sum over ranks = loss of the step; scalar on the device) and the gradient
-            norm before clipping.
+            this rank's share of the loss (the sum over ranks is the loss of the step) and the gradient norm before
+            clipping, scalars on the device; and whether the step was applied: DeepSpeed skips one whose gradient is
+            not finite.
         """
         assert self._trains is not None, "activate(phase) first"
         self._group(self._trains)["lr"] = learning_rate
@@ -111,8 +124,20 @@ class AdapterEngine:
             share += loss.detach()
             # DeepSpeed averages gradients over the ranks; ours are to be summed.
             self.engine.backward(loss * self.world.world_size)
+        norm = self._gradient_norm_of_stage_zero() if self.optimizer is self._inner else None
         self.engine.step()
-        return share, float(self.engine.get_global_grad_norm() or 0.0)
+        if norm is None:
+            norm = self.engine.get_global_grad_norm()
+        return (
+            share,
+            torch.as_tensor(0.0 if norm is None else norm, device=self.world.device).float(),
+            bool(self.engine.was_step_applied()),
+        )
+
+    def _gradient_norm_of_stage_zero(self) -> torch.Tensor:
+        """DeepSpeed does not keep the norm of an fp32 step without ZeRO. Gradients are already averaged over ranks."""
+        gradients = [p.grad for a in ADAPTERS for p in self.adapters.parameters[a].values() if p.grad is not None]
+        return torch.nn.utils.get_total_norm(gradients)
 
     @torch.no_grad()
     def loss(self, steps: Sequence[StepBatch], alpha: float) -> float:

@@ -177,6 +177,20 @@ def test_reset_means_a_fresh_adamw(argv: list[str], tmp_path: Path, stage: str) 
     assert error < 1e-6
 
 
+def gradient_norms(job: Any, argv: Sequence[str], stage: str) -> list[tuple[float, bool]]:
+    engine, step = build(job, argv, stage)
+    engine.activate(LOCAL)
+    return [(float(norm), applied) for _, norm, applied in (engine.train_step(step(k), 1e-3) for k in range(3))]
+
+
+def test_every_stage_tells_the_same_gradient_norm(argv: list[str], tmp_path: Path) -> None:
+    stages = ("zero0", "zero1", "zero2", "zero3")
+    told = {stage: run_on_ranks(gradient_norms, 2, tmp_path, argv, stage)[0] for stage in stages}
+    assert all(applied for steps in told.values() for _, applied in steps)
+    for stage in stages[1:]:
+        assert [norm for norm, _ in told[stage]] == pytest.approx([norm for norm, _ in told["zero0"]], rel=1e-4)
+
+
 def two_steps(job: Any, argv: Sequence[str], stage: str) -> tuple[Any, int]:
     engine, step = build(job, argv, stage)
     calls = []

@@ -57,7 +57,7 @@ def test_only_the_global_adapter_and_the_metrics_cross(inputs: tuple[Path, Path]
     run_dir = tmp_path / "runs" / "tiny"
     parameters = sum(t.numel() for t in load_file(run_dir / "adapters/global/adapter_model.safetensors").values())
     update = (parameters + 1, 4 * (parameters + 1))  # fp32 parameters and a header of one fp32 weight sum
-    metrics = (4 * 9, 4 * 9 * 8)  # 4 clients x 9 columns of fp64
+    metrics = (4 * 10, 4 * 10 * 8)  # 4 clients x 10 columns of fp64
     leader = [metrics, update, metrics, update, metrics]  # before training, round 1, round 2
     assert per_rank == [leader, [], leader, []]
     rounds = [r for r in read_records(run_dir / "metrics.jsonl") if r["kind"] == "round"]
@@ -166,3 +166,49 @@ def test_plain_peft_loads_the_results(inputs: tuple[Path, Path], tmp_path: Path,
         if r["kind"] == "client" and r["client"] == 1 and r["round"] == 2
     ]
     assert recorded == [pytest.approx(total / count, rel=1e-6 if precision == "fp32" else 1e-2)]
+
+
+def train_expecting_divergence(job: Any, argv: Sequence[str]) -> str:
+    from dpa_ds.errors import TrainingError
+
+    try:
+        train_on_rank(job, argv)
+    except TrainingError as error:
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.parametrize("stage", ["zero0", "zero1", "zero3"])
+def test_a_diverging_client_is_named_and_never_averaged(inputs: tuple[Path, Path], tmp_path: Path, stage: str) -> None:
+    argv = tiny.recipe(
+        *inputs,
+        tmp_path / "runs",
+        train__learning_rate=1e30,
+        train__local_epochs=3.0,
+        engine__deepspeed_config=f"ds_configs/{stage}.json",
+    )
+    (told,) = run_on_ranks(train_expecting_divergence, 1, tmp_path, argv)
+    assert told.startswith("client_0 colour0 diverged in round 1")
+    assert "lower train.learning_rate" in told
+    assert not list((tmp_path / "runs/tiny").glob("rounds/round_??????"))
+
+
+def test_a_client_without_local_training_is_scored_with_the_global_adapter(
+    inputs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """At alpha 0.5 an untrained local adapter would halve the global one."""
+    losses = {}
+    for alpha in (0.25, 0.5):
+        argv = tiny.recipe(
+            *inputs,
+            tmp_path / f"runs{alpha}",
+            federation__client_fraction=0.25,
+            federation__num_rounds=1,
+            method__alpha=alpha,
+        )
+        run_on_ranks(train_on_rank, 1, tmp_path, argv)
+        records = read_records(tmp_path / f"runs{alpha}" / "tiny" / "metrics.jsonl")
+        losses[alpha] = {r["client"]: r["held_out_loss"] for r in records if r["kind"] == "client" and r["round"] == 1}
+    (drawn,) = sample_clients(Topology((1,), 4), 0.25, seed=0, server_round=1)
+    for client in range(4):
+        assert (losses[0.25][client] == losses[0.5][client]) == (client != drawn), client

@@ -49,12 +49,17 @@ def load_shares(job: Any, argv: Sequence[str], model_dir: str, precision: str) -
     model = base.load_base(config.model, Path(model_dir), ds_json)
     held = sum(p.ds_tensor.numel() for p in model.parameters())
     total = sum(p.ds_numel for p in model.parameters())
-    wanted = AutoModelForCausalLM.from_pretrained(model_dir, dtype=base.DTYPES[precision]).state_dict()
+    whole = AutoModelForCausalLM.from_pretrained(model_dir, dtype=base.DTYPES[precision])
+    wanted, buffers = whole.state_dict(), dict(whole.named_buffers())
     wrong = 0.0
     with deepspeed.zero.GatheredParameters(list(model.parameters())):
         for name, parameter in model.named_parameters():
             wrong = max(wrong, float((parameter - wanted[name]).abs().max()))
-    return {"held": held / total, "read": sum(read) / total, "wrong": wrong}
+    found = dict(model.named_buffers())
+    assert buffers
+    assert found.keys() == buffers.keys()
+    same = all(found[name].dtype == b.dtype and torch.equal(found[name], b) for name, b in buffers.items())
+    return {"buffers": same, "held": held / total, "read": sum(read) / total, "wrong": wrong}
 
 
 @pytest.mark.parametrize(("num_ranks", "precision", "changes"), [
@@ -68,6 +73,7 @@ def test_each_rank_reads_its_share(tmp_path: Path, num_ranks: int, precision: st
     argv = tiny.recipe(model, tiny.make_federation(tmp_path / "data"), tmp_path / "runs")
     for share in run_on_ranks(load_shares, num_ranks, tmp_path, argv, str(model), precision):
         assert share["wrong"] == 0.0
+        assert share["buffers"]
         assert share["held"] == pytest.approx(1 / num_ranks, rel=0.01)
         # whole rows are read, so a share may begin and end with part of a row
         assert share["read"] <= 1 / num_ranks + 0.05

@@ -111,6 +111,11 @@ BAD_OVERRIDES = [
     (["--lora.target_modules=[]"], "lora.target_modules must name at least one linear layer"),
     (["--lora.target_modules=['']"], "lora.target_modules must name at least one linear layer"),
     (["--method.alpha=1.1"], "method.alpha must be in [0, 1]"),
+    (["--method.alpha=0"], "method.alpha must be in (0, 1] for feddpa_t, got 0"),
+    (
+        ["--method.name=fedlora", "--lora.local_rank=2"],
+        "fedlora starts the local adapter from the global one of rank 8",
+    ),
     (["--data.held_out_fraction=1"], "data.held_out_fraction must be in [0, 1)"),
     (["--data.max_length=1"], "data.max_length must be >= 2"),
     (["--data.template=x"], 'data.template must contain {instruction} exactly once, got "x"'),

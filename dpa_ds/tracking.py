@@ -111,12 +111,11 @@ class Tracker:
                 self._bar.close()
                 self._bar = None
 
-    def advance(self, description: str, postfix: str = "") -> None:
+    def advance(self, description: str) -> None:
         """One optimizer step is done."""
         if self._bar is None:
             return
         self._bar.set_description_str(description, refresh=False)
-        self._bar.set_postfix_str(postfix, refresh=False)
         self._bar.update()
         if not sys.stderr.isatty() and time.monotonic() - self._last_line >= self._config.log_every_seconds:
             self._last_line = time.monotonic()

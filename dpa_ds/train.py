@@ -54,18 +54,16 @@ def train(config: RunConfig, job: Job) -> None:
         write_file(config.run_dir / "config.yaml", to_yaml(config))
     tracker = Tracker(config.run_dir if world.is_leader else None, world.is_main, config.tracking)
     tracker.drop_records_after(completed)
-    pad_id = int(tokenizer.pad_token_id)
     federation = Federation(
         config=config,
         world=world,
-        trainer=ClientTrainer(engine, world, config, schedule, tracker, pad_id),
+        trainer=ClientTrainer(engine, world, config, schedule, tracker, int(tokenizer.pad_token_id)),
         aggregator=WeightedAverage(by_num_examples=config.federation.weighting == "num_examples"),
         clients=clients,
         labels=labels,
         global_state=restore_global(config, adapters, completed),
         folder=folder,
         tracker=tracker,
-        pad_id=pad_id,
     )
     run_rounds(federation, completed)
     tracker.close()

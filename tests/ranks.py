@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,14 @@ def run_on_ranks(
             process.kill()
             process.join()
     return [results[rank] for rank in range(num_ranks)]
+
+
+def train_on_rank(job: Any, argv: Sequence[str]) -> None:
+    """For `run_on_ranks`: the training that `launch/run.py` starts with the arguments `argv`."""
+    from dpa_ds.config_loader import load_config
+    from dpa_ds.train import train
+
+    train(load_config(argv), job)
 
 
 def _forkserver() -> Any:

@@ -58,7 +58,7 @@ class ClientTrainer:
         self, engine: AdapterEngine, world: World, config: RunConfig, schedule: Schedule, tracker: Tracker, pad_id: int
     ) -> None:
         self.engine, self.schedule = engine, schedule
-        self._world, self._config, self._tracker, self._pad_id = world, config, tracker, pad_id
+        self._world, self._config, self._tracker, self.pad_id = world, config, tracker, pad_id
         self.metrics: dict[int, RoundMetrics] = {}
         """Of the current round, by client; the round loop clears it."""
 
@@ -120,7 +120,7 @@ class ClientTrainer:
         shares, norms, num_skipped = [], [], 0
         for k, indices in enumerate(step_indices(len(examples), train.batch_size, total, words)):
             torch.manual_seed(_fold(*words, k, world.rank))  # dropout needs no state of its own to resume
-            step = build_step(examples, indices, world.rank, world.world_size, train.micro_batch_tokens, self._pad_id)
+            step = build_step(examples, indices, world.rank, world.world_size, train.micro_batch_tokens, self.pad_id)
             share, norm, applied = self.engine.train_step(step, rates[k])
             shares.append(share)
             norms.append(norm)

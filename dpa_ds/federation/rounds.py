@@ -39,7 +39,6 @@ class Federation:
     global_state: AdapterState
     folder: RunFolder
     tracker: Tracker
-    pad_id: int
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     """Time of each part of the current round."""
 
@@ -133,7 +132,7 @@ def evaluate(federation: Federation) -> dict[int, float]:
                 federation.trainer.schedule.inference_alpha if client.steps_taken["local"] else 0.0,
                 config.evaluation.max_examples,
                 config.train.micro_batch_tokens,
-                federation.pad_id,
+                federation.trainer.pad_id,
             )
     return losses
 

@@ -16,7 +16,7 @@ from dpa_ds.distributed.topology import Topology
 from dpa_ds.federation.sampling import sample_clients
 from dpa_ds.tracking import read_records
 from tests import tiny
-from tests.ranks import run_on_ranks
+from tests.ranks import run_on_ranks, train_on_rank
 
 pytestmark = pytest.mark.multirank
 
@@ -63,12 +63,6 @@ def test_only_the_global_adapter_and_the_metrics_cross(inputs: tuple[Path, Path]
     rounds = [r for r in read_records(run_dir / "metrics.jsonl") if r["kind"] == "round"]
     assert [r.get("bytes_handed/update", 0) for r in rounds] == [0, update[1], update[1]]
     assert [r["bytes_handed/metrics"] for r in rounds] == [metrics[1]] * 3
-
-
-def train_on_rank(job: Any, argv: Sequence[str]) -> None:
-    from dpa_ds.train import train
-
-    train(load_config(argv), job)
 
 
 def adapter(run_dir: Path, server_round: int, name: str) -> dict[str, torch.Tensor]:

@@ -1,6 +1,5 @@
 """A client's adapters do not depend on ranks, ZeRO stage, micro-batches or hosting, and equal a plain PyTorch loop."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,17 +13,11 @@ from dpa_ds.data.batches import num_steps, step_indices
 from dpa_ds.data.prompts import load_or_tokenize
 from dpa_ds.data.sources import list_clients, pool_clients, read_clients
 from tests import plain, tiny
-from tests.ranks import run_on_ranks
+from tests.ranks import run_on_ranks, train_on_rank
 
 pytestmark = pytest.mark.multirank
 ROUNDS, ALPHA_MIX, LEARNING_RATE, CLIP = 2, 0.4, 1e-2, 1.0
 TOLERANCE = 1e-5
-
-
-def train_on_rank(job: Any, argv: Sequence[str]) -> None:
-    from dpa_ds.train import train
-
-    train(load_config(argv), job)
 
 
 @dataclass(frozen=True)

@@ -1,24 +1,15 @@
 """What a run writes down: TensorBoard, metrics.jsonl and results.json tell the same numbers."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from dpa_ds.config_loader import load_config
 from dpa_ds.tracking import read_records
 from tests import tiny
-from tests.ranks import run_on_ranks
+from tests.ranks import run_on_ranks, train_on_rank
 
 pytestmark = pytest.mark.multirank
-
-
-def train_on_rank(job: Any, argv: Sequence[str]) -> None:
-    from dpa_ds.train import train
-
-    train(load_config(argv), job)
 
 
 def test_numbers_agree(tmp_path: Path) -> None:

@@ -35,6 +35,8 @@ setup(
         "psutil>=7",
         "tqdm>=4.67,<5",
         "matplotlib>=3.10,<4",
+        "rouge-score>=0.1.2,<0.2",
+        "sacrebleu>=2.6,<3",
         "gguf>=0.19,<0.20",
     ],
     extras_require={

@@ -1,7 +1,7 @@
 """State of a run after a round, on disk: written whole or not at all, in PEFT's own format.
 
     runs/NAME/rounds/round_000003/global/{adapter_model.safetensors, adapter_config.json, state.json}
-                                  local/client_02/{..., optimizer.safetensors}
+                                  local/client_02/{..., references.safetensors, optimizer.safetensors}
                                   meta.json                                     written last: the round is complete
     runs/NAME/adapters -> rounds/round_000003
 
@@ -28,7 +28,8 @@ from dpa_ds.distributed.federation_group import AdapterState
 from dpa_ds.errors import CheckpointError
 
 KEPT_ROUNDS = 2
-WEIGHTS, OPTIMIZER, STATE, META = "adapter_model.safetensors", "optimizer.safetensors", "state.json", "meta.json"
+WEIGHTS, STATE, META = "adapter_model.safetensors", "state.json", "meta.json"
+MODEL = "model.json"
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,8 @@ class SavedAdapter:
     """One adapter as it lies on disk."""
 
     weights: AdapterState
-    optimizer: AdapterState | None
+    extras: dict[str, AdapterState]
+    """Further tensors by name, such as `optimizer` and `references`."""
     info: dict[str, Any]
     """What the saver added, such as the number of steps taken."""
 
@@ -70,10 +72,27 @@ class RunFolder:
             raise CheckpointError(f"cannot write results to {self.run_dir} ({existing}): choose another output_dir")
         return self.latest_round()
 
+    def check_model(self, fingerprint: str) -> None:
+        """Refuse a base model other than the one that this run was trained over, wherever it lies now.
+
+        Raises:
+            CheckpointError: `model.json` of the run names another fingerprint.
+        """
+        path = self.run_dir / MODEL
+        if path.is_file() and json.loads(path.read_text())["fingerprint"] != fingerprint:
+            raise CheckpointError(
+                f"the base model differs from the one that {self.run_dir} was trained over (see {path}): its adapters "
+                "mean nothing on another; set model.path to the right one"
+            )
+
     def latest_round(self) -> int:
         """Last complete round, 0 if there is none."""
         complete = [int(p.parent.name.removeprefix("round_")) for p in self.rounds_dir.glob(f"round_??????/{META}")]
         return max(complete, default=0)
+
+    def clients(self, server_round: int) -> list[int]:
+        """Ids of the clients whose local adapters a complete round holds."""
+        return sorted(int(p.name.removeprefix("client_")) for p in self._folder(server_round).glob("local/client_*"))
 
     def remove_leftovers(self) -> None:
         """Delete what an interrupted attempt left half-written. Main leader, before any round starts."""
@@ -86,7 +105,7 @@ class RunFolder:
         name: str,
         weights: AdapterState,
         config: peft.LoraConfig,
-        optimizer: AdapterState | None,
+        extras: Mapping[str, AdapterState],
         info: Mapping[str, Any],
     ) -> None:
         """Write one adapter ("global", "local/client_02") of a round that is not yet complete. Leaders only."""
@@ -95,8 +114,8 @@ class RunFolder:
             folder.mkdir(parents=True, exist_ok=True)
             config.save_pretrained(str(folder))
             save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
-            if optimizer is not None:
-                save_file(optimizer, folder / OPTIMIZER)
+            for extra, tensors in extras.items():
+                save_file(tensors, folder / f"{extra}.safetensors")
             files = [path for path in sorted(folder.iterdir()) if path.name != STATE]
             for path in files:
                 _fsync(path)
@@ -135,8 +154,9 @@ class RunFolder:
             for file, expected in state["sha256"].items():
                 if _sha256(folder / file) != expected:
                     raise CheckpointError(f"{folder / file} is damaged (checksum differs): {remedy}")
-            optimizer = load_file(folder / OPTIMIZER) if OPTIMIZER in state["sha256"] else None
-            return SavedAdapter(load_file(folder / WEIGHTS), optimizer, state["info"])
+            files = {Path(file) for file in state["sha256"] if file.endswith(".safetensors") and file != WEIGHTS}
+            extras = {file.stem: load_file(folder / file) for file in sorted(files)}
+            return SavedAdapter(load_file(folder / WEIGHTS), extras, state["info"])
         except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
             raise CheckpointError(f"{folder} cannot be read ({error}): {remedy}") from error
 

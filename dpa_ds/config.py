@@ -9,6 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+WeightingKind = Literal["auto", "cosine", "centred_cosine", "pearson", "l2", "fixed", "global", "local", "swapped"]
+"""centred_cosine: the federation's mean state is subtracted first; pearson, l2: the paper's ablations; fixed: one weight
+for all instances; global, local: that adapter alone; swapped: the published code's convention, 1 - the paper's alpha."""
 RanksPerGroup = int | list[int] | Literal["auto"]
 
 
@@ -77,7 +80,7 @@ class DataConfig:
     path: str = ""
     """Folder or file (JSON, JSONL, CSV, parquet, or a datasets folder saved on disk)."""
     test_path: str | None = None
-    """Held-out data in the same format (table), or the test file (feddpa; default: the one *.jsonl in path)."""
+    """Test data in the same format (table), or the test file (feddpa; default: the one *.jsonl in path)."""
     num_clients: int | None = None
     """feddpa: which <C> folder, when there are several."""
     instruction_column: str = "instruction"
@@ -91,7 +94,7 @@ class DataConfig:
     partition: PartitionConfig = field(default_factory=PartitionConfig)
     """How one data set becomes clients (only for format: table)."""
     held_out_fraction: float = 0.0
-    """Share of each client's examples kept from training when there is no test data, in [0, 1)."""
+    """Share of each client's examples kept from training, to tune on, in [0, 1); 0: the test data is held out."""
     template: str = "### Instruction:\n{instruction}\n\n### Response:\n"
     """Prompt template; must contain {instruction} once. The answer and the end token are appended."""
     max_length: int = 512
@@ -167,13 +170,53 @@ class EngineConfig:
 
 
 @dataclass(frozen=True)
+class WeightingConfig:
+    """Weight alpha of the local adapter, for each test instance: alpha = scale x mean similarity to own prompts."""
+
+    kind: WeightingKind = "auto"
+    """auto: centred_cosine for feddpa_t and feddpa_f, else the adapter there is; cosine: the paper's choice."""
+    scale: float | None = None
+    """lambda; null: 0.5 (the paper's), 1.0 for centred_cosine. kind fixed: the weight itself; null: method.alpha."""
+    num_references: int = 5
+    """S, prompts of a client's own training data that a test prompt is compared with, drawn once per run."""
+    representation: Literal["last_token", "mean"] = "last_token"
+    """State of a prompt: the last layer's at its last token, or their mean over its tokens."""
+    encoder: Literal["auto", "none", "global", "local"] = "auto"
+    """Adapter that is active, at full strength, while prompts are encoded. auto: local, for centred_cosine none."""
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """How answers are decoded; never sampled."""
+
+    num_beams: int = 4
+    """Beams; 1: greedy."""
+    max_new_tokens: int = 80
+    """Longest answer, in tokens."""
+    batch_tokens: int = 4096
+    """Upper bound on instances x longest prompt of one batch, in tokens; does not change an answer (fp32)."""
+
+
+@dataclass(frozen=True)
 class EvaluationConfig:
-    """Held-out loss while training."""
+    """Held-out loss and scores while training, and what launch/evaluate.py scores."""
 
     every_rounds: int = 1
-    """Evaluate after every n rounds (always before the first and after the last); 0: only those two."""
+    """Held-out loss after every n rounds (always before the first and after the last); 0: only those two."""
     max_examples: int = 50
-    """Held-out examples per client."""
+    """Held-out examples per client for the loss."""
+    scores_every_rounds: int = 0
+    """While training: generate and score answers to a few instances of every task after every n rounds; 0: never."""
+    split: Literal["test", "held_out"] = "test"
+    """What is scored: the test data, or (to tune) what data.held_out_fraction keeps from training."""
+    instances_per_task: int | None = None
+    """Test instances of each task, the first ones of the file; null: all (while training 4)."""
+    clients: list[int] | None = None
+    """launch/evaluate.py: ids of the clients to score; null: all."""
+    tasks: list[str] | None = None
+    """launch/evaluate.py: tasks to score; null: all of the test data."""
+    sharding: Literal["auto", "never", "always"] = "auto"
+    """launch/evaluate.py: divide the base among the ranks (ZeRO-3) where it does not fit one of them; slow."""
 
 
 @dataclass(frozen=True)
@@ -212,8 +255,12 @@ class RunConfig:
     """One phase of one client."""
     engine: EngineConfig = field(default_factory=EngineConfig)
     """DeepSpeed."""
+    weighting: WeightingConfig = field(default_factory=WeightingConfig)
+    """Weight of the local adapter for each test instance."""
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+    """How answers are decoded."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    """Held-out loss while training."""
+    """Held-out loss and scores."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     """Where numbers go."""
 

@@ -51,6 +51,15 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("engine.deepspeed_config", bool, "must not be empty (such as ds_configs/zero1.json)"),
     ("evaluation.every_rounds", lambda value: value >= 0, "must be >= 0 (0 evaluates only before and after training)"),
     ("evaluation.max_examples", lambda value: value >= 1, "must be >= 1"),
+    ("evaluation.scores_every_rounds", lambda value: value >= 0, "must be >= 0 (0: no answers while training)"),
+    ("evaluation.instances_per_task", lambda value: value >= 1, "must be >= 1, or null for all"),
+    ("evaluation.clients", lambda value: value and min(value) >= 0, "must be ids of clients such as [0, 3]"),
+    ("evaluation.tasks", lambda value: value and all(value), "must be names of tasks such as [paraphrase]"),
+    ("weighting.scale", lambda value: value >= 0, "must be >= 0, or null for the default of weighting.kind"),
+    ("weighting.num_references", lambda value: value >= 1, "must be >= 1"),
+    ("generation.num_beams", lambda value: value >= 1, "must be >= 1 (1: greedy)"),
+    ("generation.max_new_tokens", lambda value: value >= 1, "must be >= 1"),
+    ("generation.batch_tokens", lambda value: value >= 1, "must be >= 1"),
     ("tracking.log_every_seconds", lambda value: value >= 0, "must be >= 0"),
 )
 
@@ -64,8 +73,12 @@ _NOT_IN_FINGERPRINT = {
     "federation.num_rounds",
     "federation.timeout_seconds",
     "train.micro_batch_tokens",
+    "weighting.kind",
+    "weighting.scale",
+    "weighting.representation",
+    "weighting.encoder",
 }
-_SECTIONS_NOT_IN_FINGERPRINT = {"cluster", "engine", "evaluation", "tracking"}
+_SECTIONS_NOT_IN_FINGERPRINT = {"cluster", "engine", "evaluation", "generation", "tracking"}
 
 _OWNER_OF_DEEPSPEED_KEY = {
     "train_batch_size": "train.batch_size",
@@ -193,6 +206,13 @@ def _problems(config: RunConfig) -> Iterator[str]:
     yield from _rank_problems(config.cluster.ranks_per_group)
     yield from _partition_problems(config.data)
     yield from _method_problems(config)
+    if config.weighting.kind == "fixed" and (config.weighting.scale or 0) > 1:
+        yield f"weighting.scale must be in [0, 1] with weighting.kind fixed, got {show(config.weighting.scale)}"
+    if config.weighting.kind == "centred_cosine" and config.weighting.encoder not in ("auto", "none"):
+        yield (
+            f"weighting.encoder {config.weighting.encoder} does not go with weighting.kind centred_cosine: clients can "
+            "share one mean state only of the encoder that all of them have and that never changes: use encoder none"
+        )
 
 
 def _rank_problems(ranks: RanksPerGroup) -> Iterator[str]:

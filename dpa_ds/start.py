@@ -17,8 +17,12 @@ PACKAGES = ("torch", "deepspeed", "transformers", "peft")
 RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
 
 
-def run_job(argv: Sequence[str], work: Callable[[RunConfig, Job], None]) -> None:
-    """Find this rank's place, load the config, agree with the other ranks, and do `work(config, job)`.
+def run_job(
+    argv: Sequence[str],
+    work: Callable[[RunConfig, Job], None],
+    load: Callable[[Sequence[str]], RunConfig] = load_config,
+) -> None:
+    """Find this rank's place, `load` the config, agree with the other ranks, and do `work(config, job)`.
 
     Ends the process with the error's exit code if anything fails on this rank; one rank of the job says what.
     Collective: every rank of the job.
@@ -33,7 +37,7 @@ def run_job(argv: Sequence[str], work: Callable[[RunConfig, Job], None]) -> None
     try:
         check_hostfile_of_launcher()
         with _silent_unless(launch.global_rank == 0):  # --help and --print_config are told once
-            config = load_config(argv)
+            config = load(argv)
         facts = _facts(config)
     except DpaError as error:
         problem = error

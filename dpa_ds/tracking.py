@@ -31,7 +31,7 @@ def setup_logging(is_main: bool) -> None:
     for name in ("DeepSpeed", "deepspeed", "transformers", "torch.distributed"):
         logging.getLogger(name).setLevel(logging.WARNING)
     # Deprecations between peft, torch and transformers: lines from every rank that a user can do nothing about.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|torch)\.")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|torch|dpa_ds)\.")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else it warns after every fork
 
 
@@ -98,12 +98,12 @@ class Tracker:
     # ---- progress ---------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def progress(self, total_steps: int) -> Iterator[None]:
-        """Show progress over `total_steps` optimizer steps of this rank's group, with an ETA, on the main leader."""
+    def progress(self, total_steps: int, unit: str = "step") -> Iterator[None]:
+        """Show progress over `total_steps` (optimizer steps of this rank's group), with an ETA, on the main leader."""
         if self._is_main and total_steps > 0:
             # A bar on a terminal; elsewhere (Slurm logs) a line now and then.
             silent = open(os.devnull, "w") if not sys.stderr.isatty() else None  # noqa: SIM115
-            self._bar = tqdm(total=total_steps, unit="step", dynamic_ncols=True, smoothing=0.05, file=silent)
+            self._bar = tqdm(total=total_steps, unit=unit, dynamic_ncols=True, smoothing=0.05, file=silent)
         try:
             yield
         finally:
@@ -111,12 +111,12 @@ class Tracker:
                 self._bar.close()
                 self._bar = None
 
-    def advance(self, description: str) -> None:
-        """One optimizer step is done."""
+    def advance(self, description: str, steps: int = 1) -> None:
+        """So many steps are done."""
         if self._bar is None:
             return
         self._bar.set_description_str(description, refresh=False)
-        self._bar.update()
+        self._bar.update(steps)
         if not sys.stderr.isatty() and time.monotonic() - self._last_line >= self._config.log_every_seconds:
             self._last_line = time.monotonic()
             meter = {**self._bar.format_dict, "prefix": description, "ncols": 100, "bar_format": None}

@@ -1,10 +1,11 @@
 """Federated training, from a config and a job: the table of contents."""
 
+import json
 import time
 from collections.abc import Mapping
 from typing import Any
 
-from dpa_ds.checkpoint import RunFolder, write_file
+from dpa_ds.checkpoint import MODEL, RunFolder, write_file
 from dpa_ds.config import RunConfig
 from dpa_ds.config_loader import load_deepspeed_json, to_yaml
 from dpa_ds.distributed.job import Job
@@ -13,10 +14,10 @@ from dpa_ds.distributed.world import World, build_world
 from dpa_ds.evaluation.report import write_report
 from dpa_ds.federation.aggregation import WeightedAverage
 from dpa_ds.federation.client import ClientTrainer
-from dpa_ds.federation.hosting import client_names, host_clients, restore_global
+from dpa_ds.federation.hosting import client_names, encode_references, host_clients, restore_shared
 from dpa_ds.federation.methods import build_schedule
 from dpa_ds.federation.rounds import Federation, run_rounds
-from dpa_ds.model.base import check_precision, load_base, load_tokenizer, resolve_model
+from dpa_ds.model.base import check_precision, load_base, load_tokenizer, model_fingerprint, resolve_model
 from dpa_ds.model.dual_adapter import DualAdapter
 from dpa_ds.model.engine import AdapterEngine, build_deepspeed_json
 from dpa_ds.tracking import Tracker, logger, setup_logging
@@ -39,11 +40,15 @@ def train(config: RunConfig, job: Job) -> None:
     check_precision(config.model.precision)
     with world.leader_first():
         directory = resolve_model(config.model, config.data.cache_dir)
+    fingerprint = model_fingerprint(directory)
+    folder.check_model(fingerprint)
     tokenizer = load_tokenizer(directory)
     ds_json = build_deepspeed_json(file_json, config, world.world_size)
     adapters = DualAdapter(load_base(config.model, directory, ds_json), config.lora)
     clients = host_clients(config, schedule, world, tokenizer, adapters, completed)
     engine = AdapterEngine(adapters, world, config.train, ds_json)
+    if schedule.weighted_by_instance:
+        encode_references(clients, config, adapters, int(tokenizer.pad_token_id))
 
     if world.is_main:  # before a label tells the other leaders to go on
         folder.remove_leftovers()
@@ -52,6 +57,7 @@ def train(config: RunConfig, job: Job) -> None:
     labels = [job.lookup(f"label/{client_id}") for client_id in range(len(names))]
     if world.is_main:  # everything that a user can get wrong was read by now: from here on the run exists
         write_file(config.run_dir / "config.yaml", to_yaml(config))
+        write_file(config.run_dir / MODEL, json.dumps({"fingerprint": fingerprint, "path": config.model.path}))
     tracker = Tracker(config.run_dir if world.is_leader else None, world.is_main, config.tracking)
     tracker.drop_records_after(completed)
     federation = Federation(
@@ -61,7 +67,7 @@ def train(config: RunConfig, job: Job) -> None:
         aggregator=WeightedAverage(by_num_examples=config.federation.weighting == "num_examples"),
         clients=clients,
         labels=labels,
-        global_state=restore_global(config, adapters, completed),
+        shared=restore_shared(config, schedule, adapters, completed),
         folder=folder,
         tracker=tracker,
     )

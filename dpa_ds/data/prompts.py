@@ -77,19 +77,17 @@ def tokenize_examples(
     if tokenizer.eos_token_id is None:
         raise DataError(f"{owner}: the tokenizer has no end token: set eos_token in the model's tokenizer_config.json")
     eos = int(tokenizer.eos_token_id)
-    prompts = _tokenize([render_prompt(template, e.instruction) for e in examples], tokenizer, special_tokens=True)
+    prompts = tokenize_prompts([e.instruction for e in examples], tokenizer, template)
     answers = _tokenize([e.output for e in examples], tokenizer, special_tokens=False)
     kept: list[list[int]] = []
     prompt_lengths: list[int] = []
     longest = 0
     for prompt, answer in zip(prompts, answers, strict=True):
-        # Some tokenizers end every text with eos; here it would tell the model to stop before the answer.
-        head = prompt[:-1] if prompt and prompt[-1] == eos else prompt
-        sequence = [*head, *answer, eos]
+        sequence = [*prompt, *answer, eos]
         longest = max(longest, len(sequence))
         if len(sequence) <= max_length:
             kept.append(sequence)
-            prompt_lengths.append(len(head))
+            prompt_lengths.append(len(prompt))
     if not kept:
         raise DataError(
             f"{owner}: none of {len(examples)} examples fits into data.max_length {max_length}: "
@@ -101,6 +99,13 @@ def tokenize_examples(
         prompt_lengths=np.array(prompt_lengths, dtype=np.int64),
         num_dropped=len(examples) - len(kept),
     )
+
+
+def tokenize_prompts(instructions: Sequence[str], tokenizer: PreTrainedTokenizerBase, template: str) -> list[list[int]]:
+    """Tokens of each instruction in the template: the same in training and at inference."""
+    prompts = _tokenize([render_prompt(template, text) for text in instructions], tokenizer, special_tokens=True)
+    # Some tokenizers end every text with eos; here it would tell the model to stop before the answer.
+    return [prompt[:-1] if prompt and prompt[-1] == tokenizer.eos_token_id else prompt for prompt in prompts]
 
 
 def load_or_tokenize(

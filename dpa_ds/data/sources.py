@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -58,10 +59,10 @@ def read_client(config: DataConfig, seed: int, client_id: int) -> ClientData:
 def read_clients(config: DataConfig, seed: int, client_ids: Sequence[int]) -> list[ClientData]:
     """Examples of the given clients, in that order; shared files (table, test file) are read once.
 
-    Held out are the test rows of a task that the client trains on (all of them where tasks are not named); without
-    a test file, `held_out_fraction` of the client's own examples, which then are not trained on. Raises DataError.
+    Held out are `held_out_fraction` of the client's own examples, which then are not trained on; where that is 0, the
+    test rows of a task that the client trains on (all of them where tasks are not named). Raises DataError.
     """
-    test = _read_test_examples(config)
+    test = _read_test_examples(config) if config.held_out_fraction == 0 else None
     clients = []
     for client_id, (name, origin, rows) in zip(client_ids, _rows_of_clients(config, seed, client_ids), strict=True):
         examples = tuple(_to_example(row, config) for row in rows)
@@ -73,6 +74,22 @@ def read_clients(config: DataConfig, seed: int, client_ids: Sequence[int]) -> li
             train, held_out = examples, _of_tasks(test, {example.task for example in examples})
         clients.append(ClientData(client_id, name, train, held_out))
     return clients
+
+
+def read_test_rows(config: DataConfig, seed: int, split: Literal["test", "held_out"]) -> list[Example]:
+    """What all clients are scored on: the test file, or the examples that they hold out of their training data.
+
+    Raises DataError where there are none.
+    """
+    if split == "test":
+        test = _read_test_examples(config)
+        if test is None:
+            raise DataError("there is no test file: set data.test_path, or evaluation.split held_out")
+        return list(test)
+    if config.held_out_fraction == 0:
+        raise DataError("evaluation.split held_out needs a run that was trained with data.held_out_fraction above 0")
+    everyone = range(len(list_clients(config, seed)))
+    return [example for client in read_clients(config, seed, everyone) for example in client.held_out]
 
 
 def pool_clients(clients: Sequence[ClientData]) -> ClientData:

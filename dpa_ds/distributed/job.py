@@ -109,6 +109,15 @@ class Job:
             self.publish(key, decision())
         return self.lookup(key)
 
+    def draw(self, key: str, amount: int = 1) -> int:
+        """Add `amount` to the job's counter `key`, and return what it was before."""
+        return int(self.store.add(f"counter/{key}", amount)) - amount
+
+    def barrier(self, key: str) -> None:
+        """Wait, at most `timeout_seconds`, until every rank is here; `key` once. Collective: all ranks of the job."""
+        self.store.set(f"{key}/{self.launch.global_rank}", "")
+        self.decide(f"{key}/all", lambda: self._wait(self._key_of_each_rank(key)))
+
     def finish(self) -> None:
         """Wait until every rank has come this far: the store lives on rank 0. Collective: all ranks of the job."""
         self.store.set(f"done/{self.launch.global_rank}", "")

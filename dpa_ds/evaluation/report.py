@@ -1,11 +1,15 @@
-"""What a finished run shows: a table, results.json and a picture, all from metrics.jsonl."""
+"""What a finished run and a finished evaluation show: a table, JSON, pictures; of an evaluation Markdown too."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dpa_ds.checkpoint import write_file
+from dpa_ds.evaluation.answers import Answer, ClientInfo, Instance
+from dpa_ds.evaluation.pictures import alpha_histograms, heat_map, p_against_ttp
+from dpa_ds.evaluation.summary import summarize
+from dpa_ds.evaluation.tables import markdown_report, terminal_table
 from dpa_ds.tracking import read_records
 
 
@@ -40,6 +44,52 @@ def write_report(run_dir: Path, num_groups: int, seconds: float) -> str:
         f"took {seconds:.0f} s",
     ]
     return "\n".join(lines)
+
+
+def write_evaluation(
+    folder: Path,
+    instances: Sequence[Instance],
+    answers: Sequence[Answer],
+    clients: Sequence[ClientInfo],
+    settings: Mapping[str, Any],
+) -> str:
+    """Write summary.json, report.md and three pictures into `folder`; returns the table as text. Main leader only."""
+    wanted = {(c.client, i.task, i.row) for c in clients for i in instances}
+    answers = list({answer.key: answer for answer in answers if answer.key in wanted}.values())
+    summary = summarize(instances, answers, clients)
+    write_file(folder / "summary.json", json.dumps({"settings": dict(settings), **summary}, indent=1))
+    heat_map(summary, folder / "scores.png")
+    alpha_histograms(answers, clients, folder / "alpha.png")
+    if points := _points(summary):
+        p_against_ttp(points, folder / "p_against_ttp.png")
+    details = {name: str(value) for name, value in settings.items()}
+    title = f"{settings['run']}: {settings['method']}, {settings['weighting']}"
+    pictures = ["scores.png", "alpha.png", *(["p_against_ttp.png"] if points else [])]
+    write_file(folder / "report.md", markdown_report(summary, title, details, pictures))
+    return "\n".join(
+        [
+            terminal_table(summary),
+            f"report: {folder / 'report.md'}, numbers: {folder / 'summary.json'}, answers: {folder / 'answers'}",
+            f"pictures: {', '.join(str(folder / name) for name in pictures)}",
+        ]
+    )
+
+
+def _points(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """P and TTP (ROUGE-1) of every client and of their mean, for the picture; nobody without either."""
+    points = [
+        {"label": client["label"], "P": client["P"]["rouge1"], "P_error": None}
+        | {"TTP": client["TTP"]["rouge1"], "TTP_error": None}
+        for client in summary["clients"]
+        if client["P"] and client["TTP"]
+    ]
+    if points:
+        mean: dict[str, Any] = {"label": "mean"}
+        for name in ("P", "TTP"):
+            numbers, floor = summary[name]["rouge1"], summary["floors"][name]["rouge1"]
+            mean |= {name: numbers["mean"], f"{name}_error": numbers["standard_error"], f"floor_{name}": floor}
+        points.append(mean)
+    return points
 
 
 def plot_held_out_loss(rows: Sequence[dict[str, Any]], path: Path) -> None:

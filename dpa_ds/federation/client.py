@@ -11,10 +11,11 @@ import torch
 from dpa_ds.config import RunConfig, TrainConfig
 from dpa_ds.data.batches import build_step, num_steps, step_indices
 from dpa_ds.data.prompts import TokenizedExamples
+from dpa_ds.data.references import References
 from dpa_ds.distributed.federation_group import AdapterState
 from dpa_ds.distributed.world import World
 from dpa_ds.errors import TrainingError
-from dpa_ds.federation.aggregation import ClientUpdate
+from dpa_ds.federation.aggregation import ClientUpdate, Shared
 from dpa_ds.federation.methods import Schedule
 from dpa_ds.model.dual_adapter import Phase
 from dpa_ds.model.engine import AdapterEngine
@@ -27,9 +28,13 @@ class HostedClient:
 
     client_id: int
     label: str
+    tasks: tuple[str, ...]
+    """Tasks that it trains on, sorted; empty where the data names none."""
     examples: TokenizedExamples
     held_out: TokenizedExamples | None
     local_state: AdapterState
+    references: References | None = None
+    """Prompts that a test prompt is compared with, where the method weights by instance."""
     local_optimizer: AdapterState | None = None
     """AdamW state of the local adapter, if `train.keep_optimizer_state`."""
     steps_taken: dict[str, int] = field(default_factory=lambda: {"global": 0, "local": 0})
@@ -62,25 +67,26 @@ class ClientTrainer:
         self.metrics: dict[int, RoundMetrics] = {}
         """Of the current round, by client; the round loop clears it."""
 
-    def before_aggregation(self, client: HostedClient, global_state: AdapterState, server_round: int) -> ClientUpdate:
+    def before_aggregation(self, client: HostedClient, shared: Shared, server_round: int) -> ClientUpdate:
         """Run the client's phases of this round and return what it uploads."""
-        self.engine.write_state("global", global_state)
+        self.engine.write_state("global", shared.adapter)
         self._train(client, self.schedule.phases("before", server_round), server_round)
-        update = _finite(self.engine.read_state("global"), client, server_round)
-        return ClientUpdate(client.client_id, len(client.examples), update)
+        adapter = _finite(self.engine.read_state("global"), client, server_round)
+        mean_states = client.references.mean_states if client.references else shared.mean_states
+        return ClientUpdate(client.client_id, len(client.examples), Shared(adapter, mean_states))
 
-    def after_aggregation(self, client: HostedClient, global_state: AdapterState, server_round: int) -> None:
+    def after_aggregation(self, client: HostedClient, shared: Shared, server_round: int) -> None:
         """Run the phases that train beside this round's aggregated global adapter."""
         if self.schedule.after:
-            self.engine.write_state("global", global_state)
+            self.engine.write_state("global", shared.adapter)
             self._train(client, self.schedule.phases("after", server_round), server_round)
 
-    def finish(self, client: HostedClient, global_state: AdapterState, server_round: int) -> None:
+    def finish(self, client: HostedClient, shared: Shared, server_round: int) -> None:
         """After the last round: start the local adapter from the global one and run the final phases."""
         if self.schedule.final:
-            client.local_state = {key: value.clone() for key, value in global_state.items()}
+            client.local_state = {key: value.clone() for key, value in shared.adapter.items()}
             client.local_optimizer = None
-            self.engine.write_state("global", global_state)
+            self.engine.write_state("global", shared.adapter)
             self._train(client, self.schedule.final, server_round)
 
     def _train(self, client: HostedClient, phases: Sequence[Phase], server_round: int) -> None:

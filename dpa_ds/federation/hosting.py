@@ -2,17 +2,20 @@
 
 from collections.abc import Sequence
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from dpa_ds.checkpoint import RunFolder
 from dpa_ds.config import RunConfig
 from dpa_ds.data.prompts import TokenizedExamples, load_or_tokenize
+from dpa_ds.data.references import REPRESENTATIONS, References, draw_references
 from dpa_ds.data.sources import ClientData, list_clients, pool_clients, read_clients
-from dpa_ds.distributed.federation_group import AdapterState
 from dpa_ds.distributed.world import World
+from dpa_ds.federation.aggregation import Shared
 from dpa_ds.federation.client import HostedClient
 from dpa_ds.federation.methods import Schedule
 from dpa_ds.model.dual_adapter import DualAdapter
+from dpa_ds.model.encoding import encode
 from dpa_ds.tracking import logger
 
 GLOBAL_SEED, LOCAL_SEED = 0, 1
@@ -44,17 +47,31 @@ def host_clients(
                 f"{data[client_id].name}: {examples.num_dropped} of {len(examples) + examples.num_dropped} examples are "
                 f"longer than data.max_length = {config.data.max_length} tokens and are left out"
             )
-        client = HostedClient(client_id, _label(data[client_id]), examples, held_out, local_state={})
+        client = HostedClient(
+            client_id, _label(data[client_id]), _tasks(data[client_id]), examples, held_out, local_state={}
+        )
         _restore_local(client, config, adapters, completed_rounds)
         clients.append(client)
     return clients
 
 
-def restore_global(config: RunConfig, adapters: DualAdapter, completed_rounds: int) -> AdapterState:
-    """The global adapter after `completed_rounds`, or a fresh one; the same on every rank."""
+def restore_shared(config: RunConfig, schedule: Schedule, adapters: DualAdapter, completed_rounds: int) -> Shared:
+    """The global adapter and mean states after `completed_rounds`, or fresh ones; the same on every rank."""
+    hidden_size = int(adapters.base_model.config.get_text_config().hidden_size)
+    fresh = torch.zeros((len(REPRESENTATIONS), hidden_size) if schedule.weighted_by_instance else (0, 0))
     if completed_rounds == 0:
-        return adapters.initial_state("global", (config.seed, GLOBAL_SEED))
-    return RunFolder(config.run_dir).load_adapter(completed_rounds, "global").weights
+        return Shared(adapters.initial_state("global", (config.seed, GLOBAL_SEED)), fresh)
+    saved = RunFolder(config.run_dir).load_adapter(completed_rounds, "global")
+    return Shared(saved.weights, saved.extras.get("mean_states", {"mean_states": fresh})["mean_states"])
+
+
+def encode_references(clients: Sequence[HostedClient], config: RunConfig, adapters: DualAdapter, pad_id: int) -> None:
+    """Draw and encode the reference prompts of clients that have none yet. Collective: all ranks of the group."""
+    for client in clients:
+        if client.references is None:
+            drawn = draw_references(client.examples, config.weighting.num_references, (config.seed, client.client_id))
+            states = encode(adapters, "none", drawn, pad_id, config.train.micro_batch_tokens)
+            client.references = References(drawn, states)
 
 
 def _read(config: RunConfig, schedule: Schedule, mine: Sequence[int]) -> list[ClientData]:
@@ -76,8 +93,12 @@ def _tokenize(
 
 def _label(data: ClientData) -> str:
     """The client's name, with its task where it has only one."""
-    tasks = {example.task for example in data.train} - {""}
-    return f"{data.name} {tasks.pop()}" if len(tasks) == 1 and tasks != {data.name} else data.name
+    tasks = _tasks(data)
+    return f"{data.name} {tasks[0]}" if len(tasks) == 1 and tasks != (data.name,) else data.name
+
+
+def _tasks(data: ClientData) -> tuple[str, ...]:
+    return tuple(sorted({example.task for example in data.train} - {""}))
 
 
 def _restore_local(client: HostedClient, config: RunConfig, adapters: DualAdapter, completed_rounds: int) -> None:
@@ -85,5 +106,7 @@ def _restore_local(client: HostedClient, config: RunConfig, adapters: DualAdapte
         client.local_state = adapters.initial_state("local", (config.seed, LOCAL_SEED, client.client_id))
         return
     saved = RunFolder(config.run_dir).load_adapter(completed_rounds, f"local/client_{client.client_id:02d}")
-    client.local_state, client.local_optimizer = saved.weights, saved.optimizer
+    client.local_state, client.local_optimizer = saved.weights, saved.extras.get("optimizer")
+    if "references" in saved.extras:
+        client.references = References.from_tensors(saved.extras["references"])
     client.steps_taken = saved.info["steps_taken"]

@@ -6,6 +6,7 @@ is the order of the authors' published code.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from dpa_ds.config import MethodConfig
@@ -28,6 +29,8 @@ class Schedule:
     """All clients' data form a single client."""
     local_from_round: int = 1
     """First round in which local phases run."""
+    weighted_by_instance: bool = False
+    """Inference mixes both adapters, with a weight for each instance."""
     inference_alpha: float = 0.0
     """Fixed weight of the local adapter when no per-instance weight is used (0 for a client that never trained it)."""
 
@@ -42,15 +45,16 @@ def build_schedule(config: MethodConfig) -> Schedule:
     global_alone = Phase(trains="global", alpha=0.0)
     local_alone = Phase(trains="local", alpha=1.0)
     local_beside = Phase(trains="local", alpha=config.alpha)
+    dual = partial(Schedule, weighted_by_instance=True, inference_alpha=config.alpha)
     match config.name:
         case "feddpa_t" if config.phase_order == "local_first":
-            return Schedule((local_beside, global_alone), local_from_round=2, inference_alpha=config.alpha)
+            return dual((local_beside, global_alone), local_from_round=2)
         case "feddpa_t" if config.local_partner == "aggregated":
-            return Schedule((global_alone,), after=(local_beside,), inference_alpha=config.alpha)
+            return dual((global_alone,), after=(local_beside,))
         case "feddpa_t":
-            return Schedule((global_alone, local_beside), inference_alpha=config.alpha)
+            return dual((global_alone, local_beside))
         case "feddpa_f":
-            return Schedule((global_alone,), final=(local_alone,), inference_alpha=config.alpha)
+            return dual((global_alone,), final=(local_alone,))
         case "fedit":
             return Schedule((global_alone,))
         case "fedlora":

@@ -11,13 +11,11 @@ import torch
 from dpa_ds.checkpoint import RunFolder
 from dpa_ds.config import RunConfig
 from dpa_ds.data.batches import num_steps
-from dpa_ds.distributed.federation_group import AdapterState
 from dpa_ds.distributed.world import World
 from dpa_ds.evaluation.held_out import held_out_loss
-from dpa_ds.federation.aggregation import Aggregator, ClientUpdate
+from dpa_ds.federation.aggregation import Aggregator, ClientUpdate, Shared
 from dpa_ds.federation.client import ClientTrainer, HostedClient, RoundMetrics
 from dpa_ds.federation.sampling import sample_clients
-from dpa_ds.model.dual_adapter import flatten_state, unflatten_state
 from dpa_ds.tracking import Tracker
 
 COLUMNS = ("took_part", "num_examples", "held_out_loss", *(f.name for f in fields(RoundMetrics)))
@@ -36,7 +34,7 @@ class Federation:
     """Hosted by this rank group, in order."""
     labels: Sequence[str]
     """Of all clients, for messages."""
-    global_state: AdapterState
+    shared: Shared
     folder: RunFolder
     tracker: Tracker
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
@@ -62,16 +60,15 @@ def run_rounds(federation: Federation, completed_rounds: int) -> None:
             mine = [client for client in federation.clients if client.client_id in participants]
             with federation.timed("train"):
                 updates = [
-                    federation.trainer.before_aggregation(client, federation.global_state, server_round)
-                    for client in mine
+                    federation.trainer.before_aggregation(client, federation.shared, server_round) for client in mine
                 ]
             with federation.timed("aggregate"):
-                federation.global_state = aggregate(federation, updates)
+                federation.shared = aggregate(federation, updates)
             with federation.timed("train"):
                 for client in mine:
-                    federation.trainer.after_aggregation(client, federation.global_state, server_round)
+                    federation.trainer.after_aggregation(client, federation.shared, server_round)
                 for client in federation.clients if is_last else ():
-                    federation.trainer.finish(client, federation.global_state, server_round)
+                    federation.trainer.finish(client, federation.shared, server_round)
             every = config.evaluation.every_rounds
             finish_round(federation, server_round, participants, is_last or (every > 0 and server_round % every == 0))
 
@@ -88,15 +85,15 @@ def draw(federation: Federation, server_round: int) -> tuple[int, ...]:
     )
 
 
-def aggregate(federation: Federation, updates: Sequence[ClientUpdate]) -> AdapterState:
-    """The next global adapter, on every rank: leaders average, then broadcast inside their groups."""
-    world, current = federation.world, federation.global_state
+def aggregate(federation: Federation, updates: Sequence[ClientUpdate]) -> Shared:
+    """The next global adapter and mean states, on every rank: leaders average, then broadcast inside their groups."""
+    world, current = federation.world, federation.shared
     if not federation.trainer.schedule.federated:
         return current
-    flat = flatten_state(current)
+    flat = current.flatten()
     if world.federation is not None:
-        flat = flatten_state(federation.aggregator.aggregate(updates, current, world.federation))
-    return unflatten_state(world.broadcast_(flat), current)
+        flat = federation.aggregator.aggregate(updates, current, world.federation).flatten()
+    return current.unflatten(world.broadcast_(flat))
 
 
 def finish_round(federation: Federation, server_round: int, participants: Sequence[int], evaluates: bool) -> None:
@@ -121,7 +118,7 @@ def evaluate(federation: Federation) -> dict[int, float]:
     """
     config, engine = federation.config, federation.trainer.engine
     losses = {}
-    engine.write_state("global", federation.global_state)
+    engine.write_state("global", federation.shared.adapter)
     for client in federation.clients:
         if client.held_out is not None:
             engine.write_state("local", client.local_state)
@@ -143,15 +140,22 @@ def save(federation: Federation, server_round: int) -> None:
     if not world.is_leader:
         return
     if world.is_main:
-        folder.save_adapter(server_round, "global", federation.global_state, adapters.peft_config("global"), None, {})
+        shared = federation.shared
+        means = {"mean_states": {"mean_states": shared.mean_states}} if len(shared.mean_states) else {}
+        folder.save_adapter(server_round, "global", shared.adapter, adapters.peft_config("global"), means, {})
     for client in federation.clients:
+        extras = {}
+        if client.references is not None:
+            extras["references"] = client.references.to_tensors()
+        if client.local_optimizer is not None:
+            extras["optimizer"] = client.local_optimizer
         folder.save_adapter(
             server_round,
             f"local/client_{client.client_id:02d}",
             client.local_state,
             adapters.peft_config("local"),
-            client.local_optimizer,
-            {"label": client.label, "steps_taken": client.steps_taken},
+            extras,
+            {"label": client.label, "tasks": client.tasks, "steps_taken": client.steps_taken},
         )
 
 

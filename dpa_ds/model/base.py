@@ -22,6 +22,7 @@ from dpa_ds.config import ModelConfig
 from dpa_ds.errors import ConfigError, ModelError
 from dpa_ds.tracking import logger
 
+_MAX_HEADER_BYTES = 100_000_000  # what the safetensors library itself accepts
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -65,6 +66,40 @@ def resolve_model(config: ModelConfig, cache_dir: str) -> Path:
             )
         return path
     return _from_hub(config.path)
+
+
+def model_fingerprint(directory: Path) -> str:
+    """SHA-256 (first 16 digits) of config, tokenizer, and of the tensors' names, shapes and a sample of their bytes.
+
+    64 blocks of 4 KiB from every weight file: a second for 100 GB, and enough to tell two trained models apart.
+    """
+    digest = hashlib.sha256()
+    for name in ("config.json", "tokenizer.json"):
+        path = directory / name
+        digest.update(path.read_bytes() if path.is_file() else b"")
+    for path in sorted(directory.glob("*.safetensors")):
+        with path.open("rb") as file:
+            header_length = int.from_bytes(file.read(8), "little")
+            digest.update(file.read(min(header_length, _MAX_HEADER_BYTES)))
+            size = path.stat().st_size
+            for block in range(64):
+                file.seek(8 + header_length + (size - 8 - header_length) * block // 64)
+                digest.update(file.read(4096))
+    return digest.hexdigest()[:16]
+
+
+def fits_one_rank(directory: Path, precision: str, ranks_on_host: int) -> bool:
+    """Whether one rank's share of the free device memory holds the base, with a quarter to spare for everything else."""
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    bytes_needed = 0
+    for path in {*_tensor_files(directory).values()}:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                bytes_needed += torch.Size(file.get_slice(name).get_shape()).numel() * DTYPES[precision].itemsize
+    sharing = ranks_on_host if accelerator.device_name() == "cpu" else 1
+    return bytes_needed <= 0.75 * float(accelerator.available_memory()) / sharing
 
 
 def _from_hub(name: str) -> Path:

@@ -8,6 +8,7 @@ weight per instance (peft 0.21, tuners/lora/layer.py).
 """
 
 import hashlib
+import inspect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -42,6 +43,11 @@ class DualAdapter:
     def __init__(self, base: PreTrainedModel, config: LoraConfig) -> None:
         _check_target_modules(base, config.target_modules)
         base.requires_grad_(False)
+        self.base_model = base
+        """The causal LM under PEFT."""
+        takes_it = "logits_to_keep" in inspect.signature(base.forward).parameters
+        self.one_logit = {"logits_to_keep": 1} if takes_it else {}
+        """Arguments of a forward pass whose logits nobody needs: the output head then runs at one position a row."""
         # autocast_adapter_dtype=False: DeepSpeed keeps the fp32 master, the working copy has the base's precision.
         self.peft_model = peft.PeftModel(
             base, _peft_config(config, "global"), adapter_name="global", autocast_adapter_dtype=False
@@ -59,15 +65,38 @@ class DualAdapter:
             adapter: {key: tuple(p.shape) for key, p in self.parameters[adapter].items()} for adapter in ADAPTERS
         }
 
-    def set_mix(self, alpha: float | torch.Tensor) -> None:
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go (under ZeRO-3 too, where parameters themselves are elsewhere)."""
+        return self.base_model.device
+
+    @torch.no_grad()
+    def load_state(self, adapter: Adapter, state: AdapterState) -> None:
+        """Install `state` in a model without an engine (with one: `AdapterEngine.write_state`).
+
+        Raises:
+            ModelError: the state is one of another model.
+        """
+        self.check_shapes(adapter, state)
+        for key, parameter in self.parameters[adapter].items():
+            parameter.copy_(state[key])
+
+    def check_shapes(self, adapter: Adapter, state: AdapterState) -> None:
+        """Raise ModelError unless `state` has the keys and shapes of `adapter` on this model."""
+        if {key: tuple(value.shape) for key, value in state.items()} != self.shapes[adapter]:
+            raise ModelError(f"the {adapter} adapter does not fit this model: it was trained over another one")
+
+    def set_mix(self, alpha: float | torch.Tensor | None) -> None:
         """Weight the adapters (1 - alpha, alpha) in every layer.
 
         Args:
             alpha: one weight in [0, 1], or one per instance, shape (batch,). At exactly 0.0 or 1.0 (as a float)
-                the other adapter is not computed at all.
+                the other adapter is not computed at all. None: neither is, the frozen base answers alone.
         """
         active: list[str] = list(ADAPTERS)
-        if isinstance(alpha, torch.Tensor):
+        if alpha is None:
+            active, alpha = [], 0.0
+        elif isinstance(alpha, torch.Tensor):
             alpha = alpha.reshape(-1, 1, 1)  # (batch, 1, 1) against (batch, seq_len, out_features)
         elif alpha in (0.0, 1.0):
             active = ["local"] if alpha else ["global"]

@@ -11,7 +11,6 @@ from typing import Any
 import deepspeed
 import torch
 import torch.nn.functional as F
-from transformers import PreTrainedModel
 
 from dpa_ds.config import RunConfig, TrainConfig
 from dpa_ds.data.batches import IGNORE_INDEX, MicroBatch, StepBatch
@@ -77,9 +76,7 @@ class AdapterEngine:
         self._fresh_scaler = vars(self._scaler).copy() if self._scaler is not None else {}
         self._trains: Adapter | None = None
         self._positions: torch.Tensor | None = None
-        base = adapters.peft_model.get_base_model()
-        assert isinstance(base, PreTrainedModel)
-        head = base.get_output_embeddings()
+        head = adapters.base_model.get_output_embeddings()
         head.register_forward_pre_hook(self._select_positions)
 
     # ---- phases -----------------------------------------------------------------------------------------------

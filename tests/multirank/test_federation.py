@@ -51,12 +51,15 @@ def train_and_count(job: Any, argv: Sequence[str]) -> list[tuple[int, int]]:
     return handed
 
 
-def test_only_the_global_adapter_and_the_metrics_cross(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+def test_only_the_global_adapter_the_mean_states_and_the_metrics_cross(
+    inputs: tuple[Path, Path], tmp_path: Path
+) -> None:
     argv = tiny.recipe(*inputs, tmp_path / "runs", cluster__ranks_per_group=2)
     per_rank = run_on_ranks(train_and_count, 4, tmp_path, argv)
     run_dir = tmp_path / "runs" / "tiny"
     parameters = sum(t.numel() for t in load_file(run_dir / "adapters/global/adapter_model.safetensors").values())
-    update = (parameters + 1, 4 * (parameters + 1))  # fp32 parameters and a header of one fp32 weight sum
+    shared = parameters + 2 * 32  # fp32 parameters, and the mean state in two representations of hidden size 32
+    update = (shared + 1, 4 * (shared + 1))  # with a header of one fp32 weight sum
     metrics = (4 * 10, 4 * 10 * 8)  # 4 clients x 10 columns of fp64
     leader = [metrics, update, metrics, update, metrics]  # before training, round 1, round 2
     assert per_rank == [leader, [], leader, []]
@@ -103,15 +106,17 @@ def test_kept_optimizer_state_is_durable(inputs: tuple[Path, Path], tmp_path: Pa
 
 def aggregate_identical(job: Any) -> tuple[float, bool]:
     from dpa_ds.distributed.federation_group import FederationGroup
-    from dpa_ds.federation.aggregation import ClientUpdate, WeightedAverage
+    from dpa_ds.federation.aggregation import ClientUpdate, Shared, WeightedAverage
 
     group = FederationGroup(job.store, job.launch.global_rank, job.launch.job_world_size, 30.0)
-    state = {"b": torch.randn(3, 4, generator=torch.Generator().manual_seed(0)), "a": torch.ones(2)}
+    adapter = {"b": torch.randn(3, 4, generator=torch.Generator().manual_seed(0)), "a": torch.ones(2)}
+    state = Shared(adapter, torch.full((2, 3), 0.3))
     mine = [ClientUpdate(0, 5 + job.launch.global_rank, state)] if job.launch.global_rank != 1 else []
     same = WeightedAverage(by_num_examples=True).aggregate(mine, state, group)
     nobody = WeightedAverage(by_num_examples=False).aggregate([], state, group)
-    error = max(float((same[key] - state[key]).abs().max()) for key in state)
-    return error, all(torch.equal(nobody[key], state[key]) for key in state)
+    assert same.adapter.keys() == adapter.keys()
+    error = float((same.flatten() - state.flatten()).abs().max())
+    return error, torch.equal(nobody.flatten(), state.flatten())
 
 
 def test_averaging_identical_clients_changes_nothing(tmp_path: Path) -> None:

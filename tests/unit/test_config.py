@@ -365,7 +365,12 @@ def test_fingerprint_holds_what_determines_the_result() -> None:
     assert left_out == {
         *("name", "output_dir", "data.cache_dir", "train.micro_batch_tokens"),
         *("federation.num_rounds", "federation.timeout_seconds"),
-        *(key for key in flatten(VALID) if key.startswith(("cluster.", "engine.", "evaluation.", "tracking."))),
+        *(f"weighting.{key}" for key in ("kind", "scale", "representation", "encoder")),
+        *(
+            key
+            for key in flatten(VALID)
+            if key.startswith(("cluster.", "engine.", "generation.", "evaluation.", "tracking."))
+        ),
     }
     assert {"seed", "federation.stratify_by_group", "data.partition.kind", "method.name"} <= set(fingerprint)
 

@@ -17,6 +17,7 @@ from dpa_ds.data.sources import (
     pool_clients,
     read_client,
     read_clients,
+    read_test_rows,
 )
 from dpa_ds.errors import ConfigError, DataError
 
@@ -175,10 +176,31 @@ def test_table_by_chance_gives_every_row_to_one_client(tmp_path: Path, kind: Any
 def test_table_test_file_is_divided_by_task(tmp_path: Path) -> None:
     (tmp_path / "t.json").write_text(json.dumps(ROWS))
     (tmp_path / "held.jsonl").write_text("\n".join(map(json.dumps, ROWS[:3])))
+    config = table(tmp_path / "t.json", test_path=str(tmp_path / "held.jsonl"))
+    a, b = read_clients(config, 0, [0, 1])
+    assert (len(a.train), len(b.train), len(a.held_out), len(b.held_out)) == (3, 3, 2, 1)
+    assert [e.instruction for e in read_test_rows(config, 0, "test")] == [row["instruction"] for row in ROWS[:3]]
+
+
+def test_what_is_kept_to_tune_on_is_neither_trained_on_nor_tested(tmp_path: Path) -> None:
+    """`held_out_fraction` applies beside a test file too: learning rate and lambda are chosen without the test data."""
+    (tmp_path / "t.json").write_text(json.dumps(ROWS))
+    (tmp_path / "held.jsonl").write_text("\n".join(map(json.dumps, ROWS[:3])))
     config = table(tmp_path / "t.json", test_path=str(tmp_path / "held.jsonl"), held_out_fraction=0.5)
     a, b = read_clients(config, 0, [0, 1])
-    # With a test file no training example is given up.
-    assert (len(a.train), len(b.train), len(a.held_out), len(b.held_out)) == (3, 3, 2, 1)
+    assert (len(a.train), len(b.train), len(a.held_out), len(b.held_out)) == (1, 1, 2, 2)
+    held_out = read_test_rows(config, 0, "held_out")
+    assert {*a.held_out, *b.held_out} == set(held_out)
+    assert not {*a.train, *b.train} & set(held_out)
+
+
+@pytest.mark.parametrize(
+    ("split", "message"), [("test", "no test file"), ("held_out", "data.held_out_fraction above 0")]
+)
+def test_nothing_to_evaluate_on(tmp_path: Path, split: Any, message: str) -> None:
+    (tmp_path / "t.json").write_text(json.dumps(ROWS))
+    with pytest.raises(DataError, match=message):
+        read_test_rows(table(tmp_path / "t.json"), 0, split)
 
 
 @pytest.mark.parametrize(

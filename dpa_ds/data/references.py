@@ -1,0 +1,58 @@
+"""Reference prompts: what a test prompt is compared with to decide how much of the local adapter it gets.
+
+They are prompts (without answers) of a client's own training data, drawn once per run. They and their states stay with
+the client's local adapter; only the mean of the states crosses a client border.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+
+from dpa_ds.data.prompts import TokenizedExamples
+
+Representation = Literal["last_token", "mean"]
+REPRESENTATIONS: tuple[Representation, Representation] = ("last_token", "mean")
+States = dict[Representation, torch.Tensor]
+"""Representation -> (number of prompts, hidden size), fp32 on CPU."""
+
+# Second word of the seed, as in partition.py: the draw of references has its own random stream.
+_REFERENCE_TAG = 104
+
+
+@dataclass(frozen=True)
+class References:
+    """A client's reference prompts, and their states as the frozen base alone encodes them."""
+
+    prompts: list[list[int]]
+    """Tokens of each prompt."""
+    states: States
+
+    @property
+    def mean_states(self) -> torch.Tensor:
+        """(number of representations, hidden size): what the client adds to the federation's mean."""
+        return torch.stack([self.states[name].mean(dim=0) for name in REPRESENTATIONS])
+
+    def to_tensors(self) -> dict[str, torch.Tensor]:
+        """For a safetensors file; inverse of `from_tensors`."""
+        return {
+            "tokens": torch.tensor([token for prompt in self.prompts for token in prompt], dtype=torch.int32),
+            "lengths": torch.tensor([len(prompt) for prompt in self.prompts], dtype=torch.int32),
+            **{f"states.{name}": self.states[name].contiguous() for name in REPRESENTATIONS},
+        }
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, torch.Tensor]) -> "References":
+        """Inverse of `to_tensors`."""
+        lengths: list[int] = tensors["lengths"].tolist()
+        prompts = [part.tolist() for part in torch.split(tensors["tokens"], lengths)]
+        return cls(prompts, {name: tensors[f"states.{name}"] for name in REPRESENTATIONS})
+
+
+def draw_references(examples: TokenizedExamples, num_references: int, seed: Sequence[int]) -> list[list[int]]:
+    """Prompts of `num_references` different examples (of all, where there are fewer); a pure function of `seed`."""
+    generator = np.random.Generator(np.random.PCG64([*seed, _REFERENCE_TAG]))
+    chosen = generator.permutation(len(examples))[:num_references]
+    return [examples.input_ids(int(i))[: int(examples.prompt_lengths[i])].tolist() for i in chosen]

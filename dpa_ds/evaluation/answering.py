@@ -1,0 +1,150 @@
+"""One loaded model that answers as any client of a run: weights of instances, then one batched decoding."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from dpa_ds.checkpoint import RunFolder, SavedAdapter
+from dpa_ds.config import GenerationConfig
+from dpa_ds.data.references import References, States
+from dpa_ds.distributed.federation_group import AdapterState
+from dpa_ds.errors import CheckpointError
+from dpa_ds.evaluation.answers import ClientInfo
+from dpa_ds.evaluation.weighting import Weighting, instance_weights
+from dpa_ds.model.dual_adapter import Adapter, DualAdapter
+from dpa_ds.model.encoding import Encoder, encode
+from dpa_ds.model.generation import generate
+
+Install = Callable[[Adapter, AdapterState], None]
+"""Puts an adapter into the model: `DualAdapter.load_state`, or `AdapterEngine.write_state` where there is an engine."""
+
+
+@dataclass(frozen=True)
+class Personality:
+    """What makes the common model one client's: its local adapter and its reference prompts."""
+
+    info: ClientInfo
+    local_state: AdapterState
+    trained: bool
+    """The local adapter was trained; one that never was has weight 0."""
+    references: References | None
+
+
+def load_personality(folder: RunFolder, server_round: int, client: int) -> Personality:
+    """A client as it was after `server_round`.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or the adapter is not finite.
+    """
+    saved = load_finite(folder, server_round, f"local/client_{client:02d}")
+    info = ClientInfo(client, saved.info["label"], tuple(saved.info.get("tasks", ())))
+    references = References.from_tensors(saved.extras["references"]) if "references" in saved.extras else None
+    return Personality(info, saved.weights, saved.info["steps_taken"]["local"] > 0, references)
+
+
+def load_finite(folder: RunFolder, server_round: int, name: str) -> SavedAdapter:
+    """`RunFolder.load_adapter`, but never with NaN or infinity.
+
+    Raises:
+        CheckpointError: as there, or a number is not finite.
+    """
+    saved = folder.load_adapter(server_round, name)
+    bad = [key for key, tensor in saved.weights.items() if not bool(tensor.isfinite().all())]
+    if bad:
+        raise CheckpointError(
+            f"the {name} adapter of round {server_round} in {folder.run_dir} has NaN or infinity in {bad[0]}"
+            f"{f' and {len(bad) - 1} more tensors' if len(bad) > 1 else ''}: evaluate an earlier round, or train again"
+        )
+    return saved
+
+
+class Answerer:
+    """The base with both adapters, of which the local one is swapped from client to client.
+
+    Every method is collective where the base is partitioned (ZeRO-3): all ranks of the group.
+    """
+
+    def __init__(
+        self,
+        adapters: DualAdapter,
+        tokenizer: PreTrainedTokenizerBase,
+        weighting: Weighting,
+        generation: GenerationConfig,
+        mean_states: torch.Tensor,
+        install: Install,
+        partitioned: bool = False,
+    ) -> None:
+        self.adapters, self.tokenizer, self.weighting, self.generation = adapters, tokenizer, weighting, generation
+        self.partitioned = partitioned
+        """Every rank of the group takes part in every call."""
+        self._mean_states, self._install = mean_states, install
+        self._installed: int | None = None
+        self._encoded_references: dict[int, torch.Tensor] = {}
+        self._pad_id, self._eos_id = int(tokenizer.pad_token_id), int(tokenizer.eos_token_id)
+
+    def encode(self, prompts: Sequence[Sequence[int]], encoder: Encoder) -> States:
+        """States of `prompts`; with `local`, by the adapter of the client that was installed last."""
+        return encode(self.adapters, encoder, prompts, self._pad_id, self.generation.batch_tokens)
+
+    def weights(
+        self, client: Personality, prompts: Sequence[Sequence[int]], states: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Weight of `client`'s local adapter for each prompt, (n,).
+
+        Args:
+            states: of the prompts, (n, hidden), where the encoder is not the local adapter and they are known already.
+        """
+        if not client.trained:
+            return torch.zeros(len(prompts))
+        weighting = self.weighting
+        if weighting.is_constant:
+            return torch.full((len(prompts),), weighting.scale)
+        if weighting.encoder == "local":
+            self.become(client)
+        if states is None:
+            states = self.encode(prompts, weighting.encoder)[weighting.representation]
+        representation = 0 if weighting.representation == "last_token" else 1
+        mean_state = self._mean_states[representation] if len(self._mean_states) else torch.zeros(())
+        return instance_weights(weighting, states, self._references(client), mean_state)
+
+    def answer(
+        self, client: Personality | None, prompts: Sequence[Sequence[int]], alphas: torch.Tensor, streamer: Any = None
+    ) -> list[str]:
+        """Answers to one batch of prompts with these weights; `client` None: the global adapter alone answers."""
+        if client is not None:
+            self.become(client)
+        tokens = generate(
+            self.adapters,
+            prompts,
+            alphas,
+            self.generation,
+            self._pad_id,
+            self._eos_id,
+            partitioned=self.partitioned,
+            streamer=streamer,
+        )
+        return [text.strip() for text in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+
+    def become(self, client: Personality) -> None:
+        """Install the client's local adapter, unless it is there already."""
+        if self._installed != client.info.client:
+            self._install("local", client.local_state)
+            self._installed = client.info.client
+
+    def _references(self, client: Personality) -> torch.Tensor:
+        """States of the client's references: kept with its adapter for the frozen base, else encoded once."""
+        weighting, references = self.weighting, client.references
+        if references is None:
+            raise CheckpointError(
+                f"the run has no reference prompts for {client.info.label}, so nothing to compare a prompt with: its "
+                "method is not weighted by instance; choose weighting.kind fixed, global or local"
+            )
+        if weighting.encoder == "none":
+            return references.states[weighting.representation]
+        if client.info.client not in self._encoded_references:
+            states = self.encode(references.prompts, weighting.encoder)
+            self._encoded_references[client.info.client] = states[weighting.representation]
+        return self._encoded_references[client.info.client]

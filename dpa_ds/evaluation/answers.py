@@ -1,0 +1,61 @@
+"""What an evaluation is made of: test instances, the clients' answers to them, and the file that keeps the answers."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Instance:
+    """One test instance."""
+
+    task: str
+    row: int
+    """Position among the rows of the task in the test file, from 0."""
+    instruction: str
+    reference: str
+    """The right answer."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one client's model said to one instance."""
+
+    client: int
+    task: str
+    row: int
+    alpha: float
+    """Weight of the local adapter, in [0, 1]."""
+    text: str
+
+    @property
+    def key(self) -> tuple[int, str, int]:
+        """Which question this answers."""
+        return self.client, self.task, self.row
+
+
+@dataclass(frozen=True)
+class ClientInfo:
+    """A client as the report names it."""
+
+    client: int
+    label: str
+    own_tasks: tuple[str, ...]
+    """Tasks that it trained on."""
+
+
+def append_answers(path: Path, answers: list[Answer]) -> None:
+    """Add `answers` to a JSONL file in one write."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write("".join(json.dumps(asdict(answer)) + "\n" for answer in answers))
+
+
+def read_answers(folder: Path) -> Iterator[Answer]:
+    """All answers in the *.jsonl of `folder`; a last line cut off by a crash is left out."""
+    for path in sorted(folder.glob("*.jsonl")):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                yield Answer(**json.loads(line))
+            except (json.JSONDecodeError, TypeError):
+                break

@@ -1,0 +1,218 @@
+"""An evaluation as text: the table on the terminal, the Markdown report, and methods compared. Scores are 0 to 100."""
+
+import math
+from collections.abc import Mapping, Sequence
+from urllib.parse import quote
+
+from dpa_ds.evaluation.cells import (
+    MAIN_METRIC,
+    MEASURES,
+    METRIC_NAMES,
+    Json,
+    floor_mark,
+    highest_floor,
+    measure_cell,
+    measures,
+    number,
+    overall,
+    overall_floor,
+    task_cell,
+)
+from dpa_ds.evaluation.layout import aligned, escape, markdown_table, short_names
+
+MAX_SHOWN = 20
+_TERMINAL_WIDTH = 160
+"""About as many characters stand side by side; further tasks continue below."""
+_FLOOR = "the best of a constant answer, a copy of the prompt and the first option"
+
+
+def terminal_table(summary: Json, metric: str = MAIN_METRIC) -> str:
+    """Clients x tasks of one metric, own tasks and scores below their floor marked, then P and TTP with intervals."""
+    full = [task["task"] for task in summary["tasks"]]
+    names = short_names(full, 11)
+    first, *columns = _terminal_columns(summary, metric, names)
+    lines = [_extent(summary, metric)]
+    width = sum(max(map(len, column)) + 2 for column in columns)
+    num_blocks = math.ceil(width / (_TERMINAL_WIDTH - max(map(len, first))))
+    for block in range(num_blocks):
+        start, end = (len(columns) * edge // num_blocks for edge in (block, block + 1))
+        lines += ["", *aligned(zip(first, *columns[start:end], strict=True))]
+    lines += ["", f"* own task   ! below its floor: {_FLOOR}"]
+    pairs = list(zip(names, full, strict=True))[:MAX_SHOWN]
+    lines += [f"{name} = {whole}" for name, whole in pairs if name != whole and "~" in name]
+    counts = [(len(summary["clients"]), "clients"), (len(full), "tasks")]
+    left_out = [f"{count - MAX_SHOWN} of {count} {noun}" for count, noun in counts if count > MAX_SHOWN]
+    lines += [f"not shown: {' and '.join(left_out)}"] if left_out else []
+    rows = []
+    for measure in measures(summary):
+        mean, interval, _, floor = overall(summary, measure, metric)
+        rows.append([measure, f"({MEASURES[measure]})", _padded(mean), f"95 % interval {interval}", f"floor {floor}"])
+    return "\n".join([*lines, "", *aligned(rows, left=2)])
+
+
+def markdown_report(summary: Json, title: str, details: Mapping[str, str], pictures: Sequence[str]) -> str:
+    """The whole evaluation as Markdown; `pictures` are file names relative to the report."""
+    main = METRIC_NAMES[MAIN_METRIC]
+    parts = [f"# {escape(title)}", f"{_extent(summary, MAIN_METRIC)}."]
+    if details:
+        parts.append(markdown_table(["setting", "value"], [[escape(k), escape(v)] for k, v in details.items()], 2))
+    rows = [
+        [f"{measure}, {MEASURES[measure]}", METRIC_NAMES.get(metric, metric), *overall(summary, measure, metric)]
+        for measure in measures(summary)
+        for metric in summary["metrics"]
+    ]
+    parts += ["## P and TTP", f"`!`: below its floor, {_FLOOR}."]
+    parts.append(markdown_table(["", "metric", "mean", "95 % interval", "standard error", "best floor"], rows, 2))
+    parts += [f"![{escape(name)}]({quote(name)})" for name in pictures]
+    parts += [f"## Clients and tasks: {main}, mean and 95 % interval", "Bold: the client's own task."]
+    parts.append(_score_table(summary, MAIN_METRIC, with_interval=True))
+    for metric in summary["metrics"]:
+        if metric != MAIN_METRIC:
+            parts += [f"### {METRIC_NAMES.get(metric, metric)}, mean", _score_table(summary, metric)]
+    floors = [
+        [escape(task["task"]), escape(task["constant_answer"])]
+        + [number((task["floors"].get(kind) or {}).get(MAIN_METRIC)) for kind in ("constant", "copy", "first_option")]
+        for task in summary["tasks"]
+    ]
+    header = ["task", "constant answer", "score of the constant answer", "copy of the prompt", "first option"]
+    parts += [f"## Floors: {main}", markdown_table(header, floors, 2)]
+    parts += ["## Alpha, the weight of the local adapter", *_alpha(summary)]
+    for kind, examples in summary["examples"].items():
+        parts += [f"## Examples: {kind}", _examples(examples)]
+    return "\n\n".join(parts) + "\n"
+
+
+def comparison_table(comparison: Json) -> str:
+    """Methods with P and TTP (ROUGE-1) and their differences to the baseline, as text."""
+    return "\n".join([*aligned(_comparison_rows(comparison), left=2), "", *_comparison_notes(comparison)])
+
+
+def comparison_markdown(comparison: Json) -> str:
+    """What `comparison_table` shows, as Markdown."""
+    header, *rows = [[escape(cell, empty="") for cell in row] for row in _comparison_rows(comparison)]
+    notes = "\n".join(f"- {escape(note)}" for note in _comparison_notes(comparison))
+    return f"{markdown_table(header, rows, 2)}\n\n{notes}\n"
+
+
+def _terminal_columns(summary: Json, metric: str, names: Sequence[str]) -> list[list[str]]:
+    """Columns of cells: header, clients, floors, which floors; `names` head the tasks."""
+    clients = summary["clients"][:MAX_SHOWN]
+    labels = short_names([client["label"] for client in summary["clients"]], 24)[:MAX_SHOWN]
+    columns = [["client", *labels, "best floor", ""]]
+    for task, name in list(zip(summary["tasks"], names, strict=True))[:MAX_SHOWN]:
+        # Two places for the marks in every row, so that the numbers stand one below the other.
+        cells = (task_cell(client, task, metric) for client in clients)
+        marked = [f"{number(cell.mean)}{'*' * cell.own + '!' * cell.below:2}" if cell else "-  " for cell in cells]
+        floor, kind = highest_floor(task, metric)
+        columns.append([name, *marked, f"{floor:.1f}  ", f"{kind.split('_')[0]}  "])
+    for measure in measures(summary):
+        marked = [_padded(measure_cell(summary, client, measure, metric)) for client in clients]
+        columns.append([measure, *marked, f"{number(overall_floor(summary, measure, metric))} ", ""])
+    return columns
+
+
+def _padded(score: str) -> str:
+    return score if score.endswith("!") else f"{score} "
+
+
+def _comparison_rows(comparison: Json) -> list[list[str]]:
+    baseline = comparison["baseline"]
+    rows = [["method", "weighting", "P", "floor", "TTP", "floor", f"P - {baseline}", f"TTP - {baseline}"]]
+    for entry in comparison["methods"]:
+        row = [entry["method"], entry["weighting"]]
+        for measure in ("P", "TTP"):
+            mean, error, floor = entry[measure]["mean"], entry[measure]["standard_error"], entry["floors"][measure]
+            spread = "" if error is None else f" ± {error:.2f}"
+            row += [_padded(f"{mean:.2f}{spread}{floor_mark(mean, floor)}"), f"{floor:.2f}"]
+        rows.append([*row, _difference(entry["P_difference"]), _difference(entry["TTP_difference"])])
+    return rows
+
+
+def _difference(values: Json | None) -> str:
+    if values is None:
+        return "-  "
+    mark = " *" if values["low"] > 0 or values["high"] < 0 else "  "
+    return f"{values['mean']:+.2f} [{values['low']:+.2f}, {values['high']:+.2f}]{mark}"
+
+
+def _comparison_notes(comparison: Json) -> list[str]:
+    seeds = comparison["seeds"]
+    spread = f"{len(seeds)} seeds ({', '.join(map(str, seeds))}): mean ± standard error over the seeds"
+    return [
+        spread if len(seeds) > 1 else f"1 seed ({seeds[0]}): no standard error over seeds exists",
+        f"{METRIC_NAMES[MAIN_METRIC]}, 0 to 100; differences to {comparison['baseline']} with their 95 % interval",
+        f"* the interval excludes 0   ! below its floor: {_FLOOR}",
+    ]
+
+
+def _score_table(summary: Json, metric: str, with_interval: bool = False) -> str:
+    def shown(client: Json, task: Json) -> str:
+        cell = task_cell(client, task, metric)
+        if cell is None:
+            return "-"
+        mean = f"**{cell.mean:.1f}**" if cell.own else f"{cell.mean:.1f}"
+        return f"{mean}{'!' if cell.below else ''}{f' {cell.interval}' if with_interval else ''}"
+
+    rows = [
+        [
+            escape(client["label"]),
+            *(shown(client, task) for task in summary["tasks"]),
+            *(measure_cell(summary, client, measure, metric) for measure in measures(summary)),
+        ]
+        for client in summary["clients"]
+    ]
+    best = [highest_floor(task, metric) for task in summary["tasks"]]
+    floors = [f"{floor:.1f} {kind.replace('_', ' ')}" for floor, kind in best]
+    means = [number(overall_floor(summary, measure, metric)) for measure in measures(summary)]
+    header = ["client", *(escape(task["task"]) for task in summary["tasks"]), *measures(summary)]
+    return markdown_table(header, [*rows, ["best floor", *floors, *means]])
+
+
+def _alpha(summary: Json) -> list[str]:
+    """Paragraphs and tables; a weight that is the same everywhere needs one line."""
+    size = {task["task"]: task["num_instances"] for task in summary["tasks"]}
+    cells = [(client, task, values) for client in summary["clients"] for task, values in client["alpha"].items()]
+    if max(values["max"] for *_, values in cells) - min(values["min"] for *_, values in cells) < 1e-6:
+        return [f"Alpha is {cells[0][2]['mean']:.3f} for every answer."]
+    groups = [("all clients", cells)]
+    groups += [(escape(c["label"]), [cell for cell in cells if cell[0] is c]) for c in summary["clients"]]
+    groups += [(f"task {escape(name)}", [cell for cell in cells if cell[1] == name]) for name in size]
+    rows = []
+    for name, members in groups:
+        own = [(size[task], values) for client, task, values in members if task in client["own_tasks"]]
+        other = [(size[task], values) for client, task, values in members if task not in client["own_tasks"]]
+        rows.append([name, *_alpha_pool(own), *_alpha_pool(other)])
+    grid = [[escape(c["label"]), *(_alpha_cell(c["alpha"].get(name)) for name in size)] for c in summary["clients"]]
+    return [
+        markdown_table(["answers of", "own tasks: mean", "min to max", "other tasks: mean", "min to max"], rows),
+        "Mean and, in brackets, the 10 % and 90 % quantiles:",
+        markdown_table(["client", *map(escape, size)], grid),
+    ]
+
+
+def _alpha_pool(cells: Sequence[tuple[int, Json]]) -> tuple[str, str]:
+    """Mean over instances, and range, of cells given as (number of instances, their alpha)."""
+    if not cells:
+        return "-", "-"
+    mean = sum(count * values["mean"] for count, values in cells) / sum(count for count, _ in cells)
+    low, high = min(values["min"] for _, values in cells), max(values["max"] for _, values in cells)
+    return f"{mean:.3f}", f"{low:.3f} to {high:.3f}"
+
+
+def _alpha_cell(values: Json | None) -> str:
+    return "-" if values is None else f"{values['mean']:.3f} [{values['q10']:.3f}, {values['q90']:.3f}]"
+
+
+def _examples(examples: Sequence[Json]) -> str:
+    texts = ("task", "instruction", "reference", "answer")
+    rows = [
+        [number(e[MAIN_METRIC]), str(e["client"]), number(e["alpha"], 3), str(e["row"]), *(escape(e[t]) for t in texts)]
+        for e in examples
+    ]
+    return markdown_table([METRIC_NAMES[MAIN_METRIC], "client", "alpha", "row", *texts], rows, 8) if rows else "None."
+
+
+def _extent(summary: Json, metric: str) -> str:
+    counts = {"client": len(summary["clients"]), "task": len(summary["tasks"]), "instance": summary["num_instances"]}
+    extent = ", ".join(f"{count} {noun}{'s' * (count != 1)}" for noun, count in counts.items())
+    return f"{METRIC_NAMES.get(metric, metric)}, 0 to 100: {extent}"

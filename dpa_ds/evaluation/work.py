@@ -1,0 +1,111 @@
+"""Evaluation as pieces of work: which prompts for which clients, and what a rank group does with one piece."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from dpa_ds.config import GenerationConfig
+from dpa_ds.distributed.world import World
+from dpa_ds.evaluation.answering import Answerer, Personality
+from dpa_ds.evaluation.answers import Answer, Instance
+from dpa_ds.model.encoding import batches
+
+Key = tuple[int, str, int]
+"""Client, task, row: see `Answer.key`."""
+PIECES_PER_GROUP = 4
+"""At least so many, where there is work for them: a slow group then takes fewer."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A batch of instances of one task, to be answered by some of the clients."""
+
+    instances: tuple[int, ...]
+    """Positions in the list of all instances."""
+    clients: tuple[int, ...]
+
+
+def plan_pieces(
+    instances: Sequence[Instance],
+    lengths: Sequence[int],
+    clients: Sequence[int],
+    generation: GenerationConfig,
+    num_groups: int,
+) -> list[Piece]:
+    """All the work, in a fixed order; a pure function of its arguments.
+
+    Batches keep to one task, whose prompts and answers are of similar length, and to `generation.batch_tokens` of
+    prompt and answer over all beams. All clients share a piece, so that it is encoded once, unless there would be too
+    few pieces for the groups.
+
+    Args:
+        lengths: tokens of each instance's prompt.
+    """
+    budget = generation.batch_tokens // generation.num_beams
+    chunks: list[list[int]] = []
+    for task in dict.fromkeys(instance.task for instance in instances):
+        rows = [i for i, instance in enumerate(instances) if instance.task == task]
+        parts = batches([lengths[i] + generation.max_new_tokens for i in rows], budget)
+        chunks += [[rows[k] for k in part] for part in parts]
+    num_blocks = min(len(clients), math.ceil(PIECES_PER_GROUP * num_groups / max(1, len(chunks))))
+    size = math.ceil(len(clients) / num_blocks)
+    blocks = [tuple(clients[start : start + size]) for start in range(0, len(clients), size)]
+    return [Piece(tuple(chunk), block) for chunk in chunks for block in blocks]
+
+
+def answer_piece(
+    piece: Piece,
+    instances: Sequence[Instance],
+    prompts: Sequence[Sequence[int]],
+    personalities: Mapping[int, Personality],
+    answerer: Answerer,
+    world: World,
+    done: frozenset[Key] | set[Key],
+) -> Iterable[list[Answer]]:
+    """Answer what of `piece` is not in `done`; each batch of answers as soon as it is there.
+
+    An instance whose weight is 0 is answered by the global adapter alone: the same for every client, and done once.
+    A rank of a group with a partitioned base answers its share of every batch. Collective then: all ranks of the group.
+    """
+    wanted = {
+        client: [i for i in piece.instances if (client, instances[i].task, instances[i].row) not in done]
+        for client in piece.clients
+    }
+    rows = sorted({i for client_rows in wanted.values() for i in client_rows})
+    if not rows:
+        return
+    position = {i: k for k, i in enumerate(rows)}
+    weighting, states = answerer.weighting, None
+    if not weighting.is_constant and weighting.encoder != "local":
+        states = answerer.encode([prompts[i] for i in rows], weighting.encoder)[weighting.representation]
+    alphas: dict[int, torch.Tensor] = {}
+    for client in piece.clients:
+        alphas[client] = answerer.weights(personalities[client], [prompts[i] for i in rows], states)
+
+    def answer(client: Personality | None, chosen: list[int]) -> dict[int, str]:
+        mine = chosen[world.rank :: world.world_size] if answerer.partitioned else chosen
+        computed = mine or chosen[:1]  # a rank with nothing to do takes part in the collectives
+        weights = alphas[client.info.client] if client else torch.zeros(len(rows))
+        texts = answerer.answer(client, [prompts[i] for i in computed], weights[[position[i] for i in computed]])
+        return dict(zip(mine, texts, strict=False))
+
+    def batch(client: Personality | None, owners: Sequence[int], chosen: list[int]) -> list[Answer]:
+        """Answers to the instances `chosen`, which count for each of `owners` that wants them with such a weight."""
+        texts = answer(client, chosen) if chosen else {}
+        return [
+            Answer(owner, instances[i].task, instances[i].row, weight(owner, i), text)
+            for owner in owners
+            for i, text in texts.items()
+            if i in wanted[owner] and (weight(owner, i) == 0) == (client is None)
+        ]
+
+    def weight(client: int, i: int) -> float:
+        return float(alphas[client][position[i]])
+
+    yield batch(
+        None, piece.clients, [i for i in rows if any(i in wanted[c] and weight(c, i) == 0 for c in piece.clients)]
+    )
+    for c in piece.clients:
+        yield batch(personalities[c], [c], [i for i in wanted[c] if weight(c, i) != 0])

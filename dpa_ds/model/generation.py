@@ -1,0 +1,91 @@
+"""Answers from one batched `generate`: every row with its own mix of the two adapters.
+
+The rows of a batch are decoded as each would be alone (fp32): left padding is masked, and a weight is that of its row.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+from transformers import GenerationConfig as TransformersGenerationConfig
+
+from dpa_ds.config import GenerationConfig
+from dpa_ds.model.dual_adapter import DualAdapter
+
+
+@torch.no_grad()
+def generate(
+    adapters: DualAdapter,
+    prompts: Sequence[Sequence[int]],
+    alphas: torch.Tensor,
+    config: GenerationConfig,
+    pad_id: int,
+    eos_id: int,
+    partitioned: bool = False,
+    streamer: Any = None,
+) -> list[list[int]]:
+    """The answer to each prompt, without the end token. One batch: the caller bounds its size.
+
+    Dropout is off afterwards, and the mix is that of the batch: set both anew before training.
+    Collective where the base is partitioned (ZeRO-3): all ranks of the group, each with its own prompts.
+
+    Args:
+        prompts: tokens of each, at least one token.
+        alphas: (number of prompts,) weight of the local adapter.
+        partitioned: ranks that are done go on with the others, because each token gathers the weights.
+        streamer: a transformers streamer; one prompt and one beam only.
+    """
+    beams = config.num_beams
+    model: Any = adapters.base_model
+    model.eval()
+    longest = max(map(len, prompts))
+    ids = torch.full((len(prompts), longest), pad_id)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+        mask[row, longest - len(prompt) :] = 1
+    ids, mask = ids.to(adapters.device), mask.to(adapters.device)
+    cache = None
+    if longest > 1:
+        # generate() copies a prompt for each beam first and then computes all copies: here the prompt is computed once.
+        cache = DynamicCache(config=model.config)
+        adapters.set_mix(_mix(alphas, adapters.device))
+        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+        model(
+            input_ids=ids[:, :-1],
+            attention_mask=mask[:, :-1],
+            position_ids=positions[:, :-1],
+            past_key_values=cache,
+            use_cache=True,
+            **adapters.one_logit,
+        )
+        if beams > 1:
+            cache.batch_repeat_interleave(beams)
+    adapters.set_mix(_mix(alphas.repeat_interleave(beams), adapters.device))
+    tokens = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        past_key_values=cache,
+        generation_config=TransformersGenerationConfig(
+            do_sample=False,
+            num_beams=beams,
+            max_new_tokens=config.max_new_tokens,
+            pad_token_id=pad_id,
+            eos_token_id=eos_id,
+            use_cache=True,
+        ),
+        synced_gpus=partitioned,
+        streamer=streamer,
+    )
+    return [_until(eos_id, row) for row in tokens[:, longest:].tolist()]
+
+
+def _mix(alphas: torch.Tensor, device: torch.device) -> float | torch.Tensor:
+    """One number where one adapter alone answers the whole batch: the other is then not computed."""
+    first = float(alphas[0])
+    return first if first in (0.0, 1.0) and bool((alphas == first).all()) else alphas.to(device)
+
+
+def _until(eos_id: int, tokens: list[int]) -> list[int]:
+    return tokens[: tokens.index(eos_id)] if eos_id in tokens else tokens

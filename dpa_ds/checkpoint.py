@@ -90,9 +90,24 @@ class RunFolder:
         complete = [int(p.parent.name.removeprefix("round_")) for p in self.rounds_dir.glob(f"round_??????/{META}")]
         return max(complete, default=0)
 
+    def trained_round(self) -> int:
+        """Last complete round.
+
+        Raises:
+            CheckpointError: there is none.
+        """
+        server_round = self.latest_round()
+        if server_round == 0:
+            raise CheckpointError(f"{self.run_dir} has no complete round yet: train it with launch/run.py first")
+        return server_round
+
+    def round_dir(self, server_round: int) -> Path:
+        """Where a complete round lies."""
+        return self.rounds_dir / f"round_{server_round:06d}"
+
     def clients(self, server_round: int) -> list[int]:
         """Ids of the clients whose local adapters a complete round holds."""
-        return sorted(int(p.name.removeprefix("client_")) for p in self._folder(server_round).glob("local/client_*"))
+        return sorted(int(p.name.removeprefix("client_")) for p in self.round_dir(server_round).glob("local/client_*"))
 
     def remove_leftovers(self) -> None:
         """Delete what an interrupted attempt left half-written. Main leader, before any round starts."""
@@ -126,7 +141,7 @@ class RunFolder:
 
     def complete_round(self, server_round: int, meta: Mapping[str, Any]) -> None:
         """Make the round count: main leader, after all leaders have saved. Keeps the last `KEPT_ROUNDS` rounds."""
-        unfinished, final = self._unfinished(server_round), self._folder(server_round)
+        unfinished, final = self._unfinished(server_round), self.round_dir(server_round)
         with _storage_errors(final):
             _write_text(unfinished / META, json.dumps({"round": server_round, **meta}, indent=1))
             _fsync(unfinished)
@@ -147,7 +162,7 @@ class RunFolder:
         Raises:
             CheckpointError: a file is missing or damaged.
         """
-        folder = self._folder(server_round) / name
+        folder = self.round_dir(server_round) / name
         remedy = f"delete {folder.parents[len(Path(name).parts) - 1]} to continue from the round before"
         try:
             state = json.loads((folder / STATE).read_text())
@@ -159,9 +174,6 @@ class RunFolder:
             return SavedAdapter(load_file(folder / WEIGHTS), extras, state["info"])
         except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
             raise CheckpointError(f"{folder} cannot be read ({error}): {remedy}") from error
-
-    def _folder(self, server_round: int) -> Path:
-        return self.rounds_dir / f"round_{server_round:06d}"
 
     def _unfinished(self, server_round: int) -> Path:
         return self.rounds_dir / f"round_{server_round:06d}.tmp"

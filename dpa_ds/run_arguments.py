@@ -1,7 +1,7 @@
 """From the command line of a program that uses a trained run to its RunConfig: `--run runs/NAME [--option VALUE ...]`."""
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from dpa_ds.config import RunConfig
@@ -26,8 +26,8 @@ _MAY_DIFFER = {"model.path", "model.precision", "data.path", "data.test_path", "
 def load_run_config(argv: Sequence[str], usage: str) -> RunConfig:
     """The recipe of the run that `--run` names, with overrides of what does not belong to its training.
 
-    ConfigError: no such run, an unknown option, or a field that the run was trained with. SystemExit(0): --help, which
-    prints `usage`.
+    ConfigError: no such run, an unknown option, a field that the run was trained with, or --alpha where the weight is not
+    fixed. SystemExit(0): --help, which prints `usage`.
     """
     if any(word in ("-h", "--help") for word in argv):
         sys.stdout.write(usage.rstrip() + "\n")
@@ -39,16 +39,43 @@ def load_run_config(argv: Sequence[str], usage: str) -> RunConfig:
     recipe = run_dir / "config.yaml"
     if not recipe.is_file():
         found = sorted(path.parent.name for path in run_dir.absolute().parent.glob("*/config.yaml"))
-        there = f"; runs there: {', '.join(found[:8])}" if found else ""
-        raise ConfigError(f"--run {run_dir}: no such run (no {recipe}){there}")
+        there = f"; runs beside it: {', '.join(found[:8])}{', ...' if len(found) > 8 else ''}" if found else ""
+        raise ConfigError(f"--run {run_dir}: no such run (no {recipe}): give a folder that launch/run.py wrote{there}")
     base = ["--config", str(recipe), f"--name={run_dir.absolute().name}", f"--output_dir={run_dir.absolute().parent}"]
     trained = fingerprint_sections(load_config(base))
     config = load_config([*base, *(f"--{key}={value}" for key, value in options.items())])
     changed = {key: value for key, value in fingerprint_sections(config).items() if key not in _MAY_DIFFER}
     differences = diff_configs({key: trained[key] for key in changed}, changed)
     if differences:
-        raise ConfigError(f"{run_dir} was trained otherwise: {'; '.join(differences)}: leave it out")
+        raise ConfigError(
+            f"{run_dir} was trained with another value ({'; '.join(differences)}): leave that option out, or train a run "
+            "of its own with it"
+        )
+    if config.weighting.kind != "fixed" and any(word.partition("=")[0] == "--alpha" for word in argv):
+        raise ConfigError(
+            f"--alpha is the weight of --weighting fixed, but weighting.kind is {config.weighting.kind}: add --weighting "
+            "fixed, or give the scale of the similarity with --lambda"
+        )
     return config
+
+
+def take_options(argv: Sequence[str], names: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """The options `names` (`--name VALUE` or `--name=VALUE`) with their values, and all other words.
+
+    ConfigError: an option without a value.
+    """
+    taken: dict[str, str] = {}
+    others, rest = [], list(argv)
+    while rest:
+        word = rest.pop(0)
+        name, has_value, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or name not in names:
+            others.append(word)
+            continue
+        if not has_value and (not rest or rest[0].startswith("--")):
+            raise ConfigError(f"--{name} needs a value: --{name} VALUE (see --help)")
+        taken[name] = value if has_value else rest.pop(0)
+    return taken, others
 
 
 def _options(argv: Sequence[str]) -> dict[str, str]:
@@ -68,10 +95,8 @@ def _options(argv: Sequence[str]) -> dict[str, str]:
             continue
         key = SHORT.get(name, name)
         if key != "run" and "." not in key:
-            raise ConfigError(f"--{name} is not an option; options are --run, {_listed(SHORT)}, --section.field")
+            raise ConfigError(
+                f"--{name} is not an option; options are --run, {', '.join(f'--{name}' for name in SHORT)}, --section.field"
+            )
         options[key] = f"[{value}]" if name in ("clients", "tasks") and not value.startswith("[") else value
     return options
-
-
-def _listed(options: Mapping[str, str]) -> str:
-    return ", ".join(f"--{name}" for name in options)

@@ -11,12 +11,13 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NoReturn
-
-import torch.distributed as dist
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from dpa_ds.distributed.launchers import Launch
 from dpa_ds.errors import ClusterError, DpaError
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
 
 JOIN_TIMEOUT_SECONDS = 300.0
 POLL_SECONDS = 0.05
@@ -30,7 +31,7 @@ class Job:
     Collective: every rank of the job constructs it.
     """
 
-    def __init__(self, launch: Launch, store: dist.Store | None = None) -> None:
+    def __init__(self, launch: Launch, store: "dist.Store | None" = None) -> None:
         self.launch = launch
         self.hosts: list[str] = [launch.hostname]
         self.store = store if store is not None else _job_store(launch)
@@ -163,7 +164,9 @@ def code_fingerprint() -> str:
     return digest.hexdigest()[:16]
 
 
-def _job_store(launch: Launch) -> dist.Store:
+def _job_store(launch: Launch) -> "dist.Store":
+    import torch.distributed as dist  # takes a second, which --help need not wait for
+
     if launch.job_world_size == 1:
         return dist.HashStore()
     # Under torchrun the agent serves a store at this address; a second server there would fail to bind.

@@ -55,8 +55,9 @@ def load_finite(folder: RunFolder, server_round: int, name: str) -> SavedAdapter
     bad = [key for key, tensor in saved.weights.items() if not bool(tensor.isfinite().all())]
     if bad:
         raise CheckpointError(
-            f"the {name} adapter of round {server_round} in {folder.run_dir} has NaN or infinity in {bad[0]}"
-            f"{f' and {len(bad) - 1} more tensors' if len(bad) > 1 else ''}: evaluate an earlier round, or train again"
+            f"{folder.round_dir(server_round) / name} has NaN or infinity in {bad[0]}"
+            f"{f' and {len(bad) - 1} more tensors' if len(bad) > 1 else ''}: delete {folder.round_dir(server_round)} "
+            "to use the round before, or train again"
         )
     return saved
 
@@ -97,6 +98,7 @@ class Answerer:
         Args:
             states: of the prompts, (n, hidden), where the encoder is not the local adapter and they are known already.
         """
+        self.check_references(client)
         if not client.trained:
             return torch.zeros(len(prompts))
         weighting = self.weighting
@@ -134,14 +136,23 @@ class Answerer:
             self._install("local", client.local_state)
             self._installed = client.info.client
 
+    def check_references(self, client: Personality) -> None:
+        """Refuse a weighting that compares prompts with references where the run kept none.
+
+        Raises:
+            CheckpointError: so it is for `client`.
+        """
+        if not self.weighting.is_constant and client.references is None:
+            raise CheckpointError(
+                f"weighting.kind {self.weighting.kind} compares a prompt with reference prompts, but the run kept none "
+                f"for {client.info.label}, because its method does not weight by instance: use weighting.kind global, "
+                "local or fixed"
+            )
+
     def _references(self, client: Personality) -> torch.Tensor:
         """States of the client's references: kept with its adapter for the frozen base, else encoded once."""
         weighting, references = self.weighting, client.references
-        if references is None:
-            raise CheckpointError(
-                f"the run has no reference prompts for {client.info.label}, so nothing to compare a prompt with: its "
-                "method is not weighted by instance; choose weighting.kind fixed, global or local"
-            )
+        assert references is not None, "check_references"
         if weighting.encoder == "none":
             return references.states[weighting.representation]
         if client.info.client not in self._encoded_references:

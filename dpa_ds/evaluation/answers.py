@@ -52,10 +52,18 @@ def append_answers(path: Path, answers: list[Answer]) -> None:
 
 
 def read_answers(folder: Path) -> Iterator[Answer]:
-    """All answers in the *.jsonl of `folder`; a last line cut off by a crash is left out."""
+    """All answers in the *.jsonl of `folder`; a line that a crash cut off is left out."""
     for path in sorted(folder.glob("*.jsonl")):
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 yield Answer(**json.loads(line))
             except (json.JSONDecodeError, TypeError):
-                break
+                continue
+
+
+def mend_answers(folder: Path) -> None:
+    """End a line that a crash cut off, so that the next answer does not continue it."""
+    for path in folder.glob("*.jsonl"):
+        if path.stat().st_size and not path.read_bytes().endswith(b"\n"):
+            with path.open("a") as file:
+                file.write("\n")

@@ -39,7 +39,8 @@ def generate(
     beams = config.num_beams
     model: Any = adapters.base_model
     model.eval()
-    longest = max(map(len, prompts))
+    # Ranks of a partitioned base run the same passes: one that has prompts of one token only computes padding ahead.
+    longest = max(2 if partitioned else 1, *map(len, prompts))
     ids = torch.full((len(prompts), longest), pad_id)
     mask = torch.zeros_like(ids)
     for row, prompt in enumerate(prompts):

@@ -5,6 +5,7 @@ the environment, which every descendant inherits, does.
 """
 
 import os
+import runpy
 import socket
 import subprocess
 import sys
@@ -131,10 +132,12 @@ def run_by_hand(ranks: Sequence[Running], deadline_seconds: float = 120.0) -> li
             rank.__exit__()
 
 
-def run_forked(argv: Sequence[str], output: Path, deadline_seconds: float = 120.0) -> Ended:
-    """`python launch/run.py ARGV` in a process of its own, forked from one that has imported everything: no 5 s start."""
+def run_forked(
+    argv: Sequence[str], output: Path, deadline_seconds: float = 120.0, program: str = "launch/run.py"
+) -> Ended:
+    """`python PROGRAM ARGV` in a process of its own, forked from one that has imported everything: no 5 s start."""
     started = time.monotonic()
-    process = _forkserver().Process(target=_run_job, args=(list(argv), str(output)), daemon=True)
+    process = _forkserver().Process(target=_run_program, args=(program, list(argv), str(output)), daemon=True)
     process.start()
     process.join(deadline_seconds)
     hung = process.is_alive()
@@ -189,11 +192,8 @@ def _environment() -> dict[str, str]:
     return {**kept, "PATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
-def _run_job(argv: list[str], output: str) -> None:
+def _run_program(program: str, argv: list[str], output: str) -> None:
     """Body of the forked process."""
-    from dpa_ds.start import run_job
-    from dpa_ds.train import train
-
     file = os.open(output, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
     os.dup2(file, 1)
     os.dup2(file, 2)
@@ -201,4 +201,5 @@ def _run_job(argv: list[str], output: str) -> None:
     environment = _environment()
     os.environ.clear()
     os.environ.update(environment)
-    run_job(argv, train)
+    sys.argv = [program, *argv]
+    runpy.run_path(program, run_name="__main__")

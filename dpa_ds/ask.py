@@ -1,0 +1,100 @@
+"""Ask one client's model: from a config, a job and prompts to answers and the weights that they were given with."""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from transformers import TextStreamer
+
+from dpa_ds.checkpoint import RunFolder
+from dpa_ds.config import RunConfig
+from dpa_ds.data.prompts import tokenize_prompts
+from dpa_ds.data.tables import read_rows, reading
+from dpa_ds.distributed.job import Job
+from dpa_ds.errors import ClusterError, ConfigError, DataError
+from dpa_ds.evaluation.answering import Answerer, Personality, load_personality
+from dpa_ds.evaluation.loading import build_answerer, place_base
+from dpa_ds.evaluation.weighting import describe_weighting
+from dpa_ds.model.base import model_fingerprint
+from dpa_ds.tracking import logger, setup_logging
+
+
+def ask(config: RunConfig, job: Job, client: int, prompt: str | None, input_path: str | None) -> None:
+    """Answer one prompt, all prompts of a file (as JSON lines on stdout), or what is typed. One rank.
+
+    Raises:
+        ClusterError, ConfigError, DataError: more ranks than one, no such client, nothing to answer.
+    """
+    if job.launch.job_world_size != 1:
+        raise ClusterError("launch/generate.py is one process: start it with python, without a launcher")
+    setup_logging(is_main=input_path is None)
+    folder = RunFolder(config.run_dir)
+    server_round = folder.trained_round()
+    existing = folder.clients(server_round)
+    if client not in existing:
+        raise ConfigError(f"{config.run_dir} has no client {client}: its clients are {existing}")
+    texts = _read_prompts(Path(input_path).expanduser(), config) if input_path else [prompt] if prompt else _typed()
+    directory, world, partitioned = place_base(config, job, len(existing))
+    folder.check_model(model_fingerprint(directory))
+    answerer = build_answerer(config, folder, server_round, directory, world, partitioned)
+    personality = load_personality(folder, server_round, client)
+    logger.info(
+        f"{personality.info.label} after round {server_round}, "
+        f"{describe_weighting(answerer.weighting, config.weighting.num_references)}"
+    )
+    for text in texts:
+        _answer(answerer, personality, config, text, as_json=input_path is not None)
+    world.close()
+
+
+def _answer(answerer: Answerer, personality: Personality, config: RunConfig, text: str, as_json: bool) -> None:
+    """Write the answer as it comes where there is one beam, and then the weight."""
+    prompts = tokenize_prompts([text], answerer.tokenizer, config.data.template)
+    alphas: torch.Tensor = answerer.weights(personality, prompts)
+    streams = config.generation.num_beams == 1 and not as_json
+    streamer = None
+    if streams:
+        streamer = TextStreamer(answerer.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    (answer,) = answerer.answer(personality, prompts, alphas, streamer)
+    alpha = float(alphas[0])
+    if as_json:
+        sys.stdout.write(json.dumps({"prompt": text, "alpha": alpha, "answer": answer}, ensure_ascii=False) + "\n")
+    else:
+        shown = "" if streams else f"{answer}\n"
+        sys.stdout.write(f"{shown}[alpha {alpha:.3f}: local adapter {alpha:.0%}, global adapter {1 - alpha:.0%}]\n")
+    sys.stdout.flush()
+
+
+def _read_prompts(path: Path, config: RunConfig) -> list[str]:
+    """Instructions of a table (.json, .jsonl, .csv, .parquet), else one prompt a line.
+
+    Raises:
+        DataError: no such file, not UTF-8, or nothing in it.
+    """
+    with reading(path):
+        if path.suffix.lower() in (".json", ".jsonl", ".csv", ".parquet"):
+            prompts = [row.text(config.data.instruction_column) for row in read_rows(path)]
+        else:
+            try:
+                prompts = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+            except UnicodeDecodeError as error:
+                raise DataError(f"{path}: byte {error.start} is not UTF-8: convert the file to UTF-8") from error
+    if not prompts:
+        raise DataError(
+            f"{path}: no prompts: write one a line, or give a table with {config.data.instruction_column!r}"
+        )
+    return prompts
+
+
+def _typed() -> Iterator[str]:
+    """What is typed, a line at a time, until an empty line or the end of input."""
+    sys.stdout.write("Ask something; an empty line ends.\n")
+    while True:
+        sys.stdout.write("> ")
+        sys.stdout.flush()
+        line = sys.stdin.readline().strip()
+        if not line:
+            return
+        yield line

@@ -1,0 +1,143 @@
+"""Several evaluated runs side by side: what was trained for which method, the table, and the curves."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dpa_ds.checkpoint import write_file
+from dpa_ds.errors import ConfigError
+from dpa_ds.evaluation.answers import ClientInfo, Instance, read_answers
+from dpa_ds.evaluation.pictures import curves, p_against_ttp
+from dpa_ds.evaluation.summary import ScoreTable, oracle, over_seeds, paired_difference
+from dpa_ds.evaluation.tables import comparison_markdown, comparison_table
+from dpa_ds.tracking import read_records
+
+METHODS = ("feddpa_t", "feddpa_f", "fedit", "fedlora", "local", "centralized")
+DUAL = ("feddpa_t", "feddpa_f")
+BASELINE = "fedit"
+_ALONE = {"fedit": "global", "fedlora": "local", "local": "local", "centralized": "global"}
+_CONTAINED_IN = {"fedit": ("feddpa_f", "fedlora"), "fedlora": ("feddpa_f",)}
+"""The rounds of FedIT are those of FedDPA-F and FedLoRA, whose last phases are the same: one run has the adapters of all
+three, bit for bit (tests/multirank/test_compare.py)."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A weighting, and the scales (lambda; the weight itself for `fixed`) among which the held-out data chooses."""
+
+    kind: str
+    scales: tuple[float, ...] = ()
+    """None: the kind's default; one: that; several: chosen by TTP on the held-out split."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of the table."""
+
+    method: str
+    candidate: Candidate
+
+    def trained_as(self, methods: Sequence[str]) -> str:
+        """The method whose run has this one's adapters, among `methods`."""
+        return next((other for other in _CONTAINED_IN.get(self.method, ()) if other in methods), self.method)
+
+
+def parse_weightings(text: str) -> list[Candidate]:
+    """`cosine:0.5,centred_cosine:0.5|1|2,global` -> candidates.
+
+    ConfigError: a scale is not a number.
+    """
+    candidates = []
+    for word in text.split(","):
+        kind, _, scales = word.strip().partition(":")
+        try:
+            candidates.append(Candidate(kind, tuple(float(scale) for scale in scales.split("|")) if scales else ()))
+        except ValueError as error:
+            raise ConfigError(
+                f"--weightings {word}: scales are numbers, such as {kind}:0.5 or {kind}:0.5|1|2"
+            ) from error
+    return candidates
+
+
+def plan_entries(methods: Sequence[str], weightings: Sequence[Candidate]) -> list[Entry]:
+    """The lines of the table: each weighting for a method with both adapters, the one adapter of the others."""
+    entries = []
+    for method in methods:
+        candidates = weightings if method in DUAL else [Candidate(_ALONE[method])]
+        entries += [Entry(method, candidate) for candidate in candidates]
+    return entries
+
+
+def find_evaluation(run_dir: Path, wanted: Mapping[str, Any]) -> Path | None:
+    """Folder of a complete evaluation of `run_dir` whose summary's settings contain `wanted`."""
+    for path in sorted(run_dir.glob("evaluations/*/summary.json")):
+        settings = json.loads(path.read_text())["settings"]
+        if all(settings.get(key) == value for key, value in wanted.items()):
+            return path.parent
+    return None
+
+
+def score_table(folder: Path, instances: Sequence[Instance]) -> ScoreTable:
+    """Scores of every instance of the evaluation in `folder`."""
+    summary = json.loads((folder / "summary.json").read_text())
+    clients = [ClientInfo(c["client"], c["label"], tuple(c["own_tasks"])) for c in summary["clients"]]
+    wanted = {(c.client, i.task, i.row) for c in clients for i in instances}
+    answers = {answer.key: answer for answer in read_answers(folder / "answers") if answer.key in wanted}
+    return ScoreTable.build(instances, list(answers.values()), clients)
+
+
+def compare_tables(
+    entries: Mapping[tuple[str, str], Sequence[ScoreTable]], floors: Mapping[str, float], seeds: Sequence[int]
+) -> dict[str, Any]:
+    """What `comparison_table` shows, from (method, weighting) -> one score table a seed.
+
+    Adds a line for the oracle of each method whose adapters were both scored alone: per client and task the better one, the
+    ceiling of any weighting that chooses between them by task.
+    """
+    lines = dict(entries)
+    for method in dict.fromkeys(method for method, _ in entries):
+        alone = [entries.get((method, kind)) for kind in ("global", "local")]
+        if all(alone):
+            pairs = zip(*(tables for tables in alone if tables), strict=True)
+            lines[method, "oracle: better adapter per task"] = [oracle({"g": g, "l": l}) for g, l in pairs]  # noqa: E741
+    baseline = next((tables for (method, _), tables in lines.items() if method == BASELINE), None)
+    methods = []
+    for (method, weighting), tables in lines.items():
+        line: dict[str, Any] = {"method": method, "weighting": weighting, "floors": dict(floors)}
+        for quantity in ("P", "TTP"):
+            overall = [table.overall(quantity) for table in tables]
+            line[quantity] = over_seeds([values["rouge1"] for values in overall if values])
+            differs = baseline is not None and tables is not baseline
+            line[f"{quantity}_difference"] = paired_difference(tables, baseline or (), quantity) if differs else None
+        methods.append(line)
+    return {"baseline": BASELINE, "seeds": list(seeds), "methods": methods}
+
+
+def held_out_curve(run_dirs: Sequence[Path]) -> list[tuple[int, float]]:
+    """(round, held-out loss), the mean over runs."""
+    courses: list[dict[int, float]] = []
+    for run_dir in run_dirs:
+        records = [r for r in read_records(run_dir / "metrics.jsonl") if r["kind"] == "round" and "held_out_loss" in r]
+        courses.append({record["round"]: record["held_out_loss"] for record in records})
+    rounds = sorted(set.intersection(*(set(course) for course in courses)))
+    return [(r, sum(course[r] for course in courses) / len(courses)) for r in rounds]
+
+
+def write_comparison(
+    folder: Path, comparison: Mapping[str, Any], series: Mapping[str, Sequence[tuple[int, float]]]
+) -> str:
+    """Write comparison.json, comparison.md and two pictures into `folder`; returns the table as text."""
+    write_file(folder / "comparison.json", json.dumps({**comparison, "curves": series}, indent=1))
+    curves(series, folder / "convergence.png", "held-out loss per answer token", "Convergence")
+    points = [
+        {"label": f"{m['method']} {m['weighting']}", "P": m["P"]["mean"], "TTP": m["TTP"]["mean"]}
+        | {f"{q}_error": m[q]["standard_error"] for q in ("P", "TTP")}
+        | {f"floor_{q}": m["floors"][q] for q in ("P", "TTP")}
+        for m in comparison["methods"]
+    ]
+    p_against_ttp(points, folder / "p_against_ttp.png")
+    pictures = "![convergence](convergence.png)\n\n![P against TTP](p_against_ttp.png)\n"
+    write_file(folder / "comparison.md", f"# Comparison\n\n{comparison_markdown(dict(comparison))}\n{pictures}")
+    return f"{comparison_table(dict(comparison))}\ntable, numbers and pictures: {folder}/comparison.*, {folder}/*.png"

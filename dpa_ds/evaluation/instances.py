@@ -1,0 +1,109 @@
+"""What an evaluation covers: which clients and instances, as which tokens, under which settings."""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dpa_ds.config import RunConfig
+from dpa_ds.data.prompts import tokenize_prompts
+from dpa_ds.data.sources import read_test_rows
+from dpa_ds.errors import ConfigError, DataError
+from dpa_ds.evaluation.answering import Answerer
+from dpa_ds.evaluation.answers import Instance
+from dpa_ds.evaluation.weighting import Weighting, describe_weighting
+
+
+def choose_clients(config: RunConfig, existing: list[int]) -> list[int]:
+    """`evaluation.clients`, or all.
+
+    Raises:
+        ConfigError: the run has no such client.
+    """
+    chosen = existing if config.evaluation.clients is None else sorted(set(config.evaluation.clients))
+    unknown = sorted(set(chosen) - set(existing))
+    if unknown:
+        raise ConfigError(f"{config.run_dir} has no client {unknown}: its clients are {existing}")
+    return chosen
+
+
+def read_instances(config: RunConfig) -> list[Instance]:
+    """All instances of `evaluation.split`, by task; rows without a task are of the task "all".
+
+    Raises:
+        DataError: there are none.
+    """
+    seen: Counter[str] = Counter()
+    instances = []
+    for example in read_test_rows(config.data, config.seed, config.evaluation.split):
+        task = example.task or "all"
+        instances.append(Instance(task, seen[task], example.instruction, example.output))
+        seen[task] += 1
+    if not instances:
+        raise DataError("there is nothing to evaluate: the test data has no rows")
+    return sorted(instances, key=lambda instance: (instance.task, instance.row))
+
+
+def choose_instances(config: RunConfig, instances: Sequence[Instance]) -> list[Instance]:
+    """Of all `instances` those of `evaluation.tasks`, and the first `evaluation.instances_per_task` of each.
+
+    Raises:
+        ConfigError: the test data has no such task.
+    """
+    wanted, limit = config.evaluation.tasks, config.evaluation.instances_per_task
+    existing = {instance.task for instance in instances}
+    unknown = sorted(set(wanted or ()) - existing)
+    if unknown:
+        raise ConfigError(f"the test data has no task {unknown}: its tasks are {sorted(existing)}")
+    return [i for i in instances if (wanted is None or i.task in wanted) and (limit is None or i.row < limit)]
+
+
+def tokenize_instances(config: RunConfig, instances: Sequence[Instance], answerer: Answerer) -> list[list[int]]:
+    """Prompt tokens of each instance.
+
+    Raises:
+        DataError: prompt and answer do not fit the model's context.
+    """
+    prompts = tokenize_prompts([i.instruction for i in instances], answerer.tokenizer, config.data.template)
+    context = getattr(answerer.adapters.base_model.config.get_text_config(), "max_position_embeddings", None)
+    for instance, prompt in zip(instances, prompts, strict=True):
+        if context is not None and len(prompt) + config.generation.max_new_tokens > context:
+            raise DataError(
+                f"row {instance.row} of task {instance.task} has {len(prompt)} tokens: with generation.max_new_tokens "
+                f"{config.generation.max_new_tokens} that is more than the model's context of {context}: lower "
+                "generation.max_new_tokens, or shorten or remove that row"
+            )
+    return prompts
+
+
+def describe_settings(
+    config: RunConfig, weighting: Weighting, server_round: int, fingerprint: str, instances: Sequence[Instance]
+) -> dict[str, Any]:
+    """All that decides an answer: an evaluation continues only where every one of these is the same.
+
+    Args:
+        instances: all of the split, so that more of them can be answered later.
+    """
+    texts = json.dumps([[i.task, i.row, i.instruction, i.reference] for i in instances])
+    return {
+        "run": config.name,
+        "method": config.method.name,
+        "seed": config.seed,
+        "round": server_round,
+        "weighting": describe_weighting(weighting, config.weighting.num_references),
+        "kind": weighting.kind,
+        "lambda": weighting.scale,
+        "beams": config.generation.num_beams,
+        "max_new_tokens": config.generation.max_new_tokens,
+        "split": config.evaluation.split,
+        "precision": config.model.precision,
+        "base": fingerprint,
+        "data": hashlib.sha256(texts.encode()).hexdigest()[:16],
+    }
+
+
+def name_of(settings: Mapping[str, Any]) -> str:
+    """Folder of an evaluation: readable, and another one for other settings."""
+    digest = hashlib.sha256(json.dumps(dict(settings), sort_keys=True).encode()).hexdigest()[:8]
+    return f"{settings['split']}-{settings['kind']}-{digest}"

@@ -1,0 +1,270 @@
+"""The evaluation as a user starts it: what it prints and writes, that it goes on after a kill, and what it refuses."""
+
+import hashlib
+import json
+import re
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests import tiny
+from tests.launch.processes import PYTHON, Ended, Running, beside_python, free_port, run, run_forked
+from tests.launch.test_bad_input import checksums
+
+pytestmark = pytest.mark.launch
+PROGRAM = "launch/evaluate.py"
+
+
+@dataclass(frozen=True)
+class Place:
+    """A folder with a trained run of two clients, its base and its data, all of them to spoil."""
+
+    root: Path
+
+    @property
+    def run(self) -> Path:
+        """Of one round, named tiny."""
+        return self.root / "runs" / "tiny"
+
+    @property
+    def round(self) -> Path:
+        """What the run holds after its only round."""
+        return self.run / "rounds" / "round_000001"
+
+    def copy(self, root: Path) -> "Place":
+        """The same in another folder, with its paths."""
+        copy = Place(shutil.copytree(self.root, root, symlinks=True))
+        copy.replace_in_recipe(str(self.root), str(root))
+        return copy
+
+    def replace_in_recipe(self, old: str, new: str) -> None:
+        """Change what the run says of its training."""
+        recipe = self.run / "config.yaml"
+        assert old in recipe.read_text()
+        recipe.write_text(recipe.read_text().replace(old, new))
+
+    def command(self, *options: str) -> list[str]:
+        """For deepspeed with LOCAL_SIZE ranks."""
+        launcher = [beside_python("deepspeed"), "--master_port", str(free_port())]
+        return [*launcher, PROGRAM, "--run", str(self.run), *options]
+
+    def evaluate(self, *options: str) -> Ended:
+        """On one rank."""
+        return run_forked(["--run", str(self.run), *options], self.root / "output.txt", program=PROGRAM)
+
+    def refuse(self, options: list[str], exit_code: int) -> str:
+        """The one line of an evaluation that fails; it must leave the run as it was."""
+        before = checksums(self.root / "runs")
+        ended = run_forked(options, self.root / "output.txt", program=PROGRAM)
+        assert ended.returncode == exit_code, ended.output
+        assert ended.num_tracebacks == 0, ended.output
+        assert len(ended.errors) == 1, ended.output
+        assert ended.output.endswith(f"{ended.errors[0]}\n"), "the message is one line, and the last"
+        assert checksums(self.root / "runs") == before
+        return ended.errors[0].removeprefix("error: ")
+
+    @property
+    def report(self) -> Path:
+        """Folder of the only evaluation."""
+        (folder,) = (self.run / "evaluations").iterdir()
+        return folder
+
+    def answers(self) -> dict[tuple[int, str, int], dict[str, Any]]:
+        """All complete answers of the only evaluation by client, task and row; none is there twice."""
+        found: dict[tuple[int, str, int], dict[str, Any]] = {}
+        for path in (self.report / "answers").glob("*.jsonl"):
+            for line in path.read_text().splitlines():
+                if line.endswith("}"):
+                    answer = json.loads(line)
+                    key = (answer["client"], answer["task"], answer["row"])
+                    assert key not in found, f"{key} was answered twice"
+                    found[key] = answer
+        return found
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, model: Path, federation: Path) -> Place:
+    """The run that all tests copy."""
+    place = Place(tmp_path_factory.mktemp("evaluate") / "trained")
+    train(place, model, federation)
+    return place
+
+
+@pytest.fixture
+def place(tmp_path: Path, trained: Place) -> Place:
+    """A fresh copy."""
+    return trained.copy(tmp_path / "place")
+
+
+def train(place: Place, model: Path, federation: Path, **overrides: Any) -> None:
+    base = shutil.copytree(model, place.root / "model")
+    data = shutil.copytree(federation, place.root / "data")
+    settings = {"federation__num_rounds": 1, "generation__num_beams": 1, "generation__max_new_tokens": 8}
+    settings |= {"data__cache_dir": place.root / "cache", **overrides}
+    ended = run_forked(tiny.recipe(base, data, place.root / "runs", **settings), place.root / "output.txt")
+    assert ended.returncode == 0, ended.output
+
+
+def table(ended: Ended) -> str:
+    """What was printed from the table to the files."""
+    assert ended.returncode == 0, ended.output
+    assert not ended.errors, ended.output
+    return ended.output[ended.output.index("ROUGE-1") : ended.output.index("\ntook ")]
+
+
+# ---- what comes of it --------------------------------------------------------------------------------------------
+
+
+def test_table_and_files_on_two_ranks_and_nothing_to_do_the_second_time(place: Place) -> None:
+    ended = run(place.command(), LOCAL_SIZE="2")
+    printed = table(ended)
+    assert "2 clients x 8 instances, centred_cosine, lambda 1, 5 references" in ended.output
+    assert "0 of 16 answers are there already" in ended.output
+    summary = json.loads((place.report / "summary.json").read_text())
+    for name, meaning in (("P", "own tasks"), ("TTP", "all trained tasks")):
+        (row,) = re.findall(
+            rf"^{name} +\({meaning}\) +([\d.]+)!? +95 % interval \[([\d.]+), ([\d.]+)\] +floor ([\d.]+)$", printed, re.M
+        )
+        scores, floor = summary[name]["rouge1"], summary["floors"][name]["rouge1"]
+        assert [float(x) for x in row] == pytest.approx([scores["mean"], scores["low"], scores["high"], floor], abs=0.05)
+        assert floor > 0
+    every = {(client, task, row) for client in range(2) for task in ("colour0", "count1") for row in range(4)}
+    assert place.answers().keys() == every
+    assert any(0 < answer["alpha"] < 1 for answer in place.answers().values())
+    pictures = ["scores.png", "alpha.png", "p_against_ttp.png"]
+    files = {path.name for path in place.report.iterdir()}
+    assert files == {"answers", "settings.json", "summary.json", "report.md", *pictures}
+    assert all((place.report / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
+    assert all(f"]({name})" in (place.report / "report.md").read_text() for name in pictures)
+
+    before = checksums(place.report)
+    again = run(place.command(), LOCAL_SIZE="2")
+    assert "16 of 16 answers are there already" in again.output
+    assert table(again) == printed
+    assert checksums(place.report) == before
+
+
+def test_killed_evaluation_goes_on(place: Place, tmp_path: Path) -> None:
+    """On two ranks, then on one: answers that are there count, whoever gave them; a line that was cut off does not."""
+    test = tiny.make_federation(tmp_path / "more", sizes=(1, 1), num_test=20) / "test.jsonl"
+    options = ["--data.test_path", str(test), "--max_new_tokens", "24", "--generation.batch_tokens", "1"]
+    undisturbed = place.copy(tmp_path / "undisturbed")
+    expected = undisturbed.evaluate(*options)
+
+    with Running(place.command(*options), LOCAL_SIZE="2") as running:
+        deadline = time.monotonic() + 60
+        while len(lines := [x for f in place.run.glob("evaluations/*/answers/*") for x in f.open()]) < 8:
+            assert running.process.poll() is None, running.output()
+            assert time.monotonic() < deadline, running.output()
+            time.sleep(0.01)
+        running.kill()
+    assert not (place.report / "summary.json").exists(), f"killed too late to tell anything: {len(lines)} answers"
+    cut = max((place.report / "answers").iterdir(), key=lambda path: path.stat().st_size)
+    cut.write_bytes(cut.read_bytes()[:-5])
+    known = place.answers()
+    assert 7 <= len(known) < 80
+
+    ended = place.evaluate(*options)
+    assert f"{len(known)} of 80 answers are there already" in ended.output
+    assert table(ended).replace(str(place.root), "") == table(expected).replace(str(undisturbed.root), "")
+    assert place.answers() == undisturbed.answers()
+    assert len(place.answers()) == 80
+    assert place.answers() == {**place.answers(), **known}, "answered again"
+    assert (place.report / "summary.json").read_text() == (undisturbed.report / "summary.json").read_text()
+
+
+def test_help_is_quick_and_starts_nothing() -> None:
+    ended = run([PYTHON, "-X", "importtime", PROGRAM, "--help"])
+    assert ended.returncode == 0, ended.output
+    assert "usage: deepspeed launch/evaluate.py --run runs/NAME [--option VALUE ...]" in ended.output
+    imported = re.findall(r"^import time:.*\| +(\S+)$", ended.output, re.M)
+    assert "dpa_ds.run_arguments" in imported
+    assert not {"torch", "transformers", "deepspeed"} & set(imported)
+
+
+# ---- what is refused ---------------------------------------------------------------------------------------------
+
+OPTIONS = {
+    "unknown client": (["--clients", "1,7"], "{run} has no client [7]: its clients are [0, 1]"),
+    "client that is no number": (
+        ["--clients", "first"],
+        'command line: evaluation.clients must be a list of whole numbers or null, got ["first"]',
+    ),
+    "unknown task": (
+        ["--tasks", "colour0,sums"],
+        "the test data has no task ['sums']: its tasks are ['colour0', 'count1']",
+    ),
+    "unknown option": (
+        ["--beam", "2"],
+        "--beam is not an option; options are --run, --clients, --tasks, --split, --instances, --weighting, --lambda, "
+        "--alpha, --beams, --max_new_tokens, --section.field",
+    ),
+    "unknown field": (
+        ["--generation.beam", "2"],
+        "command line: --generation.beam is not a field of the recipe: did you mean generation.num_beams?",
+    ),
+    "no value": (["--clients", "--beams", "2"], "--clients needs a value: --clients VALUE (see --help)"),
+    "value without option": (["2"], "unexpected argument '2': options look like --name VALUE (see --help)"),
+    "field of training": (
+        ["--lora.rank", "2"],
+        "{run} was trained with another value (lora.rank: 4 -> 2): leave that option out, or train a run of its own with it",
+    ),
+    "unknown weighting": (
+        ["--weighting", "cosinus"],
+        "command line: weighting.kind must be one of auto, cosine, centred_cosine, pearson, l2, fixed, global, local, "
+        'swapped, got "cosinus"',
+    ),
+    "encoder that is not shared": (
+        ["--weighting", "centred_cosine", "--weighting.encoder", "local"],
+        "weighting.encoder local does not go with weighting.kind centred_cosine: clients can share one mean state only of "
+        "the encoder that all of them have and that never changes: use encoder none",
+    ),
+    "weight above 1": (
+        ["--weighting", "fixed", "--alpha", "2"],
+        "weighting.scale must be in [0, 1] with weighting.kind fixed, got 2.0",
+    ),
+    "alpha of a similarity": (
+        ["--weighting", "cosine", "--alpha", "0.3"],
+        "--alpha is the weight of --weighting fixed, but weighting.kind is cosine: add --weighting fixed, or give the scale "
+        "of the similarity with --lambda",
+    ),
+    "unknown split": (["--split", "train"], 'command line: evaluation.split must be one of test, held_out, got "train"'),
+    "nothing held out": (
+        ["--split", "held_out"],
+        "evaluation.split held_out needs a run that was trained with data.held_out_fraction above 0",
+    ),
+    "no such test file": (
+        ["--data.test_path", "{root}/other.jsonl"],
+        "{root}/other.jsonl: no such file or folder: check data.path and data.test_path",
+    ),
+    "answers longer than the context": (
+        ["--max_new_tokens", "120"],
+        "row 0 of task colour0 has 32 tokens: with generation.max_new_tokens 120 that is more than the model's context of "
+        "128: lower generation.max_new_tokens, or shorten or remove that row",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", OPTIONS)
+def test_options(case: str, trained: Place) -> None:
+    options, message = OPTIONS[case]
+    names = {"run": trained.run, "root": trained.root}
+    told = trained.refuse(["--run", str(trained.run), *(option.format(**names) for option in options)], exit_code=2)
+    assert told == message.format(**names)
+
+
+def test_no_run_and_no_such_run(place: Place) -> None:
+    assert place.refuse([], 2) == "no run: give one with --run runs/NAME (a folder that launch/run.py wrote; see --help)"
+    shutil.copytree(place.run, place.run.with_name("second"))
+    other = place.run.with_name("tin")
+    assert place.refuse(["--run", str(other)], 2) == (
+        f"--run {other}: no such run (no {other}/config.yaml): give a folder that launch/run.py wrote; runs beside it: "
+        "second, tiny"
+    )

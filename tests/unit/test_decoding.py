@@ -1,0 +1,285 @@
+"""States and answers of a batch with a weight per row, against one prompt at a time by plain transformers and PEFT."""
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft.tuners.lora import LoraLayer
+from transformers import AutoModelForCausalLM, GPT2Config, MistralConfig
+
+from dpa_ds.config import GenerationConfig, LoraConfig
+from dpa_ds.data.references import REPRESENTATIONS
+from dpa_ds.model.dual_adapter import ADAPTERS, DualAdapter
+from dpa_ds.model.encoding import Encoder, batches, encode
+from dpa_ds.model.generation import generate
+from tests import plain, tiny
+
+TARGETS = ["q_proj", "v_proj"]
+PAD, EOS = 257, 256
+LENGTHS = (1, 3, 12, 1, 7, 5, 12, 2)
+ALPHAS = torch.tensor([0.0, 0.3, 0.7, 1.0, 1.0, 0.5, 0.0, 0.9])
+NEW_TOKENS = 8
+
+
+def draw_prompts(lengths: Sequence[int] = LENGTHS, seed: int = 7) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(0, 256, (length,), generator=generator).tolist() for length in lengths]
+
+
+def draw_states(dual: DualAdapter, seed: int = 3, size: float = 0.3) -> dict[str, plain.State]:
+    """Random weights of both adapters, installed in `dual`: neither is near zero, so each changes every answer."""
+    generator = torch.Generator().manual_seed(seed)
+    states = {
+        a: {key: size * torch.randn(shape, generator=generator) for key, shape in dual.shapes[a].items()}
+        for a in ADAPTERS
+    }
+    for adapter in ADAPTERS:
+        dual.load_state(adapter, states[adapter])
+    return states
+
+
+class Models:
+    """The model under test, and the same written plainly, with the same random adapters."""
+
+    def __init__(self, folder: Path) -> None:
+        # Not tied: a random model with tied embeddings repeats its last token, whatever the adapters.
+        self.directory = tiny.make_model(folder, tie_word_embeddings=False)
+        base = AutoModelForCausalLM.from_pretrained(self.directory, dtype=torch.float32)
+        self.dual = DualAdapter(base, LoraConfig(rank=4, alpha=8.0, dropout=0.1, target_modules=TARGETS))
+        self.states = draw_states(self.dual)
+        self.plain = plain.Plain(self.directory, 4, 8.0, TARGETS, lr=0.0, clip=0.0)
+        for adapter in ADAPTERS:
+            self.plain.load(adapter, self.states[adapter])
+        self.plain.model.eval()
+
+    def alone(self, adapter: Encoder) -> Any:
+        """The base without PEFT, or with one adapter that plain PEFT knows as its only one."""
+        base = AutoModelForCausalLM.from_pretrained(self.directory, dtype=torch.float32).eval()
+        if adapter == "none":
+            return base
+        config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS, task_type="CAUSAL_LM")
+        model = peft.PeftModel(base, config)
+        peft.set_peft_model_state_dict(model, self.states[adapter])
+        return model.eval()
+
+    def generate(self, prompts: Sequence[Sequence[int]], alphas: torch.Tensor, beams: int, **more: Any) -> Any:
+        return generate(self.dual, prompts, alphas, GenerationConfig(beams, NEW_TOKENS), PAD, more.get("eos", EOS))
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    return Models(tmp_path_factory.mktemp("decoding") / "model")
+
+
+@torch.no_grad()
+def plain_generate(model: Any, prompts: Sequence[Sequence[int]], beams: int, eos: int = EOS) -> list[list[int]]:
+    """One call of transformers with left padding and a mask; no cache of ours."""
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[PAD] * (longest - len(p)) + list(p) for p in prompts])
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+    settings = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "pad_token_id": PAD, "eos_token_id": eos}
+    tokens = model.generate(input_ids=ids, attention_mask=mask, num_beams=beams, **settings)
+    answers = []
+    for row in tokens[:, longest:].tolist():
+        end = next((i for i, token in enumerate(row) if token == eos), len(row))
+        answers.append(row[:end])
+    return answers
+
+
+# ---- states ---------------------------------------------------------------------------------------------------
+
+
+@given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=40), budget=st.integers(1, 100))
+@settings(deadline=None)
+def test_batches_hold_every_row_once_within_the_budget(lengths: list[int], budget: int) -> None:
+    found = batches(lengths, budget)
+    assert sorted(row for batch in found for row in batch) == list(range(len(lengths)))
+    in_order = [lengths[row] for batch in found for row in batch]
+    assert in_order == sorted(lengths, reverse=True), "longest first"
+    for batch in found:
+        assert len(batch) == 1 or len(batch) * max(lengths[row] for row in batch) <= budget
+    for batch, following in itertools.pairwise(found):
+        assert (len(batch) + 1) * lengths[batch[0]] > budget, f"{following} would have fitted"
+
+
+@pytest.mark.parametrize("encoder", ["none", "global", "local"])
+@torch.no_grad()
+def test_states_equal_those_of_plain_models_one_by_one(models: Models, encoder: Encoder) -> None:
+    prompts, reference = draw_prompts(), models.alone(encoder)
+    assert [len(batch) for batch in batches(LENGTHS, 16)] == [1, 1, 2, 4], "several batches, and some with padding"
+    models.dual.peft_model.train()  # dropout 0.1: encode must turn it off
+    for batch_tokens in (16, 1, 1000):
+        states = encode(models.dual, encoder, prompts, PAD, batch_tokens)
+        for i, prompt in enumerate(prompts):
+            hidden = reference(input_ids=torch.tensor([prompt]), output_hidden_states=True).hidden_states[-1][0]
+            expected = {"last_token": hidden[-1], "mean": hidden.mean(dim=0)}
+            for name in REPRESENTATIONS:
+                torch.testing.assert_close(states[name][i], expected[name], rtol=0, atol=1e-5, msg=f"{name} of {i}")
+    assert not models.dual.base_model.base_model._forward_hooks, "the hook is gone"
+
+
+def test_encoders_differ(models: Models) -> None:
+    """Else the comparison with plain models could not fail; and the state depends on the last token's place."""
+    prompts = draw_prompts()
+    found = [encode(models.dual, e, prompts, PAD, 16)["last_token"] for e in ("none", "global", "local")]
+    for one, other in ((0, 1), (1, 2), (0, 2)):
+        assert float((found[one] - found[other]).norm(dim=1).min()) > 0.1
+    backwards = encode(models.dual, "none", prompts[::-1], PAD, 16)["last_token"]
+    torch.testing.assert_close(backwards.flip(0), found[0], rtol=0, atol=1e-5)
+
+
+# ---- answers --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("beams", [1, 4])
+def test_a_mixed_batch_answers_as_each_row_alone(models: Models, beams: int) -> None:
+    """Against itself one by one, and against plain PEFT one by one."""
+    prompts = draw_prompts()
+    models.dual.peft_model.train()
+    answers = models.generate(prompts, ALPHAS, beams)
+    assert len({tuple(answer) for answer in answers}) == len(prompts)
+    for i, (prompt, alpha) in enumerate(zip(prompts, ALPHAS, strict=True)):
+        assert models.generate([prompt], alpha[None], beams) == [answers[i]], i
+        models.plain.mix(1 - float(alpha), float(alpha))
+        assert plain_generate(models.plain.model, [prompt], beams) == [answers[i]], i
+
+
+@pytest.mark.parametrize("beams", [1, 4])
+@pytest.mark.parametrize("alpha", [0.0, 1.0])
+def test_at_the_ends_one_adapter_alone_answers(models: Models, alpha: float, beams: int) -> None:
+    """In a batch of its own, where the other adapter is not computed, and as part of a mixed batch."""
+    prompts = draw_prompts()
+    expected = plain_generate(models.alone("local" if alpha else "global"), prompts, beams)
+    assert models.generate(prompts, torch.full((len(prompts),), alpha), beams) == expected
+    others = torch.full((len(prompts),), 0.4)
+    assert models.generate(prompts * 2, torch.cat([torch.full_like(others, alpha), others]), beams)[:8] == expected
+
+
+@pytest.mark.parametrize("beams", [1, 4])
+def test_the_prefilled_cache_changes_nothing(models: Models, beams: int) -> None:
+    """A padded batch by one plain call, where all rows have one weight; the same weight as a number."""
+    prompts = draw_prompts(seed=11)
+    models.plain.mix(0.7, 0.3)
+    expected = plain_generate(models.plain.model, prompts, beams)
+    assert models.generate(prompts, torch.full((len(prompts),), 0.3), beams) == expected
+    assert models.generate(prompts, torch.full((len(prompts),), 0.8), beams) != expected
+
+
+@pytest.mark.parametrize("beams", [1, 4])
+def test_prompts_of_one_token(models: Models, beams: int) -> None:
+    """Nothing to compute ahead."""
+    prompts, alphas = draw_prompts([1] * 4, seed=5), torch.tensor([0.0, 1.0, 0.5, 0.2])
+    answers = models.generate(prompts, alphas, beams)
+    for prompt, alpha, answer in zip(prompts, alphas.tolist(), answers, strict=True):
+        models.plain.mix(1 - alpha, alpha)
+        assert plain_generate(models.plain.model, [prompt], beams) == [answer]
+
+
+@pytest.mark.parametrize("beams", [1, 4])
+def test_answers_end_before_the_end_token(models: Models, beams: int) -> None:
+    """The end token is one that the model does say, so that rows of one batch end at different places."""
+    prompts = draw_prompts()
+    open_end = models.generate(prompts, ALPHAS, beams)
+    for eos in [answer[i] for answer in open_end for i in (3, 5)]:
+        answers = models.generate(prompts, ALPHAS, beams, eos=eos)
+        if min(map(len, answers)) < NEW_TOKENS == max(map(len, answers)):
+            break
+    else:
+        raise AssertionError("no row ends early")
+    for prompt, alpha, answer in zip(prompts, ALPHAS.tolist(), answers, strict=True):
+        assert eos not in answer
+        models.plain.mix(1 - alpha, alpha)
+        assert plain_generate(models.plain.model, [prompt], beams, eos) == [answer]
+    if beams == 1:
+        assert answers == [a[: a.index(eos)] if eos in a else a for a in open_end]
+
+
+def test_weights_change_answers(models: Models) -> None:
+    (prompt,) = draw_prompts([6])
+    alphas = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0])
+    answers = models.generate([prompt] * 5, alphas, 1)
+    assert len({tuple(answer) for answer in answers}) >= 4
+    models.dual.set_mix(0.5)  # what a batch leaves behind is overwritten by the next call, of any size
+    before = encode(models.dual, "local", [prompt], PAD, 100)["mean"]
+    assert models.generate([prompt] * 2, alphas[1:3], 4) != answers[1:3]
+    assert torch.equal(encode(models.dual, "local", [prompt], PAD, 100)["mean"], before)
+    assert models.generate([prompt] * 5, alphas, 1) == answers
+
+
+ARCHITECTURES: dict[str, tuple[Any, list[str]]] = {
+    # learned absolute positions: a row must not notice its padding
+    "gpt2": (GPT2Config(vocab_size=258, n_positions=64, n_embd=32, n_layer=2, n_head=4), ["c_attn"]),
+    # a window shorter than the prompts: the cache forgets
+    "sliding": (
+        MistralConfig(
+            vocab_size=258, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, sliding_window=4, max_position_embeddings=128,
+        ),
+        TARGETS,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
+@pytest.mark.parametrize("beams", [1, 4])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_other_architectures(name: str, beams: int) -> None:
+    config, targets = ARCHITECTURES[name]
+    config.initializer_range, config.bos_token_id, config.eos_token_id, config.pad_token_id = 0.3, None, EOS, PAD
+    torch.manual_seed(2)
+    base = AutoModelForCausalLM.from_config(config).eval()
+    dual = DualAdapter(base, LoraConfig(rank=4, alpha=8.0, dropout=0.0, target_modules=targets))
+    draw_states(dual)
+    prompts = draw_prompts()
+    answers = generate(dual, prompts, ALPHAS, GenerationConfig(beams, NEW_TOKENS), PAD, EOS)
+    states = encode(dual, "none", prompts, PAD, 16)["last_token"]
+    assert len({tuple(answer) for answer in answers}) == len(prompts)
+    for i, (prompt, alpha) in enumerate(zip(prompts, ALPHAS, strict=True)):
+        dual.set_mix(alpha[None].repeat_interleave(beams))
+        assert plain_generate(base, [prompt], beams) == [answers[i]], i
+        dual.set_mix(None)
+        with torch.no_grad():
+            hidden = base(input_ids=torch.tensor([prompt]), output_hidden_states=True).hidden_states[-1]
+        torch.testing.assert_close(states[i], hidden[0, -1], rtol=0, atol=1e-5)
+
+
+# ---- weights --------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_each_rows_weights_in_every_layer(models: Models) -> None:
+    """Output minus base output is (1 - alpha) times the global adapter's and alpha times the local one's."""
+    models.dual.peft_model.eval()
+    layers = [module for module in models.dual.peft_model.modules() if isinstance(module, LoraLayer)]
+    assert len(layers) == 4
+    x = torch.randn(len(ALPHAS), 5, 32, generator=torch.Generator().manual_seed(1))
+
+    def added(layer: Any, mix: Any) -> torch.Tensor:
+        models.dual.set_mix(mix)
+        return layer(x) - layer.base_layer(x)
+
+    for layer in layers:
+        one, other, weight = added(layer, 0.0), added(layer, 1.0), ALPHAS[:, None, None]
+        assert float((one - other).abs().mean()) > 0.1
+        torch.testing.assert_close(added(layer, ALPHAS), (1 - weight) * one + weight * other, rtol=0, atol=2e-5)
+        assert float(added(layer, None).abs().max()) == 0.0, "neither"
+
+
+@torch.no_grad()
+def test_weights_sum_to_one(models: Models) -> None:
+    """Where both adapters are the same one, the mix does not matter."""
+    states, ids = models.states, torch.tensor(draw_prompts([9] * len(ALPHAS)))
+    models.dual.peft_model.eval()
+    models.dual.load_state("local", states["global"])
+    models.dual.set_mix(0.0)
+    expected = models.dual.peft_model(input_ids=ids).logits
+    models.dual.set_mix(ALPHAS)
+    torch.testing.assert_close(models.dual.peft_model(input_ids=ids).logits, expected, rtol=0, atol=1e-4)
+    models.dual.load_state("local", states["local"])
+    assert float((models.dual.peft_model(input_ids=ids).logits - expected).abs().max()) > 0.1

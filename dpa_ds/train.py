@@ -12,6 +12,7 @@ from dpa_ds.distributed.job import Job
 from dpa_ds.distributed.topology import Topology, plan_topology
 from dpa_ds.distributed.world import World, build_world
 from dpa_ds.evaluation.report import write_report
+from dpa_ds.evaluation.while_training import Scorer
 from dpa_ds.federation.aggregation import WeightedAverage
 from dpa_ds.federation.client import ClientTrainer
 from dpa_ds.federation.hosting import client_names, encode_references, host_clients, restore_shared
@@ -70,6 +71,7 @@ def train(config: RunConfig, job: Job) -> None:
         shared=restore_shared(config, schedule, adapters, completed),
         folder=folder,
         tracker=tracker,
+        scorer=Scorer(config, schedule, engine, world, tokenizer) if config.evaluation.scores_every_rounds else None,
     )
     run_rounds(federation, completed)
     tracker.close()

@@ -12,13 +12,18 @@ from dpa_ds.checkpoint import RunFolder
 from dpa_ds.config import RunConfig
 from dpa_ds.data.batches import num_steps
 from dpa_ds.distributed.world import World
+from dpa_ds.evaluation.answering import Personality
+from dpa_ds.evaluation.answers import ClientInfo
 from dpa_ds.evaluation.held_out import held_out_loss
+from dpa_ds.evaluation.while_training import Scorer, own_and_all
 from dpa_ds.federation.aggregation import Aggregator, ClientUpdate, Shared
 from dpa_ds.federation.client import ClientTrainer, HostedClient, RoundMetrics
 from dpa_ds.federation.sampling import sample_clients
 from dpa_ds.tracking import Tracker
 
-COLUMNS = ("took_part", "num_examples", "held_out_loss", *(f.name for f in fields(RoundMetrics)))
+EVALUATED = {"held_out_loss": "held_out/loss", "P": "scores/P", "TTP": "scores/TTP"}
+"""Columns that have numbers in some rounds only, NaN in the others, and their TensorBoard tags."""
+COLUMNS = ("took_part", "num_examples", *EVALUATED, *(f.name for f in fields(RoundMetrics)))
 """One row a client in the table that leaders sum after each round. Beside it, only its label leaves the group."""
 
 
@@ -37,6 +42,8 @@ class Federation:
     shared: Shared
     folder: RunFolder
     tracker: Tracker
+    scorer: Scorer | None
+    """Where `evaluation.scores_every_rounds` asks for answers while training."""
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     """Time of each part of the current round."""
 
@@ -98,12 +105,16 @@ def aggregate(federation: Federation, updates: Sequence[ClientUpdate]) -> Shared
 
 def finish_round(federation: Federation, server_round: int, participants: Sequence[int], evaluates: bool) -> None:
     """Evaluate, save and track one round. Round 0 is the state before training."""
+    every = federation.config.evaluation.scores_every_rounds
     with federation.timed("evaluate"):
-        losses = evaluate(federation) if evaluates else {}
+        evaluated = evaluate(federation) if evaluates else {}
+        if federation.scorer is not None and server_round > 0 and server_round % every == 0:
+            for client_id, scores in answer_some(federation, federation.scorer, server_round).items():
+                evaluated.setdefault(client_id, {}).update(scores)
     with federation.timed("save"):
         if server_round > 0:
             save(federation, server_round)
-        table = exchange_metrics(federation, participants, losses)
+        table = exchange_metrics(federation, participants, evaluated)
     track(federation, server_round, table)  # before the round counts: a complete round is also a recorded one
     if server_round > 0 and federation.world.is_main:  # the exchange was the barrier: all leaders have saved
         federation.folder.complete_round(server_round, {"clients": list(federation.labels)})
@@ -111,7 +122,7 @@ def finish_round(federation: Federation, server_round: int, participants: Sequen
     federation.seconds.clear()
 
 
-def evaluate(federation: Federation) -> dict[int, float]:
+def evaluate(federation: Federation) -> dict[int, dict[str, float]]:
     """Held-out loss of every hosted client that has held-out examples, with the method's fixed mix.
 
     A client whose local adapter was never trained (not drawn so far) is scored with the global one alone.
@@ -122,7 +133,7 @@ def evaluate(federation: Federation) -> dict[int, float]:
     for client in federation.clients:
         if client.held_out is not None:
             engine.write_state("local", client.local_state)
-            losses[client.client_id] = held_out_loss(
+            loss = held_out_loss(
                 engine,
                 federation.world,
                 client.held_out,
@@ -131,7 +142,24 @@ def evaluate(federation: Federation) -> dict[int, float]:
                 config.train.micro_batch_tokens,
                 federation.trainer.pad_id,
             )
+            losses[client.client_id] = {"held_out_loss": loss}
     return losses
+
+
+def answer_some(federation: Federation, scorer: Scorer, server_round: int) -> dict[int, dict[str, float]]:
+    """P and TTP of every hosted client on a few instances; by task they go to TensorBoard."""
+    federation.trainer.engine.write_state("global", federation.shared.adapter)
+    result = {}
+    for client in federation.clients:
+        info = ClientInfo(client.client_id, client.label, client.tasks)
+        trained = client.steps_taken["local"] > 0
+        personality = Personality(info, client.local_state, trained, client.references)
+        scores = scorer.score(personality, federation.shared.mean_states)
+        tagged = {f"scores/{task}": score for task, score in scores.items()}
+        federation.tracker.scalars(f"client_{client.client_id:02d}", tagged, server_round)
+        own, everything = own_and_all(scores, client.tasks)
+        result[client.client_id] = {"P": own, "TTP": everything}
+    return result
 
 
 def save(federation: Federation, server_round: int) -> None:
@@ -160,7 +188,7 @@ def save(federation: Federation, server_round: int) -> None:
 
 
 def exchange_metrics(
-    federation: Federation, participants: Sequence[int], losses: dict[int, float]
+    federation: Federation, participants: Sequence[int], evaluated: dict[int, dict[str, float]]
 ) -> list[dict[str, float]]:
     """One row per client of the federation, on leaders: each fills its own clients' rows, the sum is the table."""
     world, clients = federation.world, federation.clients
@@ -171,7 +199,8 @@ def exchange_metrics(
         values = {
             "took_part": float(client.client_id in participants),
             "num_examples": float(len(client.examples)),
-            "held_out_loss": losses.get(client.client_id, float("nan")),
+            **dict.fromkeys(EVALUATED, float("nan")),
+            **evaluated.get(client.client_id, {}),
             **asdict(federation.trainer.metrics.get(client.client_id, RoundMetrics())),
         }
         table[client.client_id] = torch.tensor([values[column] for column in COLUMNS], dtype=torch.float64)
@@ -187,23 +216,25 @@ def track(federation: Federation, server_round: int, table: Sequence[dict[str, f
     for client_id, (label, row) in enumerate(zip(federation.labels, table, strict=True)):
         known = {name: value for name, value in row.items() if value == value}  # NaN: not evaluated
         tracker.record("client", server_round, client=client_id, label=label, **known)
-        if "held_out_loss" in known:
-            tracker.scalars(f"client_{client_id:02d}", {"held_out/loss": row["held_out_loss"]}, server_round)
+        tagged = {tag: row[name] for name, tag in EVALUATED.items() if name in known}
+        tracker.scalars(f"client_{client_id:02d}", tagged, server_round)
     totals = {name: sum(row[name] for row in table) for name in ("seconds", "real_tokens", "computed_tokens")}
-    evaluated = [row["held_out_loss"] for row in table if row["held_out_loss"] == row["held_out_loss"]]
     summary = {
         **{f"seconds/{part}": value for part, value in federation.seconds.items()},
         **{f"bytes_handed/{purpose}": n for purpose, n in world.federation.bytes_handed.items()},
         "tokens_per_second": totals["real_tokens"] / max(federation.seconds["train"], 1e-9),
         "padding_share": 1 - totals["real_tokens"] / max(totals["computed_tokens"], 1.0),
     }
-    if evaluated:
-        summary["held_out_loss"] = sum(evaluated) / len(evaluated)
+    for name in EVALUATED:
+        values = [row[name] for row in table if row[name] == row[name]]
+        if values:
+            summary[name] = sum(values) / len(values)
     tracker.record("round", server_round, **summary)
     tracker.scalars("rounds", summary, server_round)
     world.federation.bytes_handed.clear()
-    if evaluated:
-        tracker.say(f"round {server_round}: mean held-out loss {summary['held_out_loss']:.4f}")
+    said = [f"{name.replace('held_out_', 'held-out ')} {summary[name]:.4f}" for name in EVALUATED if name in summary]
+    if said:
+        tracker.say(f"round {server_round}: mean {', '.join(said)}")
 
 
 def remaining_steps(federation: Federation, completed_rounds: int) -> int:

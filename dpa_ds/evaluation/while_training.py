@@ -1,0 +1,66 @@
+"""Scores of a few answers while training: enough to see in TensorBoard whether the adapters learn their tasks."""
+
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from dpa_ds.config import RunConfig
+from dpa_ds.distributed.world import World
+from dpa_ds.evaluation.answering import Answerer, Personality
+from dpa_ds.evaluation.instances import choose_instances, read_instances, tokenize_instances
+from dpa_ds.evaluation.scores import score_answer
+from dpa_ds.evaluation.weighting import resolve_weighting
+from dpa_ds.evaluation.work import answer_piece, plan_pieces
+from dpa_ds.federation.methods import Schedule
+from dpa_ds.model.engine import AdapterEngine
+
+DEFAULT_INSTANCES = 4
+
+
+class Scorer:
+    """Scores clients on the first instances of every task, with the engine that trains them."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        schedule: Schedule,
+        engine: AdapterEngine,
+        world: World,
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> None:
+        self._config, self._engine, self._world, self._tokenizer = config, engine, world, tokenizer
+        self._weighting = resolve_weighting(config, schedule)
+        limit = config.evaluation.instances_per_task or DEFAULT_INSTANCES
+        self._instances = [i for i in choose_instances(config, read_instances(config)) if i.row < limit]
+
+    def score(self, client: Personality, mean_states: torch.Tensor) -> dict[str, float]:
+        """Mean ROUGE-1 by task, 0 to 100. The global adapter must be installed. Collective: all ranks of the group."""
+        world = self._world
+        answerer = Answerer(
+            self._engine.adapters,
+            self._tokenizer,
+            self._weighting,
+            self._config.generation,
+            mean_states,
+            self._engine.write_state,
+            partitioned=world.world_size > 1,
+        )
+        prompts = tokenize_instances(self._config, self._instances, answerer)
+        references = {(i.task, i.row): i.reference for i in self._instances}
+        tasks = sorted({instance.task for instance in self._instances})
+        total = torch.zeros(len(tasks), 2, dtype=torch.float64)  # sum of scores, number of answers
+        me = client.info.client
+        for piece in plan_pieces(self._instances, list(map(len, prompts)), [me], self._config.generation, 1):
+            for batch in answer_piece(piece, self._instances, prompts, {me: client}, answerer, world, frozenset()):
+                for answer in batch:
+                    score = score_answer(answer.text, references[answer.task, answer.row])["rouge1"]
+                    total[tasks.index(answer.task)] += torch.tensor([score, 1.0])
+        world.all_reduce_(total)
+        return {task: float(row[0] / row[1]) for task, row in zip(tasks, total, strict=True)}
+
+
+def own_and_all(scores: dict[str, float], own_tasks: Sequence[str]) -> tuple[float, float]:
+    """P and TTP of one client: the mean over its own tasks (NaN if there are none), and over all."""
+    own = [score for task, score in scores.items() if task in own_tasks]
+    return sum(own) / len(own) if own else float("nan"), sum(scores.values()) / len(scores)

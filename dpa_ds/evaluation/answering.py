@@ -130,6 +130,11 @@ class Answerer:
         )
         return [text.strip() for text in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
 
+    def forget(self) -> None:
+        """Forget what was installed and encoded: adapters have changed, or `weighting` has."""
+        self._installed = None
+        self._encoded_references.clear()
+
     def become(self, client: Personality) -> None:
         """Install the client's local adapter, unless it is there already."""
         if self._installed != client.info.client:

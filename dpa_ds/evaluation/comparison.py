@@ -1,12 +1,14 @@
 """Several evaluated runs side by side: what was trained for which method, the table, and the curves."""
 
 import json
+import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dpa_ds.checkpoint import write_file
+from dpa_ds.config import WeightingKind
 from dpa_ds.errors import ConfigError
 from dpa_ds.evaluation.answers import ClientInfo, Instance, read_answers
 from dpa_ds.evaluation.pictures import curves, p_against_ttp
@@ -47,11 +49,14 @@ class Entry:
 def parse_weightings(text: str) -> list[Candidate]:
     """`cosine:0.5,centred_cosine:0.5|1|2,global` -> candidates.
 
-    ConfigError: a scale is not a number.
+    ConfigError: an unknown kind, or a scale that is not a number.
     """
+    kinds = [kind for kind in typing.get_args(WeightingKind) if kind != "auto"]
     candidates = []
     for word in text.split(","):
         kind, _, scales = word.strip().partition(":")
+        if kind not in kinds:
+            raise ConfigError(f"--weightings {word.strip()} is unknown: choose among {', '.join(kinds)}")
         try:
             candidates.append(Candidate(kind, tuple(float(scale) for scale in scales.split("|")) if scales else ()))
         except ValueError as error:

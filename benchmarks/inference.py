@@ -1,0 +1,225 @@
+"""Instances per second of dynamic weighting: batched, against the one-by-one procedure of the published code.
+
+    python benchmarks/inference.py --run runs/demo
+
+Both run in this process, in turns, with the same adapters, beams, answer length and precision (fp32, CPU). The sample that is
+answered one by one must get the same weights (paper's cosine) and the same answers from both before any number is printed.
+"""
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed chooses when it is first imported
+
+import torch
+from one_by_one import OneByOne
+
+from dpa_ds.checkpoint import RunFolder
+from dpa_ds.config import RunConfig
+from dpa_ds.distributed.job import Job
+from dpa_ds.distributed.launchers import Launch
+from dpa_ds.distributed.world import World
+from dpa_ds.evaluation.answering import Answerer, Personality, load_personality
+from dpa_ds.evaluation.answers import Answer, Instance
+from dpa_ds.evaluation.instances import choose_instances, read_instances, tokenize_instances
+from dpa_ds.evaluation.loading import build_answerer, place_base
+from dpa_ds.evaluation.weighting import resolve_weighting
+from dpa_ds.evaluation.work import answer_piece, plan_pieces
+from dpa_ds.federation.methods import build_schedule
+from dpa_ds.run_arguments import load_run_config
+
+# cpu: CPU time of this process, which other programs on the machine lengthen far less than wall time.
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+@dataclass
+class Batched:
+    """Our way: all instances for all clients, and how much of the time went into weights."""
+
+    answerer: Answerer
+    world: World
+    clients: dict[int, Personality]
+    instances: list[Instance]
+    prompts: list[list[int]]
+    clock: Callable[[], float]
+
+    def run(self, kind: str, config: RunConfig) -> tuple[float, float, list[Answer]]:
+        """Seconds, seconds spent on weights, answers."""
+        weighting = replace(config.weighting, kind=kind, scale=None, encoder="auto")  # type: ignore[arg-type]
+        answerer = self.answerer
+        answerer.weighting = resolve_weighting(replace(config, weighting=weighting), build_schedule(config.method))
+        answerer.forget()
+        lengths = [len(prompt) for prompt in self.prompts]
+        pieces = plan_pieces(self.instances, lengths, list(self.clients), config.generation, 1)
+        answers: list[Answer] = []
+        with _timed(answerer, self.clock) as on_weights:
+            started = self.clock()
+            for piece in pieces:
+                for batch in answer_piece(
+                    piece, self.instances, self.prompts, self.clients, answerer, self.world, frozenset()
+                ):
+                    answers += batch
+            seconds = self.clock() - started
+        return seconds, on_weights[0], answers
+
+
+@contextmanager
+def _timed(answerer: Answerer, clock: Callable[[], float]) -> Any:
+    """Seconds inside `encode`, and inside `weights` where that does not encode."""
+    spent, depth = [0.0], [0]
+    originals = {name: getattr(answerer, name) for name in ("encode", "weights")}
+
+    def wrap(function: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any) -> Any:
+            depth[0] += 1
+            started = clock()
+            result = function(*args)
+            depth[0] -= 1
+            spent[0] += (clock() - started) if depth[0] == 0 else 0.0
+            return result
+
+        return timed
+
+    for name, function in originals.items():
+        setattr(answerer, name, wrap(function))
+    yield spent
+    for name in originals:
+        delattr(answerer, name)
+
+
+def main() -> None:
+    """Entry point."""
+    args = _parse()
+    torch.set_num_threads(args.threads)
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    result = measure(args)
+    print(render(result))
+    if args.json:
+        Path(args.json).write_text(json.dumps(result, indent=2) + "\n")
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Load the run twice, check that both ways agree on the sample, and time them in turns."""
+    options = [f"--run={args.run}", f"--beams={args.beams}", f"--max_new_tokens={args.max_new_tokens}"]
+    config = load_run_config([*options, f"--instances={args.instances}"], __doc__ or "")
+    clock = CLOCKS[args.clock]
+    job = Job(Launch("single", 0, 1, 0, "127.0.0.1", 0))
+    folder = RunFolder(config.run_dir)
+    server_round = folder.trained_round()
+    directory, world, _ = place_base(config, job, 1)
+    answerer = build_answerer(config, folder, server_round, directory, world, partitioned=False)
+    clients = {client: load_personality(folder, server_round, client) for client in folder.clients(server_round)}
+    instances = choose_instances(config, read_instances(config))
+    prompts = tokenize_instances(config, instances, answerer)
+    ours = Batched(answerer, world, clients, instances, prompts, clock)
+    theirs = OneByOne(directory, config.run_dir / "adapters", args.beams, args.max_new_tokens)
+    sample = [(client, i) for client in list(clients)[: args.sample_clients] for i in _first_of_each_task(instances)]
+
+    seconds: dict[str, list[float]] = {"centred_cosine": [], "cosine": [], "one by one": []}
+    shares: dict[str, list[float]] = {"centred_cosine": [], "cosine": []}
+    for _ in range(args.repeats):
+        for kind in shares:
+            total, on_weights, answers = ours.run(kind, config)
+            seconds[kind].append(total)
+            shares[kind].append(on_weights / total)
+        total = _run_one_by_one(theirs, sample, clients, prompts, clock, answers, instances)
+        seconds["one by one"].append(total)
+    num = {"centred_cosine": len(answers), "cosine": len(answers), "one by one": len(sample)}
+    rates = {name: [num[name] / s for s in of_runs] for name, of_runs in seconds.items()}
+    return {
+        "hardware": f"{platform.processor() or platform.machine()}, {args.threads} thread(s), {args.clock} time",
+        "date": datetime.date.today().isoformat(),
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")},
+        "setting": f"{config.name}, round {server_round}: {len(clients)} clients x {len(instances)} instances, "
+        f"{args.beams} beams, at most {args.max_new_tokens} tokens, S = {config.weighting.num_references}",
+        "sample": f"{len(sample)} of them one by one: same weights to 1e-4, same answers",
+        "instances_per_second": rates,
+        "ratio": {name: [a / b for a, b in zip(rates[name], rates["one by one"], strict=True)] for name in shares},
+        "share_of_time_on_weights": shares,
+    }
+
+
+def _run_one_by_one(
+    theirs: OneByOne,
+    sample: Sequence[tuple[int, int]],
+    clients: dict[int, Personality],
+    prompts: Sequence[Sequence[int]],
+    clock: Callable[[], float],
+    expected: Sequence[Answer],
+    instances: Sequence[Instance],
+) -> float:
+    """Seconds for the sample; loading adapters is not counted. SystemExit if a weight or an answer is another one."""
+    known = {answer.key: answer for answer in expected}
+    seconds, installed = 0.0, None
+    for client, i in sample:
+        if client != installed:
+            theirs.become(client)
+            installed = client
+        references = clients[client].references
+        assert references is not None
+        started = clock()
+        alpha = theirs.alpha(prompts[i], references.prompts, scale=0.5)
+        text = theirs.answer(prompts[i], alpha)
+        seconds += clock() - started
+        ours = known[client, instances[i].task, instances[i].row]
+        if abs(ours.alpha - alpha) > 1e-4 or ours.text != text:
+            raise SystemExit(f"not the same work: {ours} against alpha {alpha}, {text!r}")
+    return seconds
+
+
+def _first_of_each_task(instances: Sequence[Instance]) -> list[int]:
+    return [i for i, instance in enumerate(instances) if instance.row == 0]
+
+
+def render(result: dict[str, Any]) -> str:
+    """The result as text."""
+
+    def spread(values: Sequence[float], form: str) -> str:
+        return f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
+
+    lines = [
+        f"{result['hardware']}; {result['date']}",
+        ", ".join(f"{name} {version}" for name, version in result["versions"].items()),
+        f"{result['setting']}; {result['sample']}",
+        "",
+        f"{'':16}{'instances/s':>26}{'times one by one':>24}{'share on weights':>24}",
+    ]
+    for name, rates in result["instances_per_second"].items():
+        ratio, share = result["ratio"].get(name), result["share_of_time_on_weights"].get(name)
+        lines.append(
+            f"{name:16}{spread(rates, '.3f'):>26}{spread(ratio, '.1f') if ratio else '':>24}"
+            f"{spread(share, '.1%') if share else '':>24}"
+        )
+    return "\n".join(lines)
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", required=True, help="a trained run of feddpa_t or feddpa_f in fp32")
+    parser.add_argument("--instances", type=int, default=16, help="test instances of each task (%(default)s)")
+    parser.add_argument("--sample_clients", type=int, default=2, help="clients whose first instances go one by one")
+    parser.add_argument("--beams", type=int, default=4, help="(%(default)s)")
+    parser.add_argument("--max_new_tokens", type=int, default=80, help="(%(default)s)")
+    parser.add_argument("--repeats", type=int, default=3, help="(%(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="(%(default)s)")
+    parser.add_argument("--clock", choices=CLOCKS, default="cpu", help="cpu: CPU time of this process (%(default)s)")
+    parser.add_argument("--json", help="write the numbers here")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""launch/compare.py: every training and evaluation once, one table at the end, and the same again for nothing."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from tests import tiny
+from tests.launch.processes import PYTHON, Ended, run
+
+pytestmark = pytest.mark.launch
+LINES = [
+    "feddpa_f cosine",
+    "feddpa_f centred_cosine",
+    "feddpa_f global",
+    "feddpa_f local",
+    "fedit global",
+    "fedlora local",
+]
+
+
+def compare(argv: list[str], *more: str) -> Ended:
+    return run([PYTHON, "launch/compare.py", *argv, *more], deadline_seconds=300.0)
+
+
+def stages(ended: Ended) -> list[str]:
+    return [line.removeprefix("=== ") for line in ended.output.splitlines() if line.startswith("=== ")]
+
+
+def test_trains_evaluates_tunes_and_compares_and_does_nothing_twice(
+    tmp_path: Path, model: Path, federation: Path
+) -> None:
+    argv = tiny.recipe(
+        model,
+        federation,
+        tmp_path / "runs",
+        name="cmp",
+        federation__num_rounds=1,
+        train__local_epochs=8.0,
+        data__held_out_fraction=0.3,
+        generation__num_beams=1,
+        generation__max_new_tokens=8,
+    )
+    options = ["--methods", "feddpa_f,fedit,fedlora", "--weightings", "cosine,centred_cosine:0.5|1,global,local"]
+    ended = compare(argv, *options)
+    assert ended.returncode == 0, ended.output
+    (chosen,) = re.findall(r"TTP on held-out training data .*; chosen (\S+)", ended.output)
+    assert stages(ended) == [
+        "train feddpa_f, seed 0",  # the only training: the adapters of the three methods are in it
+        "evaluate feddpa_f, seed 0: cosine, test",
+        "evaluate feddpa_f, seed 0: centred_cosine 0.5, held_out",
+        "evaluate feddpa_f, seed 0: centred_cosine 1, held_out",
+        f"evaluate feddpa_f, seed 0: centred_cosine {chosen}, test",
+        "evaluate feddpa_f, seed 0: global, test",
+        "evaluate feddpa_f, seed 0: local, test",
+    ]
+    folder = tmp_path / "runs" / "cmp"
+    comparison = json.loads((folder / "comparison.json").read_text())
+    by_line = {f"{m['method']} {m['weighting'].split()[0]}".rstrip(":"): m for m in comparison["methods"]}
+    assert list(by_line) == [*LINES, "feddpa_f oracle"]
+    assert by_line["fedit global"]["TTP"] == by_line["feddpa_f global"]["TTP"]
+    assert by_line["fedlora local"]["P"] == by_line["feddpa_f local"]["P"]
+    assert by_line["fedit global"]["TTP_difference"] is None
+    for quantity in ("P", "TTP"):
+        ceiling = by_line["feddpa_f oracle"][quantity]["mean"]
+        assert ceiling >= max(by_line[f"feddpa_f {kind}"][quantity]["mean"] for kind in ("global", "local"))
+        difference = by_line["fedlora local"][f"{quantity}_difference"]
+        expected = by_line["fedlora local"][quantity]["mean"] - by_line["fedit global"][quantity]["mean"]
+        assert difference["mean"] == pytest.approx(expected)
+    assert [[r for r, _ in course] for course in comparison["curves"].values()] == [[0, 1]]
+    for name in ("comparison.md", "convergence.png", "p_against_ttp.png"):
+        assert (folder / name).stat().st_size > 500
+
+    again = compare(argv, *options)
+    assert again.returncode == 0, again.output
+    assert stages(again) == []
+    assert json.loads((folder / "comparison.json").read_text()) == comparison
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--methods", "feddpa_t,fedavg"], "--methods ['fedavg'] are unknown: choose among feddpa_t,"),
+        (["--seeds", "one"], "--seeds and --tuning_instances are whole numbers"),
+        (["--weightings", "cosine:x"], "--weightings cosine:x: scales are numbers"),
+        (["--weightings", "dot"], "--weightings dot is unknown: choose among cosine, centred_cosine"),
+        (["--evaluation.tasks", "[swimming]"], "the test data has no task ['swimming']"),
+    ],
+)
+def test_bad_input(tmp_path: Path, model: Path, federation: Path, options: list[str], message: str) -> None:
+    ended = compare(tiny.recipe(model, federation, tmp_path / "runs", name="cmp"), *options)
+    assert ended.returncode == 2, ended.output
+    (error,) = ended.errors
+    assert message in error
+    assert ended.num_tracebacks == 0
+    assert not (tmp_path / "runs" / "cmp").exists()
+
+
+def test_a_training_that_fails_ends_the_comparison_with_its_status(
+    tmp_path: Path, model: Path, federation: Path
+) -> None:
+    argv = tiny.recipe(model, federation, tmp_path / "runs", name="cmp", lora__target_modules=["no_such_layer"])
+    ended = compare(argv, "--methods", "fedit")
+    assert ended.returncode == 2, ended.output
+    assert "lora.target_modules ['no_such_layer'] are not linear layers" in ended.errors[0]
+    assert "could not train fedit, seed 0 (see above)" in ended.errors[1]
+    assert len(ended.errors) == 2

@@ -12,7 +12,7 @@ from dpa_ds.config import GenerationConfig
 from dpa_ds.data.references import References, States
 from dpa_ds.distributed.federation_group import AdapterState
 from dpa_ds.errors import CheckpointError
-from dpa_ds.evaluation.answers import ClientInfo
+from dpa_ds.evaluation.answers import NO_TASK, ClientInfo
 from dpa_ds.evaluation.weighting import Weighting, instance_weights
 from dpa_ds.model.dual_adapter import Adapter, DualAdapter
 from dpa_ds.model.encoding import Encoder, encode
@@ -40,7 +40,7 @@ def load_personality(folder: RunFolder, server_round: int, client: int) -> Perso
         CheckpointError: a file is missing or damaged, or the adapter is not finite.
     """
     saved = load_finite(folder, server_round, f"local/client_{client:02d}")
-    info = ClientInfo(client, saved.info["label"], tuple(saved.info.get("tasks", ())))
+    info = ClientInfo(client, saved.info["label"], tuple(saved.info["tasks"]) or (NO_TASK,))
     references = References.from_tensors(saved.extras["references"]) if "references" in saved.extras else None
     return Personality(info, saved.weights, saved.info["steps_taken"]["local"] > 0, references)
 

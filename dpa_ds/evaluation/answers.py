@@ -5,6 +5,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+NO_TASK = "all"
+"""The one task of data that names none."""
+
 
 @dataclass(frozen=True)
 class Instance:

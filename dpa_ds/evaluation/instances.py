@@ -11,7 +11,7 @@ from dpa_ds.data.prompts import tokenize_prompts
 from dpa_ds.data.sources import read_test_rows
 from dpa_ds.errors import ConfigError, DataError
 from dpa_ds.evaluation.answering import Answerer
-from dpa_ds.evaluation.answers import Instance
+from dpa_ds.evaluation.answers import NO_TASK, Instance
 from dpa_ds.evaluation.weighting import Weighting, describe_weighting
 
 
@@ -29,7 +29,7 @@ def choose_clients(config: RunConfig, existing: list[int]) -> list[int]:
 
 
 def read_instances(config: RunConfig) -> list[Instance]:
-    """All instances of `evaluation.split`, by task; rows without a task are of the task "all".
+    """All instances of `evaluation.split`, by task; rows without a task are of NO_TASK.
 
     Raises:
         DataError: there are none.
@@ -37,7 +37,7 @@ def read_instances(config: RunConfig) -> list[Instance]:
     seen: Counter[str] = Counter()
     instances = []
     for example in read_test_rows(config.data, config.seed, config.evaluation.split):
-        task = example.task or "all"
+        task = example.task or NO_TASK
         instances.append(Instance(task, seen[task], example.instruction, example.output))
         seen[task] += 1
     if not instances:

@@ -61,6 +61,6 @@ class Scorer:
 
 
 def own_and_all(scores: dict[str, float], own_tasks: Sequence[str]) -> tuple[float, float]:
-    """P and TTP of one client: the mean over its own tasks (NaN if there are none), and over all."""
+    """P and TTP of one client: the mean over its own tasks (NaN if there are none), and over all of the test data."""
     own = [score for task, score in scores.items() if task in own_tasks]
     return sum(own) / len(own) if own else float("nan"), sum(scores.values()) / len(scores)

@@ -22,24 +22,30 @@ class Shared:
     mean_states: torch.Tensor
     """(representations, hidden size) mean state of the clients' reference prompts, as the frozen base encodes them;
     (0, 0) where the method weights nothing by instance."""
+    states_weight: float = 0.0
+    """Sum of the weights behind `mean_states`: of all clients that took part so far."""
 
     def flatten(self) -> torch.Tensor:
-        """One flat fp32 vector: the adapter, then the mean states."""
-        return torch.cat([flatten_state(self.adapter), self.mean_states.flatten()])
+        """One flat fp32 vector: the adapter, the mean states, their weight."""
+        return torch.cat([flatten_state(self.adapter), self.mean_states.flatten(), torch.tensor([self.states_weight])])
 
     def unflatten(self, flat: torch.Tensor) -> "Shared":
         """Inverse of `flatten`, with the shapes of `self`."""
-        split = flat.numel() - self.mean_states.numel()
-        return Shared(unflatten_state(flat[:split], self.adapter), flat[split:].reshape(self.mean_states.shape).clone())
+        end = len(flat) - 1
+        start = end - self.mean_states.numel()
+        states = flat[start:end].reshape(self.mean_states.shape).clone()
+        return Shared(unflatten_state(flat[:start], self.adapter), states, float(flat[-1]))
 
 
 @dataclass(frozen=True)
 class ClientUpdate:
-    """All that leaves a client: its trained global adapter, its mean state, and how many examples stand behind it."""
+    """All that leaves a client: its trained global adapter, its mean state, and how many examples stand behind them."""
 
     client_id: int
     num_examples: int
-    shared: Shared
+    adapter: AdapterState
+    mean_states: torch.Tensor | None
+    """Of its reference prompts, as `Shared.mean_states`. They never change: None once they have been counted."""
 
 
 class Aggregator(Protocol):
@@ -55,9 +61,10 @@ class Aggregator(Protocol):
 
 
 class WeightedAverage:
-    """FedAvg (McMahan et al. 2017) on A and B separately, as in FedDPA: sum(w * theta) / sum(w); mean states likewise.
+    """FedAvg (McMahan et al. 2017) on A and B separately, as in FedDPA: sum(w * theta) / sum(w).
 
-    ONE flat all-reduce of [sum w * theta, sum w]: 4 bytes a parameter and mean state, and a header of 4 bytes.
+    The mean states are averaged alike, each client's once: over all clients that took part so far.
+    ONE flat all-reduce: 4 bytes a parameter and number of the mean states, and a header of two weights, 8 bytes.
     """
 
     def __init__(self, by_num_examples: bool) -> None:
@@ -65,12 +72,21 @@ class WeightedAverage:
 
     def aggregate(self, updates: Sequence[ClientUpdate], current: Shared, federation: FederationGroup) -> Shared:
         """See `Aggregator.aggregate`."""
-        total = torch.zeros(len(current.flatten()) + 1)
+        num_states = current.mean_states.numel()
+        total = torch.zeros(sum(t.numel() for t in current.adapter.values()) + num_states + 2)
+        adapter, states, weights = torch.split(total, [len(total) - num_states - 2, num_states, 2])
         for update in updates:
             weight = float(update.num_examples) if self.by_num_examples else 1.0
-            total[:-1].add_(update.shared.flatten(), alpha=weight)
-            total[-1] += weight
+            adapter.add_(flatten_state(update.adapter), alpha=weight)
+            weights[0] += weight
+            if update.mean_states is not None:
+                states.add_(update.mean_states.flatten(), alpha=weight)
+                weights[1] += weight
         federation.all_reduce_(total, "update")
-        if total[-1] == 0:  # no client took part
+        if weights[0] == 0:  # no client took part
             return current
-        return current.unflatten(total[:-1] / total[-1])
+        states_weight = current.states_weight + float(weights[1])
+        mean_states = current.mean_states
+        if weights[1] > 0:
+            mean_states = (mean_states * current.states_weight + states.view_as(mean_states)) / states_weight
+        return Shared(unflatten_state(adapter / weights[0], current.adapter), mean_states, states_weight)

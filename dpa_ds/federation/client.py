@@ -69,11 +69,12 @@ class ClientTrainer:
 
     def before_aggregation(self, client: HostedClient, shared: Shared, server_round: int) -> ClientUpdate:
         """Run the client's phases of this round and return what it uploads."""
+        is_first = sum(client.steps_taken.values()) == 0
         self.engine.write_state("global", shared.adapter)
         self._train(client, self.schedule.phases("before", server_round), server_round)
         adapter = _finite(self.engine.read_state("global"), client, server_round)
-        mean_states = client.references.mean_states if client.references else shared.mean_states
-        return ClientUpdate(client.client_id, len(client.examples), Shared(adapter, mean_states))
+        mean_states = client.references.mean_states if client.references and is_first else None
+        return ClientUpdate(client.client_id, len(client.examples), adapter, mean_states)
 
     def after_aggregation(self, client: HostedClient, shared: Shared, server_round: int) -> None:
         """Run the phases that train beside this round's aggregated global adapter."""

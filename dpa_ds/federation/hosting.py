@@ -62,7 +62,10 @@ def restore_shared(config: RunConfig, schedule: Schedule, adapters: DualAdapter,
     if completed_rounds == 0:
         return Shared(adapters.initial_state("global", (config.seed, GLOBAL_SEED)), fresh)
     saved = RunFolder(config.run_dir).load_adapter(completed_rounds, "global")
-    return Shared(saved.weights, saved.extras.get("mean_states", {"mean_states": fresh})["mean_states"])
+    if not schedule.weighted_by_instance:
+        return Shared(saved.weights, fresh)
+    means = saved.extras["mean_states"]
+    return Shared(saved.weights, means["mean_states"], float(means["weight"]))
 
 
 def encode_references(clients: Sequence[HostedClient], config: RunConfig, adapters: DualAdapter, pad_id: int) -> None:

@@ -13,7 +13,7 @@ from dpa_ds.config import RunConfig
 from dpa_ds.data.batches import num_steps
 from dpa_ds.distributed.world import World
 from dpa_ds.evaluation.answering import Personality
-from dpa_ds.evaluation.answers import ClientInfo
+from dpa_ds.evaluation.answers import NO_TASK, ClientInfo
 from dpa_ds.evaluation.held_out import held_out_loss
 from dpa_ds.evaluation.while_training import Scorer, own_and_all
 from dpa_ds.federation.aggregation import Aggregator, ClientUpdate, Shared
@@ -151,13 +151,13 @@ def answer_some(federation: Federation, scorer: Scorer, server_round: int) -> di
     federation.trainer.engine.write_state("global", federation.shared.adapter)
     result = {}
     for client in federation.clients:
-        info = ClientInfo(client.client_id, client.label, client.tasks)
+        info = ClientInfo(client.client_id, client.label, client.tasks or (NO_TASK,))
         trained = client.steps_taken["local"] > 0
         personality = Personality(info, client.local_state, trained, client.references)
         scores = scorer.score(personality, federation.shared.mean_states)
         tagged = {f"scores/{task}": score for task, score in scores.items()}
         federation.tracker.scalars(f"client_{client.client_id:02d}", tagged, server_round)
-        own, everything = own_and_all(scores, client.tasks)
+        own, everything = own_and_all(scores, info.own_tasks)
         result[client.client_id] = {"P": own, "TTP": everything}
     return result
 
@@ -169,7 +169,10 @@ def save(federation: Federation, server_round: int) -> None:
         return
     if world.is_main:
         shared = federation.shared
-        means = {"mean_states": {"mean_states": shared.mean_states}} if len(shared.mean_states) else {}
+        weight = torch.tensor([shared.states_weight])
+        means = (
+            {"mean_states": {"mean_states": shared.mean_states, "weight": weight}} if len(shared.mean_states) else {}
+        )
         folder.save_adapter(server_round, "global", shared.adapter, adapters.peft_config("global"), means, {})
     for client in federation.clients:
         extras = {}

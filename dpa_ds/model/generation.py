@@ -51,7 +51,7 @@ def generate(
     if longest > 1:
         # generate() copies a prompt for each beam first and then computes all copies: here the prompt is computed once.
         cache = DynamicCache(config=model.config)
-        adapters.set_mix(_mix(alphas, adapters.device))
+        adapters.set_mix(_mix(alphas, adapters.device, partitioned))
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
         model(
             input_ids=ids[:, :-1],
@@ -63,7 +63,7 @@ def generate(
         )
         if beams > 1:
             cache.batch_repeat_interleave(beams)
-    adapters.set_mix(_mix(alphas.repeat_interleave(beams), adapters.device))
+    adapters.set_mix(_mix(alphas.repeat_interleave(beams), adapters.device, partitioned))
     tokens = model.generate(
         input_ids=ids,
         attention_mask=mask,
@@ -82,10 +82,14 @@ def generate(
     return [_until(eos_id, row) for row in tokens[:, longest:].tolist()]
 
 
-def _mix(alphas: torch.Tensor, device: torch.device) -> float | torch.Tensor:
-    """One number where one adapter alone answers the whole batch: the other is then not computed."""
+def _mix(alphas: torch.Tensor, device: torch.device, partitioned: bool) -> float | torch.Tensor:
+    """One number where one adapter alone answers the whole batch: the other is then not computed.
+
+    Not where the base is partitioned: other ranks, with other weights, gather the weights of both.
+    """
     first = float(alphas[0])
-    return first if first in (0.0, 1.0) and bool((alphas == first).all()) else alphas.to(device)
+    alone = first in (0.0, 1.0) and bool((alphas == first).all()) and not partitioned
+    return first if alone else alphas.to(device)
 
 
 def _until(eos_id: int, tokens: list[int]) -> list[int]:

@@ -133,7 +133,9 @@ def test_table_and_files_on_two_ranks_and_nothing_to_do_the_second_time(place: P
             rf"^{name} +\({meaning}\) +([\d.]+)!? +95 % interval \[([\d.]+), ([\d.]+)\] +floor ([\d.]+)$", printed, re.M
         )
         scores, floor = summary[name]["rouge1"], summary["floors"][name]["rouge1"]
-        assert [float(x) for x in row] == pytest.approx([scores["mean"], scores["low"], scores["high"], floor], abs=0.05)
+        assert [float(x) for x in row] == pytest.approx(
+            [scores["mean"], scores["low"], scores["high"], floor], abs=0.05
+        )
         assert floor > 0
     every = {(client, task, row) for client in range(2) for task in ("colour0", "count1") for row in range(4)}
     assert place.answers().keys() == every
@@ -235,7 +237,10 @@ OPTIONS = {
         "--alpha is the weight of --weighting fixed, but weighting.kind is cosine: add --weighting fixed, or give the scale "
         "of the similarity with --lambda",
     ),
-    "unknown split": (["--split", "train"], 'command line: evaluation.split must be one of test, held_out, got "train"'),
+    "unknown split": (
+        ["--split", "train"],
+        'command line: evaluation.split must be one of test, held_out, got "train"',
+    ),
     "nothing held out": (
         ["--split", "held_out"],
         "evaluation.split held_out needs a run that was trained with data.held_out_fraction above 0",
@@ -261,7 +266,9 @@ def test_options(case: str, trained: Place) -> None:
 
 
 def test_no_run_and_no_such_run(place: Place) -> None:
-    assert place.refuse([], 2) == "no run: give one with --run runs/NAME (a folder that launch/run.py wrote; see --help)"
+    assert (
+        place.refuse([], 2) == "no run: give one with --run runs/NAME (a folder that launch/run.py wrote; see --help)"
+    )
     shutil.copytree(place.run, place.run.with_name("second"))
     other = place.run.with_name("tin")
     assert place.refuse(["--run", str(other)], 2) == (

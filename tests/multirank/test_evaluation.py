@@ -2,20 +2,17 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
-from peft.tuners.lora import LoraLayer
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests import tiny
+from tests.plain_inference import PlainClient
 from tests.ranks import run_on_ranks, train_on_rank
 
 pytestmark = pytest.mark.multirank
@@ -23,7 +20,7 @@ Question = tuple[int, str, int]
 """Client, task, row."""
 SIZES, NUM_TEST, NUM_REFERENCES, NEW_TOKENS = (7, 5, 9, 6), 3, 6, 8
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-UNSEEN = ("which cat sings", "b")
+TASKS, UNSEEN = ("animal2", "colour0", "count1", "verb3"), ("which cat sings", "b")
 
 
 def evaluate_on_rank(job: Any, argv: Sequence[str]) -> str:
@@ -97,17 +94,23 @@ def greedy(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run.evaluate(tmp_path_factory.mktemp("greedy"))
 
 
-def lines(report: Path) -> Iterator[dict[str, Any]]:
+def parse(report: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """Answers of all files, and lines that are none."""
+    parsed, broken = [], []
     for path in sorted((report / "answers").iterdir()):
         for line in path.read_text().splitlines():
-            yield json.loads(line)
+            try:
+                parsed.append(json.loads(line))
+            except json.JSONDecodeError:
+                broken.append(line)
+    return parsed, broken
 
 
 def answers(report: Path) -> dict[Question, tuple[float, str]]:
     """Alpha and text to each question, none of which was answered twice."""
-    found = list(lines(report))
-    keyed = {(a["client"], a["task"], a["row"]): (a["alpha"], a["text"]) for a in found}
-    assert len(keyed) == len(found), "a question was answered twice"
+    parsed, _ = parse(report)
+    keyed = {(a["client"], a["task"], a["row"]): (a["alpha"], a["text"]) for a in parsed}
+    assert len(keyed) == len(parsed), "a question was answered twice"
     return keyed
 
 
@@ -115,78 +118,32 @@ def summary(report: Path) -> dict[str, Any]:
     return dict(json.loads((report / "summary.json").read_text()))
 
 
+def assert_same(found: dict[Question, tuple[float, str]], expected: dict[Question, tuple[float, str]]) -> None:
+    """The same texts; batches may differ, and with them the last bit of a weight."""
+    assert found.keys() == expected.keys()
+    for question, (alpha, text) in expected.items():
+        assert found[question] == (pytest.approx(alpha, abs=1e-6), text), question
+
+
 # ---- against plain transformers and PEFT ----------------------------------------------------------------------
 
 
-class Plain:
-    """One client, one prompt at a time: the base, the run's files, and nothing of this package."""
-
-    def __init__(self, run: Run, client: int) -> None:
-        self.tokenizer = AutoTokenizer.from_pretrained(run.model)
-        self.adapters, self.directory = run.folder / "adapters", run.model
-        self.local_dir = self.adapters / "local" / f"client_{client:02d}"
-        load = partial(peft.PeftModel.from_pretrained, autocast_adapter_dtype=False)
-        self.encoders = {"none": self._base(), "local": load(self._base(), self.local_dir).eval()}
-        self.model = load(self._base(), self.adapters / "global", adapter_name="global").eval()
-        self.model.load_adapter(self.local_dir, adapter_name="local", autocast_adapter_dtype=False)
-        self.model.base_model.set_adapter(["global", "local"])
-        stored = load_file(self.local_dir / "references.safetensors")
-        self.stored_states = {name: stored[f"states.{name}"] for name in ("last_token", "mean")}
-        self.references = [part.tolist() for part in stored["tokens"].split(stored["lengths"].tolist())]
-        self.mean_states = load_file(self.adapters / "global" / "mean_states.safetensors")["mean_states"]
-
-    def _base(self) -> Any:
-        return AutoModelForCausalLM.from_pretrained(self.directory, dtype=torch.float32).eval()
-
-    def tokens(self, prompt: str) -> list[int]:
-        return list(self.tokenizer(prompt)["input_ids"])
-
-    @torch.no_grad()
-    def states(self, tokens: Sequence[int], encoder: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """At the last token, and the mean over tokens."""
-        output = self.encoders[encoder](input_ids=torch.tensor([list(tokens)]), output_hidden_states=True)
-        return output.hidden_states[-1][0, -1], output.hidden_states[-1][0].mean(dim=0)
-
-    def alpha(self, prompt: str, kind: str, scale: float, representation: int) -> float:
-        encoder = "local" if kind == "cosine" else "none"
-        centre = self.mean_states[representation] if kind == "centred_cosine" else 0.0
-        state = self.states(self.tokens(prompt), encoder)[representation] - centre
-        cosines = [
-            float(torch.cosine_similarity(state, self.states(tokens, encoder)[representation] - centre, dim=0))
-            for tokens in self.references
-        ]
-        return min(max(scale * sum(cosines) / len(cosines), 0.0), 1.0)
-
-    @torch.no_grad()
-    def answer(self, prompt: str, alpha: float, beams: int) -> str:
-        for layer in self.model.modules():
-            if isinstance(layer, LoraLayer):
-                for name, weight in (("global", 1 - alpha), ("local", alpha)):
-                    lora = self.model.peft_config[name]
-                    layer.scaling[name] = weight * lora.lora_alpha / lora.r
-        ids = torch.tensor([self.tokens(prompt)])
-        settings = {"max_new_tokens": NEW_TOKENS, "num_beams": beams, "do_sample": False}
-        tokens = self.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)
-        return str(self.tokenizer.decode(tokens[0, ids.shape[1] :], skip_special_tokens=True)).strip()
-
-
 @cache
-def plain_client(run: Run, client: int) -> Plain:
-    return Plain(run, client)
+def plain_client(run: Run, client: int) -> PlainClient:
+    return PlainClient(run.model, run.folder / "adapters", client)
 
 
 @pytest.mark.parametrize(("kind", "scale", "representation", "beams"), [
-    ("centred_cosine", 1.0, 0, 1),
-    ("centred_cosine", 6.0, 0, 2),
-    ("cosine", 0.5, 0, 2),
-    ("cosine", 0.7, 1, 1),
+    ("centred_cosine", 1.0, "last_token", 1),
+    ("centred_cosine", 6.0, "last_token", 2),
+    ("cosine", 4.0, "last_token", 2),
+    ("cosine", 0.5, "mean", 1),
 ])  # fmt: skip
 def test_alphas_and_answers_equal_a_plain_computation(
-    run: Run, greedy: Path, tmp_path: Path, kind: str, scale: float, representation: int, beams: int
+    run: Run, greedy: Path, tmp_path: Path, kind: str, scale: float, representation: str, beams: int
 ) -> None:
     """Answers with weight 0 are computed once for all clients: they too are compared with each client's own."""
-    options = [f"--weighting={kind}", f"--lambda={scale}"]
-    options += ["--weighting.representation=mean"] if representation else []
+    options = [f"--weighting={kind}", f"--lambda={scale}", f"--weighting.representation={representation}"]
     default = (kind, scale, beams) == ("centred_cosine", 1.0, 1)
     found = answers(greedy if default else run.evaluate(tmp_path, *options, beams=beams))
     assert len(found) == len(SIZES) * len(run.test_rows)
@@ -196,12 +153,12 @@ def test_alphas_and_answers_equal_a_plain_computation(
             alpha, text = found[client, task, row]
             expected = plain.alpha(instruction, kind, scale, representation)
             assert alpha == pytest.approx(expected, abs=1e-5), (client, task, row)
-            assert text == plain.answer(instruction, expected, beams), (client, task, row, alpha)
+            assert text == plain.answer(instruction, expected, beams, NEW_TOKENS), (client, task, row, alpha)
     # What would make the comparison say little: weights that do not vary, or answers that do not depend on them.
     alphas = [alpha for alpha, _ in found.values()]
     assert max(alphas) - min(alphas) > 0.1
-    texts = {(task, row): {found[c, task, row][1] for c in range(len(SIZES))} for task, row, _ in run.test_rows}
-    assert sum(len(different) > 1 for different in texts.values()) >= 5
+    texts = [{found[c, task, row][1] for c in range(len(SIZES))} for task, row, _ in run.test_rows]
+    assert sum(len(different) > 1 for different in texts) >= 5
     if kind == "centred_cosine":
         assert 0 < alphas.count(0.0) < len(alphas)
         assert (1.0 in alphas) == (scale == 6.0)
@@ -216,10 +173,9 @@ def test_references_and_the_federations_mean_state(run: Run) -> None:
         prompts = [plain.tokenizer.decode(tokens) for tokens in plain.references]
         assert len(set(prompts)) == len(prompts) == min(NUM_REFERENCES, size)
         assert set(prompts) <= {row["instruction"] for row in rows}
-        for i, name in enumerate(("last_token", "mean")):
-            expected = torch.stack([plain.states(tokens, "none")[i] for tokens in plain.references])
-            torch.testing.assert_close(plain.stored_states[name], expected, rtol=0, atol=1e-5)
-        means.append(torch.stack([plain.stored_states[name].mean(dim=0) for name in ("last_token", "mean")]))
+        expected = torch.stack([plain.states(tokens, "none") for tokens in plain.references], dim=1)
+        torch.testing.assert_close(plain.stored_states, expected, rtol=0, atol=1e-5)
+        means.append(expected.mean(dim=1))
     stored = plain_client(run, 0).mean_states
     by_examples = sum(size * mean for size, mean in zip(SIZES, means, strict=True)) / sum(SIZES)
     torch.testing.assert_close(stored, by_examples, rtol=0, atol=1e-5)
@@ -238,55 +194,47 @@ def with_unseen_task(run: Run, tmp_path: Path) -> str:
 
 
 def test_ranks_and_zero3_change_nothing(run: Run, tmp_path: Path) -> None:
-    """The prompt of one token is all that one of the two ranks of the partitioned base gets of its piece."""
-    options = [with_unseen_task(run, tmp_path), "--instances=2", "--max_new_tokens=4", "--beams=2"]
+    """With states by the local adapter. Of the riddles the second rank of the partitioned base gets one token only."""
+    options = [with_unseen_task(run, tmp_path), "--clients=1,3", "--tasks=count1,riddle", "--max_new_tokens=4"]
+    options += ["--weighting=cosine", "--lambda=8"]
+    layouts = {"one": (1, []), "three": (3, []), "zero3": (2, ["--evaluation.sharding=always"])}
     reports = {
-        layout: run.copy(tmp_path / layout).evaluate(tmp_path, *options, *more, num_ranks=num_ranks)
-        for layout, num_ranks, more in (
-            ("one", 1, []),
-            ("three", 3, []),
-            ("zero3", 2, ["--evaluation.sharding=always"]),
-        )
+        name: run.copy(tmp_path / name).evaluate(tmp_path, *options, *more, num_ranks=num_ranks, beams=2)
+        for name, (num_ranks, more) in layouts.items()
     }
     expected = answers(reports["one"])
-    assert len(expected) == 4 * (4 * 2 + 2)
-    assert 0 < sum(alpha == 0 for alpha, _ in expected.values()) < len(expected)
-    for layout in ("three", "zero3"):
-        assert answers(reports[layout]) == expected, layout
-        assert summary(reports[layout]) == summary(reports["one"]), layout
-    by_rank = [path.read_text().count("\n") for path in sorted((reports["zero3"] / "answers").iterdir())]
-    assert len(by_rank) == 2
-    assert min(by_rank) > 10, "each answers its share"
+    assert len(expected) == 2 * (NUM_TEST + len(UNSEEN))
+    assert 0 < sum(alpha == 0 for alpha, _ in expected.values()) < len(expected) / 2
+    for name in ("three", "zero3"):
+        assert answers(reports[name]) == expected, name
+        assert summary(reports[name]) == summary(reports["one"]), name
+    second = [json.loads(line) for line in (reports["zero3"] / "answers/rank_0001.jsonl").read_text().splitlines()]
+    riddles = {(answer["client"], answer["row"]) for answer in second if answer["task"] == "riddle"}
+    assert riddles == {(1, 1), (3, 1)}
+    ones, between = [expected[3, "count1", row][0] for row in (0, 2)], expected[3, "count1", 1][0]
+    assert ones == [1.0, 1.0], "the local adapter alone answers all that the first rank has"
+    assert 0 < between < 1, "and the second rank has a mix"
 
 
 def test_an_interrupted_evaluation_goes_on(run: Run, greedy: Path, tmp_path: Path) -> None:
     """By other ranks than before; the marked answer would be lost if what is there were computed again."""
-    copy = run.copy(tmp_path)
+    copy, expected = run.copy(tmp_path), answers(greedy)
     report = copy.folder / greedy.relative_to(run.folder)
     (path,) = (report / "answers").iterdir()
     whole = path.read_text().splitlines(keepends=True)
-    kept = len(whole) // 2
-    marked = {**json.loads(whole[0]), "text": "marked"}
-    path.write_text(json.dumps(marked) + "\n" + "".join(whole[1:kept]) + whole[kept][:25])
+    kept, cut = len(whole) // 2, whole[len(whole) // 2][:25]
+    first = json.loads(whole[0])
+    question = first["client"], first["task"], first["row"]
+    expected[question] = first["alpha"], "marked"
+    whole[0] = json.dumps({**first, "text": "marked"}) + "\n"
+    path.write_text("".join(whole[:kept]) + cut)
     (report / "summary.json").unlink()
 
     assert copy.evaluate(tmp_path, num_ranks=2) == report
-    parsed, broken = [], []
-    for file in (report / "answers").iterdir():
-        for line in file.read_text().splitlines():
-            try:
-                parsed.append(json.loads(line))
-            except json.JSONDecodeError:
-                broken.append(line)
-    assert broken == [whole[kept][:25]]
-    assert len(parsed) == len(whole) == 4 * 4 * NUM_TEST
-
-    def order(answer: dict[str, Any]) -> Question:
-        return answer["client"], answer["task"], answer["row"]
-
-    assert sorted(parsed, key=order) == sorted([marked, *map(json.loads, whole[1:])], key=order)
-    assert path.read_text().splitlines(keepends=True)[:kept] == [json.dumps(marked) + "\n", *whole[1:kept]]
-    assert summary(report)["TTP"] != summary(greedy)["TTP"] or marked["text"] in (report / "report.md").read_text()
+    assert_same(answers(report), expected)
+    assert parse(report)[1] == [cut]
+    assert path.read_text().startswith("".join(whole[:kept]) + cut + "\n")
+    assert len(summary(report)["clients"]) == len(SIZES)
 
 
 def test_a_part_first_and_the_rest_later(run: Run, greedy: Path, tmp_path: Path) -> None:
@@ -301,10 +249,7 @@ def test_a_part_first_and_the_rest_later(run: Run, greedy: Path, tmp_path: Path)
     assert copy.evaluate(tmp_path) == report, "the same settings: the same evaluation"
     assert {path: path.read_text()[: len(text)] for path, text in before.items()} == before
     found = answers(report)
-    assert found.keys() == expected.keys()
-    for question, (alpha, text) in found.items():  # batches differ, and with them the last bit of a weight
-        assert alpha == pytest.approx(expected[question][0], abs=1e-6)
-        assert text == expected[question][1]
+    assert_same(found, expected)
     assert summary(report)["TTP"] == summary(greedy)["TTP"]
 
     assert copy.evaluate(tmp_path, "--tasks=verb3") == report, "and less again: nothing is computed"
@@ -327,28 +272,19 @@ def test_unseen_tasks_count_apart(run: Run, greedy: Path, tmp_path: Path) -> Non
     assert questions == {(c, "riddle", row) for c in range(4) for row in range(len(UNSEEN))}
 
 
-@pytest.mark.parametrize("kind", ["cosine", "local"])
-def test_a_client_that_was_never_drawn_uses_the_global_adapter(
-    train: Callable[..., Run], tmp_path: Path, kind: str
-) -> None:
-    settings = {"federation__client_fraction": 0.5, "federation__num_rounds": 1, "train__max_steps": 5}
-    partly = cached_run(train, **settings)
-    found = answers(partly.evaluate(tmp_path, f"--weighting={kind}", "--instances=1"))
-    steps = [
-        json.loads((partly.folder / f"adapters/local/client_{c:02d}/state.json").read_text())["info"]["steps_taken"]
-        for c in range(4)
-    ]
-    absent = {c for c in range(4) if steps[c] == {"global": 0, "local": 0}}
+def test_a_client_that_was_never_drawn_uses_the_global_adapter(train: Callable[..., Run], tmp_path: Path) -> None:
+    partly = train("partly", federation__client_fraction=0.5, federation__num_rounds=1, train__max_steps=5)
+    folders = [partly.folder / f"adapters/local/client_{client:02d}" for client in range(len(SIZES))]
+    steps = [json.loads((folder / "state.json").read_text())["info"]["steps_taken"] for folder in folders]
+    absent = {client for client in range(len(SIZES)) if steps[client] == {"global": 0, "local": 0}}
     assert len(absent) == 2
-    for (client, task, row), (alpha, text) in found.items():
-        if client in absent:
-            assert alpha == 0.0
-            assert text == plain_client(partly, client).answer(
-                next(i for t, r, i in partly.test_rows if (t, r) == (task, row)), 0.0, 1
-            )
-    assert all(alpha > 0 for (client, _, _), (alpha, _) in found.items() if client not in absent)
-
-
-@cache
-def cached_run(train: Callable[..., Run], **settings: Any) -> Run:
-    return train("partly", **settings)
+    for kind in ("cosine", "local"):
+        found = answers(partly.evaluate(tmp_path, f"--weighting={kind}", "--instances=1"))
+        for client in range(len(SIZES)):
+            alphas = [found[client, task, 0][0] for task in TASKS]
+            assert (set(alphas) == {0.0}) == (client in absent), (kind, client, alphas)
+            assert kind == "cosine" or client in absent or set(alphas) == {1.0}
+        for task, row, instruction in partly.test_rows:
+            if row == 0:
+                expected = plain_client(partly, 0).answer(instruction, 0.0, 1, NEW_TOKENS)
+                assert {found[client, task, 0][1] for client in absent} == {expected}

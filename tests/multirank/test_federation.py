@@ -59,8 +59,8 @@ def test_only_the_global_adapter_the_mean_states_and_the_metrics_cross(
     run_dir = tmp_path / "runs" / "tiny"
     parameters = sum(t.numel() for t in load_file(run_dir / "adapters/global/adapter_model.safetensors").values())
     shared = parameters + 2 * 32  # fp32 parameters, and the mean state in two representations of hidden size 32
-    update = (shared + 1, 4 * (shared + 1))  # with a header of one fp32 weight sum
-    metrics = (4 * 10, 4 * 10 * 8)  # 4 clients x 10 columns of fp64
+    update = (shared + 2, 4 * (shared + 2))  # with a header of two fp32 weight sums
+    metrics = (4 * 12, 4 * 12 * 8)  # 4 clients x 12 columns of fp64
     leader = [metrics, update, metrics, update, metrics]  # before training, round 1, round 2
     assert per_rank == [leader, [], leader, []]
     rounds = [r for r in read_records(run_dir / "metrics.jsonl") if r["kind"] == "round"]
@@ -92,6 +92,25 @@ def test_absent_clients_keep_their_local_adapter(inputs: tuple[Path, Path], tmp_
     }
 
 
+def test_the_mean_state_is_that_of_all_clients_that_took_part_so_far(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    """Each is counted once: a client drawn twice has no more weight, one drawn earlier is not forgotten."""
+    argv = tiny.recipe(*inputs, tmp_path / "runs", federation__client_fraction=0.5, federation__num_rounds=3)
+    run_on_ranks(train_on_rank, 2, tmp_path, argv)
+    run_dir = tmp_path / "runs" / "tiny"
+    drawn = [sample_clients(Topology((1, 1), 4), 0.5, seed=0, server_round=r) for r in (1, 2, 3)]
+    for server_round in (2, 3):
+        folder = run_dir / f"rounds/round_{server_round:06d}"
+        took_part = sorted({client for of_round in drawn[:server_round] for client in of_round})
+        references = [load_file(folder / f"local/client_{client:02d}/references.safetensors") for client in took_part]
+        expected = [
+            torch.stack([r[f"states.{name}"].mean(0) for r in references]).mean(0) for name in ("last_token", "mean")
+        ]
+        saved = load_file(folder / "global/mean_states.safetensors")
+        assert float(saved["weight"]) == len(took_part)
+        torch.testing.assert_close(saved["mean_states"], torch.stack(expected))
+    assert len({client for of_round in drawn for client in of_round}) > len(set(drawn[2])), "no one to forget"
+
+
 def test_kept_optimizer_state_is_durable(inputs: tuple[Path, Path], tmp_path: Path) -> None:
     argv = tiny.recipe(*inputs, tmp_path / "runs", train__keep_optimizer_state=True)
     run_on_ranks(train_on_rank, 2, tmp_path, argv)
@@ -110,12 +129,13 @@ def aggregate_identical(job: Any) -> tuple[float, bool]:
 
     group = FederationGroup(job.store, job.launch.global_rank, job.launch.job_world_size, 30.0)
     adapter = {"b": torch.randn(3, 4, generator=torch.Generator().manual_seed(0)), "a": torch.ones(2)}
-    state = Shared(adapter, torch.full((2, 3), 0.3))
-    mine = [ClientUpdate(0, 5 + job.launch.global_rank, state)] if job.launch.global_rank != 1 else []
+    state = Shared(adapter, torch.full((2, 3), 0.3), states_weight=2.0)
+    update = ClientUpdate(0, 5 + job.launch.global_rank, adapter, state.mean_states)
+    mine = [update] if job.launch.global_rank != 1 else []
     same = WeightedAverage(by_num_examples=True).aggregate(mine, state, group)
     nobody = WeightedAverage(by_num_examples=False).aggregate([], state, group)
-    assert same.adapter.keys() == adapter.keys()
-    error = float((same.flatten() - state.flatten()).abs().max())
+    assert same.states_weight == 2.0 + 5 + 7  # leaders 0 and 2 have one client each
+    error = float((same.flatten()[:-1] - state.flatten()[:-1]).abs().max())
     return error, torch.equal(nobody.flatten(), state.flatten())
 
 

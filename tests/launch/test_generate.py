@@ -1,0 +1,103 @@
+"""launch/generate.py as a user starts it: one prompt, a file, a conversation; the same answers as the evaluation's."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests import tiny
+from tests.launch.processes import PYTHON, REPOSITORY, Ended, _environment, beside_python, free_port, run
+from tests.ranks import run_on_ranks, train_on_rank
+
+pytestmark = pytest.mark.launch
+GENERATE = [PYTHON, "launch/generate.py"]
+
+
+@pytest.fixture(scope="module")
+def run_dir(model: Path, federation: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    run_on_ranks(train_on_rank, 1, folder, tiny.recipe(model, federation, folder / "runs", train__local_epochs=8.0))
+    return folder / "runs" / "tiny"
+
+
+def generate(run_dir: Path, *more: str) -> Ended:
+    return run([*GENERATE, "--run", str(run_dir), "--max_new_tokens", "8", *more])
+
+
+def json_lines(ended: Ended) -> list[dict[str, object]]:
+    return [json.loads(line) for line in ended.output.splitlines() if line.startswith("{")]
+
+
+def test_a_file_of_prompts_gives_json_lines_as_the_evaluation_answers(
+    run_dir: Path, federation: Path, tmp_path: Path
+) -> None:
+    ended = generate(run_dir, "--client", "1", "--input", str(federation / "test.jsonl"))
+    assert ended.returncode == 0, ended.output
+    lines = json_lines(ended)
+    rows = [json.loads(line) for line in (federation / "test.jsonl").read_text().splitlines()]
+    assert [line["prompt"] for line in lines] == [row["instruction"] for row in rows]
+
+    ended = run([PYTHON, "launch/evaluate.py", "--run", str(run_dir), "--beams=1", "--max_new_tokens=8", "--clients=1"])
+    assert ended.returncode == 0, ended.output
+    answers = [
+        json.loads(line)
+        for path in run_dir.glob("evaluations/*/answers/*.jsonl")
+        for line in path.read_text().splitlines()
+    ]
+    expected = {(a["task"], a["row"]): a for a in answers}
+    seen: dict[str, int] = {}
+    for row, line in zip(rows, lines, strict=True):
+        number = seen.setdefault(row["category"], 0)
+        seen[row["category"]] += 1
+        answer = expected[row["category"], number]
+        assert (line["answer"], line["alpha"]) == (answer["text"], pytest.approx(answer["alpha"], abs=1e-6))
+    assert len({line["alpha"] for line in lines}) > 1, "one weight for all shows nothing"
+
+    # the same prompt alone: streamed, and with its weight
+    streamed = generate(run_dir, "--client", "1", "--prompt", rows[0]["instruction"])
+    assert streamed.returncode == 0, streamed.output
+    assert f"[alpha {lines[0]['alpha']:.3f}: local adapter" in streamed.output
+
+
+def test_a_conversation_ends_with_an_empty_line(run_dir: Path) -> None:
+    command = [*GENERATE, "--run", str(run_dir), "--client", "0", "--beams", "2", "--max_new_tokens", "4"]
+    ended = subprocess.run(
+        command,
+        input="red cat\nblue dog\n\nnot asked\n",
+        capture_output=True,
+        text=True,
+        cwd=REPOSITORY,
+        env=_environment(),
+        timeout=120,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("[alpha ") == 2
+    assert ended.stdout.startswith("client_0 colour0 after round 2, centred_cosine")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "--client must be the id of a client such as 0, got 'nothing'"),
+        (["--client", "7"], "has no client 7: its clients are [0, 1]"),
+        (["--client", "0", "--prompt", "x", "--input", "y"], "--prompt and --input exclude one another"),
+        (["--client", "0", "--input", "no_such.txt"], "no_such.txt: no such file or folder"),
+        (["--client", "0", "--input", "hostfile.example", "--weighting", "dot"], "weighting.kind must be one of auto,"),
+    ],
+)
+def test_bad_input(run_dir: Path, options: list[str], message: str) -> None:
+    ended = generate(run_dir, *options)
+    assert ended.returncode == 2, ended.output
+    (error,) = ended.errors
+    assert message in error
+    assert ended.num_tracebacks == 0
+
+
+def test_more_ranks_than_one_are_refused(run_dir: Path) -> None:
+    launcher = [beside_python("deepspeed"), "--master_port", str(free_port())]
+    command = [*launcher, *GENERATE[1:], "--run", str(run_dir), "--client", "0", "--prompt", "x"]
+    ended = run(command, LOCAL_SIZE="2")
+    assert ended.returncode == 3, ended.output
+    (error,) = ended.errors
+    assert "launch/generate.py is one process: start it with python, without a launcher" in error

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +162,7 @@ class Stages:
             own += [
                 f"--evaluation.{name}={json.dumps(wanted[name])}" for name in ("clients", "tasks", "instances_per_task")
             ]
-            own += [f"--beams={config.generation.num_beams}", f"--max_new_tokens={config.generation.max_new_tokens}"]
+            own += [f"--generation.{name}={value}" for name, value in asdict(config.generation).items()]
             self._start(f"evaluate {method}, seed {seed}: {_name(candidate)}, {split}", "evaluate.py", own)
         folder = find_evaluation(run_dir, wanted)
         assert folder is not None, wanted

@@ -193,8 +193,8 @@ class GenerationConfig:
     """Beams; 1: greedy."""
     max_new_tokens: int = 80
     """Longest answer, in tokens."""
-    batch_tokens: int = 4096
-    """Upper bound on instances x longest prompt of one batch, in tokens; does not change an answer (fp32)."""
+    batch_tokens: int = 16384
+    """Upper bound on rows (instances x beams) x longest prompt with answer of a batch; does not change answers (fp32)."""
 
 
 @dataclass(frozen=True)

@@ -175,6 +175,19 @@ class RunFolder:
         except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
             raise CheckpointError(f"{folder} cannot be read ({error}): {remedy}") from error
 
+    def info(self, server_round: int, name: str) -> dict[str, Any]:
+        """What the saver added to an adapter of a complete round, without reading its tensors.
+
+        Raises:
+            CheckpointError: the file is missing or damaged.
+        """
+        path = self.round_dir(server_round) / name / STATE
+        try:
+            info: dict[str, Any] = json.loads(path.read_text())["info"]
+        except (OSError, ValueError, KeyError) as error:
+            raise CheckpointError(f"{path} cannot be read ({error}): restore it, or delete that round") from error
+        return info
+
     def _unfinished(self, server_round: int) -> Path:
         return self.rounds_dir / f"round_{server_round:06d}.tmp"
 

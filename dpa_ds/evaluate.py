@@ -10,8 +10,8 @@ from dpa_ds.checkpoint import RunFolder, write_file
 from dpa_ds.config import RunConfig
 from dpa_ds.distributed.job import Job
 from dpa_ds.distributed.world import World
-from dpa_ds.evaluation.answering import load_personality
-from dpa_ds.evaluation.answers import append_answers, mend_answers, read_answers
+from dpa_ds.evaluation.answering import describe_client, load_personality
+from dpa_ds.evaluation.answers import append_answers, mend_answers, read_answers, select_answers
 from dpa_ds.evaluation.instances import (
     choose_clients,
     choose_instances,
@@ -83,8 +83,9 @@ def evaluate(config: RunConfig, job: Job) -> Path:
     job.barrier("answered")
     if world.is_main:
         covered = {name: getattr(config.evaluation, name) for name in ("clients", "tasks", "instances_per_task")}
-        infos = [personality.info for personality in personalities.values()]
-        text = write_evaluation(report_dir, instances, list(read_answers(answers_dir)), infos, {**settings, **covered})
+        answers = select_answers(read_answers(answers_dir), clients, instances)
+        everyone = [describe_client(folder, server_round, client) for client in folder.clients(server_round)]
+        text = write_evaluation(report_dir, instances, answers, everyone, {**settings, **covered})
         logger.info(f"{text}\ntook {time.monotonic() - started:.0f} s")
     world.close()
     return report_dir

@@ -40,9 +40,19 @@ def load_personality(folder: RunFolder, server_round: int, client: int) -> Perso
         CheckpointError: a file is missing or damaged, or the adapter is not finite.
     """
     saved = load_finite(folder, server_round, f"local/client_{client:02d}")
-    info = ClientInfo(client, saved.info["label"], tuple(saved.info["tasks"]) or (NO_TASK,))
+    info = describe_client(folder, server_round, client)
     references = References.from_tensors(saved.extras["references"]) if "references" in saved.extras else None
     return Personality(info, saved.weights, saved.info["steps_taken"]["local"] > 0, references)
+
+
+def describe_client(folder: RunFolder, server_round: int, client: int) -> ClientInfo:
+    """Label and tasks of a client of the run.
+
+    Raises:
+        CheckpointError: its folder cannot be read.
+    """
+    info = folder.info(server_round, f"local/client_{client:02d}")
+    return ClientInfo(client, info["label"], tuple(info["tasks"]) or (NO_TASK,))
 
 
 def load_finite(folder: RunFolder, server_round: int, name: str) -> SavedAdapter:

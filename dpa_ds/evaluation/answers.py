@@ -1,7 +1,7 @@
 """What an evaluation is made of: test instances, the clients' answers to them, and the file that keeps the answers."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -62,6 +62,12 @@ def read_answers(folder: Path) -> Iterator[Answer]:
                 yield Answer(**json.loads(line))
             except (json.JSONDecodeError, TypeError):
                 continue
+
+
+def select_answers(answers: Iterable[Answer], clients: Sequence[int], instances: Sequence[Instance]) -> list[Answer]:
+    """Those of `clients` to `instances`, each once."""
+    wanted = {(client, instance.task, instance.row) for client in clients for instance in instances}
+    return list({answer.key: answer for answer in answers if answer.key in wanted}.values())
 
 
 def mend_answers(folder: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from dpa_ds.checkpoint import write_file
 from dpa_ds.config import WeightingKind
 from dpa_ds.errors import ConfigError
-from dpa_ds.evaluation.answers import ClientInfo, Instance, read_answers
+from dpa_ds.evaluation.answers import ClientInfo, Instance, read_answers, select_answers
 from dpa_ds.evaluation.pictures import curves, p_against_ttp
 from dpa_ds.evaluation.summary import ScoreTable, oracle, over_seeds, paired_difference
 from dpa_ds.evaluation.tables import comparison_markdown, comparison_table
@@ -88,9 +88,8 @@ def score_table(folder: Path, instances: Sequence[Instance]) -> ScoreTable:
     """Scores of every instance of the evaluation in `folder`."""
     summary = json.loads((folder / "summary.json").read_text())
     clients = [ClientInfo(c["client"], c["label"], tuple(c["own_tasks"])) for c in summary["clients"]]
-    wanted = {(c.client, i.task, i.row) for c in clients for i in instances}
-    answers = {answer.key: answer for answer in read_answers(folder / "answers") if answer.key in wanted}
-    return ScoreTable.build(instances, list(answers.values()), clients)
+    answers = select_answers(read_answers(folder / "answers"), [c.client for c in clients], instances)
+    return ScoreTable.build(instances, answers, clients)
 
 
 def compare_tables(

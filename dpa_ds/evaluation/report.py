@@ -53,9 +53,12 @@ def write_evaluation(
     clients: Sequence[ClientInfo],
     settings: Mapping[str, Any],
 ) -> str:
-    """Write summary.json, report.md and three pictures into `folder`; returns the table as text. Main leader only."""
-    wanted = {(c.client, i.task, i.row) for c in clients for i in instances}
-    answers = list({answer.key: answer for answer in answers if answer.key in wanted}.values())
+    """Write summary.json, report.md and three pictures into `folder`; returns the table as text. Main leader only.
+
+    Args:
+        answers: one to each of `instances` from every client that was asked.
+        clients: all clients of the run.
+    """
     summary = summarize(instances, answers, clients)
     write_file(folder / "summary.json", json.dumps({"settings": dict(settings), **summary}, indent=1))
     heat_map(summary, folder / "scores.png")

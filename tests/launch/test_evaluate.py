@@ -275,3 +275,71 @@ def test_no_run_and_no_such_run(place: Place) -> None:
         f"--run {other}: no such run (no {other}/config.yaml): give a folder that launch/run.py wrote; runs beside it: "
         "second, tiny"
     )
+
+
+def spoil(place: Place, name: str, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
+    """Change an adapter's tensors and its checksum: what was saved was already spoilt."""
+    path, state = place.round / name / "adapter_model.safetensors", place.round / name / "state.json"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+    content = json.loads(state.read_text())
+    content["sha256"][path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    state.write_text(json.dumps(content))
+    return path
+
+
+@pytest.mark.parametrize("name", ["global", "local/client_01"])
+def test_adapter_that_is_not_finite(place: Place, name: str) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        sorted(tensors.items())[0][1].view(-1)[3] = float("nan")
+
+    spoil(place, name, change)
+    told = place.refuse(["--run", str(place.run)], exit_code=4)
+    assert told.startswith(f"{place.round / name} has NaN or infinity in base_model.")
+    assert told.endswith(f"delete {place.round} to use the round before, or train again")
+
+
+def test_adapter_with_a_flipped_bit(place: Place) -> None:
+    path = place.round / "local" / "client_00" / "adapter_model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    told = place.refuse(["--run", str(place.run)], exit_code=4)
+    assert f"{path} is damaged (checksum differs)" in told
+
+
+def test_run_without_a_complete_round(place: Place) -> None:
+    shutil.rmtree(place.run / "rounds")
+    told = place.refuse(["--run", str(place.run)], exit_code=4)
+    assert told == f"{place.run} has no complete round yet: train it with launch/run.py first"
+
+
+def test_base_that_has_moved_is_found_and_another_one_is_refused(place: Place, tmp_path: Path) -> None:
+    moved = tmp_path / "moved"
+    (place.root / "model").rename(moved)
+    told = place.refuse(["--run", str(place.run)], exit_code=2)
+    assert str(place.root / "model") in told
+
+    other = tiny.make_model(tmp_path / "other", seed=1)
+    told = place.refuse(["--run", str(place.run), "--model.path", str(other)], exit_code=4)
+    assert told.startswith("the base model differs from the one that")
+    assert told.endswith("set model.path to the right one")
+
+    assert table(place.evaluate("--model.path", str(moved)))
+
+
+def test_test_data_without_rows(place: Place, tmp_path: Path) -> None:
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("")
+    told = place.refuse(["--run", str(place.run), "--data.test_path", str(empty)], exit_code=2)
+    assert told.startswith(f"{empty}: is empty: no rows")
+
+
+def test_run_that_is_not_weighted_by_instance(tmp_path: Path, model: Path, federation: Path) -> None:
+    place = Place(tmp_path / "fedit")
+    place.root.mkdir()
+    train(place, model, federation, method__name="fedit")
+    told = place.refuse(["--run", str(place.run), "--weighting", "cosine"], exit_code=4)
+    assert "because its method does not weight by instance: use weighting.kind global, local or fixed" in told
+    assert table(place.evaluate())

@@ -1,4 +1,4 @@
-# make demo: install, fetch the demo's model and data, train. make test: install, run all tests.
+# make demo: install, fetch the demo's model and data, train, evaluate. make test: install, run all tests.
 PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -10,6 +10,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 demo: install
 	$(BIN)/python launch/prepare_demo.py
 	LOCAL_SIZE=2 $(BIN)/deepspeed launch/run.py --config launch/recipes/demo.yaml
+	LOCAL_SIZE=2 $(BIN)/deepspeed launch/evaluate.py --run runs/demo
 
 test: install-test
 	$(BIN)/python -m pytest

@@ -109,6 +109,11 @@ class RunFolder:
         """Ids of the clients whose local adapters a complete round holds."""
         return sorted(int(p.name.removeprefix("client_")) for p in self.round_dir(server_round).glob("local/client_*"))
 
+    def digest(self, server_round: int) -> str:
+        """Which adapters a complete round holds, from the checksums that were saved with them: 16 hex digits."""
+        states = sorted(self.round_dir(server_round).glob(f"**/{STATE}"))
+        return hashlib.sha256(b"".join(path.read_bytes() for path in states)).hexdigest()[:16]
+
     def remove_leftovers(self) -> None:
         """Delete what an interrupted attempt left half-written. Main leader, before any round starts."""
         for path in self.rounds_dir.glob("*.tmp"):

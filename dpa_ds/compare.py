@@ -148,7 +148,7 @@ class Stages:
         wanted: dict[str, Any] = {
             "kind": candidate.kind,
             "split": split,
-            "round": config.federation.num_rounds,
+            "adapters": RunFolder(run_dir).digest(config.federation.num_rounds),
             "beams": config.generation.num_beams,
             "max_new_tokens": config.generation.max_new_tokens,
             "clients": None,

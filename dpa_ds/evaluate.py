@@ -49,7 +49,7 @@ def evaluate(config: RunConfig, job: Job) -> Path:
         answerer.check_references(personality)
     prompts = tokenize_instances(config, instances, answerer)
 
-    settings = describe_settings(config, answerer.weighting, server_round, fingerprint, everything)
+    settings = describe_settings(config, answerer.weighting, folder, fingerprint, everything)
     report_dir = config.run_dir / "evaluations" / name_of(settings)
     answers_dir = report_dir / "answers"
     if world.is_main:

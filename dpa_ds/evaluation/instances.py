@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dpa_ds.checkpoint import RunFolder
 from dpa_ds.config import RunConfig
 from dpa_ds.data.prompts import tokenize_prompts
 from dpa_ds.data.sources import read_test_rows
@@ -78,11 +79,12 @@ def tokenize_instances(config: RunConfig, instances: Sequence[Instance], answere
 
 
 def describe_settings(
-    config: RunConfig, weighting: Weighting, server_round: int, fingerprint: str, instances: Sequence[Instance]
+    config: RunConfig, weighting: Weighting, folder: RunFolder, base: str, instances: Sequence[Instance]
 ) -> dict[str, Any]:
     """All that decides an answer: an evaluation continues only where every one of these is the same.
 
     Args:
+        base: fingerprint of the model.
         instances: all of the split, so that more of them can be answered later.
     """
     texts = json.dumps([[i.task, i.row, i.instruction, i.reference] for i in instances])
@@ -90,7 +92,8 @@ def describe_settings(
         "run": config.name,
         "method": config.method.name,
         "seed": config.seed,
-        "round": server_round,
+        "round": folder.trained_round(),
+        "adapters": folder.digest(folder.trained_round()),
         "weighting": describe_weighting(weighting, config.weighting.num_references),
         "kind": weighting.kind,
         "lambda": weighting.scale,
@@ -98,7 +101,7 @@ def describe_settings(
         "max_new_tokens": config.generation.max_new_tokens,
         "split": config.evaluation.split,
         "precision": config.model.precision,
-        "base": fingerprint,
+        "base": base,
         "data": hashlib.sha256(texts.encode()).hexdigest()[:16],
     }
 

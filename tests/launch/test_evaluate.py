@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
 from tests import tiny
@@ -33,27 +32,17 @@ class Place:
         """Of one round, named tiny."""
         return self.root / "runs" / "tiny"
 
-    @property
-    def round(self) -> Path:
-        """What the run holds after its only round."""
-        return self.run / "rounds" / "round_000001"
-
     def copy(self, root: Path) -> "Place":
         """The same in another folder, with its paths."""
         copy = Place(shutil.copytree(self.root, root, symlinks=True))
-        copy.replace_in_recipe(str(self.root), str(root))
+        recipe = copy.run / "config.yaml"
+        recipe.write_text(recipe.read_text().replace(str(self.root), str(root)))
         return copy
-
-    def replace_in_recipe(self, old: str, new: str) -> None:
-        """Change what the run says of its training."""
-        recipe = self.run / "config.yaml"
-        assert old in recipe.read_text()
-        recipe.write_text(recipe.read_text().replace(old, new))
 
     def command(self, *options: str) -> list[str]:
         """For deepspeed with LOCAL_SIZE ranks."""
-        launcher = [beside_python("deepspeed"), "--master_port", str(free_port())]
-        return [*launcher, PROGRAM, "--run", str(self.run), *options]
+        port = str(free_port())
+        return [beside_python("deepspeed"), "--master_port", port, PROGRAM, "--run", str(self.run), *options]
 
     def evaluate(self, *options: str) -> Ended:
         """On one rank."""
@@ -78,15 +67,11 @@ class Place:
 
     def answers(self) -> dict[tuple[int, str, int], dict[str, Any]]:
         """All complete answers of the only evaluation by client, task and row; none is there twice."""
-        found: dict[tuple[int, str, int], dict[str, Any]] = {}
-        for path in (self.report / "answers").glob("*.jsonl"):
-            for line in path.read_text().splitlines():
-                if line.endswith("}"):
-                    answer = json.loads(line)
-                    key = (answer["client"], answer["task"], answer["row"])
-                    assert key not in found, f"{key} was answered twice"
-                    found[key] = answer
-        return found
+        files = (self.report / "answers").glob("*.jsonl")
+        whole = [json.loads(line) for f in files for line in f.read_text().splitlines() if line.endswith("}")]
+        by_key = {(answer["client"], answer["task"], answer["row"]): answer for answer in whole}
+        assert len(by_key) == len(whole), "something was answered twice"
+        return by_key
 
 
 @pytest.fixture(scope="module")
@@ -117,9 +102,6 @@ def table(ended: Ended) -> str:
     assert ended.returncode == 0, ended.output
     assert not ended.errors, ended.output
     return ended.output[ended.output.index("ROUGE-1") : ended.output.index("\ntook ")]
-
-
-# ---- what comes of it --------------------------------------------------------------------------------------------
 
 
 def test_table_and_files_on_two_ranks_and_nothing_to_do_the_second_time(place: Place) -> None:
@@ -178,7 +160,6 @@ def test_killed_evaluation_goes_on(place: Place, tmp_path: Path) -> None:
     assert table(ended).replace(str(place.root), "") == table(expected).replace(str(undisturbed.root), "")
     assert place.answers() == undisturbed.answers()
     assert len(place.answers()) == 80
-    assert place.answers() == {**place.answers(), **known}, "answered again"
     assert (place.report / "summary.json").read_text() == (undisturbed.report / "summary.json").read_text()
 
 
@@ -191,155 +172,122 @@ def test_help_is_quick_and_starts_nothing() -> None:
     assert not {"torch", "transformers", "deepspeed"} & set(imported)
 
 
-# ---- what is refused ---------------------------------------------------------------------------------------------
-
 OPTIONS = {
-    "unknown client": (["--clients", "1,7"], "{run} has no client [7]: its clients are [0, 1]"),
-    "client that is no number": (
-        ["--clients", "first"],
-        'command line: evaluation.clients must be a list of whole numbers or null, got ["first"]',
-    ),
-    "unknown task": (
-        ["--tasks", "colour0,sums"],
-        "the test data has no task ['sums']: its tasks are ['colour0', 'count1']",
-    ),
-    "unknown option": (
-        ["--beam", "2"],
-        "--beam is not an option; options are --run, --clients, --tasks, --split, --instances, --weighting, --lambda, "
-        "--alpha, --beams, --max_new_tokens, --section.field",
-    ),
-    "unknown field": (
-        ["--generation.beam", "2"],
-        "command line: --generation.beam is not a field of the recipe: did you mean generation.num_beams?",
-    ),
-    "no value": (["--clients", "--beams", "2"], "--clients needs a value: --clients VALUE (see --help)"),
-    "value without option": (["2"], "unexpected argument '2': options look like --name VALUE (see --help)"),
-    "field of training": (
-        ["--lora.rank", "2"],
-        "{run} was trained with another value (lora.rank: 4 -> 2): leave that option out, or train a run of its own with it",
-    ),
-    "unknown weighting": (
-        ["--weighting", "cosinus"],
-        "command line: weighting.kind must be one of auto, cosine, centred_cosine, pearson, l2, fixed, global, local, "
-        'swapped, got "cosinus"',
-    ),
-    "encoder that is not shared": (
-        ["--weighting", "centred_cosine", "--weighting.encoder", "local"],
-        "weighting.encoder local does not go with weighting.kind centred_cosine: clients can share one mean state only of "
-        "the encoder that all of them have and that never changes: use encoder none",
-    ),
-    "weight above 1": (
-        ["--weighting", "fixed", "--alpha", "2"],
-        "weighting.scale must be in [0, 1] with weighting.kind fixed, got 2.0",
-    ),
-    "alpha of a similarity": (
-        ["--weighting", "cosine", "--alpha", "0.3"],
-        "--alpha is the weight of --weighting fixed, but weighting.kind is cosine: add --weighting fixed, or give the scale "
-        "of the similarity with --lambda",
-    ),
-    "unknown split": (
-        ["--split", "train"],
-        'command line: evaluation.split must be one of test, held_out, got "train"',
-    ),
-    "nothing held out": (
-        ["--split", "held_out"],
-        "evaluation.split held_out needs a run that was trained with data.held_out_fraction above 0",
-    ),
-    "no such test file": (
-        ["--data.test_path", "{root}/other.jsonl"],
-        "{root}/other.jsonl: no such file or folder: check data.path and data.test_path",
-    ),
-    "answers longer than the context": (
-        ["--max_new_tokens", "120"],
-        "row 0 of task colour0 has 32 tokens: with generation.max_new_tokens 120 that is more than the model's context of "
-        "128: lower generation.max_new_tokens, or shorten or remove that row",
-    ),
+    "--clients 1,7": "{run} has no client [7]: its clients are [0, 1]",
+    "--tasks colour0,sums": "the test data has no task ['sums']: its tasks are ['colour0', 'count1']",
+    "--beam 2": "--beam is not an option; options are --run, --clients, --tasks, --split, --instances, --weighting, "
+    "--lambda, --alpha, --beams, --max_new_tokens, --section.field",
+    "--clients --beams 2": "--clients needs a value: --clients VALUE (see --help)",
+    "--lora.rank 2": "{run} was trained with another value (lora.rank: 4 -> 2): leave that option out, or train a run of "
+    "its own with it",
+    "--weighting cosinus": "command line: weighting.kind must be one of auto, cosine, centred_cosine, pearson, l2, fixed, "
+    'global, local, swapped, got "cosinus"',
+    "--weighting centred_cosine --weighting.encoder local": "weighting.encoder local does not go with weighting.kind "
+    "centred_cosine: clients can share one mean state only of the encoder that all of them have and that never changes: "
+    "use encoder none",
+    "--weighting fixed --alpha 2": "weighting.scale must be in [0, 1] with weighting.kind fixed, got 2.0",
+    "--weighting cosine --alpha 0.3": "--alpha is the weight of --weighting fixed, but weighting.kind is cosine: add "
+    "--weighting fixed, or give the scale of the similarity with --lambda",
+    "--split held_out": "evaluation.split held_out needs a run that was trained with data.held_out_fraction above 0",
+    "--data.test_path {run}.jsonl": "{run}.jsonl: no such file or folder: check data.path and data.test_path",
 }
 
 
-@pytest.mark.parametrize("case", OPTIONS)
-def test_options(case: str, trained: Place) -> None:
-    options, message = OPTIONS[case]
-    names = {"run": trained.run, "root": trained.root}
-    told = trained.refuse(["--run", str(trained.run), *(option.format(**names) for option in options)], exit_code=2)
-    assert told == message.format(**names)
+@pytest.mark.parametrize("options", OPTIONS)
+def test_options(options: str, trained: Place) -> None:
+    told = trained.refuse(["--run", str(trained.run), *options.format(run=trained.run).split()], exit_code=2)
+    assert told == OPTIONS[options].format(run=trained.run)
 
 
 def test_no_run_and_no_such_run(place: Place) -> None:
-    assert (
-        place.refuse([], 2) == "no run: give one with --run runs/NAME (a folder that launch/run.py wrote; see --help)"
-    )
+    told = place.refuse([], exit_code=2)
+    assert told == "no run: give one with --run runs/NAME (a folder that launch/run.py wrote; see --help)"
     shutil.copytree(place.run, place.run.with_name("second"))
     other = place.run.with_name("tin")
-    assert place.refuse(["--run", str(other)], 2) == (
+    assert place.refuse(["--run", str(other)], exit_code=2) == (
         f"--run {other}: no such run (no {other}/config.yaml): give a folder that launch/run.py wrote; runs beside it: "
         "second, tiny"
     )
 
 
-def spoil(place: Place, name: str, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
-    """Change an adapter's tensors and its checksum: what was saved was already spoilt."""
-    path, state = place.round / name / "adapter_model.safetensors", place.round / name / "state.json"
-    tensors = load_file(path)
-    change(tensors)
-    save_file(tensors, path, metadata={"format": "pt"})
-    content = json.loads(state.read_text())
-    content["sha256"][path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
-    state.write_text(json.dumps(content))
-    return path
+# file, its new content (None: it is gone), message
+ROUND, TEST = "runs/tiny/rounds/round_000001", "data/test.jsonl"
+SPOILT: dict[str, tuple[str, Callable[[bytes], bytes | None], str]] = {
+    "no complete round": (
+        f"{ROUND}/meta.json",
+        lambda old: None,
+        "{root}/runs/tiny has no complete round yet: train it with launch/run.py first",
+    ),
+    "flipped bit": (
+        f"{ROUND}/local/client_00/adapter_model.safetensors",
+        lambda old: old[:-1] + bytes([old[-1] ^ 1]),
+        f"{{file}} is damaged (checksum differs): delete {{root}}/{ROUND} to continue from the round before",
+    ),
+    "empty test file": (
+        TEST,
+        lambda old: b"\n",
+        "{file}: is empty: no rows; give data.path and data.test_path a file with examples",
+    ),
+    "no test file": (TEST, lambda old: None, "there is no test file: set data.test_path, or evaluation.split held_out"),
+    "prompt longer than the context": (
+        TEST,
+        lambda old: old + b'{"instruction": "%s", "output": "a", "category": "count1"}\n' % (b"x" * 200),
+        "row 4 of task count1 has 203 tokens: with generation.max_new_tokens 8 that is more than the model's context of "
+        "128: lower generation.max_new_tokens, or shorten or remove that row",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SPOILT)
+def test_spoilt_file(case: str, place: Place) -> None:
+    name, change, message = SPOILT[case]
+    file = place.root / name
+    content = change(file.read_bytes())
+    file.unlink()
+    if content is not None:
+        file.write_bytes(content)
+    exit_code = 4 if name.startswith(ROUND) else 2
+    assert place.refuse(["--run", str(place.run)], exit_code) == message.format(file=file, root=place.root)
 
 
 @pytest.mark.parametrize("name", ["global", "local/client_01"])
-def test_adapter_that_is_not_finite(place: Place, name: str) -> None:
-    def change(tensors: dict[str, torch.Tensor]) -> None:
-        sorted(tensors.items())[0][1].view(-1)[3] = float("nan")
-
-    spoil(place, name, change)
-    told = place.refuse(["--run", str(place.run)], exit_code=4)
-    assert told.startswith(f"{place.round / name} has NaN or infinity in base_model.")
-    assert told.endswith(f"delete {place.round} to use the round before, or train again")
-
-
-def test_adapter_with_a_flipped_bit(place: Place) -> None:
-    path = place.round / "local" / "client_00" / "adapter_model.safetensors"
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
-    told = place.refuse(["--run", str(place.run)], exit_code=4)
-    assert f"{path} is damaged (checksum differs)" in told
+def test_adapter_that_is_not_finite(name: str, place: Place) -> None:
+    """Saved so: its checksum is right."""
+    folder = place.root / ROUND / name
+    path, state = folder / "adapter_model.safetensors", folder / "state.json"
+    tensors, old = load_file(path), hashlib.sha256(path.read_bytes()).hexdigest()
+    key = min(tensors)
+    tensors[key].view(-1)[3] = float("nan")
+    save_file(tensors, path, metadata={"format": "pt"})
+    state.write_text(state.read_text().replace(old, hashlib.sha256(path.read_bytes()).hexdigest()))
+    assert place.refuse(["--run", str(place.run)], exit_code=4) == (
+        f"{folder} has NaN or infinity in {key}: delete {place.root}/{ROUND} to use the round before, or train again"
+    )
 
 
-def test_run_without_a_complete_round(place: Place) -> None:
-    shutil.rmtree(place.run / "rounds")
-    told = place.refuse(["--run", str(place.run)], exit_code=4)
-    assert told == f"{place.run} has no complete round yet: train it with launch/run.py first"
-
-
-def test_base_that_has_moved_is_found_and_another_one_is_refused(place: Place, tmp_path: Path) -> None:
-    moved = tmp_path / "moved"
-    (place.root / "model").rename(moved)
-    told = place.refuse(["--run", str(place.run)], exit_code=2)
-    assert str(place.root / "model") in told
-
+def test_base_that_has_moved_is_named_and_another_one_is_refused(place: Place, tmp_path: Path) -> None:
+    model, moved, command = place.root / "model", tmp_path / "moved", ["--run", str(place.run)]
+    model.rename(moved)
+    assert place.refuse(command, exit_code=2) == (
+        f"model.path '{model}' is neither a directory, nor a GGUF file, nor a hub id that can be reached from "
+        "here: check the path, or download the model first; if the base has moved, say where it is with --model.path"
+    )
+    differs = (
+        f"the base model differs from the one that {place.run} was trained over (see {place.run}/model.json): its "
+        "adapters mean nothing on another; set model.path to the right one"
+    )
     other = tiny.make_model(tmp_path / "other", seed=1)
-    told = place.refuse(["--run", str(place.run), "--model.path", str(other)], exit_code=4)
-    assert told.startswith("the base model differs from the one that")
-    assert told.endswith("set model.path to the right one")
-
-    assert table(place.evaluate("--model.path", str(moved)))
-
-
-def test_test_data_without_rows(place: Place, tmp_path: Path) -> None:
-    empty = tmp_path / "empty.jsonl"
-    empty.write_text("")
-    told = place.refuse(["--run", str(place.run), "--data.test_path", str(empty)], exit_code=2)
-    assert told.startswith(f"{empty}: is empty: no rows")
+    assert place.refuse([*command, "--model.path", str(other)], exit_code=4) == differs
+    other.rename(model)
+    assert place.refuse(command, exit_code=4) == differs
+    assert "2 clients, 2 tasks, 8 instances" in table(place.evaluate("--model.path", str(moved)))
 
 
-def test_run_that_is_not_weighted_by_instance(tmp_path: Path, model: Path, federation: Path) -> None:
+def test_weighting_by_instance_without_references(tmp_path: Path, model: Path, federation: Path) -> None:
     place = Place(tmp_path / "fedit")
-    place.root.mkdir()
     train(place, model, federation, method__name="fedit")
-    told = place.refuse(["--run", str(place.run), "--weighting", "cosine"], exit_code=4)
-    assert "because its method does not weight by instance: use weighting.kind global, local or fixed" in told
-    assert table(place.evaluate())
+    assert place.refuse(["--run", str(place.run), "--weighting", "cosine"], exit_code=4) == (
+        "weighting.kind cosine compares a prompt with reference prompts, but the run kept none for client_0 colour0, "
+        "because its method does not weight by instance: use weighting.kind global, local or fixed"
+    )
+    assert "global adapter alone" in place.evaluate().output

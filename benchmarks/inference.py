@@ -127,18 +127,21 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     prompts = tokenize_instances(config, instances, answerer)
     ours = Batched(answerer, world, clients, instances, prompts, clock)
     theirs = OneByOne(directory, config.run_dir / "adapters", args.beams, args.max_new_tokens)
-    sample = [(client, i) for client in list(clients)[: args.sample_clients] for i in _first_of_each_task(instances)]
+    first = [i for i, instance in enumerate(instances) if instance.row == 0]
+    some = dict(list(clients.items())[: args.sample_clients])
+    sample = [(client, i) for client in some for i in first]
+    check = replace(ours, clients=some, instances=[instances[i] for i in first], prompts=[prompts[i] for i in first])
+    _, _, expected = check.run("cosine", config)
 
-    seconds: dict[str, list[float]] = {"centred_cosine": [], "cosine": [], "one by one": []}
-    shares: dict[str, list[float]] = {"centred_cosine": [], "cosine": []}
+    seconds: dict[str, list[float]] = {**{kind: [] for kind in args.kinds}, "one by one": []}
+    shares: dict[str, list[float]] = {kind: [] for kind in args.kinds}
     for _ in range(args.repeats):
-        for kind in shares:
+        for kind in args.kinds:
             total, on_weights, answers = ours.run(kind, config)
             seconds[kind].append(total)
             shares[kind].append(on_weights / total)
-        total = _run_one_by_one(theirs, sample, clients, prompts, clock, answers, instances)
-        seconds["one by one"].append(total)
-    num = {"centred_cosine": len(answers), "cosine": len(answers), "one by one": len(sample)}
+        seconds["one by one"].append(_run_one_by_one(theirs, sample, clients, prompts, clock, expected, instances))
+    num = {**dict.fromkeys(args.kinds, len(answers)), "one by one": len(sample)}
     rates = {name: [num[name] / s for s in of_runs] for name, of_runs in seconds.items()}
     return {
         "hardware": f"{platform.processor() or platform.machine()}, {args.threads} thread(s), {args.clock} time",
@@ -181,10 +184,6 @@ def _run_one_by_one(
     return seconds
 
 
-def _first_of_each_task(instances: Sequence[Instance]) -> list[int]:
-    return [i for i, instance in enumerate(instances) if instance.row == 0]
-
-
 def render(result: dict[str, Any]) -> str:
     """The result as text."""
 
@@ -212,6 +211,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--run", required=True, help="a trained run of feddpa_t or feddpa_f in fp32")
     parser.add_argument("--instances", type=int, default=16, help="test instances of each task (%(default)s)")
     parser.add_argument("--sample_clients", type=int, default=2, help="clients whose first instances go one by one")
+    parser.add_argument("--kinds", nargs="+", default=["centred_cosine", "cosine"], help="weightings (%(default)s)")
     parser.add_argument("--beams", type=int, default=4, help="(%(default)s)")
     parser.add_argument("--max_new_tokens", type=int, default=80, help="(%(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="(%(default)s)")

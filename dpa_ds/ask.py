@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from transformers import TextStreamer
@@ -21,8 +22,8 @@ from dpa_ds.model.base import model_fingerprint
 from dpa_ds.tracking import logger, setup_logging
 
 
-def ask(config: RunConfig, job: Job, client: int, prompt: str | None, input_path: str | None) -> None:
-    """Answer one prompt, all prompts of a file (as JSON lines on stdout), or what is typed. One rank.
+def ask(config: RunConfig, job: Job, client: int, prompt: str | None, input_path: str | None, out: TextIO) -> None:
+    """Answer one prompt, all prompts of a file (as JSON lines on `out`), or what is typed. One rank.
 
     Raises:
         ClusterError, ConfigError, DataError: more ranks than one, no such client, nothing to answer.
@@ -45,22 +46,24 @@ def ask(config: RunConfig, job: Job, client: int, prompt: str | None, input_path
         f"{describe_weighting(answerer.weighting, config.weighting.num_references)}"
     )
     for text in texts:
-        _answer(answerer, personality, config, text, as_json=input_path is not None)
+        _answer(answerer, personality, config, text, out if input_path is not None else None)
     world.close()
 
 
-def _answer(answerer: Answerer, personality: Personality, config: RunConfig, text: str, as_json: bool) -> None:
-    """Write the answer as it comes where there is one beam, and then the weight."""
+def _answer(
+    answerer: Answerer, personality: Personality, config: RunConfig, text: str, json_out: TextIO | None
+) -> None:
+    """Write one JSON line; or the answer as it comes where there is one beam, and then the weight."""
     prompts = tokenize_prompts([text], answerer.tokenizer, config.data.template)
     alphas: torch.Tensor = answerer.weights(personality, prompts)
-    streams = config.generation.num_beams == 1 and not as_json
+    streams = config.generation.num_beams == 1 and json_out is None
     streamer = None
     if streams:
         streamer = TextStreamer(answerer.tokenizer, skip_prompt=True, skip_special_tokens=True)
     (answer,) = answerer.answer(personality, prompts, alphas, streamer)
     alpha = float(alphas[0])
-    if as_json:
-        sys.stdout.write(json.dumps({"prompt": text, "alpha": alpha, "answer": answer}, ensure_ascii=False) + "\n")
+    if json_out is not None:
+        json_out.write(json.dumps({"prompt": text, "alpha": alpha, "answer": answer}, ensure_ascii=False) + "\n")
     else:
         shown = "" if streams else f"{answer}\n"
         sys.stdout.write(f"{shown}[alpha {alpha:.3f}: local adapter {alpha:.0%}, global adapter {1 - alpha:.0%}]\n")

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from dpa_ds.checkpoint import RunFolder
-from dpa_ds.config import RunConfig
+from dpa_ds.config import RunConfig, WeightingConfig
 from dpa_ds.config_checks import REPOSITORY
+from dpa_ds.config_loader import load_config
 from dpa_ds.distributed.job import Job
 from dpa_ds.errors import ConfigError, DpaError
 from dpa_ds.evaluation.comparison import (
@@ -32,6 +33,8 @@ from dpa_ds.evaluation.comparison import (
     write_comparison,
 )
 from dpa_ds.evaluation.instances import choose_instances, read_instances
+from dpa_ds.evaluation.weighting import describe_weighting, resolve_weighting
+from dpa_ds.federation.methods import build_schedule
 from dpa_ds.tracking import logger, setup_logging
 
 
@@ -75,7 +78,8 @@ def compare(config: RunConfig, job: Job, plan: Plan, recipe_arguments: Sequence[
     setup_logging(is_main=job.launch.global_rank == 0)
     entries = plan_entries(plan.methods, plan.weightings)
     stages = Stages(config, job, recipe_arguments)
-    instances = choose_instances(config, read_instances(config))
+    scored = replace(config, evaluation=replace(config.evaluation, split="test"))
+    instances = choose_instances(scored, read_instances(scored))
     trained = dict.fromkeys(entry.trained_as(plan.methods) for entry in entries)
     for seed in plan.seeds:
         for method in trained:
@@ -134,9 +138,10 @@ class Stages:
     def train(self, method: str, seed: int) -> None:
         """Run launch/run.py, unless all rounds are complete."""
         run_dir = self.run_dir(method, seed)
-        if self._decide(lambda: RunFolder(run_dir).latest_round() >= self._config.federation.num_rounds):
-            return
         own = [f"--name={run_dir.name}", f"--output_dir={run_dir.parent}", f"--method.name={method}", f"--seed={seed}"]
+        recipe = load_config([*self._recipe_arguments, *own])
+        if self._decide(lambda: RunFolder(run_dir).claim(recipe) >= recipe.federation.num_rounds):
+            return
         self._start(f"train {method}, seed {seed}", "run.py", [*self._recipe_arguments, *own])
 
     def evaluate(
@@ -145,8 +150,13 @@ class Stages:
         """Run launch/evaluate.py, unless this very evaluation is complete; its folder."""
         run_dir, config = self.run_dir(method, seed), self._config
         limit = config.evaluation.instances_per_task if num_instances is None else num_instances
+        scale = candidate.scales[0] if candidate.scales else None
+        weighting = WeightingConfig(candidate.kind, scale, config.weighting.num_references)  # type: ignore[arg-type]
+        recipe = replace(config, method=replace(config.method, name=method), weighting=weighting)  # type: ignore[arg-type]
+        resolved = resolve_weighting(recipe, build_schedule(recipe.method))
         wanted: dict[str, Any] = {
-            "kind": candidate.kind,
+            "weighting": describe_weighting(resolved, config.weighting.num_references),
+            "precision": config.model.precision,
             "split": split,
             "adapters": RunFolder(run_dir).digest(config.federation.num_rounds),
             "beams": config.generation.num_beams,
@@ -154,11 +164,10 @@ class Stages:
             "clients": None,
             "tasks": config.evaluation.tasks,
             "instances_per_task": limit,
-            **({"lambda": candidate.scales[0]} if candidate.scales else {}),
         }
         if not self._decide(lambda: find_evaluation(run_dir, wanted) is not None):
-            scale = [f"--weighting.scale={candidate.scales[0]}"] if candidate.scales else []
-            own = [f"--run={run_dir}", f"--weighting={candidate.kind}", f"--split={split}", *scale]
+            own = [f"--run={run_dir}", f"--split={split}", f"--weighting.scale={'null' if scale is None else scale}"]
+            own += [f"--weighting.{name}={getattr(weighting, name)}" for name in ("kind", "representation", "encoder")]
             own += [
                 f"--evaluation.{name}={json.dumps(wanted[name])}" for name in ("clients", "tasks", "instances_per_task")
             ]

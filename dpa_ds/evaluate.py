@@ -35,7 +35,7 @@ def evaluate(config: RunConfig, job: Job) -> Path:
     started = time.monotonic()
     setup_logging(is_main=job.launch.global_rank == 0)
     folder = RunFolder(config.run_dir)
-    server_round = folder.trained_round()
+    server_round = int(job.decide("round", folder.trained_round))  # a training that goes on beside does not matter
     clients = choose_clients(config, folder.clients(server_round))
     everything = read_instances(config)
     instances = choose_instances(config, everything)
@@ -49,7 +49,7 @@ def evaluate(config: RunConfig, job: Job) -> Path:
         answerer.check_references(personality)
     prompts = tokenize_instances(config, instances, answerer)
 
-    settings = describe_settings(config, answerer.weighting, folder, fingerprint, everything)
+    settings = describe_settings(config, answerer.weighting, folder, server_round, fingerprint, everything)
     report_dir = config.run_dir / "evaluations" / name_of(settings)
     answers_dir = report_dir / "answers"
     if world.is_main:
@@ -80,6 +80,7 @@ def evaluate(config: RunConfig, job: Job) -> Path:
                 answered = job.draw("answered", len(batch)) + len(batch)
                 tracker.advance(instances[pieces[number].instances[0]].task, answered - shown)
                 shown = answered
+    job.timeout_seconds = config.federation.timeout_seconds  # others may still have a whole piece to do
     job.barrier("answered")
     if world.is_main:
         covered = {name: getattr(config.evaluation, name) for name in ("clients", "tasks", "instances_per_task")}

@@ -14,15 +14,15 @@ srun, mpirun or plain python). The same command continues an interrupted evaluat
   --run FOLDER            the run, as launch/run.py wrote it
   --clients 0,3           only these clients (default: all)
   --tasks NAME,NAME       only these tasks (default: all of the test data)
-  --instances N           only the first N instances of each task (default: all)
+  --instances N           only the first N instances of each task; null: all (default: the recipe's)
   --split test|held_out   held_out: the share of the training data that data.held_out_fraction kept back, for tuning
   --weighting KIND        weight of the local adapter: centred_cosine, cosine (the paper's), pearson, l2, fixed, global,
-                          local, swapped (the published code's convention); default: what fits the run's method
+                          local, swapped (the published code's convention); default: the recipe's, else what fits the method
   --lambda X              scale of the similarity (cosine 0.5, centred_cosine 1.0)
   --alpha X               with --weighting fixed: the weight
   --beams N               beams (default: the recipe's; 1: greedy)
   --max_new_tokens N      longest answer
-  --SECTION.FIELD VALUE   any field of the sections weighting, generation, evaluation, cluster and tracking, and
+  --SECTION.FIELD VALUE   any field of the sections weighting (but num_references), generation, evaluation, cluster, tracking, and
                           --model.path (the base has moved), --model.precision, --data.path, --data.test_path (tasks that
                           no client trained on); launch/run.py --help lists them
 

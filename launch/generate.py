@@ -44,9 +44,13 @@ def main() -> None:
         return config
 
     def work(config, job):  # type: ignore[no-untyped-def]
+        out = sys.stdout
+        if "input" in own:  # before libraries are imported that log to stdout: it is to be JSON lines and nothing else
+            sys.stdout = sys.stderr
         from dpa_ds.ask import ask
 
-        ask(config, job, int(own["client"]), own.get("prompt"), own.get("input"))
+        ask(config, job, int(own["client"]), own.get("prompt"), own.get("input"), out)
+        out.flush()
 
     run_job(sys.argv[1:], work, load=load)
 

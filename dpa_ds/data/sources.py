@@ -1,7 +1,7 @@
 """Where the clients' examples come from: the authors' JSON layout, or one table divided into clients.
 
-A client's training rows are read by the ranks that host it only: with `format: feddpa` no other training file is
-opened. Every fault of a file is a DataError that names file and row.
+A client's training rows are read by the ranks that host it only (with `format: feddpa` no other training file is opened),
+but for an evaluation of what was held out, which reads all. Every fault of a file is a DataError that names file and row.
 """
 
 from collections import Counter

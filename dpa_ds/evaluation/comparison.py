@@ -57,6 +57,10 @@ def parse_weightings(text: str) -> list[Candidate]:
         kind, _, scales = word.strip().partition(":")
         if kind not in kinds:
             raise ConfigError(f"--weightings {word.strip()} is unknown: choose among {', '.join(kinds)}")
+        if scales and kind in ("global", "local"):
+            raise ConfigError(
+                f"--weightings {word.strip()}: {kind} is one adapter alone and takes no scale: leave it out"
+            )
         try:
             candidates.append(Candidate(kind, tuple(float(scale) for scale in scales.split("|")) if scales else ()))
         except ValueError as error:

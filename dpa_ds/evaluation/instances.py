@@ -79,7 +79,12 @@ def tokenize_instances(config: RunConfig, instances: Sequence[Instance], answere
 
 
 def describe_settings(
-    config: RunConfig, weighting: Weighting, folder: RunFolder, base: str, instances: Sequence[Instance]
+    config: RunConfig,
+    weighting: Weighting,
+    folder: RunFolder,
+    server_round: int,
+    base: str,
+    instances: Sequence[Instance],
 ) -> dict[str, Any]:
     """All that decides an answer: an evaluation continues only where every one of these is the same.
 
@@ -92,8 +97,8 @@ def describe_settings(
         "run": config.name,
         "method": config.method.name,
         "seed": config.seed,
-        "round": folder.trained_round(),
-        "adapters": folder.digest(folder.trained_round()),
+        "round": server_round,
+        "adapters": folder.digest(server_round),
         "weighting": describe_weighting(weighting, config.weighting.num_references),
         "kind": weighting.kind,
         "lambda": weighting.scale,

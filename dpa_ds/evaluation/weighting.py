@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from dpa_ds.config import RunConfig
 from dpa_ds.data.references import Representation
+from dpa_ds.errors import ConfigError
 from dpa_ds.federation.methods import Schedule
 from dpa_ds.model.encoding import Encoder
 
@@ -42,7 +43,11 @@ class Weighting:
 
 
 def resolve_weighting(config: RunConfig, schedule: Schedule) -> Weighting:
-    """What `config.weighting` means for the run's method."""
+    """What `config.weighting` means for the run's method.
+
+    Raises:
+        ConfigError: the encoder does not go with the kind.
+    """
     chosen = config.weighting
     kind: str = chosen.kind
     if kind == "auto":
@@ -52,6 +57,11 @@ def resolve_weighting(config: RunConfig, schedule: Schedule) -> Weighting:
     if chosen.encoder == "auto" and kind == "centred_cosine":
         encoder = "none"
     scale = DEFAULT_SCALE.get(kind, PAPER_SCALE) if chosen.scale is None else chosen.scale
+    if kind == "centred_cosine" and encoder != "none":
+        raise ConfigError(
+            f"weighting.encoder {encoder} does not go with weighting.kind centred_cosine: clients can share one mean state "
+            "only of the encoder that all of them have and that never changes: use encoder none"
+        )
     weighting = Weighting(kind, scale, chosen.representation, encoder)
     match kind:
         case "fixed":

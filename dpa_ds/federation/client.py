@@ -69,7 +69,7 @@ class ClientTrainer:
 
     def before_aggregation(self, client: HostedClient, shared: Shared, server_round: int) -> ClientUpdate:
         """Run the client's phases of this round and return what it uploads."""
-        is_first = sum(client.steps_taken.values()) == 0
+        is_first = client.steps_taken["global"] == 0
         self.engine.write_state("global", shared.adapter)
         self._train(client, self.schedule.phases("before", server_round), server_round)
         adapter = _finite(self.engine.read_state("global"), client, server_round)

@@ -151,6 +151,8 @@ def load_base(config: ModelConfig, directory: Path, deepspeed_json: Mapping[str,
     except (OSError, ValueError, RuntimeError, SafetensorError, ImportError) as error:
         raise ModelError(f"cannot load a causal LM from {directory}: {str(error).strip().splitlines()[0]}") from error
     model.config.use_cache = False
+    # Its own may hold a repetition penalty and the like, which generate() would take for every field left out.
+    model.generation_config = transformers.GenerationConfig()
     if config.gradient_checkpointing:
         # ZeRO-3 empties parameters between forward and recomputation; the non-reentrant kind checks their shapes.
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": zero3})

@@ -9,7 +9,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -177,7 +177,7 @@ class Stages:
         assert folder is not None, wanted
         return folder
 
-    def _decide(self, decision: Any) -> bool:
+    def _decide(self, decision: Callable[[], bool]) -> bool:
         self._num_stages += 1
         return bool(self._job.decide(f"stage/{self._num_stages}", decision))
 

@@ -1,6 +1,6 @@
 """One loaded model that answers as any client of a run: weights of instances, then one batched decoding."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dpa_ds.checkpoint import RunFolder, SavedAdapter
 from dpa_ds.config import GenerationConfig
-from dpa_ds.data.references import References, States
+from dpa_ds.data.references import REPRESENTATIONS, References, States
 from dpa_ds.distributed.federation_group import AdapterState
 from dpa_ds.errors import CheckpointError
 from dpa_ds.evaluation.answers import NO_TASK, ClientInfo
@@ -40,7 +40,7 @@ def load_personality(folder: RunFolder, server_round: int, client: int) -> Perso
         CheckpointError: a file is missing or damaged, or the adapter is not finite.
     """
     saved = load_finite(folder, server_round, f"local/client_{client:02d}")
-    info = describe_client(folder, server_round, client)
+    info = _client_info(client, saved.info)
     references = References.from_tensors(saved.extras["references"]) if "references" in saved.extras else None
     return Personality(info, saved.weights, saved.info["steps_taken"]["local"] > 0, references)
 
@@ -51,7 +51,10 @@ def describe_client(folder: RunFolder, server_round: int, client: int) -> Client
     Raises:
         CheckpointError: its folder cannot be read.
     """
-    info = folder.info(server_round, f"local/client_{client:02d}")
+    return _client_info(client, folder.info(server_round, f"local/client_{client:02d}"))
+
+
+def _client_info(client: int, info: Mapping[str, Any]) -> ClientInfo:
     return ClientInfo(client, info["label"], tuple(info["tasks"]) or (NO_TASK,))
 
 
@@ -118,8 +121,8 @@ class Answerer:
             self.become(client)
         if states is None:
             states = self.encode(prompts, weighting.encoder)[weighting.representation]
-        representation = 0 if weighting.representation == "last_token" else 1
-        mean_state = self._mean_states[representation] if len(self._mean_states) else torch.zeros(())
+        position = REPRESENTATIONS.index(weighting.representation)
+        mean_state = self._mean_states[position] if len(self._mean_states) else torch.zeros(())
         return instance_weights(weighting, states, self._references(client), mean_state)
 
     def answer(

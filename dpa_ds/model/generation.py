@@ -11,6 +11,7 @@ from transformers import DynamicCache
 from transformers import GenerationConfig as TransformersGenerationConfig
 
 from dpa_ds.config import GenerationConfig
+from dpa_ds.model.beam_cache import spread_over_beams
 from dpa_ds.model.dual_adapter import DualAdapter
 
 
@@ -61,8 +62,7 @@ def generate(
             use_cache=True,
             **adapters.one_logit,
         )
-        if beams > 1:
-            cache.batch_repeat_interleave(beams)
+        spread_over_beams(cache, beams, config.max_new_tokens)
     adapters.set_mix(_mix(alphas.repeat_interleave(beams), adapters.device, partitioned))
     tokens = model.generate(
         input_ids=ids,

@@ -28,12 +28,14 @@ class _BeamLayer(DynamicLayer):
     """
 
     def __init__(self, prompt: DynamicLayer, num_beams: int, num_new_tokens: int) -> None:
-        super().__init__()
-        assert prompt.keys is not None and prompt.values is not None, "a prompt that was computed"
-        self._prompt_length = self._length = prompt.keys.shape[-2]
-        self._buffers = [_roomy(states, num_beams, num_new_tokens) for states in (prompt.keys, prompt.values)]
-        self.device, self.is_initialized = prompt.keys.device, True
-        self._show()
+        super().__init__()  # type: ignore[no-untyped-call]
+        keys, values = prompt.keys, prompt.values
+        assert keys is not None, "a prompt that was computed"
+        assert values is not None
+        self._prompt_length = self._length = keys.shape[-2]
+        self._buffers = [_roomy(states, num_beams, num_new_tokens) for states in (keys, values)]
+        self.device, self.is_initialized = keys.device, True
+        self.keys, self.values = self._filled()
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
@@ -42,8 +44,8 @@ class _BeamLayer(DynamicLayer):
         start, self._length = self._length, self._length + key_states.shape[-2]
         for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
             buffer[:, :, start : self._length] = states
-        self._show()
-        return self.keys, self.values
+        self.keys, self.values = filled = self._filled()
+        return filled
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Row i takes the new tokens of row `beam_idx[i]`, a beam of the same prompt."""
@@ -51,9 +53,9 @@ class _BeamLayer(DynamicLayer):
         for buffer in self._buffers:
             buffer[:, :, new] = buffer[:, :, new].index_select(0, beam_idx.to(buffer.device))
 
-    def _show(self) -> None:
-        """What transformers reads: the part of the buffers that is filled."""
-        self.keys, self.values = (buffer[:, :, : self._length] for buffer in self._buffers)
+    def _filled(self) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = (buffer[:, :, : self._length] for buffer in self._buffers)
+        return keys, values
 
 
 def _roomy(states: torch.Tensor, num_beams: int, num_new_tokens: int) -> torch.Tensor:

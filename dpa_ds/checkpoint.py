@@ -1,35 +1,48 @@
-"""State of a run after a round, on disk: written whole or not at all, in PEFT's own format.
+"""State of a run on disk, after each round and inside the current one, in PEFT's own format.
 
     runs/NAME/rounds/round_000003/global/{adapter_model.safetensors, adapter_config.json, state.json}
                                   local/client_02/{..., references.safetensors, optimizer.safetensors}
-                                  meta.json                                     written last: the round is complete
+                                  meta.json               written last: the round is complete; checksums of all state.json
+    runs/NAME/rounds/round_000004.tmp/progress/client_02/000017/...        how far a client has come in round 4
     runs/NAME/adapters -> rounds/round_000003
 
-Every leader writes its clients; the main leader the rest. All hosts see the folder (a shared file system).
+Every leader writes its clients; the main leader the rest. All hosts see the folder (a shared file system). The frozen base is
+never written.
 """
 
-import contextlib
 import hashlib
+import importlib.metadata
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import peft
-import safetensors
-from safetensors.torch import load_file, save_file
 
 from dpa_ds.config import RunConfig
 from dpa_ds.config_loader import diff_configs, fingerprint_sections, load_config
 from dpa_ds.distributed.federation_group import AdapterState
 from dpa_ds.errors import CheckpointError
+from dpa_ds.storage import (
+    STATE,
+    SavedFolder,
+    fsync,
+    read_folder,
+    sha256_of,
+    storage_errors,
+    verify_folder,
+    write_folder,
+    write_text,
+)
+from dpa_ds.storage import write_file as write_file
+from dpa_ds.tracking import logger
 
-KEPT_ROUNDS = 2
-WEIGHTS, STATE, META = "adapter_model.safetensors", "state.json", "meta.json"
-MODEL = "model.json"
+META, MODEL = "meta.json", "model.json"
+WEIGHTS = "adapter_model"
+PACKAGES = ("dpa_ds", "torch", "deepspeed", "transformers", "peft")
 
 
 @dataclass(frozen=True)
@@ -49,6 +62,8 @@ class RunFolder:
     def __init__(self, run_dir: Path) -> None:
         self.run_dir = run_dir
         self.rounds_dir = run_dir / "rounds"
+
+    # ---- which run, which round -------------------------------------------------------------------------------
 
     def claim(self, config: RunConfig) -> int:
         """Make sure that this folder is free, or holds this very run; the last complete round. Writes nothing.
@@ -71,6 +86,50 @@ class RunFolder:
         if not existing.is_dir() or not os.access(existing, os.W_OK):
             raise CheckpointError(f"cannot write results to {self.run_dir} ({existing}): choose another output_dir")
         return self.latest_round()
+
+    def resume(self, config: RunConfig) -> int:
+        """The round to go on after, 0 for the beginning. A damaged round is set aside, and the one before it used.
+
+        Raises:
+            CheckpointError: as `claim`; or `config.resume` forbids it; or no round is left whole.
+        """
+        last = self.claim(config)
+        if config.resume == "never" and (last or any(self.rounds_dir.glob("*.tmp"))):
+            raise CheckpointError(
+                f"{self.run_dir} holds results (up to round {last}), and resume is never: choose another name, delete "
+                "that folder, or go on with --resume auto"
+            )
+        while last and (problem := self._problem_of(last)):
+            aside = self.round_dir(last).with_name(f"{self.round_dir(last).name}.damaged")
+            with storage_errors(aside):
+                shutil.rmtree(aside, ignore_errors=True)
+                self.round_dir(last).rename(aside)
+            logger.warning(f"round {last} is damaged and set aside as {aside}: {problem}")
+            last = self.latest_round()
+            if last == 0:
+                raise CheckpointError(
+                    f"no complete round of {self.run_dir} is whole: restore one, or delete the folder"
+                )
+        if config.resume == "must" and last == 0 and not any(self.rounds_dir.glob("*.tmp")):
+            raise CheckpointError(
+                f"{self.run_dir} holds nothing to go on from, and resume is must: see output_dir, name"
+            )
+        return last
+
+    def _problem_of(self, server_round: int) -> str:
+        """What is wrong with a complete round; empty if nothing is."""
+        folder = self.round_dir(server_round)
+        try:
+            states: dict[str, str] = json.loads((folder / META).read_text())["states"]
+            for name, expected in states.items():
+                if sha256_of(folder / name) != expected:
+                    return f"{folder / name} (checksum differs)"
+                verify_folder((folder / name).parent, "not used")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            return f"{folder / META} ({error})"
+        except CheckpointError as error:
+            return str(error)
+        return ""
 
     def check_model(self, fingerprint: str) -> None:
         """Refuse a base model other than the one that this run was trained over, wherever it lies now.
@@ -114,10 +173,7 @@ class RunFolder:
         states = sorted(self.round_dir(server_round).glob(f"**/{STATE}"))
         return hashlib.sha256(b"".join(path.read_bytes() for path in states)).hexdigest()[:16]
 
-    def remove_leftovers(self) -> None:
-        """Delete what an interrupted attempt left half-written. Main leader, before any round starts."""
-        for path in self.rounds_dir.glob("*.tmp"):
-            shutil.rmtree(path)
+    # ---- a round ----------------------------------------------------------------------------------------------
 
     def save_adapter(
         self,
@@ -130,36 +186,43 @@ class RunFolder:
     ) -> None:
         """Write one adapter ("global", "local/client_02") of a round that is not yet complete. Leaders only."""
         folder = self._unfinished(server_round) / name
-        with _storage_errors(folder):
+        with storage_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
             config.save_pretrained(str(folder))
-            save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
-            for extra, tensors in extras.items():
-                save_file(tensors, folder / f"{extra}.safetensors")
-            files = [path for path in sorted(folder.iterdir()) if path.name != STATE]
-            for path in files:
-                _fsync(path)
-            content = {"sha256": {path.name: _sha256(path) for path in files}, "info": dict(info)}
-            _write_text(folder / STATE, json.dumps(content, indent=1))
-            for directory in (folder, folder.parent):  # the names of the files, too, must survive a power cut
-                _fsync(directory)
+        write_folder(folder, {WEIGHTS: weights, **extras}, info)
 
-    def complete_round(self, server_round: int, meta: Mapping[str, Any]) -> None:
-        """Make the round count: main leader, after all leaders have saved. Keeps the last `KEPT_ROUNDS` rounds."""
+    def carry_over(self, server_round: int, clients: list[int]) -> None:
+        """Give a round that is not yet complete the local adapters of `clients` as they were one round before."""
+        for client in clients:
+            name = f"local/client_{client:02d}"
+            old, new = self.round_dir(server_round - 1) / name, self._unfinished(server_round) / name
+            if old.is_dir():
+                with storage_errors(new):
+                    shutil.rmtree(new, ignore_errors=True)
+                    shutil.copytree(old, new)
+
+    def complete_round(self, server_round: int, meta: Mapping[str, Any], keep_rounds: int) -> None:
+        """Make the round count: main leader, after all leaders have saved. Keeps the last `keep_rounds` rounds."""
         unfinished, final = self._unfinished(server_round), self.round_dir(server_round)
-        with _storage_errors(final):
-            _write_text(unfinished / META, json.dumps({"round": server_round, **meta}, indent=1))
-            _fsync(unfinished)
-            if final.exists():  # a damaged or abandoned round of the same number
+        with storage_errors(final):
+            paths = [*unfinished.glob(f"global/{STATE}"), *unfinished.glob(f"local/*/{STATE}")]
+            states = {str(path.relative_to(unfinished)): sha256_of(path) for path in sorted(paths)}
+            versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+            manifest = {"round": server_round, **meta, "versions": versions, "states": states}
+            write_text(unfinished / META, json.dumps(manifest, indent=1))
+            fsync(unfinished)
+            if final.exists():  # an abandoned round of the same number
                 shutil.rmtree(final)
             unfinished.rename(final)
             link = self.run_dir / "adapters.tmp"
             link.unlink(missing_ok=True)
             link.symlink_to(final.relative_to(self.run_dir))
             link.replace(self.run_dir / "adapters")
-            _fsync(self.rounds_dir)
-        for old in sorted(self.rounds_dir.glob("round_??????"))[:-KEPT_ROUNDS]:
-            shutil.rmtree(old, ignore_errors=True)  # the new round counts, whatever becomes of an old one
+            fsync(self.rounds_dir)
+        # The new round counts, whatever becomes of old ones.
+        shutil.rmtree(final / "progress", ignore_errors=True)
+        for old in sorted(self.rounds_dir.glob("round_??????"))[:-keep_rounds]:
+            shutil.rmtree(old, ignore_errors=True)
 
     def load_adapter(self, server_round: int, name: str) -> SavedAdapter:
         """Read one adapter of a complete round, checking its checksums.
@@ -168,17 +231,12 @@ class RunFolder:
             CheckpointError: a file is missing or damaged.
         """
         folder = self.round_dir(server_round) / name
-        remedy = f"delete {folder.parents[len(Path(name).parts) - 1]} to continue from the round before"
-        try:
-            state = json.loads((folder / STATE).read_text())
-            for file, expected in state["sha256"].items():
-                if _sha256(folder / file) != expected:
-                    raise CheckpointError(f"{folder / file} is damaged (checksum differs): {remedy}")
-            files = {Path(file) for file in state["sha256"] if file.endswith(".safetensors") and file != WEIGHTS}
-            extras = {file.stem: load_file(folder / file) for file in sorted(files)}
-            return SavedAdapter(load_file(folder / WEIGHTS), extras, state["info"])
-        except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
-            raise CheckpointError(f"{folder} cannot be read ({error}): {remedy}") from error
+        remedy = f"delete {self.round_dir(server_round)} to continue from the round before"
+        saved = read_folder(folder, remedy)
+        if WEIGHTS not in saved.tensors:
+            raise CheckpointError(f"{folder} has no {WEIGHTS}.safetensors: {remedy}")
+        extras = {key: tensors for key, tensors in saved.tensors.items() if key != WEIGHTS}
+        return SavedAdapter(saved.tensors[WEIGHTS], extras, saved.info)
 
     def info(self, server_round: int, name: str) -> dict[str, Any]:
         """What the saver added to an adapter of a complete round, without reading its tensors.
@@ -193,47 +251,39 @@ class RunFolder:
             raise CheckpointError(f"{path} cannot be read ({error}): restore it, or delete that round") from error
         return info
 
+    # ---- inside a round ---------------------------------------------------------------------------------------
+
+    def save_progress(
+        self, server_round: int, client: int, tensors: Mapping[str, AdapterState], info: Mapping[str, Any]
+    ) -> None:
+        """Write how far a client has come in a round; what was there before is deleted afterwards. Its leader only."""
+        folder = self._progress(server_round, client)
+        older = sorted(folder.glob("[0-9]*"))
+        number = int(older[-1].name) + 1 if older else 0
+        write_folder(folder / f"{number:06d}", tensors, info)
+        for path in older:
+            shutil.rmtree(path, ignore_errors=True)
+
+    def load_progress(self, server_round: int, client: int) -> SavedFolder | None:
+        """The newest whole progress of a client in a round, if there is one."""
+        for folder in sorted(self._progress(server_round, client).glob("[0-9]*"), reverse=True):
+            try:
+                return read_folder(folder, "not used")
+            except CheckpointError:  # the write that was interrupted
+                continue
+        return None
+
+    def remove_leftovers(self, completed: int) -> None:
+        """Delete what cannot be of use after round `completed`. Main leader, before any round starts."""
+        current = self._unfinished(completed + 1)
+        stale = [path for path in self.rounds_dir.glob("*.tmp") if path != current]
+        stale += [path for path in current.glob("*") if path.name != "progress"]
+        stale += self.rounds_dir.glob("round_??????/progress")
+        for path in stale:
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+    def _progress(self, server_round: int, client: int) -> Path:
+        return self._unfinished(server_round) / "progress" / f"client_{client:02d}"
+
     def _unfinished(self, server_round: int) -> Path:
         return self.rounds_dir / f"round_{server_round:06d}.tmp"
-
-
-def write_file(path: Path, text: str) -> None:
-    """Write `text` to `path` whole or not at all.
-
-    Raises:
-        CheckpointError: the file system refuses.
-    """
-    with _storage_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
-        _write_text(temporary, text)
-        temporary.replace(path)
-
-
-@contextlib.contextmanager
-def _storage_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, safetensors.SafetensorError) as error:
-        raise CheckpointError(
-            f"cannot write {path}: {error}; earlier rounds are intact: make room or choose another output_dir, "
-            "then run the same command again"
-        ) from error
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text)
-    _fsync(path)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

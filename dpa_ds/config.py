@@ -23,6 +23,14 @@ class ClusterConfig:
     """Ranks that train one client at a time: a number, a list (groups of unequal size), or auto."""
     timeout_seconds: float = 1800.0
     """Bound on every wait between ranks of one group and on the agreement at start, in seconds."""
+    silence_seconds: float = 60.0
+    """A rank that has not been heard of for so long (stopped, cut off, host down) ends its job, in seconds."""
+    group: int | None = None
+    """This job is one rank group, number 0, 1, ...: each group has a launcher of its own; null: all groups in one job."""
+    num_groups: int | None = None
+    """With group: number of rank groups of the run; null: one for each client."""
+    rendezvous: str | None = None
+    """With group: host:port of launch/rendezvous.py, where the groups' leaders meet."""
     device: Literal["auto", "cpu"] = "auto"
     """auto uses the accelerator DeepSpeed finds; cpu forbids it."""
 
@@ -131,6 +139,12 @@ class FederationConfig:
     """Weight of a client's update in the average."""
     timeout_seconds: float = 3600.0
     """Bound on every wait among the leaders, in seconds: the slowest client's round must fit in."""
+    min_clients: int = 1
+    """With cluster.group: rounds go on without lost groups as long as those present host so many clients."""
+    max_update_norm: float | None = None
+    """Largest L2 norm of a client's change of the global adapter that may enter the average; null: any finite one."""
+    on_bad_update: Literal["skip", "stop"] = "skip"
+    """A client that diverged or exceeds max_update_norm: go on without it and undo its round, or stop the run."""
 
 
 @dataclass(frozen=True)
@@ -220,6 +234,20 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True)
+class CheckpointConfig:
+    """What is saved when; a run that ended early goes on by the same command."""
+
+    every_steps: int | None = None
+    """Save inside a phase after every n optimizer steps; null: by time alone."""
+    every_minutes: float | None = 10.0
+    """Save inside a phase so often; null: by steps alone. Between clients and rounds it is always saved."""
+    keep_rounds: int = 2
+    """Complete rounds to keep; the older ones are deleted."""
+    grace_seconds: float = 25.0
+    """After SIGTERM, SIGUSR1 or Ctrl-C every rank has saved and ended within this time, in seconds."""
+
+
+@dataclass(frozen=True)
 class TrackingConfig:
     """Where numbers go."""
 
@@ -239,6 +267,8 @@ class RunConfig:
     """Folder of all runs, on a file system that every host sees."""
     seed: int = 0
     """Fixes initial adapters, sampling of clients, order of examples and dropout."""
+    resume: Literal["auto", "never", "must"] = "auto"
+    """auto: go on where the run stopped, or begin; never: refuse a folder with results; must: refuse to begin anew."""
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     """How the ranks of the job are divided among the clients."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -261,6 +291,8 @@ class RunConfig:
     """How answers are decoded."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """Held-out loss and scores."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """What is saved when."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     """Where numbers go."""
 

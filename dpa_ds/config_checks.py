@@ -2,12 +2,13 @@
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from dpa_ds.config import DataConfig, MethodConfig, RanksPerGroup, RunConfig
+from dpa_ds.config import ClusterConfig, DataConfig, MethodConfig, RanksPerGroup, RunConfig
 from dpa_ds.errors import ConfigError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -19,6 +20,9 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("seed", lambda value: value >= 0, "must be >= 0"),
     ("output_dir", bool, "must not be empty"),
     ("cluster.timeout_seconds", lambda value: value > 0, "must be > 0"),
+    ("cluster.silence_seconds", lambda value: value >= 2, "must be >= 2"),
+    ("cluster.group", lambda value: value >= 0, "must be >= 0, or null for all groups in one job"),
+    ("cluster.num_groups", lambda value: value >= 1, "must be >= 1, or null for one group a client"),
     ("model.path", bool, "must not be empty (give a model directory, a GGUF file or a hub id)"),
     ("lora.rank", lambda value: value >= 1, "must be >= 1"),
     ("lora.alpha", lambda value: value > 0, "must be > 0"),
@@ -39,6 +43,8 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("federation.num_rounds", lambda value: value >= 1, "must be >= 1"),
     ("federation.client_fraction", lambda value: 0 < value <= 1, "must be in (0, 1]"),
     ("federation.timeout_seconds", lambda value: value > 0, "must be > 0"),
+    ("federation.min_clients", lambda value: value >= 1, "must be >= 1"),
+    ("federation.max_update_norm", lambda value: value > 0, "must be > 0, or null for no bound"),
     ("train.batch_size", lambda value: value >= 1, "must be >= 1"),
     ("train.micro_batch_tokens", lambda value: value >= 1, "must be >= 1"),
     ("train.local_epochs", lambda value: value > 0, "must be > 0"),
@@ -60,6 +66,10 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("generation.num_beams", lambda value: value >= 1, "must be >= 1 (1: greedy)"),
     ("generation.max_new_tokens", lambda value: value >= 1, "must be >= 1"),
     ("generation.batch_tokens", lambda value: value >= 1, "must be >= 1"),
+    ("checkpoint.every_steps", lambda value: value >= 1, "must be >= 1, or null to save by time"),
+    ("checkpoint.every_minutes", lambda value: value > 0, "must be > 0, or null to save by steps"),
+    ("checkpoint.keep_rounds", lambda value: value >= 1, "must be >= 1"),
+    ("checkpoint.grace_seconds", lambda value: value > 0, "must be > 0"),
     ("tracking.log_every_seconds", lambda value: value >= 0, "must be >= 0"),
 )
 
@@ -72,13 +82,17 @@ _NOT_IN_FINGERPRINT = {
     "data.cache_dir",
     "federation.num_rounds",
     "federation.timeout_seconds",
+    "federation.min_clients",
+    "federation.max_update_norm",
+    "federation.on_bad_update",
+    "resume",
     "train.micro_batch_tokens",
     "weighting.kind",
     "weighting.scale",
     "weighting.representation",
     "weighting.encoder",
 }
-_SECTIONS_NOT_IN_FINGERPRINT = {"cluster", "engine", "evaluation", "generation", "tracking"}
+_SECTIONS_NOT_IN_FINGERPRINT = {"checkpoint", "cluster", "engine", "evaluation", "generation", "tracking"}
 
 _OWNER_OF_DEEPSPEED_KEY = {
     "train_batch_size": "train.batch_size",
@@ -204,6 +218,7 @@ def _problems(config: RunConfig) -> Iterator[str]:
         if values[key] is not None and not allowed(values[key]):
             yield f"{key} {text}, got {show(values[key])}"
     yield from _rank_problems(config.cluster.ranks_per_group)
+    yield from _group_problems(config.cluster)
     yield from _partition_problems(config.data)
     yield from _method_problems(config)
     if config.weighting.kind == "fixed" and (config.weighting.scale or 0) > 1:
@@ -219,6 +234,20 @@ def _rank_problems(ranks: RanksPerGroup) -> Iterator[str]:
     numbers = ranks if isinstance(ranks, list) else [] if ranks == "auto" else [ranks]
     if ranks == [] or any(not isinstance(number, int) or number < 1 for number in numbers):
         yield f"cluster.ranks_per_group must be auto, a number >= 1 or a list of them such as [2, 2, 1], got {show(ranks)}"
+
+
+def _group_problems(cluster: ClusterConfig) -> Iterator[str]:
+    if (cluster.group is None) != (cluster.rendezvous is None):
+        yield (
+            "cluster.group and cluster.rendezvous belong together: give both for a job that is one rank group "
+            "(--cluster.group 2 --cluster.rendezvous host:port, see launch/rendezvous.py), or neither"
+        )
+    if cluster.group is None and cluster.num_groups is not None:
+        yield "cluster.num_groups has no effect without cluster.group: set cluster.ranks_per_group instead"
+    if cluster.num_groups is not None and cluster.group is not None and cluster.group >= cluster.num_groups:
+        yield f"cluster.group must be in 0..{cluster.num_groups - 1} (cluster.num_groups), got {cluster.group}"
+    if cluster.rendezvous is not None and not re.fullmatch(r"[^\s:]+:\d{1,5}", cluster.rendezvous):
+        yield f"cluster.rendezvous must be host:port, such as node1:29600, got {show(cluster.rendezvous)}"
 
 
 def _partition_problems(data: DataConfig) -> Iterator[str]:

@@ -35,3 +35,9 @@ class CheckpointError(DpaError):
     """Saved state cannot be read, or belongs to another run."""
 
     exit_code = 4
+
+
+class Preempted(DpaError):
+    """Asked to stop by a signal: everything is saved, and the same command goes on."""
+
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again later

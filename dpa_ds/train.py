@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from dpa_ds.checkpoint import MODEL, RunFolder, write_file
@@ -17,23 +18,27 @@ from dpa_ds.federation.aggregation import WeightedAverage
 from dpa_ds.federation.client import ClientTrainer
 from dpa_ds.federation.hosting import client_names, encode_references, host_clients, restore_shared
 from dpa_ds.federation.methods import build_schedule
+from dpa_ds.federation.progress import ProgressKeeper
 from dpa_ds.federation.rounds import Federation, run_rounds
 from dpa_ds.model.base import check_precision, load_base, load_tokenizer, model_fingerprint, resolve_model
 from dpa_ds.model.dual_adapter import DualAdapter
 from dpa_ds.model.engine import AdapterEngine, build_deepspeed_json
+from dpa_ds.storage import BackgroundWriter
 from dpa_ds.tracking import Tracker, logger, setup_logging
 
 
 def train(config: RunConfig, job: Job) -> None:
-    """Train `config.method` on all clients, from the last complete round on. Collective: every rank of the job."""
+    """Train `config.method` on all clients, from where the run stopped. Collective: every rank of the job."""
     started = time.monotonic()
+    job.watch(config.checkpoint.grace_seconds, config.cluster.silence_seconds)
     setup_logging(is_main=job.launch.global_rank == 0)
     schedule = build_schedule(config.method)
     file_json = load_deepspeed_json(config.engine.deepspeed_config)
     names = client_names(config, schedule)
     topology = plan_topology(job.launch.job_world_size, len(names), config.cluster.ranks_per_group)
     folder = RunFolder(config.run_dir)
-    completed = int(job.decide("completed_rounds", lambda: folder.claim(config)))
+    completed = int(job.decide("completed_rounds", lambda: folder.resume(config)))
+    job.describe_rank = partial(describe_rank, topology, job)
 
     world = build_world(job, topology, config.cluster, config.federation.timeout_seconds)
     if world.is_main:
@@ -52,7 +57,7 @@ def train(config: RunConfig, job: Job) -> None:
         encode_references(clients, config, adapters, int(tokenizer.pad_token_id))
 
     if world.is_main:  # before a label tells the other leaders to go on
-        folder.remove_leftovers()
+        folder.remove_leftovers(completed)
     for client in clients if world.is_leader else ():
         job.publish(f"label/{client.client_id}", client.label)
     labels = [job.lookup(f"label/{client_id}") for client_id in range(len(names))]
@@ -61,23 +66,41 @@ def train(config: RunConfig, job: Job) -> None:
         write_file(config.run_dir / MODEL, json.dumps({"fingerprint": fingerprint, "path": config.model.path}))
     tracker = Tracker(config.run_dir if world.is_leader else None, world.is_main, config.tracking)
     tracker.drop_records_after(completed)
+    writer = BackgroundWriter()
+    layout = {
+        "ranks": world.world_size,
+        "zero_stage": engine.stage,
+        "num_rounds": config.federation.num_rounds,
+        "micro_batch_tokens": config.train.micro_batch_tokens,
+    }
+    keeper = ProgressKeeper(folder, writer, layout, world.is_leader)
+    pad_id = int(tokenizer.pad_token_id)
     federation = Federation(
         config=config,
         world=world,
-        trainer=ClientTrainer(engine, world, config, schedule, tracker, int(tokenizer.pad_token_id)),
+        trainer=ClientTrainer(engine, world, config, schedule, tracker, pad_id, job, keeper),
         aggregator=WeightedAverage(by_num_examples=config.federation.weighting == "num_examples"),
         clients=clients,
         labels=labels,
         shared=restore_shared(config, schedule, adapters, completed),
         folder=folder,
+        writer=writer,
         tracker=tracker,
         scorer=Scorer(config, schedule, engine, world, tokenizer) if config.evaluation.scores_every_rounds else None,
     )
-    run_rounds(federation, completed)
+    with writer:
+        run_rounds(federation, completed)
     tracker.close()
     if world.is_main:
         logger.info(write_report(config.run_dir, topology.num_groups, time.monotonic() - started))
     world.close()
+
+
+def describe_rank(topology: Topology, job: Job, global_rank: int) -> str:
+    """What a message calls a rank: its host, its group and the clients that depend on it."""
+    group = topology.group_of_rank(global_rank)
+    clients = ", ".join(map(str, topology.clients_of_group(group)))
+    return f"rank {global_rank} ({job.hosts[global_rank]}, group {group}, clients {clients})"
 
 
 def describe(

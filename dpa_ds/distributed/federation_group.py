@@ -1,13 +1,17 @@
 """The thin second group: leaders only, CPU tensors only, every byte counted."""
 
 import socket
+import time
 from collections import Counter
+from collections.abc import Callable
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-from dpa_ds.errors import ClusterError
+from dpa_ds.errors import ClusterError, Preempted
+
+POLL_SECONDS = 0.002
 
 AdapterState = dict[str, torch.Tensor]
 """Full fp32 CPU tensors of one adapter under PEFT's adapter-less keys: the only thing that crosses a client border."""
@@ -16,17 +20,27 @@ AdapterState = dict[str, torch.Tensor]
 class FederationGroup:
     """Process group of the leaders. gloo on CPU keeps device memory and NCCL out of the federation.
 
-    Collective: every leader constructs it, with the same `generation`.
+    Collective: every leader constructs it.
+
+    Args:
+        stop_requested: asked while this leader waits for the others; once true, the wait ends with `Preempted`.
     """
 
-    def __init__(self, store: dist.Store, rank: int, size: int, timeout_seconds: float, generation: int = 0) -> None:
-        self.rank, self.size = rank, size
+    def __init__(
+        self,
+        store: dist.Store,
+        rank: int,
+        size: int,
+        timeout_seconds: float,
+        stop_requested: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.rank, self.size, self._stop_requested = rank, size, stop_requested
         self.timeout_seconds = timeout_seconds
         self.bytes_handed: Counter[str] = Counter()
         """Bytes this leader handed to the group so far, by purpose."""
         try:
             self._group = dist.ProcessGroupGloo(
-                dist.PrefixStore(f"federation/{generation}", store), rank, size, timedelta(seconds=timeout_seconds)
+                dist.PrefixStore("federation", store), rank, size, timedelta(seconds=timeout_seconds)
             )
         except RuntimeError as error:
             raise ClusterError(
@@ -42,11 +56,17 @@ class FederationGroup:
 
         Raises:
             ClusterError: a leader did not arrive within `federation.timeout_seconds`, or was lost.
+            Preempted: the job was asked to stop meanwhile.
         """
         assert (buffer.device.type, buffer.dim()) == ("cpu", 1), (buffer.device, buffer.shape)
         self.bytes_handed[purpose] += buffer.numel() * buffer.element_size()
         try:
-            self._group.allreduce([buffer]).wait()  # type: ignore[attr-defined]
+            work = self._group.allreduce([buffer])  # type: ignore[attr-defined]
+            while not work.is_completed():  # the slowest client may take hours
+                if self._stop_requested():
+                    raise Preempted(f"a signal, while leader {self.rank} waited for the others")
+                time.sleep(POLL_SECONDS)
+            work.wait()
         except RuntimeError as error:
             raise ClusterError(
                 f"leader {self.rank} of {self.size} lost its peers in the {purpose} all-reduce "

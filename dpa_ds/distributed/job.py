@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from dpa_ds.distributed.launchers import Launch
-from dpa_ds.errors import ClusterError, DpaError
+from dpa_ds.distributed.watch import Watch
+from dpa_ds.errors import ClusterError, DpaError, Preempted
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -37,6 +38,31 @@ class Job:
         self.store = store if store is not None else _job_store(launch)
         self.timeout_seconds = JOIN_TIMEOUT_SECONDS
         """Bound on every wait for other ranks; `cluster.timeout_seconds` once `agree` has begun."""
+        self.describe_rank: Callable[[int], str] = self._name_and_host
+        """What messages call a rank; the topology knows more."""
+        self._watch: Watch | None = None
+
+    def watch(self, grace_seconds: float, silence_seconds: float) -> None:
+        """From now on hear signals, silent ranks and failures, whatever this rank is doing. Main thread only."""
+        store = self.store if self.launch.job_world_size > 1 else None
+        self._watch = Watch(self.launch, store, grace_seconds, silence_seconds, lambda rank: self.describe_rank(rank))
+        self._watch.start()
+
+    @property
+    def stop_requested(self) -> bool:
+        """A signal asked the job to stop: save and call `preempt`."""
+        return self._watch is not None and self._watch.stop_requested
+
+    def preempt(self) -> NoReturn:
+        """Leave the work, everything being saved.
+
+        Raises:
+            Preempted: always.
+        """
+        raise Preempted(self._watch.stop_reason if self._watch else "asked to stop")
+
+    def _name_and_host(self, rank: int) -> str:
+        return f"rank {rank} ({self.hosts[rank] if len(self.hosts) > rank else '?'})"
 
     def agree(self, facts: Mapping[str, str], error: DpaError | None, timeout_seconds: float) -> None:
         """Compare `facts` (code version, config, packages) of all ranks before anything is built or written.
@@ -122,14 +148,31 @@ class Job:
     def finish(self) -> None:
         """Wait until every rank has come this far: the store lives on rank 0. Collective: all ranks of the job."""
         self.store.set(f"done/{self.launch.global_rank}", "")
+        self._end_watch()
         if self.launch.global_rank == 0:
             self._wait(self._key_of_each_rank("done"))
+
+    def stop(self, reason: Preempted) -> NoReturn:
+        """End this rank after a signal, when all ranks have saved: a launcher ends the others once one is gone."""
+        with contextlib.suppress(ClusterError, RuntimeError):  # a rank that failed has said why
+            self.barrier("stopped")
+            if self.launch.global_rank == 0:
+                sys.stderr.write(f"stopped by {reason}: all is saved, and the same command goes on from there\n")
+        self._end_watch()
+        self._outlive_others()
+        self.launch.exit(reason.exit_code)
+
+    def _end_watch(self) -> None:
+        if self._watch is not None:
+            self._watch.end()
 
     def fail(self, error: BaseException) -> NoReturn:
         """End this rank; the first rank of the job to fail tells why, the others are silent.
 
         A user's error is one line; anything else is a traceback, from that one rank.
         """
+        if isinstance(error, Preempted):
+            self.stop(error)
         code = error.exit_code if isinstance(error, DpaError) else 1
         mine = f"{self.launch.global_rank} {code}"
         try:

@@ -17,7 +17,7 @@ from dpa_ds.config import ClusterConfig
 from dpa_ds.distributed.federation_group import FederationGroup
 from dpa_ds.distributed.job import Job
 from dpa_ds.distributed.topology import Topology
-from dpa_ds.errors import ClusterError
+from dpa_ds.errors import ClusterError, Preempted
 
 
 @dataclass
@@ -60,6 +60,25 @@ class World:
             if travelling is not tensor:
                 tensor.copy_(travelling)
         return tensor
+
+    def from_leader(self, compute: Callable[[], torch.Tensor], like: torch.Tensor) -> torch.Tensor:
+        """What `compute()` gives on the leader, on every rank of the group. Collective: all ranks of the group.
+
+        Args:
+            like: a tensor of the shape and dtype of the result.
+
+        Raises:
+            Preempted: on all ranks, if the leader was asked to stop while it computed.
+        """
+        result, stopped = torch.empty_like(like), None
+        if self.is_leader:
+            try:
+                result = compute()
+            except Preempted as error:
+                stopped = error
+        if self.broadcast_(torch.tensor([float(stopped is not None)])):
+            raise stopped or Preempted("a signal")
+        return self.broadcast_(result)
 
     def barrier(self) -> None:
         """Wait for all ranks of the group. Collective: all ranks of the group."""
@@ -113,7 +132,9 @@ def build_world(job: Job, topology: Topology, cluster: ClusterConfig, federation
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
     federation = None
     if rank == 0:
-        federation = FederationGroup(job.store, group, topology.num_groups, federation_timeout_seconds)
+        federation = FederationGroup(
+            job.store, group, topology.num_groups, federation_timeout_seconds, lambda: job.stop_requested
+        )
     device = torch.device(accelerator.current_device_name())
     return World(topology, group, rank, size, device, federation)
 

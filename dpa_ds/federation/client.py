@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 
@@ -13,13 +14,16 @@ from dpa_ds.data.batches import build_step, num_steps, step_indices
 from dpa_ds.data.prompts import TokenizedExamples
 from dpa_ds.data.references import References
 from dpa_ds.distributed.federation_group import AdapterState
+from dpa_ds.distributed.helm import Helm
+from dpa_ds.distributed.job import Job
 from dpa_ds.distributed.world import World
-from dpa_ds.errors import TrainingError
+from dpa_ds.errors import CheckpointError, TrainingError
 from dpa_ds.federation.aggregation import ClientUpdate, Shared
 from dpa_ds.federation.methods import Schedule
-from dpa_ds.model.dual_adapter import Phase
+from dpa_ds.federation.progress import PhaseProgress, ProgressKeeper, RoundProgress
+from dpa_ds.model.dual_adapter import Adapter, Phase
 from dpa_ds.model.engine import AdapterEngine
-from dpa_ds.tracking import Tracker
+from dpa_ds.tracking import Tracker, logger
 
 
 @dataclass
@@ -41,110 +45,240 @@ class HostedClient:
     """Optimizer steps per adapter so far: the x axis of the client's curves."""
 
 
-@dataclass
-class RoundMetrics:
-    """Numbers of one client and round, summed over its phases. Losses are means per label token."""
-
-    num_steps: int = 0
-    seconds: float = 0.0
-    real_tokens: int = 0
-    computed_tokens: int = 0
-    global_loss: float = 0.0
-    """Mean training loss of the global phase's steps."""
-    local_loss: float = 0.0
-    skipped_steps: int = 0
-    """Steps that DeepSpeed left out because their gradient was not finite (fp16: while the loss scale settles)."""
-
-
 class ClientTrainer:
     """Trains hosted clients, one after the other, on the rank group's engine. Every method is collective there."""
 
     def __init__(
-        self, engine: AdapterEngine, world: World, config: RunConfig, schedule: Schedule, tracker: Tracker, pad_id: int
+        self,
+        engine: AdapterEngine,
+        world: World,
+        config: RunConfig,
+        schedule: Schedule,
+        tracker: Tracker,
+        pad_id: int,
+        job: Job,
+        keeper: ProgressKeeper,
     ) -> None:
-        self.engine, self.schedule = engine, schedule
-        self._world, self._config, self._tracker, self.pad_id = world, config, tracker, pad_id
-        self.metrics: dict[int, RoundMetrics] = {}
+        self.engine, self.schedule, self.pad_id = engine, schedule, pad_id
+        self._world, self._config, self._tracker, self._job, self._keeper = world, config, tracker, job, keeper
+        self._helm = Helm(job, world, config.checkpoint.every_minutes)
+        self.progress: dict[int, RoundProgress] = {}
         """Of the current round, by client; the round loop clears it."""
+        self._starts: dict[int, tuple[AdapterState, AdapterState | None, dict[str, int]]] = {}
 
-    def before_aggregation(self, client: HostedClient, shared: Shared, server_round: int) -> ClientUpdate:
-        """Run the client's phases of this round and return what it uploads."""
-        is_first = client.steps_taken["global"] == 0
-        self.engine.write_state("global", shared.adapter)
-        self._train(client, self.schedule.phases("before", server_round), server_round)
-        adapter = _finite(self.engine.read_state("global"), client, server_round)
-        mean_states = client.references.mean_states if client.references and is_first else None
-        return ClientUpdate(client.client_id, len(client.examples), adapter, mean_states)
+    # ---- a client's round -------------------------------------------------------------------------------------
+
+    def take_up(self, client: HostedClient, server_round: int) -> None:
+        """Before the first round of this process: go on where the client was interrupted inside of it."""
+        found = self._keeper.find(server_round, client.client_id)
+        progress = self._open(client)
+        if found is not None:
+            progress, saved = found
+            self.progress[client.client_id] = progress
+            client.local_state, client.local_optimizer = saved.tensors["local"], saved.tensors.get("local_optimizer")
+            client.steps_taken = dict(saved.info["steps_taken"])
+        here = torch.tensor([float(progress.phase), float(progress.inside.step)])
+        if not torch.equal(self._world.broadcast_(here.clone()), here):
+            raise CheckpointError(
+                f"{client.label}: ranks read different progress: is output_dir one shared file system?"
+            )
+
+    def before_aggregation(self, client: HostedClient, shared: Shared, server_round: int) -> ClientUpdate | None:
+        """Run the client's phases of this round and return what it uploads; None if that is not fit to count."""
+        progress = self._open(client)
+        try:
+            self._train(client, self.schedule.phases("before", server_round), 0, shared, server_round)
+            update = shared.adapter if progress.update is None else progress.update
+            if not progress.metrics.rejected:
+                self._check_update(update, shared.adapter, client, server_round)
+        except TrainingError as error:
+            self._undo(client, error)
+            progress.phase = self._first_phase("final", server_round)
+            self._save(client, server_round)
+        if progress.metrics.rejected:
+            return None
+        mean_states = client.references.mean_states if client.references and progress.counts_states else None
+        return ClientUpdate(client.client_id, len(client.examples), update, mean_states)
 
     def after_aggregation(self, client: HostedClient, shared: Shared, server_round: int) -> None:
         """Run the phases that train beside this round's aggregated global adapter."""
-        if self.schedule.after:
-            self.engine.write_state("global", shared.adapter)
-            self._train(client, self.schedule.phases("after", server_round), server_round)
+        first = self._first_phase("after", server_round)
+        steps_taken = client.steps_taken["global"]
+        try:
+            self._train(client, self.schedule.phases("after", server_round), first, shared, server_round)
+        except TrainingError as error:
+            self._undo(client, error)
+            client.steps_taken["global"] = steps_taken  # those have counted
 
     def finish(self, client: HostedClient, shared: Shared, server_round: int) -> None:
         """After the last round: start the local adapter from the global one and run the final phases."""
-        if self.schedule.final:
-            client.local_state = {key: value.clone() for key, value in shared.adapter.items()}
-            client.local_optimizer = None
-            self.engine.write_state("global", shared.adapter)
-            self._train(client, self.schedule.final, server_round)
+        progress, first = self._open(client), self._first_phase("final", server_round)
+        progress.phase = max(progress.phase, first)  # a client that was not drawn has done nothing yet
+        if not self.schedule.final:
+            return
+        if (progress.phase, progress.inside.step) == (first, 0):
+            client.local_state, client.local_optimizer = shared.adapter, None
+            self._starts[client.client_id] = (client.local_state, None, dict(client.steps_taken))
+        try:
+            self._train(client, self.schedule.final, first, shared, server_round)
+        except TrainingError as error:
+            self._undo(client, error)
 
-    def _train(self, client: HostedClient, phases: Sequence[Phase], server_round: int) -> None:
-        trains_local = any(phase.trains == "local" for phase in phases)
-        if trains_local:
+    def _open(self, client: HostedClient) -> RoundProgress:
+        """The client's progress in this round; at its beginning also what to return to if the round must be undone."""
+        if client.client_id not in self.progress:
+            self.progress[client.client_id] = RoundProgress(counts_states=client.steps_taken["global"] == 0)
+            self._starts[client.client_id] = (client.local_state, client.local_optimizer, dict(client.steps_taken))
+        return self.progress[client.client_id]
+
+    def _first_phase(self, stage: Literal["after", "final"], server_round: int) -> int:
+        stages: tuple[Literal["before", "after"], ...] = ("before",) if stage == "after" else ("before", "after")
+        return sum(len(self.schedule.phases(earlier, server_round)) for earlier in stages)
+
+    def _undo(self, client: HostedClient, error: TrainingError) -> None:
+        """Give the client its last good state back. Raises `error` where the recipe wants the run to stop."""
+        if self._config.federation.on_bad_update == "stop":
+            raise error
+        client.local_state, client.local_optimizer, steps_taken = self._starts[client.client_id]
+        client.steps_taken = dict(steps_taken)
+        progress = self.progress[client.client_id]
+        progress.update, progress.inside, progress.metrics.rejected = None, PhaseProgress(), 1
+        if self._world.is_leader:
+            logger.warning(f"{error}; its round is undone, and the others go on (federation.on_bad_update: skip)")
+
+    def _check_update(
+        self, update: AdapterState, current: AdapterState, client: HostedClient, server_round: int
+    ) -> None:
+        bound = self._config.federation.max_update_norm
+        norm = math.sqrt(sum(float((update[key] - current[key]).double().square().sum()) for key in update))
+        if bound is not None and norm > bound:
+            raise TrainingError(
+                f"{client.label} changed the global adapter by {norm:.4g} in round {server_round}, more than "
+                f"federation.max_update_norm = {bound:g}"
+            )
+
+    # ---- phases -----------------------------------------------------------------------------------------------
+
+    def _train(
+        self, client: HostedClient, phases: Sequence[Phase], first: int, shared: Shared, server_round: int
+    ) -> None:
+        """Run those of `phases`, the first of which is phase `first` of the round, that are not done yet."""
+        progress = self.progress[client.client_id]
+        todo = phases[max(0, progress.phase - first) :]
+        self._tracker.advance(
+            f"round {server_round} {client.label}", self._num_steps(client) * (len(phases) - len(todo))
+        )
+        if not todo:
+            return
+        own = progress.update if first == 0 else None  # later phases train beside what all clients share
+        self.engine.write_state("global", shared.adapter if own is None else own)
+        if any(phase.trains == "local" for phase in todo):
             self.engine.write_state("local", client.local_state)
-        for phase in phases:
+        for phase in todo:
             self._run_phase(client, phase, server_round)
-        if trains_local:
-            client.local_state = _finite(self.engine.read_state("local"), client, server_round)
+            progress.phase += 1
+            progress.inside = PhaseProgress()
+            self._save(client, server_round)
 
     def _run_phase(self, client: HostedClient, phase: Phase, server_round: int) -> None:
+        progress = self.progress[client.client_id]
         keeps = self._config.train.keep_optimizer_state and phase.trains == "local"
         started = time.monotonic()
         self.engine.activate(phase)
-        if keeps and client.local_optimizer is not None:
-            self.engine.write_optimizer_state("local", client.local_optimizer)
-        series = self._take_steps(client, phase, server_round)
+        optimizer = progress.optimizer if progress.inside.step else client.local_optimizer if keeps else None
+        if optimizer is not None:
+            self.engine.write_optimizer_state(phase.trains, optimizer)
+            self.engine.write_scaler(progress.inside.scaler)
+        rates = self._take_steps(client, phase, server_round)
+        self._keep_state(client, phase.trains, server_round)
+        progress.optimizer = None
         if keeps:
             client.local_optimizer = self.engine.read_optimizer_state("local")
-        losses = series["loss"]
-        metrics = self.metrics[client.client_id]
-        metrics.num_steps += len(losses)
+        inside, metrics = progress.inside, progress.metrics
+        metrics.num_steps += len(inside.losses)
+        metrics.skipped_steps += inside.num_skipped
         metrics.seconds += time.monotonic() - started
-        setattr(metrics, f"{phase.trains}_loss", sum(losses) / len(losses))
+        setattr(metrics, f"{phase.trains}_loss", sum(inside.losses) / len(inside.losses))
+        series = {"loss": inside.losses, "grad_norm": inside.norms, "lr": rates}
         tagged = {f"{phase.trains}/{name}": values for name, values in series.items()}
         self._tracker.scalars(f"client_{client.client_id:02d}", tagged, client.steps_taken[phase.trains])
-        client.steps_taken[phase.trains] += len(losses)
+        client.steps_taken[phase.trains] += len(inside.losses)
 
-    def _take_steps(self, client: HostedClient, phase: Phase, server_round: int) -> dict[str, list[float]]:
-        """The optimizer steps of one phase; their loss, gradient norm and learning rate."""
+    def _take_steps(self, client: HostedClient, phase: Phase, server_round: int) -> list[float]:
+        """The optimizer steps of one phase that are not done yet; the learning rates of all of them."""
         train, world, examples = self._config.train, self._world, client.examples
-        metrics = self.metrics.setdefault(client.client_id, RoundMetrics())
+        progress = self.progress[client.client_id]
+        inside, metrics, every = progress.inside, progress.metrics, self._config.checkpoint.every_steps
         words = (self._config.seed, server_round, client.client_id, 0 if phase.trains == "global" else 1)
-        total = num_steps(len(examples), train.batch_size, train.local_epochs, train.max_steps)
+        total, first = self._num_steps(client), inside.step
         rates = [learning_rate(train, k, total) for k in range(total)]
-        shares, norms, num_skipped = [], [], 0
-        for k, indices in enumerate(step_indices(len(examples), train.batch_size, total, words)):
+        indices = step_indices(len(examples), train.batch_size, total, words)
+        self._tracker.advance(f"round {server_round} {client.label} {phase.trains}", first)
+        shares: list[torch.Tensor] = []
+        norms: list[torch.Tensor] = []
+        for k in range(first, total):
+            order = self._helm.at_boundary()
+            if order != "go" or (every and k % every == 0 and k > first):
+                self._account(inside, shares, norms)
+                self._save_inside(client, phase, server_round)
+            if order == "stop":
+                self._keeper.wait()
+                self._job.preempt()
             torch.manual_seed(_fold(*words, k, world.rank))  # dropout needs no state of its own to resume
-            step = build_step(examples, indices, world.rank, world.world_size, train.micro_batch_tokens, self.pad_id)
+            step = build_step(examples, indices[k], world.rank, world.world_size, train.micro_batch_tokens, self.pad_id)
             share, norm, applied = self.engine.train_step(step, rates[k])
             shares.append(share)
             norms.append(norm)
-            num_skipped += not applied
+            inside.step += 1
+            inside.num_skipped += not applied
             metrics.real_tokens += step.real_tokens
             metrics.computed_tokens += step.computed_tokens
             self._tracker.advance(f"round {server_round} {client.label} {phase.trains}")
-        # One exchange per phase, not per step: nobody waits for a number that is only looked at.
-        losses: list[float] = world.all_reduce_(torch.stack(shares)).tolist()
-        metrics.skipped_steps += num_skipped
-        if num_skipped == total or not all(map(math.isfinite, losses)):
+        self._account(inside, shares, norms)
+        if inside.num_skipped == total or not all(map(math.isfinite, inside.losses)):
             raise TrainingError(
-                f"{client.label} diverged in round {server_round}, {phase.trains} phase: {num_skipped} of {total} steps "
-                f"had no finite gradient, losses {losses[0]:.4g} to {losses[-1]:.4g}; lower train.learning_rate, or use "
-                "model.precision bf16 or fp32. Earlier rounds are intact"
+                f"{client.label} diverged in round {server_round}, {phase.trains} phase: {inside.num_skipped} of {total} "
+                f"steps had no finite gradient, losses {inside.losses[0]:.4g} to {inside.losses[-1]:.4g}; lower "
+                "train.learning_rate, or use model.precision bf16 or fp32. Earlier rounds are intact"
             )
-        return {"loss": losses, "grad_norm": torch.stack(norms).tolist(), "lr": rates}
+        return rates
+
+    def _account(self, inside: PhaseProgress, shares: list[torch.Tensor], norms: list[torch.Tensor]) -> None:
+        """Losses and norms of the last steps. One exchange for many steps: nobody waits for what is only looked at."""
+        if shares:
+            inside.losses += self._world.all_reduce_(torch.stack(shares)).tolist()
+            inside.norms += torch.stack(norms).tolist()
+            shares.clear()
+            norms.clear()
+
+    def _num_steps(self, client: HostedClient) -> int:
+        train = self._config.train
+        return num_steps(len(client.examples), train.batch_size, train.local_epochs, train.max_steps)
+
+    # ---- saving -----------------------------------------------------------------------------------------------
+
+    def _keep_state(self, client: HostedClient, adapter: Adapter, server_round: int) -> None:
+        """Take the trained adapter out of the engine."""
+        state = _finite(self.engine.read_state(adapter), client, server_round)
+        if adapter == "global":
+            self.progress[client.client_id].update = state
+        else:
+            client.local_state = state
+
+    def _save_inside(self, client: HostedClient, phase: Phase, server_round: int) -> None:
+        """Save in the middle of a phase: the adapter that it trains, and its optimizer state."""
+        progress = self.progress[client.client_id]
+        self._keep_state(client, phase.trains, server_round)
+        progress.optimizer = self.engine.read_optimizer_state(phase.trains)
+        progress.inside.scaler = self.engine.read_scaler()
+        self._save(client, server_round)
+
+    def _save(self, client: HostedClient, server_round: int) -> None:
+        local = {"local": client.local_state}
+        if client.local_optimizer is not None:
+            local["local_optimizer"] = client.local_optimizer
+        progress = self.progress[client.client_id]
+        self._keeper.save(server_round, client.client_id, progress, local, client.steps_taken)
 
 
 def _finite(state: AdapterState, client: HostedClient, server_round: int) -> AdapterState:

@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 
 import torch
 
@@ -17,8 +18,10 @@ from dpa_ds.evaluation.answers import NO_TASK, ClientInfo
 from dpa_ds.evaluation.held_out import held_out_loss
 from dpa_ds.evaluation.while_training import Scorer, own_and_all
 from dpa_ds.federation.aggregation import Aggregator, ClientUpdate, Shared
-from dpa_ds.federation.client import ClientTrainer, HostedClient, RoundMetrics
+from dpa_ds.federation.client import ClientTrainer, HostedClient
+from dpa_ds.federation.progress import RoundMetrics, RoundProgress
 from dpa_ds.federation.sampling import sample_clients
+from dpa_ds.storage import BackgroundWriter
 from dpa_ds.tracking import Tracker
 
 EVALUATED = {"held_out_loss": "held_out/loss", "P": "scores/P", "TTP": "scores/TTP"}
@@ -41,6 +44,7 @@ class Federation:
     """Of all clients, for messages."""
     shared: Shared
     folder: RunFolder
+    writer: BackgroundWriter
     tracker: Tracker
     scorer: Scorer | None
     """Where `evaluation.scores_every_rounds` asks for answers while training."""
@@ -60,15 +64,18 @@ def run_rounds(federation: Federation, completed_rounds: int) -> None:
     config, tracker = federation.config, federation.tracker
     if completed_rounds == 0:
         finish_round(federation, 0, participants=(), evaluates=True)
+    for client in federation.clients:
+        federation.trainer.take_up(client, completed_rounds + 1)
     with tracker.progress(remaining_steps(federation, completed_rounds)):
         for server_round in range(completed_rounds + 1, config.federation.num_rounds + 1):
             is_last = server_round == config.federation.num_rounds
             participants = draw(federation, server_round)
             mine = [client for client in federation.clients if client.client_id in participants]
             with federation.timed("train"):
-                updates = [
+                trained = [
                     federation.trainer.before_aggregation(client, federation.shared, server_round) for client in mine
                 ]
+                updates = [update for update in trained if update is not None]
             with federation.timed("aggregate"):
                 federation.shared = aggregate(federation, updates)
             with federation.timed("train"):
@@ -97,28 +104,33 @@ def aggregate(federation: Federation, updates: Sequence[ClientUpdate]) -> Shared
     world, current = federation.world, federation.shared
     if not federation.trainer.schedule.federated:
         return current
-    flat = current.flatten()
-    if world.federation is not None:
-        flat = federation.aggregator.aggregate(updates, current, world.federation).flatten()
-    return current.unflatten(world.broadcast_(flat))
+
+    def average() -> torch.Tensor:
+        assert world.federation is not None, "a leader"
+        return federation.aggregator.aggregate(updates, current, world.federation).flatten()
+
+    return current.unflatten(world.from_leader(average, like=current.flatten()))
 
 
 def finish_round(federation: Federation, server_round: int, participants: Sequence[int], evaluates: bool) -> None:
-    """Evaluate, save and track one round. Round 0 is the state before training."""
+    """Save, evaluate and track one round. Round 0 is the state before training."""
     every = federation.config.evaluation.scores_every_rounds
+    with federation.timed("save"):
+        if server_round > 0:
+            save(federation, server_round)  # in the background
     with federation.timed("evaluate"):
         evaluated = evaluate(federation) if evaluates else {}
         if federation.scorer is not None and server_round > 0 and server_round % every == 0:
             for client_id, scores in answer_some(federation, federation.scorer, server_round).items():
                 evaluated.setdefault(client_id, {}).update(scores)
     with federation.timed("save"):
-        if server_round > 0:
-            save(federation, server_round)
-        table = exchange_metrics(federation, participants, evaluated)
+        federation.writer.wait()
+    table = exchange_metrics(federation, participants, evaluated)
     track(federation, server_round, table)  # before the round counts: a complete round is also a recorded one
     if server_round > 0 and federation.world.is_main:  # the exchange was the barrier: all leaders have saved
-        federation.folder.complete_round(server_round, {"clients": list(federation.labels)})
-    federation.trainer.metrics.clear()
+        meta = {"clients": list(federation.labels)}
+        federation.folder.complete_round(server_round, meta, federation.config.checkpoint.keep_rounds)
+    federation.trainer.progress.clear()
     federation.seconds.clear()
 
 
@@ -163,51 +175,52 @@ def answer_some(federation: Federation, scorer: Scorer, server_round: int) -> di
 
 
 def save(federation: Federation, server_round: int) -> None:
-    """Each leader writes its clients' local adapters, the main leader also the global one."""
-    world, adapters, folder = federation.world, federation.trainer.engine.adapters, federation.folder
+    """Each leader writes its clients' local adapters, the main leader also the global one, in the background."""
+    world, adapters, writer = federation.world, federation.trainer.engine.adapters, federation.writer
     if not world.is_leader:
         return
+    write = partial(federation.folder.save_adapter, server_round)
     if world.is_main:
         shared = federation.shared
         weight = torch.tensor([shared.states_weight])
         means = (
             {"mean_states": {"mean_states": shared.mean_states, "weight": weight}} if len(shared.mean_states) else {}
         )
-        folder.save_adapter(server_round, "global", shared.adapter, adapters.peft_config("global"), means, {})
+        writer.submit(partial(write, "global", shared.adapter, adapters.peft_config("global"), means, {}))
     for client in federation.clients:
         extras = {}
         if client.references is not None:
             extras["references"] = client.references.to_tensors()
         if client.local_optimizer is not None:
             extras["optimizer"] = client.local_optimizer
-        folder.save_adapter(
-            server_round,
-            f"local/client_{client.client_id:02d}",
-            client.local_state,
-            adapters.peft_config("local"),
-            extras,
-            {"label": client.label, "tasks": client.tasks, "steps_taken": client.steps_taken},
-        )
+        info = {"label": client.label, "tasks": client.tasks, "steps_taken": dict(client.steps_taken)}
+        name = f"local/client_{client.client_id:02d}"
+        writer.submit(partial(write, name, client.local_state, adapters.peft_config("local"), extras, info))
 
 
 def exchange_metrics(
     federation: Federation, participants: Sequence[int], evaluated: dict[int, dict[str, float]]
 ) -> list[dict[str, float]]:
-    """One row per client of the federation, on leaders: each fills its own clients' rows, the sum is the table."""
-    world, clients = federation.world, federation.clients
-    if world.federation is None:
-        return []
+    """One row per client of the federation: each leader fills its own clients' rows, the sum is the table."""
+    world = federation.world
     table = torch.zeros(len(federation.labels), len(COLUMNS), dtype=torch.float64)
-    for client in clients:
+    for client in federation.clients:
+        progress = federation.trainer.progress.get(client.client_id, RoundProgress())
         values = {
             "took_part": float(client.client_id in participants),
             "num_examples": float(len(client.examples)),
             **dict.fromkeys(EVALUATED, float("nan")),
             **evaluated.get(client.client_id, {}),
-            **asdict(federation.trainer.metrics.get(client.client_id, RoundMetrics())),
+            **asdict(progress.metrics),
         }
         table[client.client_id] = torch.tensor([values[column] for column in COLUMNS], dtype=torch.float64)
-    world.federation.all_reduce_(table.view(-1), "metrics")
+
+    def add_up() -> torch.Tensor:
+        assert world.federation is not None, "a leader"
+        world.federation.all_reduce_(table.view(-1), "metrics")
+        return table
+
+    table = world.from_leader(add_up, like=table)
     return [dict(zip(COLUMNS, row, strict=True)) for row in table.tolist()]
 
 

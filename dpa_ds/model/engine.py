@@ -216,6 +216,16 @@ class AdapterEngine:
                 flat = state[f"{moment}.{key}"].reshape(-1)
                 fragment.of(entry[moment]).copy_(flat[fragment.start : fragment.start + fragment.numel])
 
+    def read_scaler(self) -> dict[str, float]:
+        """fp16: the numbers of the dynamic loss scale; else empty."""
+        state = vars(self._scaler) if self._scaler is not None else {}
+        return {name: value for name, value in state.items() if type(value) in (int, float)}
+
+    def write_scaler(self, state: Mapping[str, float]) -> None:
+        """Inverse of `read_scaler`."""
+        if self._scaler is not None:
+            vars(self._scaler).update(state)
+
     @torch.no_grad()
     def reset_optimizer_state(self, adapter: Adapter) -> None:
         """Zero both moments and the step count of `adapter`: as if AdamW had just been made."""

@@ -44,11 +44,11 @@ def each_once(num_rounds: int) -> list[tuple[int, int]]:
     return [(server_round, client) for server_round in range(num_rounds + 1) for client in range(2)]
 
 
-def kill_when(command: list[str], is_there: Path) -> None:
-    """Start `command`, and SIGKILL all of it as soon as a file is there."""
+def kill_when(command: list[str], *files: Path) -> None:
+    """Start `command`, and SIGKILL all of it as soon as one of the files is there."""
     with Running(command) as running:
         deadline = time.monotonic() + 60
-        while not is_there.exists():
+        while not any(file.exists() for file in files):
             assert running.process.poll() is None, running.output()
             assert time.monotonic() < deadline, running.output()
             time.sleep(0.001)
@@ -106,27 +106,105 @@ def test_killed_before_the_first_round_is_complete(
     assert not list(run_dir.glob("**/half"))
 
 
-def test_damaged_checkpoint_names_the_file_and_its_remedy_works(
-    tmp_path: Path, arguments: Callable[..., list[str]], uninterrupted: Path
-) -> None:
+def test_killed_inside_a_phase(tmp_path: Path, arguments: Callable[..., list[str]], uninterrupted: Path) -> None:
+    """With every step saved, the work of at most a step is done twice; adapters and metrics are those of one run."""
+    argv = [*arguments(tmp_path), "--checkpoint.every_steps", "1"]
+    run_dir = tmp_path / "runs" / "tiny"
+    saved = run_dir / "rounds" / "round_000002.tmp" / "progress" / "client_01"
+    kill_when([*RUN, *argv], saved / "000001" / "state.json", saved / "000002" / "state.json")
+    info = json.loads(next(saved.glob("*/state.json")).read_text())["info"]
+    assert info["inside"]["step"] > 0 or info["phase"] > 0, "nothing to take up again"
+
+    ended = run_forked(argv, tmp_path / "output.txt")
+    assert ended.returncode == 0, ended.output
+    assert "continues after round 1 of 2" in ended.output
+    assert_same_adapters(adapters(run_dir), adapters(uninterrupted, 2), tolerance=0.0)
+    assert not list(run_dir.glob("rounds/**/progress"))
+    assert metrics(run_dir) == [record for record in metrics(uninterrupted) if record["round"] <= 2]
+
+
+def metrics(run_dir: Path) -> list[dict[str, object]]:
+    """Records of clients and rounds without times."""
+    timed = ("seconds", "tokens_per_second")
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in record.items() if not key.startswith(timed)} for record in records]
+
+
+def test_damaged_round_is_set_aside(tmp_path: Path, arguments: Callable[..., list[str]], uninterrupted: Path) -> None:
     argv, run_dir = arguments(tmp_path), tmp_path / "runs" / "tiny"
     shutil.copytree(uninterrupted, run_dir, symlinks=True)  # name and place of a run are its own business
     damaged = run_dir / "rounds" / "round_000003" / "local" / "client_01" / "adapter_model.safetensors"
-    content = bytearray(damaged.read_bytes())
-    content[-1] ^= 1
-    damaged.write_bytes(content)
+    spoil(damaged)
     more = ["--federation.num_rounds", "3"]
 
     ended = run_forked([*argv, *more], tmp_path / "output.txt")
-    assert ended.returncode == 4, ended.output
-    (error,) = ended.errors
-    assert f"{damaged} is damaged (checksum differs)" in error
-    folder = run_dir / "rounds" / "round_000003"
-    assert f"delete {folder} to continue from the round before" in error
-
-    shutil.rmtree(folder)
-    ended = run_forked([*argv, *more], tmp_path / "output.txt")
     assert ended.returncode == 0, ended.output
+    aside = run_dir / "rounds" / "round_000003.damaged"
+    assert f"round 3 is damaged and set aside as {aside}: {damaged} is damaged (checksum differs)" in ended.output
     assert "continues after round 2 of 3" in ended.output
     assert_same_adapters(adapters(run_dir), adapters(uninterrupted), tolerance=0.0)
     assert records_of_clients(run_dir) == each_once(3)
+    assert aside.is_dir()
+
+
+def test_no_whole_round_is_left(tmp_path: Path, arguments: Callable[..., list[str]], uninterrupted: Path) -> None:
+    """Training from the beginning would be a surprise: it is refused."""
+    argv, run_dir = arguments(tmp_path), tmp_path / "runs" / "tiny"
+    shutil.copytree(uninterrupted, run_dir, symlinks=True)
+    for path in run_dir.glob("rounds/*/global/adapter_model.safetensors"):
+        spoil(path)
+    ended = run_forked([*argv, "--federation.num_rounds", "3"], tmp_path / "output.txt")
+    assert ended.returncode == 4, ended.output
+    (error,) = ended.errors
+    assert f"no complete round of {run_dir} is whole: restore one, or delete the folder" in error
+
+
+def spoil(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("resume", "there", "message"),
+    [
+        ("never", True, "holds results (up to round 3), and resume is never"),
+        ("must", False, "holds nothing to go on from, and resume is must"),
+    ],
+)
+def test_resume_can_be_forbidden_or_demanded(
+    resume: str, there: bool, message: str, tmp_path: Path, arguments: Callable[..., list[str]], uninterrupted: Path
+) -> None:
+    argv, run_dir = arguments(tmp_path), tmp_path / "runs" / "tiny"
+    if there:
+        shutil.copytree(uninterrupted, run_dir, symlinks=True)
+    ended = run_forked([*argv, "--resume", resume, "--federation.num_rounds", "3"], tmp_path / "output.txt")
+    assert ended.returncode == 4, ended.output
+    (error,) = ended.errors
+    assert message in error
+
+
+def test_files_of_a_round(uninterrupted: Path) -> None:
+    """A manifest of everything; safetensors and JSON only; nothing of the size of the base."""
+    folder = uninterrupted / "rounds" / "round_000003"
+    manifest = json.loads((folder / "meta.json").read_text())
+    assert sorted(manifest["states"]) == [
+        "global/state.json", "local/client_00/state.json", "local/client_01/state.json",
+    ]  # fmt: skip
+    assert set(manifest["versions"]) == {"dpa_ds", "torch", "deepspeed", "transformers", "peft"}
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} <= {".safetensors", ".json", ".md"}
+    assert sorted(path.name for path in uninterrupted.glob("rounds/*")) == ["round_000002", "round_000003"]
+
+
+def test_another_layout_begins_the_round_anew(
+    tmp_path: Path, arguments: Callable[..., list[str]], uninterrupted: Path
+) -> None:
+    """Work inside a round is only taken up by the same layout, because only then is it exact to the bit."""
+    argv = [*arguments(tmp_path), "--checkpoint.every_steps", "1"]
+    run_dir = tmp_path / "runs" / "tiny"
+    saved = run_dir / "rounds" / "round_000002.tmp" / "progress" / "client_01"
+    kill_when([*RUN, *argv], saved / "000001" / "state.json", saved / "000002" / "state.json")
+    ended = run_forked([*argv, "--train.micro_batch_tokens", "64"], tmp_path / "output.txt")
+    assert ended.returncode == 0, ended.output
+    assert "client 1 begins round 2 anew: what it had done of it was done with another layout" in ended.output

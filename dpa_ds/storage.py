@@ -1,0 +1,170 @@
+"""Files that are there whole or not at all: written under another name, fsynced, renamed; folders with their checksums.
+
+Only safetensors and JSON: nothing that is read from disk can run code.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+from safetensors.torch import load_file, save_file
+
+from dpa_ds.distributed.federation_group import AdapterState
+from dpa_ds.errors import CheckpointError
+
+STATE = "state.json"
+
+
+@dataclass(frozen=True)
+class SavedFolder:
+    """What `write_folder` wrote."""
+
+    tensors: dict[str, AdapterState]
+    """By the name of their file."""
+    info: dict[str, Any]
+
+
+def write_folder(folder: Path, tensors: Mapping[str, AdapterState], info: Mapping[str, Any]) -> None:
+    """Write `tensors` as <name>.safetensors beside what `folder` holds already, and last `state.json`: checksums and `info`.
+
+    Raises:
+        CheckpointError: the file system refuses.
+    """
+    with storage_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, state in tensors.items():
+            save_file(state, folder / f"{name}.safetensors", metadata={"format": "pt"})
+        files = [path for path in sorted(folder.iterdir()) if path.name != STATE]
+        for path in files:
+            fsync(path)
+        content = {"sha256": {path.name: sha256_of(path) for path in files}, "info": dict(info)}
+        write_text(folder / STATE, json.dumps(content, indent=1))
+        for directory in (folder, folder.parent):  # the names of the files, too, must survive a power cut
+            fsync(directory)
+
+
+def read_folder(folder: Path, remedy: str) -> SavedFolder:
+    """Read what `write_folder` wrote, checking its checksums.
+
+    Raises:
+        CheckpointError: a file is missing or damaged; it ends with `remedy`.
+    """
+    info = verify_folder(folder, remedy)
+    try:
+        tensors = {path.stem: load_file(path) for path in sorted(folder.glob("*.safetensors"))}
+    except (OSError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"{folder} cannot be read ({error}): {remedy}") from error
+    return SavedFolder(tensors, info)
+
+
+def verify_folder(folder: Path, remedy: str) -> dict[str, Any]:
+    """Compare every file of a folder with its checksum; the folder's `info`.
+
+    Raises:
+        CheckpointError: as `read_folder`.
+    """
+    try:
+        state = json.loads((folder / STATE).read_text())
+        checksums, info = dict(state["sha256"]), dict(state["info"])
+        damaged = next((file for file, expected in checksums.items() if sha256_of(folder / file) != expected), None)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder} cannot be read ({error}): {remedy}") from error
+    if damaged is not None:
+        raise CheckpointError(f"{folder / damaged} is damaged (checksum differs): {remedy}")
+    return info
+
+
+def write_file(path: Path, text: str) -> None:
+    """Write `text` to `path` whole or not at all.
+
+    Raises:
+        CheckpointError: the file system refuses.
+    """
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(path.name + ".tmp")
+        write_text(temporary, text)
+        temporary.replace(path)
+        fsync(path.parent)
+
+
+@contextlib.contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Turn a refusal of the file system into one CheckpointError that names `path`."""
+    try:
+        yield
+    except (OSError, safetensors.SafetensorError) as error:
+        raise CheckpointError(
+            f"cannot write {path}: {error}; earlier rounds are intact: make room or choose another output_dir, "
+            "then run the same command again"
+        ) from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to a new file and wait until it is on the disk."""
+    path.write_text(text)
+    fsync(path)
+
+
+def fsync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256_of(path: Path) -> str:
+    """Checksum of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class BackgroundWriter:
+    """Writes one thing after the other beside the training. A context manager: leaving it waits for everything.
+
+    What is submitted must not change any more: pass tensors that nobody writes to again.
+    """
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: list[Future[None]] = []
+
+    def submit(self, write: Callable[[], None]) -> None:
+        """Do `write()` soon. Waits while two are unfinished, so that a slow disk cannot fill the memory.
+
+        Raises:
+            CheckpointError: an earlier write failed.
+        """
+        while len(self._pending) >= 2:
+            self._pending.pop(0).result()
+        self._pending.append(self._thread.submit(write))
+
+    def wait(self) -> None:
+        """Wait until everything is written.
+
+        Raises:
+            CheckpointError: a write failed.
+        """
+        while self._pending:
+            self._pending.pop(0).result()
+
+    def __enter__(self) -> "BackgroundWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            self.wait()
+        except CheckpointError:
+            if kind is None:  # else an earlier error is told
+                raise
+        finally:
+            self._thread.shutdown(wait=False, cancel_futures=True)

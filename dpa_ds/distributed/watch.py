@@ -153,7 +153,7 @@ class Watch:
             if now > self._failed_at + PATIENCE_SECONDS:
                 self._launch.exit(self._exit_code)
             if self._store is not None and now > self._heard + self._silence_seconds:
-                if self._launch.local_rank == 0:
+                if self._launch.global_rank == 1 or self._launch.local_rank == 0:  # one of each host that is left
                     self._say(
                         f"error: {self._launch.hostname} has lost {self._describe(0)}, which keeps the job's store, for "
                         f"{self._silence_seconds:g} s (cluster.silence_seconds): stopped, cut off, or its host is down; "

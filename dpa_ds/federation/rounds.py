@@ -13,6 +13,7 @@ from dpa_ds.checkpoint import RunFolder
 from dpa_ds.config import RunConfig
 from dpa_ds.data.batches import num_steps
 from dpa_ds.distributed.world import World
+from dpa_ds.errors import TrainingError
 from dpa_ds.evaluation.answering import Personality
 from dpa_ds.evaluation.answers import NO_TASK, ClientInfo
 from dpa_ds.evaluation.held_out import held_out_loss
@@ -126,6 +127,11 @@ def finish_round(federation: Federation, server_round: int, participants: Sequen
     with federation.timed("save"):
         federation.writer.wait()
     table = exchange_metrics(federation, participants, evaluated)
+    if participants and all(table[client_id]["rejected"] for client_id in participants):
+        raise TrainingError(
+            f"no client's update of round {server_round} was fit to count (see above); lower train.learning_rate. Earlier "
+            "rounds are intact"
+        )
     track(federation, server_round, table)  # before the round counts: a complete round is also a recorded one
     if server_round > 0 and federation.world.is_main:  # the exchange was the barrier: all leaders have saved
         meta = {"clients": list(federation.labels)}

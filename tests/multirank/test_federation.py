@@ -60,7 +60,7 @@ def test_only_the_global_adapter_the_mean_states_and_the_metrics_cross(
     parameters = sum(t.numel() for t in load_file(run_dir / "adapters/global/adapter_model.safetensors").values())
     shared = parameters + 2 * 32  # fp32 parameters, and the mean state in two representations of hidden size 32
     update = (shared + 2, 4 * (shared + 2))  # with a header of two fp32 weight sums
-    metrics = (4 * 12, 4 * 12 * 8)  # 4 clients x 12 columns of fp64
+    metrics = (4 * 13, 4 * 13 * 8)  # 4 clients x 13 columns of fp64
     leader = [metrics, update, metrics, update, metrics]  # before training, round 1, round 2
     assert per_rank == [leader, [], leader, []]
     rounds = [r for r in read_records(run_dir / "metrics.jsonl") if r["kind"] == "round"]
@@ -205,11 +205,90 @@ def test_a_diverging_client_is_named_and_never_averaged(inputs: tuple[Path, Path
         train__learning_rate=1e30,
         train__local_epochs=3.0,
         engine__deepspeed_config=f"ds_configs/{stage}.json",
+        federation__on_bad_update="stop",
     )
     (told,) = run_on_ranks(train_expecting_divergence, 1, tmp_path, argv)
     assert told.startswith("client_0 colour0 diverged in round 1")
     assert "lower train.learning_rate" in told
     assert not list((tmp_path / "runs/tiny").glob("rounds/round_??????"))
+
+
+def test_a_run_in_which_nobody_trains_stops(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    argv = tiny.recipe(*inputs, tmp_path / "runs", train__learning_rate=1e30, train__local_epochs=3.0)
+    told = run_on_ranks(
+        train_expecting_divergence, 2, tmp_path, [*argv, "--engine.deepspeed_config=ds_configs/zero0.json"]
+    )
+    assert [one[:55] for one in told] == ["no client's update of round 1 was fit to count (see abo"] * 2
+
+
+def train_with_bad_client(job: Any, argv: Sequence[str], bad: int, kind: str) -> list[list[float]]:
+    """Train; the update of client `bad` in round 1 gets a NaN (kind `nan`). The update of every client, flat; [] if none."""
+    from dpa_ds.federation.client import ClientTrainer
+    from dpa_ds.model.dual_adapter import flatten_state
+    from dpa_ds.model.engine import AdapterEngine
+    from dpa_ds.train import train
+
+    updates: dict[int, list[float]] = {}
+    original, read_state = ClientTrainer.before_aggregation, AdapterEngine.read_state
+
+    def before_aggregation(trainer: Any, client: Any, shared: Any, server_round: int) -> Any:
+        if kind == "nan" and (client.client_id, server_round) == (bad, 1):
+
+            def poisoned(engine: Any, adapter: Any) -> Any:
+                state = read_state(engine, adapter)
+                next(iter(state.values())).view(-1)[3] = float("nan")
+                return state
+
+            AdapterEngine.read_state = poisoned  # type: ignore[method-assign]
+        update = original(trainer, client, shared, server_round)
+        AdapterEngine.read_state = read_state  # type: ignore[method-assign]
+        if server_round == 1:
+            updates[client.client_id] = [] if update is None else flatten_state(update.adapter).tolist()
+        return update
+
+    ClientTrainer.before_aggregation = before_aggregation  # type: ignore[method-assign]
+    train(load_config(argv), job)
+    return [updates[client] for client in sorted(updates)]
+
+
+@pytest.mark.parametrize("kind", ["nan", "norm"])
+def test_a_bad_update_never_enters_the_average(inputs: tuple[Path, Path], tmp_path: Path, kind: str) -> None:
+    """The others' average is exact, and the client keeps its last good state."""
+    recipe = {"federation__num_rounds": 1}
+    argv = tiny.recipe(*inputs, tmp_path / "all", **recipe)
+    (updates,) = run_on_ranks(train_with_bad_client, 1, tmp_path, argv, 0, "none")
+    start = torch.tensor(flat_initial_adapter(argv))
+    norms = [float((torch.tensor(update) - start).norm()) for update in updates]
+    bad = norms.index(max(norms))
+    bound = (sorted(norms)[-1] + sorted(norms)[-2]) / 2 if kind == "norm" else None
+
+    argv = tiny.recipe(*inputs, tmp_path / "runs", **recipe, federation__max_update_norm=bound)
+    (counted,) = run_on_ranks(train_with_bad_client, 1, tmp_path, argv, bad, kind)
+    assert [bool(update) for update in counted] == [client != bad for client in range(4)]
+    run_dir = tmp_path / "runs" / "tiny"
+    from dpa_ds.model.dual_adapter import flatten_state
+
+    averaged = flatten_state(load_file(run_dir / "adapters/global/adapter_model.safetensors"))
+    others = torch.tensor([update for client, update in enumerate(updates) if client != bad])
+    torch.testing.assert_close(averaged, others.mean(dim=0), rtol=1e-5, atol=1e-7)
+    # Its round is undone: the local adapter is as it was drawn, with B zero, and no step of it counts.
+    folder = run_dir / f"adapters/local/client_{bad:02d}"
+    local = load_file(folder / "adapter_model.safetensors")
+    assert all(float(tensor.abs().max()) == 0 for key, tensor in local.items() if ".lora_B." in key)
+    assert json.loads((folder / "state.json").read_text())["info"]["steps_taken"] == {"global": 0, "local": 0}
+    records = read_records(run_dir / "metrics.jsonl")
+    rejected = {r["client"]: r["rejected"] for r in records if r["kind"] == "client" and r["round"] == 1}
+    assert rejected == {client: float(client == bad) for client in range(4)}
+
+
+def flat_initial_adapter(argv: Sequence[str]) -> list[float]:
+    from dpa_ds.federation.hosting import GLOBAL_SEED
+    from dpa_ds.model.dual_adapter import DualAdapter, flatten_state
+
+    config = load_config(argv)
+    base = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float32)
+    state = DualAdapter(base, config.lora).initial_state("global", (config.seed, GLOBAL_SEED))
+    return list(flatten_state(state).tolist())
 
 
 def test_a_client_without_local_training_is_scored_with_the_global_adapter(

@@ -364,12 +364,13 @@ def test_fingerprint_holds_what_determines_the_result() -> None:
     left_out = set(flatten(VALID)) - set(fingerprint)
     assert left_out == {
         *("name", "output_dir", "data.cache_dir", "train.micro_batch_tokens"),
-        *("federation.num_rounds", "federation.timeout_seconds"),
+        *(f"federation.{key}" for key in ("num_rounds", "timeout_seconds", "min_clients")),
+        *("federation.max_update_norm", "federation.on_bad_update", "resume"),
         *(f"weighting.{key}" for key in ("kind", "scale", "representation", "encoder")),
         *(
             key
             for key in flatten(VALID)
-            if key.startswith(("cluster.", "engine.", "generation.", "evaluation.", "tracking."))
+            if key.startswith(("checkpoint.", "cluster.", "engine.", "generation.", "evaluation.", "tracking."))
         ),
     }
     assert {"seed", "federation.stratify_by_group", "data.partition.kind", "method.name"} <= set(fingerprint)

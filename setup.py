@@ -38,6 +38,7 @@ setup(
         "rouge-score>=0.1.2,<0.2",
         "sacrebleu>=2.6,<3",
         "gguf>=0.19,<0.20",
+        "torchft>=0.2,<0.3",
     ],
     extras_require={
         "demo": ["pip"],  # launch/prepare_demo.py downloads with it; environments made by uv lack it

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -10,12 +10,12 @@ from dpa_ds.checkpoint import MODEL, RunFolder, write_file
 from dpa_ds.config import RunConfig
 from dpa_ds.config_loader import load_deepspeed_json, to_yaml
 from dpa_ds.distributed.job import Job
-from dpa_ds.distributed.topology import Topology, plan_topology
-from dpa_ds.distributed.world import World, build_world
+from dpa_ds.distributed.topology import Topology, plan_one_group, plan_topology
+from dpa_ds.distributed.world import World, build_world, join_federation
 from dpa_ds.evaluation.report import write_report
 from dpa_ds.evaluation.while_training import Scorer
 from dpa_ds.federation.aggregation import WeightedAverage
-from dpa_ds.federation.client import ClientTrainer
+from dpa_ds.federation.client import ClientTrainer, HostedClient
 from dpa_ds.federation.hosting import client_names, encode_references, host_clients, restore_shared
 from dpa_ds.federation.methods import build_schedule
 from dpa_ds.federation.progress import ProgressKeeper
@@ -35,10 +35,10 @@ def train(config: RunConfig, job: Job) -> None:
     schedule = build_schedule(config.method)
     file_json = load_deepspeed_json(config.engine.deepspeed_config)
     names = client_names(config, schedule)
-    topology = plan_topology(job.launch.job_world_size, len(names), config.cluster.ranks_per_group)
+    topology = place(config, job, len(names))
+    job.describe_rank = partial(describe_rank, topology, job)
     folder = RunFolder(config.run_dir)
     completed = int(job.decide("completed_rounds", lambda: folder.resume(config)))
-    job.describe_rank = partial(describe_rank, topology, job)
 
     world = build_world(job, topology, config.cluster, config.federation.timeout_seconds)
     if world.is_main:
@@ -49,51 +49,67 @@ def train(config: RunConfig, job: Job) -> None:
     fingerprint = model_fingerprint(directory)
     folder.check_model(fingerprint)
     tokenizer = load_tokenizer(directory)
+    pad_id = int(tokenizer.pad_token_id)
     ds_json = build_deepspeed_json(file_json, config, world.world_size)
     adapters = DualAdapter(load_base(config.model, directory, ds_json), config.lora)
     clients = host_clients(config, schedule, world, tokenizer, adapters, completed)
     engine = AdapterEngine(adapters, world, config.train, ds_json)
     if schedule.weighted_by_instance:
-        encode_references(clients, config, adapters, int(tokenizer.pad_token_id))
+        encode_references(clients, config, adapters, pad_id)
 
-    if world.is_main:  # before a label tells the other leaders to go on
-        folder.remove_leftovers(completed)
-    for client in clients if world.is_leader else ():
-        job.publish(f"label/{client.client_id}", client.label)
-    labels = [job.lookup(f"label/{client_id}") for client_id in range(len(names))]
+    labels = exchange_labels(job, world, clients, names)
     if world.is_main:  # everything that a user can get wrong was read by now: from here on the run exists
         write_file(config.run_dir / "config.yaml", to_yaml(config))
         write_file(config.run_dir / MODEL, json.dumps({"fingerprint": fingerprint, "path": config.model.path}))
     tracker = Tracker(config.run_dir if world.is_leader else None, world.is_main, config.tracking)
-    tracker.drop_records_after(completed)
-    writer = BackgroundWriter()
-    layout = {
+    with BackgroundWriter() as writer:
+        keeper = ProgressKeeper(folder, writer, describe_layout(config, world, engine), world.is_leader)
+        federation = Federation(
+            config=config,
+            world=join_federation(config, job, world),
+            trainer=ClientTrainer(engine, world, config, schedule, tracker, pad_id, job, keeper),
+            aggregator=WeightedAverage(by_num_examples=config.federation.weighting == "num_examples"),
+            clients=clients,
+            labels=labels,
+            shared=restore_shared(config, schedule, adapters, completed),
+            folder=folder,
+            writer=writer,
+            tracker=tracker,
+            scorer=Scorer(config, schedule, engine, world, tokenizer)
+            if config.evaluation.scores_every_rounds
+            else None,
+        )
+        run_rounds(federation, completed)
+    tracker.close()
+    if world.federation is not None and world.federation.is_first:
+        logger.info(write_report(config.run_dir, topology.num_groups, time.monotonic() - started))
+    world.close()
+
+
+def place(config: RunConfig, job: Job, num_clients: int) -> Topology:
+    """Which rank belongs to which group, in a job of all groups or of one."""
+    cluster, size = config.cluster, job.launch.job_world_size
+    if cluster.group is not None:
+        return plan_one_group(size, num_clients, cluster.group, cluster.num_groups)
+    return plan_topology(size, num_clients, cluster.ranks_per_group)
+
+
+def exchange_labels(job: Job, world: World, clients: Sequence[HostedClient], names: Sequence[str]) -> list[str]:
+    """Label of every client, for messages; of those hosted in other jobs only the name. Collective: all ranks."""
+    for client in clients if world.is_leader else ():
+        job.publish(f"label/{client.client_id}", client.label)
+    here = {client_id for group in world.topology.groups for client_id in world.topology.clients_of_group(group)}
+    return [job.lookup(f"label/{i}") if i in here else name for i, name in enumerate(names)]
+
+
+def describe_layout(config: RunConfig, world: World, engine: AdapterEngine) -> dict[str, Any]:
+    """What must be equal for the work inside a round to be taken up again."""
+    return {
         "ranks": world.world_size,
         "zero_stage": engine.stage,
         "num_rounds": config.federation.num_rounds,
         "micro_batch_tokens": config.train.micro_batch_tokens,
     }
-    keeper = ProgressKeeper(folder, writer, layout, world.is_leader)
-    pad_id = int(tokenizer.pad_token_id)
-    federation = Federation(
-        config=config,
-        world=world,
-        trainer=ClientTrainer(engine, world, config, schedule, tracker, pad_id, job, keeper),
-        aggregator=WeightedAverage(by_num_examples=config.federation.weighting == "num_examples"),
-        clients=clients,
-        labels=labels,
-        shared=restore_shared(config, schedule, adapters, completed),
-        folder=folder,
-        writer=writer,
-        tracker=tracker,
-        scorer=Scorer(config, schedule, engine, world, tokenizer) if config.evaluation.scores_every_rounds else None,
-    )
-    with writer:
-        run_rounds(federation, completed)
-    tracker.close()
-    if world.is_main:
-        logger.info(write_report(config.run_dir, topology.num_groups, time.monotonic() - started))
-    world.close()
 
 
 def describe_rank(topology: Topology, job: Job, global_rank: int) -> str:
@@ -112,10 +128,14 @@ def describe(
         f"{config.name}: {config.method.name}, {topology.num_clients} clients in {topology.num_groups} rank groups "
         f"({topology.job_world_size} ranks), ZeRO stage {stage}, {config.model.precision}, {world.device.type}",
     ]
-    for group, (leader, size) in enumerate(zip(topology.leaders, topology.group_sizes, strict=True)):
+    for group, leader, size in zip(topology.groups, topology.leaders, topology.group_sizes, strict=True):
         hosts = ", ".join(dict.fromkeys(job.hosts[leader : leader + size]))
         clients = ", ".join(map(str, topology.clients_of_group(group)))
         lines.append(f"  group {group}: {size} rank{'s' if size > 1 else ''} on {hosts}; clients {clients}")
+    if topology.num_groups_elsewhere:
+        lines.append(
+            f"  {topology.num_groups_elsewhere} more with launchers of their own, by {config.cluster.rendezvous}"
+        )
     if completed:
         lines.append(f"  continues after round {completed} of {config.federation.num_rounds}")
     return "\n".join(lines)

@@ -1,10 +1,11 @@
-"""The thin second group: leaders only, CPU tensors only, every byte counted."""
+"""The thin second group: leaders only, CPU tensors only, every byte counted. Groups that come and go: `elastic_group`."""
 
 import socket
 import time
 from collections import Counter
 from collections.abc import Callable
 from datetime import timedelta
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -17,8 +18,28 @@ AdapterState = dict[str, torch.Tensor]
 """Full fp32 CPU tensors of one adapter under PEFT's adapter-less keys: the only thing that crosses a client border."""
 
 
-class FederationGroup:
-    """Process group of the leaders. gloo on CPU keeps device memory and NCCL out of the federation.
+class FederationGroup(Protocol):
+    """The leaders, and what they do together."""
+
+    timeout_seconds: float
+    bytes_handed: Counter[str]
+    """Bytes this leader handed to the group so far, by purpose."""
+
+    @property
+    def is_first(self) -> bool:
+        """This leader writes what belongs to all."""
+        ...
+
+    def all_reduce_(self, buffer: torch.Tensor, purpose: str) -> None:
+        """Sum the flat CPU tensor `buffer` over all leaders, in place, and count its bytes under `purpose`.
+
+        Collective: all leaders, same length and dtype.
+        """
+        ...
+
+
+class FixedGroup:
+    """All leaders of one job: the loss of one ends them all. gloo on CPU keeps device memory and NCCL out of the federation.
 
     Collective: every leader constructs it.
 
@@ -49,10 +70,13 @@ class FederationGroup:
                 "GLOO_SOCKET_IFNAME to the network interface (with deepspeed in .deepspeed_env)"
             ) from error
 
-    def all_reduce_(self, buffer: torch.Tensor, purpose: str) -> None:
-        """Sum the flat CPU tensor `buffer` over all leaders, in place, and count its bytes under `purpose`.
+    @property
+    def is_first(self) -> bool:
+        """Leader of the first group."""
+        return self.rank == 0
 
-        Collective: all leaders, same length and dtype.
+    def all_reduce_(self, buffer: torch.Tensor, purpose: str) -> None:
+        """See `FederationGroup.all_reduce_`.
 
         Raises:
             ClusterError: a leader did not arrive within `federation.timeout_seconds`, or was lost.

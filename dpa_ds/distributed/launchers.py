@@ -183,11 +183,16 @@ def _free_address() -> tuple[str, int]:
     """This host's name as other hosts reach it, and a port that is free now."""
     if "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ:
         return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return reachable_hostname(), int(probe.getsockname()[1])
+
+
+def reachable_hostname() -> str:
+    """This host's name; 127.0.0.1 where it cannot be resolved: such a machine has no peers elsewhere."""
     host = socket.gethostname()
     try:
         socket.getaddrinfo(host, None)
-    except OSError:  # a machine that cannot resolve its own name has no peers elsewhere
-        host = "127.0.0.1"
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return host, int(probe.getsockname()[1])
+    except OSError:
+        return "127.0.0.1"
+    return host

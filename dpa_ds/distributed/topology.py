@@ -10,18 +10,27 @@ from dpa_ds.errors import ClusterError
 
 @dataclass(frozen=True)
 class Topology:
-    """A job of `sum(group_sizes)` ranks, cut into rank groups of consecutive ranks that host `num_clients` clients.
+    """A job of `sum(group_sizes)` ranks, cut into rank groups of consecutive ranks; all groups host `num_clients` clients.
 
     Launchers number ranks host by host, so consecutive ranks put a group on as few hosts as possible.
     """
 
     group_sizes: tuple[int, ...]
+    """Ranks of each group of this job."""
     num_clients: int
+    first_group: int = 0
+    """Number of this job's first group, where other groups have launchers of their own."""
+    num_groups_elsewhere: int = 0
 
     @property
     def num_groups(self) -> int:
-        """Number of rank groups; each has one leader."""
-        return len(self.group_sizes)
+        """Number of rank groups of the run; each has one leader."""
+        return len(self.group_sizes) + self.num_groups_elsewhere
+
+    @property
+    def groups(self) -> range:
+        """Numbers of this job's groups."""
+        return range(self.first_group, self.first_group + len(self.group_sizes))
 
     @property
     def job_world_size(self) -> int:
@@ -30,17 +39,17 @@ class Topology:
 
     @cached_property
     def leaders(self) -> tuple[int, ...]:
-        """Global rank of each group's rank 0."""
+        """Global rank of the rank 0 of each group of this job."""
         return (0, *accumulate(self.group_sizes[:-1]))
 
     def group_of_rank(self, global_rank: int) -> int:
         """Rank group that `global_rank` belongs to."""
         assert 0 <= global_rank < self.job_world_size, (global_rank, self.job_world_size)
-        return max(g for g, leader in enumerate(self.leaders) if leader <= global_rank)
+        return max(g for g, leader in zip(self.groups, self.leaders, strict=True) if leader <= global_rank)
 
     def rank_in_group(self, global_rank: int) -> int:
         """Rank within its group: 0 is the leader."""
-        return global_rank - self.leaders[self.group_of_rank(global_rank)]
+        return global_rank - self.leaders[self.group_of_rank(global_rank) - self.first_group]
 
     def group_of_client(self, client_id: int) -> int:
         """Rank group that trains `client_id`, for the whole run."""
@@ -81,6 +90,21 @@ def plan_topology(
             f"{_choices(job_world_size, num_clients)}"
         )
     return Topology(sizes, num_clients)
+
+
+def plan_one_group(job_world_size: int, num_clients: int, group: int, num_groups: int | None) -> Topology:
+    """A job that is rank group `group` of `num_groups` (None: one for each client).
+
+    Raises:
+        ClusterError: there is no such group, or it would have no client.
+    """
+    groups = num_clients if num_groups is None else num_groups
+    if not group < groups <= num_clients:
+        raise ClusterError(
+            f"cluster.group {group} of {groups} groups for {num_clients} clients: groups are numbered from 0, and each hosts "
+            "at least one client; set cluster.num_groups"
+        )
+    return Topology((job_world_size,), num_clients, group, groups - 1)
 
 
 def _auto_sizes(job_world_size: int, num_clients: int) -> tuple[int, ...]:

@@ -13,8 +13,9 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from dpa_ds.config import ClusterConfig
-from dpa_ds.distributed.federation_group import FederationGroup
+from dpa_ds.config import ClusterConfig, RunConfig
+from dpa_ds.distributed.elastic_group import ElasticGroup
+from dpa_ds.distributed.federation_group import FederationGroup, FixedGroup
 from dpa_ds.distributed.job import Job
 from dpa_ds.distributed.topology import Topology
 from dpa_ds.errors import ClusterError, Preempted
@@ -33,7 +34,7 @@ class World:
     """Ranks of the group."""
     device: torch.device
     federation: FederationGroup | None
-    """Set on the leader only."""
+    """Set on the leader only; where groups come and go, once the leader has joined (`elastic_group`)."""
 
     @property
     def is_leader(self) -> bool:
@@ -42,8 +43,8 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Leader of the first group: the one that reports."""
-        return self.rank == 0 and self.group == 0
+        """Leader of the job's first group: the one that reports."""
+        return self.rank == 0 and self.group == self.topology.first_group
 
     def all_reduce_(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum `tensor` (any device) over the rank group, in place. Collective: all ranks of the group."""
@@ -95,6 +96,8 @@ class World:
 
     def close(self) -> None:
         """Tear down the group's world. Collective: all ranks of the group."""
+        if isinstance(self.federation, ElasticGroup):
+            self.federation.close()
         self.barrier()  # NCCL wants all ranks to leave at about the same time, and the leader has files to write
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -112,7 +115,7 @@ def build_world(job: Job, topology: Topology, cluster: ClusterConfig, federation
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     launch = job.launch
     group, rank = topology.group_of_rank(launch.global_rank), topology.rank_in_group(launch.global_rank)
-    size = topology.group_sizes[group]
+    size = topology.group_sizes[group - topology.first_group]
     # DeepSpeed and accelerate read these; LOCAL_RANK stays node-local because it picks the device.
     accelerator = get_accelerator()
     on_cpu = accelerator.device_name() == "cpu"
@@ -131,12 +134,35 @@ def build_world(job: Job, topology: Topology, cluster: ClusterConfig, federation
     )
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
     federation = None
-    if rank == 0:
-        federation = FederationGroup(
+    if rank == 0 and not topology.num_groups_elsewhere:
+        federation = FixedGroup(
             job.store, group, topology.num_groups, federation_timeout_seconds, lambda: job.stop_requested
         )
     device = torch.device(accelerator.current_device_name())
     return World(topology, group, rank, size, device, federation)
+
+
+def join_federation(config: RunConfig, job: Job, world: World) -> World:
+    """`world`, where the groups have launchers of their own with the leader joined to the others.
+
+    Late, when everything is loaded: from then on the others wait for this group. Collective: all ranks of the group.
+
+    Raises:
+        ClusterError: nothing answers at `cluster.rendezvous`.
+    """
+    topology, cluster = world.topology, config.cluster
+    if cluster.rendezvous is not None and topology.num_groups_elsewhere and world.is_leader:
+        world.federation = ElasticGroup(
+            group=world.group,
+            rendezvous=cluster.rendezvous,
+            num_groups=topology.num_groups,
+            num_clients=len(topology.clients_of_group(world.group)),
+            min_clients=config.federation.min_clients,
+            timeout_seconds=config.federation.timeout_seconds,
+            join_seconds=cluster.timeout_seconds,
+            stop_requested=lambda: job.stop_requested,
+        )
+    return world
 
 
 def _device_index(local_rank: int, num_devices: int) -> int:

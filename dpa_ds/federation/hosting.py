@@ -105,10 +105,11 @@ def _tasks(data: ClientData) -> tuple[str, ...]:
 
 
 def _restore_local(client: HostedClient, config: RunConfig, adapters: DualAdapter, completed_rounds: int) -> None:
-    if completed_rounds == 0:
+    folder = RunFolder(config.run_dir)
+    if completed_rounds == 0 or client.client_id not in folder.clients(completed_rounds):  # its group was never there
         client.local_state = adapters.initial_state("local", (config.seed, LOCAL_SEED, client.client_id))
         return
-    saved = RunFolder(config.run_dir).load_adapter(completed_rounds, f"local/client_{client.client_id:02d}")
+    saved = folder.load_adapter(completed_rounds, f"local/client_{client.client_id:02d}")
     client.local_state, client.local_optimizer = saved.weights, saved.extras.get("optimizer")
     if "references" in saved.extras:
         client.references = References.from_tensors(saved.extras["references"])

@@ -12,8 +12,9 @@ import torch
 from dpa_ds.checkpoint import RunFolder
 from dpa_ds.config import RunConfig
 from dpa_ds.data.batches import num_steps
+from dpa_ds.distributed.elastic_group import Agreement, ElasticGroup
 from dpa_ds.distributed.world import World
-from dpa_ds.errors import TrainingError
+from dpa_ds.errors import ClusterError, TrainingError
 from dpa_ds.evaluation.answering import Personality
 from dpa_ds.evaluation.answers import NO_TASK, ClientInfo
 from dpa_ds.evaluation.held_out import held_out_loss
@@ -27,7 +28,7 @@ from dpa_ds.tracking import Tracker
 
 EVALUATED = {"held_out_loss": "held_out/loss", "P": "scores/P", "TTP": "scores/TTP"}
 """Columns that have numbers in some rounds only, NaN in the others, and their TensorBoard tags."""
-COLUMNS = ("took_part", "num_examples", *EVALUATED, *(f.name for f in fields(RoundMetrics)))
+COLUMNS = ("present", "took_part", "num_examples", *EVALUATED, *(f.name for f in fields(RoundMetrics)))
 """One row a client in the table that leaders sum after each round. Beside it, only its label leaves the group."""
 
 
@@ -63,22 +64,19 @@ class Federation:
 def run_rounds(federation: Federation, completed_rounds: int) -> None:
     """Run all rounds after `completed_rounds`. Collective: every rank of the job."""
     config, tracker = federation.config, federation.tracker
-    if completed_rounds == 0:
-        finish_round(federation, 0, participants=(), evaluates=True)
-    for client in federation.clients:
-        federation.trainer.take_up(client, completed_rounds + 1)
+    num_rounds = config.federation.num_rounds
     with tracker.progress(remaining_steps(federation, completed_rounds)):
-        for server_round in range(completed_rounds + 1, config.federation.num_rounds + 1):
-            is_last = server_round == config.federation.num_rounds
+        server_round = begin(federation, completed_rounds, is_first=True)
+        while server_round <= num_rounds:
+            is_last = server_round == num_rounds
             participants = draw(federation, server_round)
             mine = [client for client in federation.clients if client.client_id in participants]
             with federation.timed("train"):
                 trained = [
                     federation.trainer.before_aggregation(client, federation.shared, server_round) for client in mine
                 ]
-                updates = [update for update in trained if update is not None]
             with federation.timed("aggregate"):
-                federation.shared = aggregate(federation, updates)
+                federation.shared = aggregate(federation, [update for update in trained if update is not None])
             with federation.timed("train"):
                 for client in mine:
                     federation.trainer.after_aggregation(client, federation.shared, server_round)
@@ -86,6 +84,38 @@ def run_rounds(federation: Federation, completed_rounds: int) -> None:
                     federation.trainer.finish(client, federation.shared, server_round)
             every = config.evaluation.every_rounds
             finish_round(federation, server_round, participants, is_last or (every > 0 and server_round % every == 0))
+            server_round = server_round + 1 if is_last else begin(federation, server_round)
+
+
+def begin(federation: Federation, completed_rounds: int, is_first: bool = False) -> int:
+    """Agree on who is present and what is shared; the round to run next. A group that was away learns both from the others.
+
+    Args:
+        is_first: the first round of this process: what an earlier one left half-done is taken up again.
+    """
+    world, shared = federation.world, federation.shared
+    was_running = False
+
+    def agree() -> torch.Tensor:
+        nonlocal was_running
+        assert isinstance(world.federation, ElasticGroup), "a leader"
+        agreed, was_running = world.federation.begin(Agreement(completed_rounds, shared.flatten()))
+        if is_first and federation.folder.latest_round() > agreed.completed_rounds:
+            raise ClusterError("the other groups completed a round while this one was starting: start it again")
+        return torch.cat([torch.tensor([float(agreed.completed_rounds)]), agreed.shared])
+
+    if world.topology.num_groups_elsewhere:
+        agreed = world.from_leader(agree, like=torch.cat([torch.zeros(1), shared.flatten()]))
+        completed_rounds, federation.shared = round(float(agreed[0])), shared.unflatten(agreed[1:])
+    if is_first:
+        if world.federation is not None and world.federation.is_first and not was_running:
+            federation.folder.remove_leftovers(completed_rounds)
+            federation.tracker.drop_records_after(completed_rounds)
+        if completed_rounds == 0:
+            finish_round(federation, 0, participants=(), evaluates=True)
+        for client in federation.clients:
+            federation.trainer.take_up(client, completed_rounds + 1)
+    return completed_rounds + 1
 
 
 def draw(federation: Federation, server_round: int) -> tuple[int, ...]:
@@ -115,7 +145,7 @@ def aggregate(federation: Federation, updates: Sequence[ClientUpdate]) -> Shared
 
 def finish_round(federation: Federation, server_round: int, participants: Sequence[int], evaluates: bool) -> None:
     """Save, evaluate and track one round. Round 0 is the state before training."""
-    every = federation.config.evaluation.scores_every_rounds
+    world, every = federation.world, federation.config.evaluation.scores_every_rounds
     with federation.timed("save"):
         if server_round > 0:
             save(federation, server_round)  # in the background
@@ -126,6 +156,7 @@ def finish_round(federation: Federation, server_round: int, participants: Sequen
                 evaluated.setdefault(client_id, {}).update(scores)
     with federation.timed("save"):
         federation.writer.wait()
+    leads = world.federation is not None and world.federation.is_first
     table = exchange_metrics(federation, participants, evaluated)
     if participants and all(table[client_id]["rejected"] for client_id in participants):
         raise TrainingError(
@@ -133,8 +164,14 @@ def finish_round(federation: Federation, server_round: int, participants: Sequen
             "rounds are intact"
         )
     track(federation, server_round, table)  # before the round counts: a complete round is also a recorded one
-    if server_round > 0 and federation.world.is_main:  # the exchange was the barrier: all leaders have saved
-        meta = {"clients": list(federation.labels)}
+    # The exchange was the barrier: all leaders that are present have saved.
+    if server_round > 0 and world.federation is not None and world.federation.is_first:
+        if not leads:  # the leader that had saved the global adapter was lost meanwhile
+            save_shared(federation, server_round)
+            federation.writer.wait()
+        absent = [client_id for client_id, row in enumerate(table) if not row["present"]]
+        federation.folder.carry_over(server_round, absent)
+        meta = {"clients": list(federation.labels), "absent": absent}
         federation.folder.complete_round(server_round, meta, federation.config.checkpoint.keep_rounds)
     federation.trainer.progress.clear()
     federation.seconds.clear()
@@ -181,18 +218,13 @@ def answer_some(federation: Federation, scorer: Scorer, server_round: int) -> di
 
 
 def save(federation: Federation, server_round: int) -> None:
-    """Each leader writes its clients' local adapters, the main leader also the global one, in the background."""
+    """Each leader writes its clients' local adapters, the first also what all share, in the background."""
     world, adapters, writer = federation.world, federation.trainer.engine.adapters, federation.writer
-    if not world.is_leader:
+    if world.federation is None:
         return
+    if world.federation.is_first:
+        save_shared(federation, server_round)
     write = partial(federation.folder.save_adapter, server_round)
-    if world.is_main:
-        shared = federation.shared
-        weight = torch.tensor([shared.states_weight])
-        means = (
-            {"mean_states": {"mean_states": shared.mean_states, "weight": weight}} if len(shared.mean_states) else {}
-        )
-        writer.submit(partial(write, "global", shared.adapter, adapters.peft_config("global"), means, {}))
     for client in federation.clients:
         extras = {}
         if client.references is not None:
@@ -204,6 +236,18 @@ def save(federation: Federation, server_round: int) -> None:
         writer.submit(partial(write, name, client.local_state, adapters.peft_config("local"), extras, info))
 
 
+def save_shared(federation: Federation, server_round: int) -> None:
+    """Write what all clients share, in the background."""
+    shared = federation.shared
+    means = {}
+    if len(shared.mean_states):
+        means = {"mean_states": {"mean_states": shared.mean_states, "weight": torch.tensor([shared.states_weight])}}
+    config = federation.trainer.engine.adapters.peft_config("global")
+    federation.writer.submit(
+        partial(federation.folder.save_adapter, server_round, "global", shared.adapter, config, means, {})
+    )
+
+
 def exchange_metrics(
     federation: Federation, participants: Sequence[int], evaluated: dict[int, dict[str, float]]
 ) -> list[dict[str, float]]:
@@ -213,6 +257,7 @@ def exchange_metrics(
     for client in federation.clients:
         progress = federation.trainer.progress.get(client.client_id, RoundProgress())
         values = {
+            "present": 1.0,
             "took_part": float(client.client_id in participants),
             "num_examples": float(len(client.examples)),
             **dict.fromkeys(EVALUATED, float("nan")),
@@ -233,7 +278,7 @@ def exchange_metrics(
 def track(federation: Federation, server_round: int, table: Sequence[dict[str, float]]) -> None:
     """Records of the round: one per client, one for the round."""
     world, tracker = federation.world, federation.tracker
-    if not world.is_main or world.federation is None:
+    if world.federation is None or not world.federation.is_first:
         return
     for client_id, (label, row) in enumerate(zip(federation.labels, table, strict=True)):
         known = {name: value for name, value in row.items() if value == value}  # NaN: not evaluated

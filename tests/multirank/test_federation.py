@@ -60,7 +60,7 @@ def test_only_the_global_adapter_the_mean_states_and_the_metrics_cross(
     parameters = sum(t.numel() for t in load_file(run_dir / "adapters/global/adapter_model.safetensors").values())
     shared = parameters + 2 * 32  # fp32 parameters, and the mean state in two representations of hidden size 32
     update = (shared + 2, 4 * (shared + 2))  # with a header of two fp32 weight sums
-    metrics = (4 * 13, 4 * 13 * 8)  # 4 clients x 13 columns of fp64
+    metrics = (4 * 14, 4 * 14 * 8)  # 4 clients x 14 columns of fp64
     leader = [metrics, update, metrics, update, metrics]  # before training, round 1, round 2
     assert per_rank == [leader, [], leader, []]
     rounds = [r for r in read_records(run_dir / "metrics.jsonl") if r["kind"] == "round"]
@@ -124,10 +124,10 @@ def test_kept_optimizer_state_is_durable(inputs: tuple[Path, Path], tmp_path: Pa
 
 
 def aggregate_identical(job: Any) -> tuple[float, bool]:
-    from dpa_ds.distributed.federation_group import FederationGroup
+    from dpa_ds.distributed.federation_group import FixedGroup
     from dpa_ds.federation.aggregation import ClientUpdate, Shared, WeightedAverage
 
-    group = FederationGroup(job.store, job.launch.global_rank, job.launch.job_world_size, 30.0)
+    group = FixedGroup(job.store, job.launch.global_rank, job.launch.job_world_size, 30.0)
     adapter = {"b": torch.randn(3, 4, generator=torch.Generator().manual_seed(0)), "a": torch.ones(2)}
     state = Shared(adapter, torch.full((2, 3), 0.3), states_weight=2.0)
     update = ClientUpdate(0, 5 + job.launch.global_rank, adapter, state.mean_states)

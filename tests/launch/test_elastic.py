@@ -1,0 +1,224 @@
+"""Rank groups with launchers of their own: one is lost, the others finish the round, and it joins again."""
+
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from dpa_ds.tracking import read_records
+from tests import tiny
+from tests.launch.processes import (
+    PYTHON,
+    RUN,
+    Running,
+    adapters,
+    assert_same_adapters,
+    beside_python,
+    free_port,
+    run_by_hand,
+)
+
+pytestmark = pytest.mark.launch
+DEADLINE_SECONDS = 150.0
+SILENCE_SECONDS = 3
+LONG = 25
+"""Rounds that take longer than the start of a group."""
+Arguments = Callable[..., list[str]]
+
+
+@pytest.fixture(scope="module")
+def arguments(model: Path, federation: Path) -> Arguments:
+    """Two clients, three rounds with phases of some seconds."""
+
+    def arguments(folder: Path, **overrides: object) -> list[str]:
+        settings = {
+            "federation__num_rounds": 3,
+            "train__max_steps": 150,
+            "cluster__silence_seconds": SILENCE_SECONDS,
+            "federation__timeout_seconds": 40,
+        }
+        return tiny.recipe(model, federation, folder / "runs", **{**settings, **overrides})
+
+    return arguments
+
+
+@contextmanager
+def rendezvous(argv: Sequence[str]) -> Iterator[tuple[str, Running]]:
+    """host:port of a running launch/rendezvous.py."""
+    port = free_port()
+    with Running([PYTHON, "launch/rendezvous.py", *argv, "--port", str(port)]) as running:
+        deadline = time.monotonic() + 60
+        while "rendezvous for tiny at" not in running.output():
+            assert running.process.poll() is None, running.output()
+            assert time.monotonic() < deadline, running.output()
+            time.sleep(0.05)
+        yield f"127.0.0.1:{port}", running
+
+
+def start(argv: Sequence[str], group: int, meeting: str, *more: str) -> Running:
+    own = ["--cluster.group", str(group), "--cluster.rendezvous", meeting]
+    return Running([*RUN, *argv, *own, *more], DS_ACCELERATOR="cpu")
+
+
+def wait_for(path: Path, groups: Sequence[Running]) -> None:
+    deadline = time.monotonic() + DEADLINE_SECONDS
+    while not path.exists():
+        assert all(group.process.poll() is None for group in groups), "\n\n".join(group.output() for group in groups)
+        assert time.monotonic() < deadline, f"no {path}: " + "\n\n".join(group.output() for group in groups)
+        time.sleep(0.01)
+
+
+def finished(groups: Sequence[Running]) -> list[str]:
+    """What they printed; all ended well."""
+    ended = run_by_hand(groups, DEADLINE_SECONDS)
+    assert [one.returncode for one in ended] == [0] * len(ended), "\n\n".join(one.output for one in ended)
+    return [one.output for one in ended]
+
+
+def presence(run_dir: Path) -> dict[int, list[int]]:
+    """Clients whose group was present, by round; each client is recorded once a round."""
+    rows = [record for record in read_records(run_dir / "metrics.jsonl") if record["kind"] == "client"]
+    assert len({(row["round"], row["client"]) for row in rows}) == len(rows)
+    return {
+        r: [row["client"] for row in rows if row["round"] == r and row["present"]]
+        for r in {row["round"] for row in rows}
+    }
+
+
+@pytest.fixture(scope="module")
+def undisturbed(arguments: Arguments, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two elastic groups that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    argv = arguments(folder, checkpoint__keep_rounds=9)
+    with rendezvous(argv) as (meeting, _):
+        outputs = finished([start(argv, group, meeting) for group in range(2)])
+    assert "1 more with launchers of their own" in outputs[0]
+    assert presence(folder / "runs" / "tiny") == {r: [0, 1] for r in range(4)}
+    return folder / "runs" / "tiny"
+
+
+def under_one_launcher(argv: Sequence[str], num_ranks: int) -> None:
+    common = {"WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    finished([Running([*RUN, *argv], **common, RANK=str(i), LOCAL_RANK=str(i)) for i in range(num_ranks)])
+
+
+def test_it_equals_the_run_under_one_launcher(tmp_path: Path, arguments: Arguments, undisturbed: Path) -> None:
+    under_one_launcher(arguments(tmp_path), 2)
+    assert_same_adapters(adapters(tmp_path / "runs" / "tiny"), adapters(undisturbed), tolerance=0.0)
+
+
+def test_groups_of_unequal_size(tmp_path: Path, arguments: Arguments) -> None:
+    fixed, elastic = tmp_path / "fixed", tmp_path / "elastic"
+    fixed.mkdir()
+    elastic.mkdir()
+    under_one_launcher([*arguments(fixed), "--cluster.ranks_per_group", "[2, 1]"], 3)
+    argv = arguments(elastic)
+    with rendezvous(argv) as (meeting, _):
+        own = ["--cluster.group", "0", "--cluster.rendezvous", meeting]
+        launcher = [beside_python("deepspeed"), "--num_gpus", "2", "--master_port", str(free_port())]
+        finished([Running([*launcher, *RUN[1:], *argv, *own]), start(argv, 1, meeting)])
+    assert_same_adapters(adapters(elastic / "runs" / "tiny"), adapters(fixed / "runs" / "tiny"), tolerance=0.0)
+
+
+@pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_lost_group_is_left_out_and_joins_again(
+    fault: signal.Signals, tmp_path: Path, arguments: Arguments, undisturbed: Path
+) -> None:
+    argv, run_dir = (
+        arguments(tmp_path, federation__num_rounds=LONG, checkpoint__keep_rounds=LONG),
+        tmp_path / "runs" / "tiny",
+    )
+    with rendezvous(argv) as (meeting, _):
+        groups = [start(argv, group, meeting) for group in range(2)]
+        wait_for(run_dir / "rounds/round_000001/meta.json", groups)
+        os.kill(groups[1].process.pid, fault)
+        lost = time.monotonic()
+        wait_for(run_dir / "rounds/round_000003/meta.json", groups[:1])
+        assert time.monotonic() - lost < SILENCE_SECONDS + 30
+        if fault == signal.SIGSTOP:
+            os.kill(groups[1].process.pid, signal.SIGCONT)
+            left_out = groups[1].wait(DEADLINE_SECONDS)
+            assert left_out.returncode == 3, left_out.output
+            assert len(left_out.errors) == 1, left_out.output
+            assert left_out.num_tracebacks == 0, left_out.output
+        groups[1].__exit__()
+        groups[1] = start(argv, 1, meeting)
+        finished(groups)
+    there = presence(run_dir)
+    missed = [r for r in range(1, LONG + 1) if there[r] == [0]]
+    assert set(missed) >= {3}, there
+    assert there[1] == [0, 1] == there[LONG], there
+    assert missed == list(range(missed[0], missed[-1] + 1)), "away once"
+    # Up to the loss nothing differs; what the lost client had in the last complete round is what it joins with.
+    before = missed[0] - 1
+    assert_same_adapters(adapters(run_dir, before), adapters(undisturbed, before), tolerance=0.0)
+    name = "local/client_01/adapter_model.safetensors"
+    kept = [(run_dir / f"rounds/round_{r:06d}" / name).read_bytes() for r in [before, *missed]]
+    assert len(set(kept)) == 1
+    assert kept[0] != (run_dir / f"rounds/round_{missed[-1] + 1:06d}" / name).read_bytes()
+
+    # The first round without it is the survivor's alone: the same as if only group 0 had gone on from there.
+    again = tmp_path / "again"
+    shutil.copytree(undisturbed, again / "runs" / "tiny", symlinks=True)
+    for path in (again / "runs/tiny/rounds").glob("round_*"):
+        if int(path.name[-6:]) > before:
+            shutil.rmtree(path)
+    argv = arguments(again, federation__num_rounds=missed[0], cluster__timeout_seconds=1)
+    with rendezvous(argv) as (meeting, _):
+        finished([start(argv, 0, meeting)])
+    ours = {key: value for key, value in adapters(run_dir, missed[0]).items() if not key.startswith("local/client_01")}
+    alone = {key: value for key, value in adapters(again / "runs/tiny", missed[0]).items() if key in ours}
+    assert_same_adapters(ours, alone, tolerance=0.0)
+
+
+def test_without_the_rendezvous_all_stop_and_go_on_later(
+    tmp_path: Path, arguments: Arguments, undisturbed: Path
+) -> None:
+    argv, run_dir = arguments(tmp_path, federation__timeout_seconds=5), tmp_path / "runs" / "tiny"
+    with rendezvous(argv) as (meeting, server):
+        groups = [start(argv, group, meeting) for group in range(2)]
+        wait_for(run_dir / "rounds/round_000001/meta.json", groups)
+        server.kill()
+        ended = run_by_hand(groups, DEADLINE_SECONDS)
+        for one in ended:
+            assert one.returncode == 3, one.output
+            (error,) = one.errors
+            assert f"no answer from the rendezvous at {meeting}" in error
+            assert one.num_tracebacks == 0, one.output
+    with rendezvous(argv) as (meeting, _):
+        finished([start(argv, group, meeting) for group in range(2)])
+    assert_same_adapters(adapters(run_dir), adapters(undisturbed), tolerance=0.0)
+    assert presence(run_dir) == {r: [0, 1] for r in range(4)}
+
+
+def test_too_few_clients_stop_the_run(tmp_path: Path, arguments: Arguments, undisturbed: Path) -> None:
+    argv, run_dir = arguments(tmp_path, federation__min_clients=2), tmp_path / "runs" / "tiny"
+    with rendezvous(argv) as (meeting, _):
+        groups = [start(argv, group, meeting) for group in range(2)]
+        wait_for(run_dir / "rounds/round_000001/meta.json", groups)
+        groups[1].kill()
+        ended = groups[0].wait(DEADLINE_SECONDS)
+        assert ended.returncode == 3, ended.output
+        (error,) = ended.errors
+        assert "the groups that are left host 1 clients, fewer than federation.min_clients = 2" in error
+        for group in groups:
+            group.__exit__()
+    with rendezvous(argv) as (meeting, _):
+        finished([start(argv, group, meeting) for group in range(2)])
+    assert_same_adapters(adapters(run_dir), adapters(undisturbed), tolerance=0.0)
+
+
+def test_nobody_at_the_rendezvous(tmp_path: Path, arguments: Arguments) -> None:
+    argv = arguments(tmp_path, federation__timeout_seconds=3)
+    meeting = f"127.0.0.1:{free_port()}"
+    with start(argv, 0, meeting) as group:
+        ended = group.wait(60)
+    assert ended.returncode == 3, ended.output
+    (error,) = ended.errors
+    assert f"no answer from the rendezvous at {meeting}" in error
+    assert "is launch/rendezvous.py running there" in error

@@ -1,8 +1,5 @@
-"""Rank groups with launchers of their own: one is lost, the others finish the round, and it joins again."""
+"""Rank groups with launchers of their own: one is one run, and each bound holds."""
 
-import os
-import shutil
-import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,8 +23,6 @@ from tests.launch.processes import (
 pytestmark = pytest.mark.launch
 DEADLINE_SECONDS = 150.0
 SILENCE_SECONDS = 3
-LONG = 25
-"""Rounds that take longer than the start of a group."""
 Arguments = Callable[..., list[str]]
 
 
@@ -123,57 +118,6 @@ def test_groups_of_unequal_size(tmp_path: Path, arguments: Arguments) -> None:
         launcher = [beside_python("deepspeed"), "--num_gpus", "2", "--master_port", str(free_port())]
         finished([Running([*launcher, *RUN[1:], *argv, *own]), start(argv, 1, meeting)])
     assert_same_adapters(adapters(elastic / "runs" / "tiny"), adapters(fixed / "runs" / "tiny"), tolerance=0.0)
-
-
-@pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_lost_group_is_left_out_and_joins_again(
-    fault: signal.Signals, tmp_path: Path, arguments: Arguments, undisturbed: Path
-) -> None:
-    argv, run_dir = (
-        arguments(tmp_path, federation__num_rounds=LONG, checkpoint__keep_rounds=LONG),
-        tmp_path / "runs" / "tiny",
-    )
-    with rendezvous(argv) as (meeting, _):
-        groups = [start(argv, group, meeting) for group in range(2)]
-        wait_for(run_dir / "rounds/round_000001/meta.json", groups)
-        os.kill(groups[1].process.pid, fault)
-        lost = time.monotonic()
-        wait_for(run_dir / "rounds/round_000003/meta.json", groups[:1])
-        assert time.monotonic() - lost < SILENCE_SECONDS + 30
-        if fault == signal.SIGSTOP:
-            os.kill(groups[1].process.pid, signal.SIGCONT)
-            left_out = groups[1].wait(DEADLINE_SECONDS)
-            assert left_out.returncode == 3, left_out.output
-            assert len(left_out.errors) == 1, left_out.output
-            assert left_out.num_tracebacks == 0, left_out.output
-        groups[1].__exit__()
-        groups[1] = start(argv, 1, meeting)
-        finished(groups)
-    there = presence(run_dir)
-    missed = [r for r in range(1, LONG + 1) if there[r] == [0]]
-    assert set(missed) >= {3}, there
-    assert there[1] == [0, 1] == there[LONG], there
-    assert missed == list(range(missed[0], missed[-1] + 1)), "away once"
-    # Up to the loss nothing differs; what the lost client had in the last complete round is what it joins with.
-    before = missed[0] - 1
-    assert_same_adapters(adapters(run_dir, before), adapters(undisturbed, before), tolerance=0.0)
-    name = "local/client_01/adapter_model.safetensors"
-    kept = [(run_dir / f"rounds/round_{r:06d}" / name).read_bytes() for r in [before, *missed]]
-    assert len(set(kept)) == 1
-    assert kept[0] != (run_dir / f"rounds/round_{missed[-1] + 1:06d}" / name).read_bytes()
-
-    # The first round without it is the survivor's alone: the same as if only group 0 had gone on from there.
-    again = tmp_path / "again"
-    shutil.copytree(undisturbed, again / "runs" / "tiny", symlinks=True)
-    for path in (again / "runs/tiny/rounds").glob("round_*"):
-        if int(path.name[-6:]) > before:
-            shutil.rmtree(path)
-    argv = arguments(again, federation__num_rounds=missed[0], cluster__timeout_seconds=1)
-    with rendezvous(argv) as (meeting, _):
-        finished([start(argv, 0, meeting)])
-    ours = {key: value for key, value in adapters(run_dir, missed[0]).items() if not key.startswith("local/client_01")}
-    alone = {key: value for key, value in adapters(again / "runs/tiny", missed[0]).items() if key in ours}
-    assert_same_adapters(ours, alone, tolerance=0.0)
 
 
 def test_without_the_rendezvous_all_stop_and_go_on_later(

@@ -281,6 +281,8 @@ def track(federation: Federation, server_round: int, table: Sequence[dict[str, f
     if world.federation is None or not world.federation.is_first:
         return
     for client_id, (label, row) in enumerate(zip(federation.labels, table, strict=True)):
+        if not row["present"]:
+            continue
         known = {name: value for name, value in row.items() if value == value}  # NaN: not evaluated
         tracker.record("client", server_round, client=client_id, label=label, **known)
         tagged = {tag: row[name] for name, tag in EVALUATED.items() if name in known}
@@ -293,7 +295,7 @@ def track(federation: Federation, server_round: int, table: Sequence[dict[str, f
         "padding_share": 1 - totals["real_tokens"] / max(totals["computed_tokens"], 1.0),
     }
     for name in EVALUATED:
-        values = [row[name] for row in table if row[name] == row[name]]
+        values = [row[name] for row in table if row["present"] and row[name] == row[name]]
         if values:
             summary[name] = sum(values) / len(values)
     tracker.record("round", server_round, **summary)

@@ -1,7 +1,7 @@
 """The group of the leaders where every rank group has a launcher of its own: groups may be lost, and come back.
 
 Membership is torchft's (0.2.0): a lighthouse, `launch/rendezvous.py`, hears the leaders' heartbeats and tells who is present; a
-group of process is formed anew when that changes; a leader that is behind receives the state of one that is not. What is ours is one rule:
+process group is formed anew when that changes; a leader that is behind receives the state of one that is not. What is ours is one rule:
 every exchange is one torchft step. So two leaders at the same step are at the same exchange, and a leader that missed how an exchange
 ended finds its result with the others.
 """

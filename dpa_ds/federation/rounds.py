@@ -280,14 +280,15 @@ def track(federation: Federation, server_round: int, table: Sequence[dict[str, f
     world, tracker = federation.world, federation.tracker
     if world.federation is None or not world.federation.is_first:
         return
-    for client_id, (label, row) in enumerate(zip(federation.labels, table, strict=True)):
-        if not row["present"]:
-            continue
+    present = {client_id: row for client_id, row in enumerate(table) if row["present"]}
+    for client_id, row in present.items():
         known = {name: value for name, value in row.items() if value == value}  # NaN: not evaluated
-        tracker.record("client", server_round, client=client_id, label=label, **known)
+        tracker.record("client", server_round, client=client_id, label=federation.labels[client_id], **known)
         tagged = {tag: row[name] for name, tag in EVALUATED.items() if name in known}
         tracker.scalars(f"client_{client_id:02d}", tagged, server_round)
-    totals = {name: sum(row[name] for row in table) for name in ("seconds", "real_tokens", "computed_tokens")}
+    totals = {
+        name: sum(row[name] for row in present.values()) for name in ("seconds", "real_tokens", "computed_tokens")
+    }
     summary = {
         **{f"seconds/{part}": value for part, value in federation.seconds.items()},
         **{f"bytes_handed/{purpose}": n for purpose, n in world.federation.bytes_handed.items()},
@@ -295,7 +296,7 @@ def track(federation: Federation, server_round: int, table: Sequence[dict[str, f
         "padding_share": 1 - totals["real_tokens"] / max(totals["computed_tokens"], 1.0),
     }
     for name in EVALUATED:
-        values = [row[name] for row in table if row["present"] and row[name] == row[name]]
+        values = [row[name] for row in present.values() if row[name] == row[name]]
         if values:
             summary[name] = sum(values) / len(values)
     tracker.record("round", server_round, **summary)

@@ -122,6 +122,21 @@ def run(command: Sequence[str], deadline_seconds: float = 120.0, cwd: Path = REP
         return running.wait(deadline_seconds)
 
 
+def start_by_hand(command: Sequence[str], num_ranks: int) -> list[Running]:
+    """A process for each rank, without a launcher that would end the others if one fails: srun without --kill-on-bad-exit."""
+    common = {"WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return [Running(command, **common, RANK=str(i), LOCAL_RANK=str(i)) for i in range(num_ranks)]
+
+
+def wait_for(folder: Path, pattern: str, running: Sequence[Running], deadline_seconds: float) -> None:
+    """Until a file of `folder` is there, while all of `running` go on."""
+    deadline = time.monotonic() + deadline_seconds
+    while not list(folder.glob(pattern)):
+        assert all(one.process.poll() is None for one in running), "\n\n".join(one.output() for one in running)
+        assert time.monotonic() < deadline, f"no {pattern}: " + "\n\n".join(one.output() for one in running)
+        time.sleep(0.01)
+
+
 def run_by_hand(ranks: Sequence[Running], deadline_seconds: float = 120.0) -> list[Ended]:
     """Wait for ranks that were started one by one, without a launcher that would end the others if one fails."""
     deadline = time.monotonic() + deadline_seconds

@@ -18,6 +18,8 @@ from tests.launch.processes import (
     beside_python,
     free_port,
     run_by_hand,
+    start_by_hand,
+    wait_for,
 )
 
 pytestmark = pytest.mark.launch
@@ -55,17 +57,9 @@ def rendezvous(argv: Sequence[str]) -> Iterator[tuple[str, Running]]:
         yield f"127.0.0.1:{port}", running
 
 
-def start(argv: Sequence[str], group: int, meeting: str, *more: str) -> Running:
+def start(argv: Sequence[str], group: int, meeting: str) -> Running:
     own = ["--cluster.group", str(group), "--cluster.rendezvous", meeting]
-    return Running([*RUN, *argv, *own, *more], DS_ACCELERATOR="cpu")
-
-
-def wait_for(path: Path, groups: Sequence[Running]) -> None:
-    deadline = time.monotonic() + DEADLINE_SECONDS
-    while not path.exists():
-        assert all(group.process.poll() is None for group in groups), "\n\n".join(group.output() for group in groups)
-        assert time.monotonic() < deadline, f"no {path}: " + "\n\n".join(group.output() for group in groups)
-        time.sleep(0.01)
+    return Running([*RUN, *argv, *own], DS_ACCELERATOR="cpu")
 
 
 def finished(groups: Sequence[Running]) -> list[str]:
@@ -89,7 +83,7 @@ def presence(run_dir: Path) -> dict[int, list[int]]:
 def undisturbed(arguments: Arguments, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two elastic groups that nothing disturbed."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    argv = arguments(folder, checkpoint__keep_rounds=9)
+    argv = arguments(folder)
     with rendezvous(argv) as (meeting, _):
         outputs = finished([start(argv, group, meeting) for group in range(2)])
     assert "1 more with launchers of their own" in outputs[0]
@@ -98,8 +92,7 @@ def undisturbed(arguments: Arguments, tmp_path_factory: pytest.TempPathFactory) 
 
 
 def under_one_launcher(argv: Sequence[str], num_ranks: int) -> None:
-    common = {"WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    finished([Running([*RUN, *argv], **common, RANK=str(i), LOCAL_RANK=str(i)) for i in range(num_ranks)])
+    finished(start_by_hand([*RUN, *argv], num_ranks))
 
 
 def test_it_equals_the_run_under_one_launcher(tmp_path: Path, arguments: Arguments, undisturbed: Path) -> None:
@@ -126,7 +119,7 @@ def test_without_the_rendezvous_all_stop_and_go_on_later(
     argv, run_dir = arguments(tmp_path, federation__timeout_seconds=5), tmp_path / "runs" / "tiny"
     with rendezvous(argv) as (meeting, server):
         groups = [start(argv, group, meeting) for group in range(2)]
-        wait_for(run_dir / "rounds/round_000001/meta.json", groups)
+        wait_for(run_dir, "rounds/round_000001/meta.json", groups, DEADLINE_SECONDS)
         server.kill()
         ended = run_by_hand(groups, DEADLINE_SECONDS)
         for one in ended:
@@ -144,7 +137,7 @@ def test_too_few_clients_stop_the_run(tmp_path: Path, arguments: Arguments, undi
     argv, run_dir = arguments(tmp_path, federation__min_clients=2), tmp_path / "runs" / "tiny"
     with rendezvous(argv) as (meeting, _):
         groups = [start(argv, group, meeting) for group in range(2)]
-        wait_for(run_dir / "rounds/round_000001/meta.json", groups)
+        wait_for(run_dir, "rounds/round_000001/meta.json", groups, DEADLINE_SECONDS)
         groups[1].kill()
         ended = groups[0].wait(DEADLINE_SECONDS)
         assert ended.returncode == 3, ended.output

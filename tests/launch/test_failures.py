@@ -19,6 +19,7 @@ from tests.launch.processes import (
     free_port,
     run,
     run_by_hand,
+    start_by_hand,
 )
 
 pytestmark = pytest.mark.launch
@@ -41,10 +42,8 @@ def mpirun(script: str, arguments: list[str]) -> Ended:
 
 
 def by_hand(script: str, arguments: list[str]) -> Ended:
-    """No launcher that ends the others: each rank must find out for itself. As srun without --kill-on-bad-exit."""
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    ranks = [Running([PYTHON, script, *arguments], **common, RANK=str(i), LOCAL_RANK=str(i)) for i in range(2)]
-    ended = run_by_hand(ranks, DEADLINE_SECONDS)
+    """No launcher that ends the others: each rank must find out for itself."""
+    ended = run_by_hand(start_by_hand([PYTHON, script, *arguments], 2), DEADLINE_SECONDS)
     assert len({one.returncode for one in ended}) == 1, [one.returncode for one in ended]
     return Ended(ended[0].returncode, ended[0].output + ended[1].output, max(one.seconds for one in ended))
 

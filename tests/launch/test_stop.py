@@ -22,6 +22,8 @@ from tests.launch.processes import (
     run,
     run_by_hand,
     run_forked,
+    start_by_hand,
+    wait_for,
 )
 
 pytestmark = pytest.mark.launch
@@ -54,25 +56,12 @@ def uninterrupted(arguments: Callable[..., list[str]], tmp_path_factory: pytest.
     runs = {}
     for ranks in (1, 2):
         folder = tmp_path_factory.mktemp(f"uninterrupted{ranks}")
-        ended = run_by_hand(by_hand([*arguments(folder), "--cluster.ranks_per_group", str(ranks)], 2 * ranks))
+        ended = run_by_hand(
+            start_by_hand([*RUN, *arguments(folder), "--cluster.ranks_per_group", str(ranks)], 2 * ranks)
+        )
         assert [one.returncode for one in ended] == [0] * len(ended), ended[0].output
         runs[ranks] = folder / "runs" / "tiny"
     return runs
-
-
-def by_hand(argv: Sequence[str], num_ranks: int) -> list[Running]:
-    """A rank each, without a launcher that would end the others."""
-    common = {"WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    return [Running([*RUN, *argv], **common, RANK=str(i), LOCAL_RANK=str(i)) for i in range(num_ranks)]
-
-
-def wait_for(run_dir: Path, pattern: str, ranks: Sequence[Running]) -> None:
-    """Until a file of the run is there: the training is under way."""
-    deadline = time.monotonic() + DEADLINE_SECONDS
-    while not list(run_dir.glob(pattern)):
-        assert all(rank.process.poll() is None for rank in ranks), "".join(rank.output() for rank in ranks)
-        assert time.monotonic() < deadline, "".join(rank.output() for rank in ranks)
-        time.sleep(0.01)
 
 
 def all_ended(ranks: Sequence[Running]) -> list[Ended]:
@@ -93,8 +82,8 @@ def test_a_signal_on_any_rank_stops_all(
 ) -> None:
     argv = [*arguments(tmp_path), "--cluster.ranks_per_group", str(ranks_per_group)]
     run_dir = tmp_path / "runs" / "tiny"
-    ranks = by_hand(argv, 2 * ranks_per_group)
-    wait_for(run_dir, "rounds/round_000001.tmp/progress/*/*/state.json", ranks)
+    ranks = start_by_hand([*RUN, *argv], 2 * ranks_per_group)
+    wait_for(run_dir, "rounds/round_000001.tmp/progress/*/*/state.json", ranks, DEADLINE_SECONDS)
     signalled = time.monotonic()
     os.kill(ranks[rank].process.pid, number)
     ended = all_ended(ranks)
@@ -109,7 +98,7 @@ def test_a_signal_on_any_rank_stops_all(
     saved = [int(path.parent.name) for path in run_dir.glob("rounds/*.tmp/progress/*/*/state.json")]
     assert len(saved) == 2, "the progress of both clients, once"
 
-    ended = all_ended(by_hand(argv, 2 * ranks_per_group))
+    ended = all_ended(start_by_hand([*RUN, *argv], 2 * ranks_per_group))
     assert [one.returncode for one in ended] == [0] * len(ended), [one.output for one in ended]
     assert_same_adapters(adapters(run_dir), adapters(uninterrupted[ranks_per_group]), tolerance=0.0)
 
@@ -122,7 +111,7 @@ def test_a_signal_to_the_deepspeed_launcher(
     argv, run_dir = arguments(tmp_path), tmp_path / "runs" / "tiny"
     launcher = [beside_python("deepspeed"), "--num_gpus", "2", "--master_port", str(free_port()), *RUN[1:], *argv]
     with Running(launcher) as running:
-        wait_for(run_dir, "rounds/round_000001.tmp/progress/*/*/state.json", [running])
+        wait_for(run_dir, "rounds/round_000001.tmp/progress/*/*/state.json", [running], DEADLINE_SECONDS)
         # The runner waits for launch.py, which has the ranks: a batch system signals them all.
         for process in [running.process, *psutil.Process(running.process.pid).children(recursive=True)]:
             os.kill(process.pid, number)
@@ -140,7 +129,7 @@ def test_a_signal_to_mpirun(
 ) -> None:
     argv, run_dir = arguments(tmp_path), tmp_path / "runs" / "tiny"
     with Running([beside_python("mpirun"), "-n", "2", PYTHON, *RUN[1:], *argv]) as running:
-        wait_for(run_dir, "rounds/round_000001.tmp/progress/*/*/state.json", [running])
+        wait_for(run_dir, "rounds/round_000001.tmp/progress/*/*/state.json", [running], DEADLINE_SECONDS)
         running.process.send_signal(signal.SIGUSR1)
         ended = running.wait(DEADLINE_SECONDS)
     assert ended.returncode == PREEMPTED, ended.output
@@ -158,9 +147,9 @@ def test_a_stopped_rank_is_named_in_time(
     silence = 4
     argv = [*arguments(tmp_path, cluster__silence_seconds=silence, train__max_steps=4000)]
     argv += ["--cluster.ranks_per_group", str(ranks_per_group)]
-    ranks = by_hand(argv, 2 * ranks_per_group)
+    ranks = start_by_hand([*RUN, *argv], 2 * ranks_per_group)
     try:
-        wait_for(tmp_path / "runs" / "tiny", "metrics.jsonl", ranks)
+        wait_for(tmp_path / "runs" / "tiny", "metrics.jsonl", ranks, DEADLINE_SECONDS)
         stopped = time.monotonic()
         os.kill(ranks[rank].process.pid, signal.SIGSTOP)
         others = [one for i, one in enumerate(ranks) if i != rank]

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from dpa_ds.config_loader import load_config
 from dpa_ds.distributed.topology import Topology
 from dpa_ds.federation.sampling import sample_clients
+from dpa_ds.model.dual_adapter import DualAdapter, flatten_state
 from dpa_ds.tracking import read_records
 from tests import tiny
 from tests.ranks import run_on_ranks, train_on_rank
@@ -224,7 +225,6 @@ def test_a_run_in_which_nobody_trains_stops(inputs: tuple[Path, Path], tmp_path:
 def train_with_bad_client(job: Any, argv: Sequence[str], bad: int, kind: str) -> list[list[float]]:
     """Train; the update of client `bad` in round 1 gets a NaN (kind `nan`). The update of every client, flat; [] if none."""
     from dpa_ds.federation.client import ClientTrainer
-    from dpa_ds.model.dual_adapter import flatten_state
     from dpa_ds.model.engine import AdapterEngine
     from dpa_ds.train import train
 
@@ -266,8 +266,6 @@ def test_a_bad_update_never_enters_the_average(inputs: tuple[Path, Path], tmp_pa
     (counted,) = run_on_ranks(train_with_bad_client, 1, tmp_path, argv, bad, kind)
     assert [bool(update) for update in counted] == [client != bad for client in range(4)]
     run_dir = tmp_path / "runs" / "tiny"
-    from dpa_ds.model.dual_adapter import flatten_state
-
     averaged = flatten_state(load_file(run_dir / "adapters/global/adapter_model.safetensors"))
     others = torch.tensor([update for client, update in enumerate(updates) if client != bad])
     torch.testing.assert_close(averaged, others.mean(dim=0), rtol=1e-5, atol=1e-7)
@@ -283,7 +281,6 @@ def test_a_bad_update_never_enters_the_average(inputs: tuple[Path, Path], tmp_pa
 
 def flat_initial_adapter(argv: Sequence[str]) -> list[float]:
     from dpa_ds.federation.hosting import GLOBAL_SEED
-    from dpa_ds.model.dual_adapter import DualAdapter, flatten_state
 
     config = load_config(argv)
     base = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float32)

@@ -24,12 +24,12 @@ from dpa_ds.evaluation.comparison import (
     METHODS,
     Candidate,
     Entry,
-    compare_tables,
+    compare_entries,
     find_evaluation,
     held_out_curve,
     parse_weightings,
     plan_entries,
-    score_table,
+    read_evaluation,
     write_comparison,
 )
 from dpa_ds.evaluation.instances import choose_instances, read_instances
@@ -91,8 +91,8 @@ def compare(config: RunConfig, job: Job, plan: Plan, recipe_arguments: Sequence[
         chosen = replace(entry, candidate=Candidate(entry.candidate.kind, scale))
         folders[chosen] = [stages.evaluate(method, seed, chosen.candidate, "test") for seed in plan.seeds]
     if job.launch.global_rank == 0:
-        tables = {
-            (entry.method, _name(entry.candidate)): [score_table(folder, instances) for folder in of_seeds]
+        evaluated = {
+            (entry.method, _name(entry.candidate)): [read_evaluation(folder, instances) for folder in of_seeds]
             for entry, of_seeds in folders.items()
         }
         summary = json.loads((next(iter(folders.values()))[0] / "summary.json").read_text())
@@ -103,7 +103,7 @@ def compare(config: RunConfig, job: Job, plan: Plan, recipe_arguments: Sequence[
             ): held_out_curve([stages.run_dir(method, seed) for seed in plan.seeds])
             for method in trained
         }
-        logger.info("\n" + write_comparison(config.run_dir, compare_tables(tables, floors, plan.seeds), series))
+        logger.info("\n" + write_comparison(config.run_dir, compare_entries(evaluated, floors, plan.seeds), series))
 
 
 def choose_scale(stages: "Stages", plan: Plan, method: str, candidate: Candidate) -> tuple[float, ...]:

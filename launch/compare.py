@@ -6,9 +6,9 @@ import sys
 USAGE = """\
 usage: deepspeed launch/compare.py --config RECIPE [--methods A,B] [--seeds 0,1,2] [--weightings W,W] [--SECTION.FIELD VALUE]
 
-Trains every method with every seed (launch/run.py), evaluates each (launch/evaluate.py), and writes one table: P and TTP as
-mean +- standard error over seeds, the difference to fedit paired by seed and test instance with its 95 % interval, and the
-convergence curves. What is done already is not done again: interrupted, the same command goes on. Everything lies in
+Trains every method with every seed (launch/run.py), evaluates each (launch/evaluate.py), and writes tables: P and TTP as
+mean +- standard error over seeds, their differences to fedit and between weightings, paired by seed and test instance, with 95 %
+intervals, the weight of the local adapter on own and other tasks, and the convergence curves. What is done already is not done again: interrupted, the same command goes on. Everything lies in
 <output_dir>/<name>. feddpa_f, fedlora and fedit share their federated rounds, which are trained once.
 
   --config RECIPE          as for launch/run.py; method.name, seed and weighting.* of the recipe are set by this program

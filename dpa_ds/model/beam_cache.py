@@ -18,7 +18,7 @@ def spread_over_beams(cache: Cache, num_beams: int, num_new_tokens: int) -> None
         if type(layer) is DynamicLayer:
             cache.layers[i] = _BeamLayer(layer, num_beams, num_new_tokens)
         else:
-            layer.batch_repeat_interleave(num_beams)  # type: ignore[attr-defined]
+            layer.batch_repeat_interleave(num_beams)  # type: ignore[union-attr]
 
 
 class _BeamLayer(DynamicLayer):

@@ -174,7 +174,7 @@ class WeightingConfig:
     """Weight alpha of the local adapter, for each test instance: alpha = scale x mean similarity to own prompts."""
 
     kind: WeightingKind = "auto"
-    """auto: centred_cosine for feddpa_t and feddpa_f, else the adapter there is; cosine: the paper's choice."""
+    """auto: centred_cosine for feddpa_t and feddpa_f (one client: cosine), else the adapter there is; cosine: the paper's."""
     scale: float | None = None
     """lambda; null: 0.5 (the paper's), 1.0 for centred_cosine. kind fixed: the weight itself; null: method.alpha."""
     num_references: int = 5

@@ -1,6 +1,7 @@
 """Several evaluated runs side by side: what was trained for which method, the table, and the curves."""
 
 import json
+import sys
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -54,10 +55,15 @@ class Evaluated(NamedTuple):
     answers: Sequence[Answer]
 
 
+def name_of_candidate(candidate: Candidate) -> str:
+    """The kind, with its scale where there is one."""
+    return f"{candidate.kind} {candidate.scales[0]:g}" if candidate.scales else candidate.kind
+
+
 def parse_weightings(text: str) -> list[Candidate]:
     """`cosine:0.5,centred_cosine:0.5|1|2,global` -> candidates.
 
-    ConfigError: an unknown kind, or a scale that is not a number.
+    ConfigError: an unknown kind, or a scale that is no number or out of the kind's range.
     """
     kinds = [kind for kind in typing.get_args(WeightingKind) if kind != "auto"]
     candidates = []
@@ -69,12 +75,9 @@ def parse_weightings(text: str) -> list[Candidate]:
             raise ConfigError(
                 f"--weightings {word.strip()}: {kind} is one adapter alone and takes no scale: leave it out"
             )
-        try:
-            candidates.append(Candidate(kind, tuple(float(scale) for scale in scales.split("|")) if scales else ()))
-        except ValueError as error:
-            raise ConfigError(
-                f"--weightings {word}: scales are numbers, such as {kind}:0.5 or {kind}:0.5|1|2"
-            ) from error
+        candidate = Candidate(kind, _parse_scales(word.strip(), kind, scales.split("|")) if scales else ())
+        if candidate not in candidates:
+            candidates.append(candidate)
     return candidates
 
 
@@ -170,6 +173,20 @@ def write_comparison(
     pictures = "![convergence](convergence.png)\n\n![P against TTP](p_against_ttp.png)\n"
     write_file(folder / "comparison.md", f"# Comparison\n\n{comparison_markdown(comparison)}\n{pictures}")
     return f"{comparison_table(comparison)}\ntable, numbers and pictures: {folder}/comparison.*, {folder}/*.png"
+
+
+def _parse_scales(word: str, kind: str, scales: Sequence[str]) -> tuple[float, ...]:
+    try:
+        numbers = tuple(dict.fromkeys(float(scale) for scale in scales))
+    except ValueError as error:
+        raise ConfigError(
+            f"--weightings {word}: scales are numbers, such as {kind}:0.5 or {kind}:0.25|0.5|1"
+        ) from error
+    highest, text = (1.0, "must be in [0, 1]") if kind == "fixed" else (sys.float_info.max, "must be finite and >= 0")
+    wrong = [number for number in numbers if not 0 <= number <= highest]
+    if wrong:
+        raise ConfigError(f"--weightings {word}: scales of {kind} {text}, got {wrong[0]:g}")
+    return numbers
 
 
 def _difference(

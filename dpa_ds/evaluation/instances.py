@@ -9,7 +9,7 @@ from typing import Any
 from dpa_ds.checkpoint import RunFolder
 from dpa_ds.config import RunConfig
 from dpa_ds.data.prompts import tokenize_prompts
-from dpa_ds.data.sources import read_test_rows
+from dpa_ds.data.sources import list_clients, read_clients, read_test_rows
 from dpa_ds.errors import ConfigError, DataError
 from dpa_ds.evaluation.answering import Answerer
 from dpa_ds.evaluation.answers import NO_TASK, Instance
@@ -58,6 +58,24 @@ def choose_instances(config: RunConfig, instances: Sequence[Instance]) -> list[I
     if unknown:
         raise ConfigError(f"the test data has no task {unknown}: its tasks are {sorted(existing)}")
     return [i for i in instances if (wanted is None or i.task in wanted) and (limit is None or i.row < limit)]
+
+
+def check_some_task_is_trained(config: RunConfig) -> None:
+    """Refuse a choice of tasks of which no client trains on any: P and TTP would have no value. Reads all data.
+
+    Raises:
+        ConfigError: so it is, or the test data has no such task.
+        DataError: a file of the data is not usable.
+    """
+    scored = {instance.task for instance in choose_instances(config, read_instances(config))}
+    clients = read_clients(config.data, config.seed, range(len(list_clients(config.data, config.seed))))
+    tasks_of_clients = ({example.task for example in client.train} - {""} for client in clients)
+    trained = {task for tasks in tasks_of_clients for task in tasks or {NO_TASK}}
+    if not scored & trained:
+        raise ConfigError(
+            f"no client trains on any of the tasks to be scored, {sorted(scored)}, so P and TTP have no value: choose "
+            f"among {sorted(trained)} with evaluation.tasks, or give other test data"
+        )
 
 
 def tokenize_instances(config: RunConfig, instances: Sequence[Instance], answerer: Answerer) -> list[list[int]]:

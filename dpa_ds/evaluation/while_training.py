@@ -30,7 +30,7 @@ class Scorer:
         tokenizer: PreTrainedTokenizerBase,
     ) -> None:
         self._config, self._engine, self._world, self._tokenizer = config, engine, world, tokenizer
-        self._weighting = resolve_weighting(config, schedule)
+        self._weighting = resolve_weighting(config, schedule, world.topology.num_clients)
         limit = config.evaluation.instances_per_task or DEFAULT_INSTANCES
         self._instances = [i for i in choose_instances(config, read_instances(config)) if i.row < limit]
 

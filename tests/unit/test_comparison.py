@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dpa_ds.compare import build_plan
+from dpa_ds.errors import ConfigError
 from dpa_ds.evaluation.answers import Answer, ClientInfo
 from dpa_ds.evaluation.comparison import Evaluated, compare_entries, describe_weights
 from dpa_ds.evaluation.comparison_tables import comparison_markdown, comparison_table
@@ -129,3 +131,32 @@ def test_weights_are_shown_for_own_and_for_other_tasks() -> None:
     assert [list(map(shown, row)) for row in rows] == [
         ["feddpa_t", "dynamic", "8", "0.250", "0.125 to 0.500", "0%", "24", "0.062", "0.000 to 0.250", "75%"]
     ]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("feddpa_t,fedavg", "0", None, "1"), r"--methods \['fedavg'\] are unknown: choose among feddpa_t,"),
+        (("feddpa_t", "one", None, "1"), "--seeds and --tuning_instances are whole numbers, such as 0,1,2"),
+        (("feddpa_t", "0", None, "0"), "--tuning_instances must be >= 1, got 0"),
+        (("feddpa_t", "0", "dot", "1"), "--weightings dot is unknown: choose among cosine, centred_cosine"),
+        (("feddpa_t", "0", "cosine:x", "1"), "--weightings cosine:x: scales are numbers"),
+        (("feddpa_t", "0", "local:1", "1"), "local is one adapter alone and takes no scale"),
+        (("feddpa_t", "0", "fixed:0.5|1.5", "1"), r"fixed:0.5\|1.5: scales of fixed must be in \[0, 1\], got 1.5"),
+        (("feddpa_t", "0", "cosine, l2:-1", "1"), "--weightings l2:-1: scales of l2 must be finite and >= 0, got -1"),
+        (("feddpa_t", "0", "cosine:nan", "1"), "scales of cosine must be finite and >= 0, got nan"),
+        (
+            ("fedit,local", "0", "cosine", "1"),
+            "--weightings is for methods with both adapters, feddpa_t and feddpa_f, but",
+        ),
+    ],
+)
+def test_words_that_are_refused(words: tuple[str, str, str | None, str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_plan(*words)
+
+
+def test_what_is_named_twice_is_done_once() -> None:
+    plan = build_plan("fedit,feddpa_t,fedit", "1,0,1", "cosine,cosine:1|1|2, cosine", "3")
+    assert (plan.methods, plan.seeds) == (("fedit", "feddpa_t"), (1, 0))
+    assert [(c.kind, c.scales) for c in plan.weightings] == [("cosine", ()), ("cosine", (1.0, 2.0))]

@@ -206,7 +206,7 @@ class EvaluationConfig:
     max_examples: int = 50
     """Held-out examples per client for the loss."""
     scores_every_rounds: int = 0
-    """While training: generate and score answers to a few instances of every task after every n rounds; 0: never."""
+    """While training: generate and score answers to a few instances of every trained task after every n rounds; 0: never."""
     split: Literal["test", "held_out"] = "test"
     """What is scored: the test data, or (to tune) what data.held_out_fraction keeps from training."""
     instances_per_task: int | None = None

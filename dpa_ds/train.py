@@ -1,5 +1,6 @@
 """Federated training, from a config and a job: the table of contents."""
 
+import itertools
 import json
 import time
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ from dpa_ds.config_loader import load_deepspeed_json, to_yaml
 from dpa_ds.distributed.job import Job
 from dpa_ds.distributed.topology import Topology, plan_topology
 from dpa_ds.distributed.world import World, build_world
+from dpa_ds.evaluation.answers import NO_TASK
 from dpa_ds.evaluation.report import write_report
 from dpa_ds.evaluation.while_training import Scorer
 from dpa_ds.federation.aggregation import WeightedAverage
@@ -54,8 +56,9 @@ def train(config: RunConfig, job: Job) -> None:
     if world.is_main:  # before a label tells the other leaders to go on
         folder.remove_leftovers()
     for client in clients if world.is_leader else ():
-        job.publish(f"label/{client.client_id}", client.label)
-    labels = [job.lookup(f"label/{client_id}") for client_id in range(len(names))]
+        job.publish(f"client/{client.client_id}", (client.label, client.tasks or (NO_TASK,)))
+    labels, tasks = zip(*(job.lookup(f"client/{client_id}") for client_id in range(len(names))), strict=True)
+    trained = frozenset(itertools.chain(*tasks))
     if world.is_main:  # everything that a user can get wrong was read by now: from here on the run exists
         write_file(config.run_dir / "config.yaml", to_yaml(config))
         write_file(config.run_dir / MODEL, json.dumps({"fingerprint": fingerprint, "path": config.model.path}))
@@ -71,7 +74,9 @@ def train(config: RunConfig, job: Job) -> None:
         shared=restore_shared(config, schedule, adapters, completed),
         folder=folder,
         tracker=tracker,
-        scorer=Scorer(config, schedule, engine, world, tokenizer) if config.evaluation.scores_every_rounds else None,
+        scorer=Scorer(config, schedule, engine, world, tokenizer, trained)
+        if config.evaluation.scores_every_rounds
+        else None,
     )
     run_rounds(federation, completed)
     tracker.close()

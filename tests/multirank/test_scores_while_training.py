@@ -27,6 +27,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         ]
         (folder / "data" / "2" / f"local_training_{k}.json").write_text(json.dumps(rows))
         test += rows[:3]
+    # A task that no client trains on: UNSEEN of the evaluation, and no part of TTP.
+    test += [{"instruction": f"riddle {word}", "output": "e", "category": "riddle"} for word in ("red", "cat", "dog")]
     (folder / "data" / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in test))
     return tiny.make_model(folder / "model"), folder / "data"
 

@@ -2,12 +2,13 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from dpa_ds.config import RunConfig
 from dpa_ds.distributed.job import Job
 from dpa_ds.errors import ConfigError
+from dpa_ds.evaluation.answers import Instance
 from dpa_ds.evaluation.comparison import (
     DUAL,
     METHODS,
@@ -21,7 +22,13 @@ from dpa_ds.evaluation.comparison import (
     read_evaluation,
     write_comparison,
 )
-from dpa_ds.evaluation.instances import check_some_task_is_trained, choose_instances, read_instances
+from dpa_ds.evaluation.instances import (
+    check_some_task_is_trained,
+    choose_instances,
+    digest_of,
+    name_of_part,
+    read_instances,
+)
 from dpa_ds.evaluation.stages import Stages
 from dpa_ds.tracking import logger, setup_logging
 
@@ -66,7 +73,7 @@ def build_plan(methods: str, seeds: str, weightings: str | None, tuning_instance
 
 
 def compare(config: RunConfig, job: Job, plan: Plan, recipe_arguments: Sequence[str]) -> None:
-    """Do what of `plan` is not done yet; table, pictures and all runs are in `config.run_dir`.
+    """Do what of `plan` is not done yet; all runs are in `config.run_dir`, tables and pictures below `comparisons`.
 
     Args:
         recipe_arguments: the command line of the recipe, for the training processes.
@@ -104,7 +111,17 @@ def compare(config: RunConfig, job: Job, plan: Plan, recipe_arguments: Sequence[
             ): held_out_curve([stages.run_dir(method, seed) for seed in plan.seeds])
             for method in trained
         }
-        logger.info("\n" + write_comparison(config.run_dir, compare_entries(evaluated, floors, plan.seeds), series))
+        report_dir = config.run_dir / "comparisons" / name_of_comparison(config, plan, instances)
+        logger.info("\n" + write_comparison(report_dir, compare_entries(evaluated, floors, plan.seeds), series))
+
+
+def name_of_comparison(config: RunConfig, plan: Plan, instances: Sequence[Instance]) -> str:
+    """Folder of the tables: readable, and another one where anything else is compared, so that none is replaced."""
+    part = name_of_part(None, config.evaluation.tasks, config.evaluation.instances_per_task)
+    decoding = (config.generation.num_beams, config.generation.max_new_tokens, config.model.precision)
+    asked = [asdict(instance) for instance in instances]
+    digest = digest_of([asdict(plan), config.federation.num_rounds, decoding, asked])
+    return f"{'+'.join(plan.methods)}-seeds_{'+'.join(map(str, plan.seeds))}-{part}-{digest}"
 
 
 def check_before_training(config: RunConfig, plan: Plan, entries: Sequence[Entry], stages: Stages) -> None:

@@ -91,8 +91,8 @@ def plan_entries(methods: Sequence[str], weightings: Sequence[Candidate]) -> lis
 
 
 def find_evaluation(run_dir: Path, wanted: Mapping[str, Any]) -> Path | None:
-    """Folder of a complete evaluation of `run_dir` whose summary's settings contain `wanted`."""
-    for path in sorted(run_dir.glob("evaluations/*/summary.json")):
+    """Folder of a report on an evaluation of `run_dir` whose summary's settings contain `wanted`."""
+    for path in sorted(run_dir.glob("evaluations/*/*/summary.json")):
         settings = json.loads(path.read_text())["settings"]
         if all(settings.get(key) == value for key, value in wanted.items()):
             return path.parent
@@ -100,10 +100,10 @@ def find_evaluation(run_dir: Path, wanted: Mapping[str, Any]) -> Path | None:
 
 
 def read_evaluation(folder: Path, instances: Sequence[Instance]) -> Evaluated:
-    """Answers of the evaluation in `folder` to `instances`, and their scores."""
+    """Answers to `instances` of the evaluation whose report is in `folder`, and their scores."""
     summary = json.loads((folder / "summary.json").read_text())
     clients = [ClientInfo(c["client"], c["label"], tuple(c["own_tasks"])) for c in summary["clients"]]
-    answers = select_answers(read_answers(folder / "answers"), [c.client for c in clients], instances)
+    answers = select_answers(read_answers(folder.parent / "answers"), [c.client for c in clients], instances)
     return Evaluated(ScoreTable.build(instances, answers, clients), answers)
 
 

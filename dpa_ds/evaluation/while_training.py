@@ -11,7 +11,7 @@ from dpa_ds.evaluation.answering import Answerer, Personality
 from dpa_ds.evaluation.instances import choose_instances, read_instances, tokenize_instances
 from dpa_ds.evaluation.scores import score_answer
 from dpa_ds.evaluation.weighting import resolve_weighting
-from dpa_ds.evaluation.work import answer_piece, plan_pieces
+from dpa_ds.evaluation.work import Questions, answer_piece
 from dpa_ds.federation.methods import Schedule
 from dpa_ds.model.engine import AdapterEngine
 
@@ -54,13 +54,14 @@ class Scorer:
             self._engine.write_state,
             partitioned=world.world_size > 1,
         )
+        me = client.info.client
         prompts = tokenize_instances(self._config, self._instances, answerer)
+        questions = Questions(self._instances, prompts, {me: client})
         references = {(i.task, i.row): i.reference for i in self._instances}
         tasks = sorted({instance.task for instance in self._instances})
         total = torch.zeros(len(tasks), 2, dtype=torch.float64)  # sum of scores, number of answers
-        me = client.info.client
-        for piece in plan_pieces(self._instances, list(map(len, prompts)), [me], self._config.generation, 1):
-            for batch in answer_piece(piece, self._instances, prompts, {me: client}, answerer, world, frozenset()):
+        for piece in questions.plan(self._config.generation, num_groups=1):
+            for batch in answer_piece(piece, questions, answerer, world, frozenset()):
                 for answer in batch:
                     score = score_answer(answer.text, references[answer.task, answer.row])["rouge1"]
                     total[tasks.index(answer.task)] += torch.tensor([score, 1.0])

@@ -55,7 +55,8 @@ def test_trains_evaluates_tunes_and_compares_and_does_nothing_twice(
         "evaluate feddpa_f, seed 0: global, test",
         "evaluate feddpa_f, seed 0: local, test",
     ]
-    folder = tmp_path / "runs" / "cmp"
+    (folder,) = (tmp_path / "runs" / "cmp" / "comparisons").iterdir()
+    assert folder.name.startswith("feddpa_f+fedit+fedlora-seeds_0-all-")
     comparison = json.loads((folder / "comparison.json").read_text())
     by_line = {f"{m['method']} {m['weighting'].split()[0]}".rstrip(":"): m for m in comparison["methods"]}
     assert list(by_line) == [*LINES, "feddpa_f oracle"]

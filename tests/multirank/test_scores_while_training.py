@@ -76,6 +76,6 @@ def test_scores_do_not_depend_on_the_layout_and_equal_an_evaluation(inputs: tupl
 
     run_dir = tmp_path / "a" / "runs" / "tiny"
     run_on_ranks(evaluate_on_rank, 1, tmp_path, ["--run", str(run_dir)])
-    (path,) = run_dir.glob("evaluations/*/summary.json")
+    (path,) = run_dir.glob("evaluations/*/*/summary.json")
     clients = json.loads(path.read_text())["clients"]
     assert [{name: c[name]["rouge1"] for name in ("P", "TTP")} for c in clients] == [pytest.approx(c) for c in expected]

@@ -11,7 +11,7 @@ from dpa_ds.config import RunConfig
 from dpa_ds.distributed.job import Job
 from dpa_ds.distributed.world import World
 from dpa_ds.evaluation.answering import Answerer, describe_client, load_personality
-from dpa_ds.evaluation.answers import append_answers, mend_answers, read_answers, select_answers
+from dpa_ds.evaluation.answers import append_answers, prepare_answers, read_answers, select_answers
 from dpa_ds.evaluation.instances import (
     choose_clients,
     choose_instances,
@@ -56,8 +56,7 @@ def evaluate(config: RunConfig, job: Job) -> Path:
     answers_dir = evaluation_dir / "answers"
     if world.is_main:
         write_file(evaluation_dir / "settings.json", json.dumps(settings, indent=1))
-        answers_dir.mkdir(exist_ok=True)
-        mend_answers(answers_dir)
+        prepare_answers(answers_dir)
         logger.info(f"{config.name} after round {server_round}, {settings['weighting']}")
     job.barrier("folder")
     answer_missing(config, job, world, answerer, Questions(instances, prompts, personalities), answers_dir)

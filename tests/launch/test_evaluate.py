@@ -236,7 +236,17 @@ SPOILT: dict[str, tuple[str, Callable[[bytes], bytes | None], str]] = {
         lambda old: b"\n",
         "{file}: is empty: no rows; give data.path and data.test_path a file with examples",
     ),
-    "no test file": (TEST, lambda old: None, "there is no test file: set data.test_path, or evaluation.split held_out"),
+    "no test file": (
+        TEST,
+        lambda old: None,
+        "there is no test file (*.jsonl) in {root}/data: set data.test_path, or evaluation.split held_out",
+    ),
+    "damaged model.json": (
+        "runs/tiny/model.json",
+        lambda old: b"[]",
+        "{file} cannot be read (TypeError('list indices must be integers or slices, not str')): restore it; or delete it, "
+        "if you are sure that model.path is the base that this run was trained over",
+    ),
     "prompt longer than the context": (
         TEST,
         lambda old: old + b'{"instruction": "%s", "output": "a", "category": "count1"}\n' % (b"x" * 200),
@@ -254,7 +264,7 @@ def test_spoilt_file(case: str, place: Place) -> None:
     file.unlink()
     if content is not None:
         file.write_bytes(content)
-    exit_code = 4 if name.startswith(ROUND) else 2
+    exit_code = 4 if name.startswith("runs") else 2
     assert place.refuse(["--run", str(place.run)], exit_code) == message.format(file=file, root=place.root)
 
 

@@ -135,10 +135,17 @@ class RunFolder:
         """Refuse a base model other than the one that this run was trained over, wherever it lies now.
 
         Raises:
-            CheckpointError: `model.json` of the run names another fingerprint.
+            CheckpointError: `model.json` of the run names another fingerprint, or cannot be read.
         """
         path = self.run_dir / MODEL
-        if path.is_file() and json.loads(path.read_text())["fingerprint"] != fingerprint:
+        try:
+            recorded = json.loads(path.read_text())["fingerprint"] if path.exists() else fingerprint
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"{path} cannot be read ({error!r}): restore it; or delete it, if you are sure that "
+                "model.path is the base that this run was trained over"
+            ) from error
+        if recorded != fingerprint:
             raise CheckpointError(
                 f"the base model differs from the one that {self.run_dir} was trained over (see {path}): its adapters "
                 "mean nothing on another; set model.path to the right one"

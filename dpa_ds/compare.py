@@ -1,41 +1,38 @@
-"""Train and evaluate several methods and seeds, and set them side by side: the table of contents.
-
-Every training and every evaluation is a process of its own on each rank, joined by a port of its own: memory is freed in
-between, and a launcher is needed only once.
-"""
+"""Train and evaluate several methods and seeds, and set them side by side: the table of contents."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from dpa_ds.checkpoint import RunFolder
-from dpa_ds.config import RunConfig, WeightingConfig
-from dpa_ds.config_checks import REPOSITORY
-from dpa_ds.config_loader import load_config
+from dpa_ds.config import RunConfig
 from dpa_ds.distributed.job import Job
-from dpa_ds.errors import ConfigError, DpaError
+from dpa_ds.errors import ConfigError
+from dpa_ds.evaluation.answers import Instance
 from dpa_ds.evaluation.comparison import (
+    DUAL,
     METHODS,
     Candidate,
     Entry,
-    compare_tables,
-    find_evaluation,
+    compare_entries,
     held_out_curve,
+    name_of_candidate,
     parse_weightings,
     plan_entries,
-    score_table,
+    read_evaluation,
     write_comparison,
 )
-from dpa_ds.evaluation.instances import choose_instances, read_instances
-from dpa_ds.evaluation.weighting import describe_weighting, resolve_weighting
-from dpa_ds.federation.methods import build_schedule
+from dpa_ds.evaluation.instances import (
+    check_some_task_is_trained,
+    choose_instances,
+    digest_of,
+    name_of_part,
+    read_instances,
+)
+from dpa_ds.evaluation.stages import Stages
 from dpa_ds.tracking import logger, setup_logging
+
+DEFAULT_WEIGHTINGS = "cosine,centred_cosine"
 
 
 @dataclass(frozen=True)
@@ -50,25 +47,33 @@ class Plan:
     """Held-out instances of each task, where a scale is to be chosen."""
 
 
-def build_plan(methods: str, seeds: str, weightings: str, tuning_instances: str) -> Plan:
-    """From the words of the command line.
+def build_plan(methods: str, seeds: str, weightings: str | None, tuning_instances: str) -> Plan:
+    """From the words of the command line; `weightings` None: `DEFAULT_WEIGHTINGS`.
 
     Raises:
-        ConfigError: an unknown method, or something that is no number.
+        ConfigError: an unknown method, something that is no number, or weightings for methods with one adapter.
     """
     named = tuple(dict.fromkeys(word.strip() for word in methods.split(",")))
     unknown = [method for method in named if method not in METHODS]
     if unknown:
         raise ConfigError(f"--methods {unknown} are unknown: choose among {', '.join(METHODS)}")
+    if weightings is not None and not set(named) & set(DUAL):
+        raise ConfigError(
+            f"--weightings is for methods with both adapters, {' and '.join(DUAL)}, but --methods has neither: leave it out"
+        )
+    candidates = tuple(parse_weightings(weightings or DEFAULT_WEIGHTINGS))
     try:
         numbers = tuple(dict.fromkeys(int(word) for word in seeds.split(",")))
-        return Plan(named, numbers, tuple(parse_weightings(weightings)), int(tuning_instances))
+        plan = Plan(named, numbers, candidates, int(tuning_instances))
     except ValueError as error:
         raise ConfigError(f"--seeds and --tuning_instances are whole numbers, such as 0,1,2: {error}") from error
+    if plan.tuning_instances < 1:
+        raise ConfigError(f"--tuning_instances must be >= 1, got {plan.tuning_instances}")
+    return plan
 
 
 def compare(config: RunConfig, job: Job, plan: Plan, recipe_arguments: Sequence[str]) -> None:
-    """Do what of `plan` is not done yet; table, pictures and all runs are in `config.run_dir`.
+    """Do what of `plan` is not done yet; all runs are in `config.run_dir`, tables and pictures below `comparisons`.
 
     Args:
         recipe_arguments: the command line of the recipe, for the training processes.
@@ -81,6 +86,7 @@ def compare(config: RunConfig, job: Job, plan: Plan, recipe_arguments: Sequence[
     scored = replace(config, evaluation=replace(config.evaluation, split="test"))
     instances = choose_instances(scored, read_instances(scored))
     trained = dict.fromkeys(entry.trained_as(plan.methods) for entry in entries)
+    check_before_training(config, plan, entries, stages)
     for seed in plan.seeds:
         for method in trained:
             stages.train(method, seed)
@@ -91,8 +97,10 @@ def compare(config: RunConfig, job: Job, plan: Plan, recipe_arguments: Sequence[
         chosen = replace(entry, candidate=Candidate(entry.candidate.kind, scale))
         folders[chosen] = [stages.evaluate(method, seed, chosen.candidate, "test") for seed in plan.seeds]
     if job.launch.global_rank == 0:
-        tables = {
-            (entry.method, _name(entry.candidate)): [score_table(folder, instances) for folder in of_seeds]
+        evaluated = {
+            (entry.method, name_of_candidate(entry.candidate)): [
+                read_evaluation(folder, instances) for folder in of_seeds
+            ]
             for entry, of_seeds in folders.items()
         }
         summary = json.loads((next(iter(folders.values()))[0] / "summary.json").read_text())
@@ -103,10 +111,42 @@ def compare(config: RunConfig, job: Job, plan: Plan, recipe_arguments: Sequence[
             ): held_out_curve([stages.run_dir(method, seed) for seed in plan.seeds])
             for method in trained
         }
-        logger.info("\n" + write_comparison(config.run_dir, compare_tables(tables, floors, plan.seeds), series))
+        report_dir = config.run_dir / "comparisons" / name_of_comparison(config, plan, instances)
+        logger.info("\n" + write_comparison(report_dir, compare_entries(evaluated, floors, plan.seeds), series))
 
 
-def choose_scale(stages: "Stages", plan: Plan, method: str, candidate: Candidate) -> tuple[float, ...]:
+def name_of_comparison(config: RunConfig, plan: Plan, instances: Sequence[Instance]) -> str:
+    """Folder of the tables: readable, and another one where anything else is compared, so that none is replaced."""
+    part = name_of_part(None, config.evaluation.tasks, config.evaluation.instances_per_task)
+    decoding = (config.generation.num_beams, config.generation.max_new_tokens, config.model.precision)
+    asked = [asdict(instance) for instance in instances]
+    digest = digest_of([asdict(plan), config.federation.num_rounds, decoding, asked])
+    return f"{'+'.join(plan.methods)}-seeds_{'+'.join(map(str, plan.seeds))}-{part}-{digest}"
+
+
+def check_before_training(config: RunConfig, plan: Plan, entries: Sequence[Entry], stages: Stages) -> None:
+    """Refuse now what would end the comparison after hours of training. Collective: every rank of the job.
+
+    Raises:
+        ConfigError, CheckpointError, DataError: a recipe, a run that is there, or the data does not allow the plan.
+    """
+    tunes = any(len(entry.candidate.scales) > 1 for entry in entries)
+    if tunes and config.data.held_out_fraction == 0:
+        raise ConfigError(
+            "--weightings with several scales chooses among them on held-out training data, but data.held_out_fraction is "
+            "0: set it (0.1 keeps a tenth back), or give each weighting one scale"
+        )
+    for entry in entries:
+        stages.resolve(entry.method, entry.candidate)
+    for seed in plan.seeds:
+        for split in ("test", "held_out") if tunes else ("test",):
+            of_split = replace(config.evaluation, split=split)
+            check_some_task_is_trained(replace(config, seed=seed, evaluation=of_split))
+        for method in dict.fromkeys(entry.trained_as(plan.methods) for entry in entries):
+            stages.check(method, seed)
+
+
+def choose_scale(stages: Stages, plan: Plan, method: str, candidate: Candidate) -> tuple[float, ...]:
     """Of several scales the one with the best TTP on held-out training data, the mean over seeds."""
     if len(candidate.scales) < 2:
         return candidate.scales
@@ -122,90 +162,3 @@ def choose_scale(stages: "Stages", plan: Plan, method: str, candidate: Candidate
     listed = ", ".join(f"{scale:g}: {score:.2f}" for scale, score in scores.items())
     logger.info(f"{method}, {candidate.kind}: TTP on held-out training data {listed}; chosen {best:g}")
     return (best,)
-
-
-class Stages:
-    """Trainings and evaluations, each done once. Every method is collective: all ranks of the job."""
-
-    def __init__(self, config: RunConfig, job: Job, recipe_arguments: Sequence[str]) -> None:
-        self._config, self._job, self._recipe_arguments = config, job, list(recipe_arguments)
-        self._num_stages = 0
-
-    def run_dir(self, method: str, seed: int) -> Path:
-        """Folder of the run of `method` with `seed`."""
-        return self._config.run_dir / f"{method}-seed{seed}"
-
-    def train(self, method: str, seed: int) -> None:
-        """Run launch/run.py, unless all rounds are complete."""
-        run_dir = self.run_dir(method, seed)
-        own = [f"--name={run_dir.name}", f"--output_dir={run_dir.parent}", f"--method.name={method}", f"--seed={seed}"]
-        recipe = load_config([*self._recipe_arguments, *own])
-        if self._decide(lambda: RunFolder(run_dir).claim(recipe) >= recipe.federation.num_rounds):
-            return
-        self._start(f"train {method}, seed {seed}", "run.py", [*self._recipe_arguments, *own])
-
-    def evaluate(
-        self, method: str, seed: int, candidate: Candidate, split: str, num_instances: int | None = None
-    ) -> Path:
-        """Run launch/evaluate.py, unless this very evaluation is complete; its folder."""
-        run_dir, config = self.run_dir(method, seed), self._config
-        limit = config.evaluation.instances_per_task if num_instances is None else num_instances
-        scale = candidate.scales[0] if candidate.scales else None
-        weighting = WeightingConfig(candidate.kind, scale, config.weighting.num_references)  # type: ignore[arg-type]
-        recipe = replace(config, method=replace(config.method, name=method), weighting=weighting)  # type: ignore[arg-type]
-        resolved = resolve_weighting(recipe, build_schedule(recipe.method))
-        wanted: dict[str, Any] = {
-            "weighting": describe_weighting(resolved, config.weighting.num_references),
-            "precision": config.model.precision,
-            "split": split,
-            "adapters": RunFolder(run_dir).digest(config.federation.num_rounds),
-            "beams": config.generation.num_beams,
-            "max_new_tokens": config.generation.max_new_tokens,
-            "clients": None,
-            "tasks": config.evaluation.tasks,
-            "instances_per_task": limit,
-        }
-        if not self._decide(lambda: find_evaluation(run_dir, wanted) is not None):
-            own = [f"--run={run_dir}", f"--split={split}", f"--weighting.scale={'null' if scale is None else scale}"]
-            own += [f"--weighting.{name}={getattr(weighting, name)}" for name in ("kind", "representation", "encoder")]
-            own += [
-                f"--evaluation.{name}={json.dumps(wanted[name])}" for name in ("clients", "tasks", "instances_per_task")
-            ]
-            own += [f"--generation.{name}={value}" for name, value in asdict(config.generation).items()]
-            self._start(f"evaluate {method}, seed {seed}: {_name(candidate)}, {split}", "evaluate.py", own)
-        folder = find_evaluation(run_dir, wanted)
-        assert folder is not None, wanted
-        return folder
-
-    def _decide(self, decision: Callable[[], bool]) -> bool:
-        self._num_stages += 1
-        return bool(self._job.decide(f"stage/{self._num_stages}", decision))
-
-    def _start(self, what: str, program: str, arguments: Sequence[str]) -> None:
-        """Run `program` on every rank. Raises DpaError if it fails; it has said why."""
-        launch = self._job.launch
-        port = int(self._job.decide(f"port/{self._num_stages}", _free_port))
-        logger.info(f"\n=== {what}")
-        environment = {k: v for k, v in os.environ.items() if not k.startswith("TORCHELASTIC_")}
-        environment |= {"RANK": str(launch.global_rank), "WORLD_SIZE": str(launch.job_world_size)}
-        environment |= {
-            "LOCAL_RANK": str(launch.local_rank),
-            "MASTER_ADDR": launch.master_addr,
-            "MASTER_PORT": str(port),
-        }
-        sys.stdout.flush()
-        ended = subprocess.run([sys.executable, str(REPOSITORY / "launch" / program), *arguments], env=environment)
-        if ended.returncode:
-            failed = DpaError(f"could not {what} (see above); once that is mended the same command goes on from there")
-            failed.exit_code = ended.returncode if ended.returncode > 0 else 1
-            raise failed
-
-
-def _name(candidate: Candidate) -> str:
-    return f"{candidate.kind} {candidate.scales[0]:g}" if candidate.scales else candidate.kind
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])

@@ -188,7 +188,7 @@ class WeightingConfig:
     """Weight alpha of the local adapter, for each test instance: alpha = scale x mean similarity to own prompts."""
 
     kind: WeightingKind = "auto"
-    """auto: centred_cosine for feddpa_t and feddpa_f, else the adapter there is; cosine: the paper's choice."""
+    """auto: centred_cosine for feddpa_t and feddpa_f (one client: cosine), else the adapter there is; cosine: the paper's."""
     scale: float | None = None
     """lambda; null: 0.5 (the paper's), 1.0 for centred_cosine. kind fixed: the weight itself; null: method.alpha."""
     num_references: int = 5
@@ -220,7 +220,7 @@ class EvaluationConfig:
     max_examples: int = 50
     """Held-out examples per client for the loss."""
     scores_every_rounds: int = 0
-    """While training: generate and score answers to a few instances of every task after every n rounds; 0: never."""
+    """While training: generate and score answers to a few instances of every trained task after every n rounds; 0: never."""
     split: Literal["test", "held_out"] = "test"
     """What is scored: the test data, or (to tune) what data.held_out_fraction keeps from training."""
     instances_per_task: int | None = None

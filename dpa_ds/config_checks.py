@@ -223,10 +223,13 @@ def _problems(config: RunConfig) -> Iterator[str]:
     yield from _method_problems(config)
     if config.weighting.kind == "fixed" and (config.weighting.scale or 0) > 1:
         yield f"weighting.scale must be in [0, 1] with weighting.kind fixed, got {show(config.weighting.scale)}"
-    if config.weighting.kind == "centred_cosine" and config.weighting.encoder not in ("auto", "none"):
+    centres = config.weighting.kind == "centred_cosine"
+    centres |= config.weighting.kind == "auto" and config.method.name in ("feddpa_t", "feddpa_f")
+    if centres and config.weighting.encoder not in ("auto", "none"):
         yield (
             f"weighting.encoder {config.weighting.encoder} does not go with weighting.kind centred_cosine: clients can "
-            "share one mean state only of the encoder that all of them have and that never changes: use encoder none"
+            "share one mean state only of the encoder that all of them have and that never changes: use encoder none, or "
+            "weighting.kind cosine"
         )
 
 

@@ -1,5 +1,6 @@
 """Federated training, from a config and a job: the table of contents."""
 
+import itertools
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,7 @@ from dpa_ds.config_loader import load_deepspeed_json, to_yaml
 from dpa_ds.distributed.job import Job
 from dpa_ds.distributed.topology import Topology, plan_one_group, plan_topology
 from dpa_ds.distributed.world import World, build_world, join_federation
+from dpa_ds.evaluation.answers import NO_TASK
 from dpa_ds.evaluation.report import write_report
 from dpa_ds.evaluation.while_training import Scorer
 from dpa_ds.federation.aggregation import WeightedAverage
@@ -57,7 +59,7 @@ def train(config: RunConfig, job: Job) -> None:
     if schedule.weighted_by_instance:
         encode_references(clients, config, adapters, pad_id)
 
-    labels = exchange_labels(job, world, clients, names)
+    labels, trained = exchange_labels(job, world, clients, names)
     if world.is_main:  # everything that a user can get wrong was read by now: from here on the run exists
         write_file(config.run_dir / "config.yaml", to_yaml(config))
         write_file(config.run_dir / MODEL, json.dumps({"fingerprint": fingerprint, "path": config.model.path}))
@@ -75,7 +77,7 @@ def train(config: RunConfig, job: Job) -> None:
             folder=folder,
             writer=writer,
             tracker=tracker,
-            scorer=Scorer(config, schedule, engine, world, tokenizer)
+            scorer=Scorer(config, schedule, engine, world, tokenizer, trained)
             if config.evaluation.scores_every_rounds
             else None,
         )
@@ -94,12 +96,19 @@ def place(config: RunConfig, job: Job, num_clients: int) -> Topology:
     return plan_topology(size, num_clients, cluster.ranks_per_group)
 
 
-def exchange_labels(job: Job, world: World, clients: Sequence[HostedClient], names: Sequence[str]) -> list[str]:
-    """Label of every client, for messages; of those hosted in other jobs only the name. Collective: all ranks."""
+def exchange_labels(
+    job: Job, world: World, clients: Sequence[HostedClient], names: Sequence[str]
+) -> tuple[list[str], frozenset[str]]:
+    """Label of every client, for messages, and the tasks that some client trains on. Collective: all ranks of the job.
+
+    Of clients hosted in other jobs only the name is known here, and not the tasks.
+    """
     for client in clients if world.is_leader else ():
-        job.publish(f"label/{client.client_id}", client.label)
-    here = {client_id for group in world.topology.groups for client_id in world.topology.clients_of_group(group)}
-    return [job.lookup(f"label/{i}") if i in here else name for i, name in enumerate(names)]
+        job.publish(f"client/{client.client_id}", (client.label, client.tasks or (NO_TASK,)))
+    here = (client_id for group in world.topology.groups for client_id in world.topology.clients_of_group(group))
+    known = {client_id: job.lookup(f"client/{client_id}") for client_id in here}
+    labels = [known[client_id][0] if client_id in known else name for client_id, name in enumerate(names)]
+    return labels, frozenset(itertools.chain(*(tasks for _, tasks in known.values())))
 
 
 def describe_layout(config: RunConfig, world: World, engine: AdapterEngine) -> dict[str, Any]:

@@ -6,12 +6,13 @@ import sys
 USAGE = """\
 usage: deepspeed launch/compare.py --config RECIPE [--methods A,B] [--seeds 0,1,2] [--weightings W,W] [--SECTION.FIELD VALUE]
 
-Trains every method with every seed (launch/run.py), evaluates each (launch/evaluate.py), and writes one table: P and TTP as
-mean +- standard error over seeds, the difference to fedit paired by seed and test instance with its 95 % interval, and the
-convergence curves. What is done already is not done again: interrupted, the same command goes on. Everything lies in
-<output_dir>/<name>. feddpa_f, fedlora and fedit share their federated rounds, which are trained once.
+Trains every method with every seed (launch/run.py), evaluates each (launch/evaluate.py), and writes tables: P and TTP as
+mean +- standard error over seeds, their differences to fedit and between weightings, paired by seed and test instance, with 95 %
+intervals, the weight of the local adapter on own and other tasks, and the convergence curves. What is done already is not done again: interrupted, the same command goes on. All runs lie in
+<output_dir>/<name>, the tables below <output_dir>/<name>/comparisons, for each plan a folder of its own. feddpa_f, fedlora and fedit share their federated rounds, which are trained once.
 
-  --config RECIPE          as for launch/run.py; method.name, seed and weighting.* of the recipe are set by this program
+  --config RECIPE          as for launch/run.py; method.name, seed and weighting.* of the recipe are set by this program, and
+                           method.phase_order and method.local_partner are for feddpa_t
   --methods LIST           of feddpa_t, feddpa_f, fedit, fedlora, local, centralized (default: all)
   --seeds LIST             (default: 0)
   --weightings LIST        for feddpa_t and feddpa_f (default: cosine,centred_cosine). KIND, KIND:LAMBDA, or
@@ -29,7 +30,6 @@ examples
 DEFAULTS = {
     "methods": "feddpa_t,feddpa_f,fedit,fedlora,local,centralized",
     "seeds": "0",
-    "weightings": "cosine,centred_cosine",
     "tuning_instances": "15",
 }
 
@@ -47,7 +47,7 @@ def main() -> None:
     own, recipe_arguments = dict(DEFAULTS), []
 
     def load(argv):  # type: ignore[no-untyped-def]
-        taken, others = take_options(argv, tuple(DEFAULTS))
+        taken, others = take_options(argv, (*DEFAULTS, "weightings"))
         own.update(taken)
         recipe_arguments[:] = others
         return load_config(others)
@@ -55,7 +55,7 @@ def main() -> None:
     def work(config, job):  # type: ignore[no-untyped-def]
         from dpa_ds.compare import build_plan, compare
 
-        plan = build_plan(own["methods"], own["seeds"], own["weightings"], own["tuning_instances"])
+        plan = build_plan(own["methods"], own["seeds"], own.get("weightings"), own["tuning_instances"])
         compare(config, job, plan, recipe_arguments)
 
     run_job(sys.argv[1:], work, load=load)

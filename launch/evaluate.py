@@ -8,7 +8,7 @@ usage: deepspeed launch/evaluate.py --run runs/NAME [--option VALUE ...]
 
 Every client of a trained run answers test instances of every task, its own and the others'. Prints a table of ROUGE-1 by
 client and task with P (own task), TTP (all tasks) and the floors that a score must beat, and writes summary.json, report.md
-and pictures to runs/NAME/evaluations/. The work is spread over all ranks that the launcher starts (deepspeed, torchrun,
+and pictures to runs/NAME/evaluations/SETTINGS/PART/. The work is spread over all ranks that the launcher starts (deepspeed, torchrun,
 srun, mpirun or plain python). The same command continues an interrupted evaluation.
 
   --run FOLDER            the run, as launch/run.py wrote it

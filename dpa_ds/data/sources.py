@@ -84,7 +84,8 @@ def read_test_rows(config: DataConfig, seed: int, split: Literal["test", "held_o
     if split == "test":
         test = _read_test_examples(config)
         if test is None:
-            raise DataError("there is no test file: set data.test_path, or evaluation.split held_out")
+            place = f" (*.jsonl) in {config.path}" if config.format == "feddpa" else ""
+            raise DataError(f"there is no test file{place}: set data.test_path, or evaluation.split held_out")
         return list(test)
     if config.held_out_fraction == 0:
         raise DataError("evaluation.split held_out needs a run that was trained with data.held_out_fraction above 0")

@@ -1,9 +1,12 @@
 """What an evaluation is made of: test instances, the clients' answers to them, and the file that keeps the answers."""
 
+import contextlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from dpa_ds.errors import CheckpointError
 
 NO_TASK = "all"
 """The one task of data that names none."""
@@ -49,8 +52,12 @@ class ClientInfo:
 
 
 def append_answers(path: Path, answers: list[Answer]) -> None:
-    """Add `answers` to a JSONL file in one write."""
-    with path.open("a", encoding="utf-8") as file:
+    """Add `answers` to a JSONL file in one write.
+
+    Raises:
+        CheckpointError: the file system refuses, for example because it is full.
+    """
+    with _writing(path), path.open("a", encoding="utf-8") as file:
         file.write("".join(json.dumps(asdict(answer)) + "\n" for answer in answers))
 
 
@@ -70,9 +77,26 @@ def select_answers(answers: Iterable[Answer], clients: Sequence[int], instances:
     return list({answer.key: answer for answer in answers if answer.key in wanted}.values())
 
 
-def mend_answers(folder: Path) -> None:
-    """End a line that a crash cut off, so that the next answer does not continue it."""
-    for path in folder.glob("*.jsonl"):
-        if path.stat().st_size and not path.read_bytes().endswith(b"\n"):
-            with path.open("a") as file:
-                file.write("\n")
+def prepare_answers(folder: Path) -> None:
+    """Make the folder; end a line that a crash or a full disk cut off, so that the next answer does not continue it.
+
+    Raises:
+        CheckpointError: as `append_answers`.
+    """
+    with _writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in folder.glob("*.jsonl"):
+            if path.stat().st_size and not path.read_bytes().endswith(b"\n"):
+                with path.open("a") as file:
+                    file.write("\n")
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write answers to {path}: {error}; those written so far are kept: make room, then run the same command "
+            "again"
+        ) from error

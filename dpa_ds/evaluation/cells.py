@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 Json = Mapping[str, Any]
 MAIN_METRIC = "rouge1"
 METRIC_NAMES = {"rouge1": "ROUGE-1", "rougeL": "ROUGE-L", "exact_match": "exact match", "chrf": "chrF"}
+FLOOR = "the best of a constant answer, a copy of the prompt and the first option"
+"""What a floor is, for notes below tables."""
 MEASURES = {"P": "own tasks", "TTP": "all trained tasks", "UNSEEN": "tasks that no client trained on"}
 
 
@@ -90,6 +92,11 @@ def floor_mark(score: float | None, floor: float | None) -> str:
 def number(value: float | None, decimals: int = 1) -> str:
     """A score as shown; "-" where there is none."""
     return "-" if value is None else f"{value:.{decimals}f}"
+
+
+def padded(score: str) -> str:
+    """A place for the mark in every row, so that the numbers stand one below the other."""
+    return score if score.endswith("!") else f"{score} "
 
 
 def _interval(values: Json) -> str:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,11 +10,13 @@ from typing import Any
 from dpa_ds.checkpoint import RunFolder
 from dpa_ds.config import RunConfig
 from dpa_ds.data.prompts import tokenize_prompts
-from dpa_ds.data.sources import read_test_rows
+from dpa_ds.data.sources import list_clients, read_clients, read_test_rows
 from dpa_ds.errors import ConfigError, DataError
 from dpa_ds.evaluation.answering import Answerer
 from dpa_ds.evaluation.answers import NO_TASK, Instance
 from dpa_ds.evaluation.weighting import Weighting, describe_weighting
+
+_LONGEST_NAME = 60
 
 
 def choose_clients(config: RunConfig, existing: list[int]) -> list[int]:
@@ -60,6 +63,24 @@ def choose_instances(config: RunConfig, instances: Sequence[Instance]) -> list[I
     return [i for i in instances if (wanted is None or i.task in wanted) and (limit is None or i.row < limit)]
 
 
+def check_some_task_is_trained(config: RunConfig) -> None:
+    """Refuse a choice of tasks of which no client trains on any: P and TTP would have no value. Reads all data.
+
+    Raises:
+        ConfigError: so it is, or the test data has no such task.
+        DataError: a file of the data is not usable.
+    """
+    scored = {instance.task for instance in choose_instances(config, read_instances(config))}
+    clients = read_clients(config.data, config.seed, range(len(list_clients(config.data, config.seed))))
+    tasks_of_clients = ({example.task for example in client.train} - {""} for client in clients)
+    trained = {task for tasks in tasks_of_clients for task in tasks or {NO_TASK}}
+    if not scored & trained:
+        raise ConfigError(
+            f"no client trains on any of the tasks to be scored, {sorted(scored)}, so P and TTP have no value: choose "
+            f"among {sorted(trained)} with evaluation.tasks, or give other test data"
+        )
+
+
 def tokenize_instances(config: RunConfig, instances: Sequence[Instance], answerer: Answerer) -> list[list[int]]:
     """Prompt tokens of each instance.
 
@@ -92,9 +113,7 @@ def describe_settings(
         base: fingerprint of the model.
         instances: all of the split, so that more of them can be answered later.
     """
-    texts = json.dumps([[i.task, i.row, i.instruction, i.reference] for i in instances])
     return {
-        "run": config.name,
         "method": config.method.name,
         "seed": config.seed,
         "round": server_round,
@@ -107,11 +126,28 @@ def describe_settings(
         "split": config.evaluation.split,
         "precision": config.model.precision,
         "base": base,
-        "data": hashlib.sha256(texts.encode()).hexdigest()[:16],
+        "data": digest_of([[i.task, i.row, i.instruction, i.reference] for i in instances], 16),
     }
 
 
 def name_of(settings: Mapping[str, Any]) -> str:
     """Folder of an evaluation: readable, and another one for other settings."""
-    digest = hashlib.sha256(json.dumps(dict(settings), sort_keys=True).encode()).hexdigest()[:8]
-    return f"{settings['split']}-{settings['kind']}-{digest}"
+    return f"{settings['split']}-{settings['kind']}-{digest_of(dict(settings))}"
+
+
+def name_of_part(clients: Sequence[int] | None, tasks: Sequence[str] | None, instances_per_task: int | None) -> str:
+    """Folder of the report on a part of an evaluation, another one for another part: `all`, `clients_0+3-first_50`."""
+    clients, tasks = clients and sorted(set(clients)), tasks and sorted(set(tasks))
+    parts = [f"clients_{'+'.join(map(str, clients))}"] if clients else []
+    parts += [f"tasks_{'+'.join(tasks)}"] if tasks else []
+    parts += [f"first_{instances_per_task}"] if instances_per_task is not None else []
+    name = "-".join(parts) or "all"
+    if len(name) <= _LONGEST_NAME and all(re.fullmatch(r"[\w.]+", task) for task in tasks or ()):
+        return name
+    readable = re.sub(r"[^\w.+-]", "_", name)[:_LONGEST_NAME]
+    return f"{readable}-{digest_of([clients, tasks, instances_per_task])}"
+
+
+def digest_of(content: Any, num_digits: int = 8) -> str:
+    """Hex digits that tell JSON contents apart."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:num_digits]

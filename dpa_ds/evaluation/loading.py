@@ -58,8 +58,10 @@ def build_answerer(
     """The base with the run's global adapter. Collective where it is partitioned: all ranks of the group.
 
     Raises:
+        ConfigError: the weighting does not go with the run.
         CheckpointError, ModelError: adapters or base cannot be used.
     """
+    weighting = resolve_weighting(config, build_schedule(config.method), len(folder.clients(server_round)))
     shared = load_finite(folder, server_round, "global")
     ds_json = build_deepspeed_json(PARTITIONED if partitioned else {}, config, world.world_size)
     adapters = DualAdapter(load_base(config.model, directory, ds_json), config.lora)
@@ -75,7 +77,7 @@ def build_answerer(
     return Answerer(
         adapters,
         tokenizer,
-        resolve_weighting(config, build_schedule(config.method)),
+        weighting,
         config.generation,
         means,
         install,

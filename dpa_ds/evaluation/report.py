@@ -72,7 +72,7 @@ def write_evaluation(
     return "\n".join(
         [
             terminal_table(summary),
-            f"report: {folder / 'report.md'}, numbers: {folder / 'summary.json'}, answers: {folder / 'answers'}",
+            f"report: {folder / 'report.md'}, numbers: {folder / 'summary.json'}",
             f"pictures: {', '.join(str(folder / name) for name in pictures)}",
         ]
     )

@@ -5,17 +5,18 @@ from collections.abc import Mapping, Sequence
 from urllib.parse import quote
 
 from dpa_ds.evaluation.cells import (
+    FLOOR,
     MAIN_METRIC,
     MEASURES,
     METRIC_NAMES,
     Json,
-    floor_mark,
     highest_floor,
     measure_cell,
     measures,
     number,
     overall,
     overall_floor,
+    padded,
     task_cell,
 )
 from dpa_ds.evaluation.layout import aligned, escape, markdown_table, short_names
@@ -23,7 +24,6 @@ from dpa_ds.evaluation.layout import aligned, escape, markdown_table, short_name
 MAX_SHOWN = 20
 _TERMINAL_WIDTH = 160
 """About as many characters stand side by side; further tasks continue below."""
-_FLOOR = "the best of a constant answer, a copy of the prompt and the first option"
 
 
 def terminal_table(summary: Json, metric: str = MAIN_METRIC) -> str:
@@ -37,7 +37,7 @@ def terminal_table(summary: Json, metric: str = MAIN_METRIC) -> str:
     for block in range(num_blocks):
         start, end = (len(columns) * edge // num_blocks for edge in (block, block + 1))
         lines += ["", *aligned(zip(first, *columns[start:end], strict=True))]
-    lines += ["", f"* own task   ! below its floor: {_FLOOR}"]
+    lines += ["", f"* own task   ! below its floor: {FLOOR}"]
     pairs = list(zip(names, full, strict=True))[:MAX_SHOWN]
     lines += [f"{name} = {whole}" for name, whole in pairs if name != whole and "~" in name]
     counts = [(len(summary["clients"]), "clients"), (len(full), "tasks")]
@@ -46,7 +46,7 @@ def terminal_table(summary: Json, metric: str = MAIN_METRIC) -> str:
     rows = []
     for measure in measures(summary):
         mean, interval, _, floor = overall(summary, measure, metric)
-        rows.append([measure, f"({MEASURES[measure]})", _padded(mean), f"95 % interval {interval}", f"floor {floor}"])
+        rows.append([measure, f"({MEASURES[measure]})", padded(mean), f"95 % interval {interval}", f"floor {floor}"])
     return "\n".join([*lines, "", *aligned(rows, left=2)])
 
 
@@ -61,7 +61,7 @@ def markdown_report(summary: Json, title: str, details: Mapping[str, str], pictu
         for measure in measures(summary)
         for metric in summary["metrics"]
     ]
-    parts += ["## P and TTP", f"`!`: below its floor, {_FLOOR}."]
+    parts += ["## P and TTP", f"`!`: below its floor, {FLOOR}."]
     parts.append(markdown_table(["", "metric", "mean", "95 % interval", "standard error", "best floor"], rows, 2))
     parts += [f"![{escape(name)}]({quote(name)})" for name in pictures]
     parts += [f"## Clients and tasks: {main}, mean and 95 % interval", "Bold: the client's own task."]
@@ -82,18 +82,6 @@ def markdown_report(summary: Json, title: str, details: Mapping[str, str], pictu
     return "\n\n".join(parts) + "\n"
 
 
-def comparison_table(comparison: Json) -> str:
-    """Methods with P and TTP (ROUGE-1) and their differences to the baseline, as text."""
-    return "\n".join([*aligned(_comparison_rows(comparison), left=2), "", *_comparison_notes(comparison)])
-
-
-def comparison_markdown(comparison: Json) -> str:
-    """What `comparison_table` shows, as Markdown."""
-    header, *rows = [[escape(cell, empty="") for cell in row] for row in _comparison_rows(comparison)]
-    notes = "\n".join(f"- {escape(note)}" for note in _comparison_notes(comparison))
-    return f"{markdown_table(header, rows, 2)}\n\n{notes}\n"
-
-
 def _terminal_columns(summary: Json, metric: str, names: Sequence[str]) -> list[list[str]]:
     """Columns of cells: header, clients, floors, which floors; `names` head the tasks."""
     clients = summary["clients"][:MAX_SHOWN]
@@ -106,43 +94,9 @@ def _terminal_columns(summary: Json, metric: str, names: Sequence[str]) -> list[
         floor, kind = highest_floor(task, metric)
         columns.append([name, *marked, f"{floor:.1f}  ", f"{kind.split('_')[0]}  "])
     for measure in measures(summary):
-        marked = [_padded(measure_cell(summary, client, measure, metric)) for client in clients]
+        marked = [padded(measure_cell(summary, client, measure, metric)) for client in clients]
         columns.append([measure, *marked, f"{number(overall_floor(summary, measure, metric))} ", ""])
     return columns
-
-
-def _padded(score: str) -> str:
-    return score if score.endswith("!") else f"{score} "
-
-
-def _comparison_rows(comparison: Json) -> list[list[str]]:
-    baseline = comparison["baseline"]
-    rows = [["method", "weighting", "P", "floor", "TTP", "floor", f"P - {baseline}", f"TTP - {baseline}"]]
-    for entry in comparison["methods"]:
-        row = [entry["method"], entry["weighting"]]
-        for measure in ("P", "TTP"):
-            mean, error, floor = entry[measure]["mean"], entry[measure]["standard_error"], entry["floors"][measure]
-            spread = "" if error is None else f" ± {error:.2f}"
-            row += [_padded(f"{mean:.2f}{spread}{floor_mark(mean, floor)}"), f"{floor:.2f}"]
-        rows.append([*row, _difference(entry["P_difference"]), _difference(entry["TTP_difference"])])
-    return rows
-
-
-def _difference(values: Json | None) -> str:
-    if values is None:
-        return "-  "
-    mark = " *" if values["low"] > 0 or values["high"] < 0 else "  "
-    return f"{values['mean']:+.2f} [{values['low']:+.2f}, {values['high']:+.2f}]{mark}"
-
-
-def _comparison_notes(comparison: Json) -> list[str]:
-    seeds = comparison["seeds"]
-    spread = f"{len(seeds)} seeds ({', '.join(map(str, seeds))}): mean ± standard error over the seeds"
-    return [
-        spread if len(seeds) > 1 else f"1 seed ({seeds[0]}): no standard error over seeds exists",
-        f"{METRIC_NAMES[MAIN_METRIC]}, 0 to 100; differences to {comparison['baseline']} with their 95 % interval",
-        f"* the interval excludes 0   ! below its floor: {_FLOOR}",
-    ]
 
 
 def _score_table(summary: Json, metric: str, with_interval: bool = False) -> str:

@@ -11,7 +11,7 @@ from dpa_ds.evaluation.answering import Answerer, Personality
 from dpa_ds.evaluation.instances import choose_instances, read_instances, tokenize_instances
 from dpa_ds.evaluation.scores import score_answer
 from dpa_ds.evaluation.weighting import resolve_weighting
-from dpa_ds.evaluation.work import answer_piece, plan_pieces
+from dpa_ds.evaluation.work import Questions, answer_piece
 from dpa_ds.federation.methods import Schedule
 from dpa_ds.model.engine import AdapterEngine
 
@@ -19,7 +19,11 @@ DEFAULT_INSTANCES = 4
 
 
 class Scorer:
-    """Scores clients on the first instances of every task, with the engine that trains them."""
+    """Scores clients on the first instances of every task that some client trains on, with the engine that trains them.
+
+    Args:
+        trained: those tasks, of all clients of the federation.
+    """
 
     def __init__(
         self,
@@ -28,14 +32,18 @@ class Scorer:
         engine: AdapterEngine,
         world: World,
         tokenizer: PreTrainedTokenizerBase,
+        trained: frozenset[str],
     ) -> None:
         self._config, self._engine, self._world, self._tokenizer = config, engine, world, tokenizer
-        self._weighting = resolve_weighting(config, schedule)
+        self._weighting = resolve_weighting(config, schedule, world.topology.num_clients)
         limit = config.evaluation.instances_per_task or DEFAULT_INSTANCES
-        self._instances = [i for i in choose_instances(config, read_instances(config)) if i.row < limit]
+        chosen = choose_instances(config, read_instances(config))
+        self._instances = [i for i in chosen if i.task in trained and i.row < limit]
 
     def score(self, client: Personality, mean_states: torch.Tensor) -> dict[str, float]:
         """Mean ROUGE-1 by task, 0 to 100. The global adapter must be installed. Collective: all ranks of the group."""
+        if not self._instances:
+            return {}
         world = self._world
         answerer = Answerer(
             self._engine.adapters,
@@ -46,13 +54,14 @@ class Scorer:
             self._engine.write_state,
             partitioned=world.world_size > 1,
         )
+        me = client.info.client
         prompts = tokenize_instances(self._config, self._instances, answerer)
+        questions = Questions(self._instances, prompts, {me: client})
         references = {(i.task, i.row): i.reference for i in self._instances}
         tasks = sorted({instance.task for instance in self._instances})
         total = torch.zeros(len(tasks), 2, dtype=torch.float64)  # sum of scores, number of answers
-        me = client.info.client
-        for piece in plan_pieces(self._instances, list(map(len, prompts)), [me], self._config.generation, 1):
-            for batch in answer_piece(piece, self._instances, prompts, {me: client}, answerer, world, frozenset()):
+        for piece in questions.plan(self._config.generation, num_groups=1):
+            for batch in answer_piece(piece, questions, answerer, world, frozenset()):
                 for answer in batch:
                     score = score_answer(answer.text, references[answer.task, answer.row])["rouge1"]
                     total[tasks.index(answer.task)] += torch.tensor([score, 1.0])
@@ -61,6 +70,10 @@ class Scorer:
 
 
 def own_and_all(scores: dict[str, float], own_tasks: Sequence[str]) -> tuple[float, float]:
-    """P and TTP of one client: the mean over its own tasks (NaN if there are none), and over all of the test data."""
+    """P and TTP of one client: the mean over its own tasks, and over all that were scored; NaN where there are none."""
     own = [score for task, score in scores.items() if task in own_tasks]
-    return sum(own) / len(own) if own else float("nan"), sum(scores.values()) / len(scores)
+    return _mean(own), _mean(list(scores.values()))
+
+
+def _mean(scores: Sequence[float]) -> float:
+    return sum(scores) / len(scores) if scores else float("nan")

@@ -27,6 +27,27 @@ class Piece:
     clients: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class Questions:
+    """Each of the clients is asked each of the instances."""
+
+    instances: Sequence[Instance]
+    prompts: Sequence[Sequence[int]]
+    """Tokens of each instance's prompt."""
+    personalities: Mapping[int, Personality]
+    """The clients by id."""
+
+    @property
+    def keys(self) -> set[Key]:
+        """All of them."""
+        return {(client, i.task, i.row) for client in self.personalities for i in self.instances}
+
+    def plan(self, generation: GenerationConfig, num_groups: int) -> list[Piece]:
+        """`plan_pieces` of all of them."""
+        lengths = [len(prompt) for prompt in self.prompts]
+        return plan_pieces(self.instances, lengths, list(self.personalities), generation, num_groups)
+
+
 def plan_pieces(
     instances: Sequence[Instance],
     lengths: Sequence[int],
@@ -57,9 +78,7 @@ def plan_pieces(
 
 def answer_piece(
     piece: Piece,
-    instances: Sequence[Instance],
-    prompts: Sequence[Sequence[int]],
-    personalities: Mapping[int, Personality],
+    questions: Questions,
     answerer: Answerer,
     world: World,
     done: frozenset[Key] | set[Key],
@@ -69,6 +88,7 @@ def answer_piece(
     An instance whose weight is 0 is answered by the global adapter alone: the same for every client, and done once.
     A rank of a group with a partitioned base answers its share of every batch. Collective then: all ranks of the group.
     """
+    instances, prompts, personalities = questions.instances, questions.prompts, questions.personalities
     wanted = {
         client: [i for i in piece.instances if (client, instances[i].task, instances[i].row) not in done]
         for client in piece.clients

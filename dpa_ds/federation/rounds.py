@@ -29,7 +29,7 @@ from dpa_ds.tracking import Tracker
 EVALUATED = {"held_out_loss": "held_out/loss", "P": "scores/P", "TTP": "scores/TTP"}
 """Columns that have numbers in some rounds only, NaN in the others, and their TensorBoard tags."""
 COLUMNS = ("present", "took_part", "num_examples", *EVALUATED, *(f.name for f in fields(RoundMetrics)))
-"""One row a client in the table that leaders sum after each round. Beside it, only its label leaves the group."""
+"""One row a client in the table that leaders sum after each round. Beside it, only its label and task names leave the group."""
 
 
 @dataclass

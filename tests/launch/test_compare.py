@@ -55,7 +55,8 @@ def test_trains_evaluates_tunes_and_compares_and_does_nothing_twice(
         "evaluate feddpa_f, seed 0: global, test",
         "evaluate feddpa_f, seed 0: local, test",
     ]
-    folder = tmp_path / "runs" / "cmp"
+    (folder,) = (tmp_path / "runs" / "cmp" / "comparisons").iterdir()
+    assert folder.name.startswith("feddpa_f+fedit+fedlora-seeds_0-all-")
     comparison = json.loads((folder / "comparison.json").read_text())
     by_line = {f"{m['method']} {m['weighting'].split()[0]}".rstrip(":"): m for m in comparison["methods"]}
     assert list(by_line) == [*LINES, "feddpa_f oracle"]
@@ -81,20 +82,55 @@ def test_trains_evaluates_tunes_and_compares_and_does_nothing_twice(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--methods", "feddpa_t,fedavg"], "--methods ['fedavg'] are unknown: choose among feddpa_t,"),
-        (["--seeds", "one"], "--seeds and --tuning_instances are whole numbers"),
-        (["--weightings", "cosine:x"], "--weightings cosine:x: scales are numbers"),
-        (["--weightings", "dot"], "--weightings dot is unknown: choose among cosine, centred_cosine"),
-        (["--evaluation.tasks", "[swimming]"], "the test data has no task ['swimming']"),
+        ({"--evaluation.tasks": "[swimming]"}, "the test data has no task ['swimming']"),
+        (
+            {"--weightings": "cosine:0.5|1"},
+            "--weightings with several scales chooses among them on held-out training data, but data.held_out_fraction is 0",
+        ),
+        (
+            {"--methods": "feddpa_t,feddpa_f", "--lora.local_rank": "2"},
+            "feddpa_f starts the local adapter from the global",
+        ),
+        (
+            {"--data.test_path": "{unseen}"},
+            "so P and TTP have no value: choose among ['colour0', 'count1'] with evaluation",
+        ),
+        ({"--data.path": "{single}"}, "with one client is the client's own, and leaves nothing"),
     ],
 )
-def test_bad_input(tmp_path: Path, model: Path, federation: Path, options: list[str], message: str) -> None:
-    ended = compare(tiny.recipe(model, federation, tmp_path / "runs", name="cmp"), *options)
+def test_mistakes_are_found_before_anything_is_trained(
+    tmp_path: Path, model: Path, federation: Path, options: dict[str, str], message: str
+) -> None:
+    unseen = tmp_path / "unseen.jsonl"
+    unseen.write_text('{"instruction": "which cat sings", "output": "b", "category": "riddle"}\n')
+    single = tiny.make_federation(tmp_path / "single", sizes=(5,))
+    words = [word.format(unseen=unseen, single=single) for option in options.items() for word in option]
+    ended = compare(tiny.recipe(model, federation, tmp_path / "runs", name="cmp"), *words)
     assert ended.returncode == 2, ended.output
     (error,) = ended.errors
     assert message in error
     assert ended.num_tracebacks == 0
     assert not (tmp_path / "runs" / "cmp").exists()
+
+
+def test_the_order_of_phases_is_for_feddpa_t_and_rounds_cannot_shrink(
+    tmp_path: Path, model: Path, federation: Path
+) -> None:
+    settings = {"generation__num_beams": 1, "generation__max_new_tokens": 4, "evaluation__instances_per_task": 1}
+    argv = tiny.recipe(model, federation, tmp_path / "runs", name="cmp", method__local_partner="aggregated", **settings)
+    ended = compare(argv, "--methods", "feddpa_t,fedit", "--weightings", "global")
+    assert ended.returncode == 0, ended.output
+    recipes = {
+        method: (tmp_path / f"runs/cmp/{method}-seed0/config.yaml").read_text() for method in ("feddpa_t", "fedit")
+    }
+    assert "local_partner: aggregated" in recipes["feddpa_t"]
+    assert "local_partner: own" in recipes["fedit"]
+
+    ended = compare(argv, "--methods", "feddpa_t,fedit", "--federation.num_rounds", "1")
+    assert ended.returncode == 2, ended.output
+    (error,) = ended.errors
+    assert f"federation.num_rounds is 1, but {tmp_path}/runs/cmp/feddpa_t-seed0 has completed 2 rounds" in error
+    assert stages(ended) == []
 
 
 def test_a_training_that_fails_ends_the_comparison_with_its_status(

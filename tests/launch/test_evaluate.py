@@ -60,14 +60,19 @@ class Place:
         return ended.errors[0].removeprefix("error: ")
 
     @property
-    def report(self) -> Path:
+    def evaluation(self) -> Path:
         """Folder of the only evaluation."""
         (folder,) = (self.run / "evaluations").iterdir()
         return folder
 
+    @property
+    def report(self) -> Path:
+        """Folder of its report on all clients and instances."""
+        return self.evaluation / "all"
+
     def answers(self) -> dict[tuple[int, str, int], dict[str, Any]]:
         """All complete answers of the only evaluation by client, task and row; none is there twice."""
-        files = (self.report / "answers").glob("*.jsonl")
+        files = (self.evaluation / "answers").glob("*.jsonl")
         whole = [json.loads(line) for f in files for line in f.read_text().splitlines() if line.endswith("}")]
         by_key = {(answer["client"], answer["task"], answer["row"]): answer for answer in whole}
         assert len(by_key) == len(whole), "something was answered twice"
@@ -107,8 +112,8 @@ def table(ended: Ended) -> str:
 def test_table_and_files_on_two_ranks_and_nothing_to_do_the_second_time(place: Place) -> None:
     ended = run(place.command(), LOCAL_SIZE="2")
     printed = table(ended)
-    assert "2 clients x 8 instances, centred_cosine, lambda 1, 5 references" in ended.output
-    assert "0 of 16 answers are there already" in ended.output
+    assert "tiny after round 1, centred_cosine, lambda 1, 5 references" in ended.output
+    assert "2 clients x 8 instances; 0 of 16 answers are there already" in ended.output
     summary = json.loads((place.report / "summary.json").read_text())
     for name, meaning in (("P", "own tasks"), ("TTP", "all trained tasks")):
         (row,) = re.findall(
@@ -123,16 +128,16 @@ def test_table_and_files_on_two_ranks_and_nothing_to_do_the_second_time(place: P
     assert place.answers().keys() == every
     assert any(0 < answer["alpha"] < 1 for answer in place.answers().values())
     pictures = ["scores.png", "alpha.png", "p_against_ttp.png"]
-    files = {path.name for path in place.report.iterdir()}
-    assert files == {"answers", "settings.json", "summary.json", "report.md", *pictures}
+    assert {path.name for path in place.evaluation.iterdir()} == {"answers", "settings.json", "all"}
+    assert {path.name for path in place.report.iterdir()} == {"summary.json", "report.md", *pictures}
     assert all((place.report / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
     assert all(f"]({name})" in (place.report / "report.md").read_text() for name in pictures)
 
-    before = checksums(place.report)
+    before = checksums(place.evaluation)
     again = run(place.command(), LOCAL_SIZE="2")
     assert "16 of 16 answers are there already" in again.output
     assert table(again) == printed
-    assert checksums(place.report) == before
+    assert checksums(place.evaluation) == before
 
 
 def test_killed_evaluation_goes_on(place: Place, tmp_path: Path) -> None:
@@ -150,7 +155,7 @@ def test_killed_evaluation_goes_on(place: Place, tmp_path: Path) -> None:
             time.sleep(0.01)
         running.kill()
     assert not (place.report / "summary.json").exists(), f"killed too late to tell anything: {len(lines)} answers"
-    cut = max((place.report / "answers").iterdir(), key=lambda path: path.stat().st_size)
+    cut = max((place.evaluation / "answers").iterdir(), key=lambda path: path.stat().st_size)
     cut.write_bytes(cut.read_bytes()[:-5])
     known = place.answers()
     assert 7 <= len(known) < 80
@@ -184,7 +189,10 @@ OPTIONS = {
     'global, local, swapped, got "cosinus"',
     "--weighting centred_cosine --weighting.encoder local": "weighting.encoder local does not go with weighting.kind "
     "centred_cosine: clients can share one mean state only of the encoder that all of them have and that never changes: "
-    "use encoder none",
+    "use encoder none, or weighting.kind cosine",
+    "--weighting auto --weighting.encoder global": "weighting.encoder global does not go with weighting.kind centred_cosine: "
+    "clients can share one mean state only of the encoder that all of them have and that never changes: use encoder none, or "
+    "weighting.kind cosine",
     "--weighting fixed --alpha 2": "weighting.scale must be in [0, 1] with weighting.kind fixed, got 2.0",
     "--weighting cosine --alpha 0.3": "--alpha is the weight of --weighting fixed, but weighting.kind is cosine: add "
     "--weighting fixed, or give the scale of the similarity with --lambda",
@@ -228,7 +236,17 @@ SPOILT: dict[str, tuple[str, Callable[[bytes], bytes | None], str]] = {
         lambda old: b"\n",
         "{file}: is empty: no rows; give data.path and data.test_path a file with examples",
     ),
-    "no test file": (TEST, lambda old: None, "there is no test file: set data.test_path, or evaluation.split held_out"),
+    "no test file": (
+        TEST,
+        lambda old: None,
+        "there is no test file (*.jsonl) in {root}/data: set data.test_path, or evaluation.split held_out",
+    ),
+    "damaged model.json": (
+        "runs/tiny/model.json",
+        lambda old: b"[]",
+        "{file} cannot be read (TypeError('list indices must be integers or slices, not str')): restore it; or delete it, "
+        "if you are sure that model.path is the base that this run was trained over",
+    ),
     "prompt longer than the context": (
         TEST,
         lambda old: old + b'{"instruction": "%s", "output": "a", "category": "count1"}\n' % (b"x" * 200),
@@ -246,7 +264,7 @@ def test_spoilt_file(case: str, place: Place) -> None:
     file.unlink()
     if content is not None:
         file.write_bytes(content)
-    exit_code = 4 if name.startswith(ROUND) else 2
+    exit_code = 4 if name.startswith("runs") else 2
     assert place.refuse(["--run", str(place.run)], exit_code) == message.format(file=file, root=place.root)
 
 

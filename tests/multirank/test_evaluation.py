@@ -97,7 +97,7 @@ def greedy(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def parse(report: Path) -> tuple[list[dict[str, Any]], list[str]]:
     """Answers of all files, and lines that are none."""
     parsed, broken = [], []
-    for path in sorted((report / "answers").iterdir()):
+    for path in sorted((report.parent / "answers").iterdir()):
         for line in path.read_text().splitlines():
             try:
                 parsed.append(json.loads(line))
@@ -208,7 +208,9 @@ def test_ranks_and_zero3_change_nothing(run: Run, tmp_path: Path) -> None:
     for name in ("three", "zero3"):
         assert answers(reports[name]) == expected, name
         assert summary(reports[name]) == summary(reports["one"]), name
-    second = [json.loads(line) for line in (reports["zero3"] / "answers/rank_0001.jsonl").read_text().splitlines()]
+    second = [
+        json.loads(line) for line in (reports["zero3"].parent / "answers/rank_0001.jsonl").read_text().splitlines()
+    ]
     riddles = {(answer["client"], answer["row"]) for answer in second if answer["task"] == "riddle"}
     assert riddles == {(1, 1), (3, 1)}
     ones, between = [expected[3, "count1", row][0] for row in (0, 2)], expected[3, "count1", 1][0]
@@ -220,7 +222,7 @@ def test_an_interrupted_evaluation_goes_on(run: Run, greedy: Path, tmp_path: Pat
     """By other ranks than before; the marked answer would be lost if what is there were computed again."""
     copy, expected = run.copy(tmp_path), answers(greedy)
     report = copy.folder / greedy.relative_to(run.folder)
-    (path,) = (report / "answers").iterdir()
+    (path,) = (report.parent / "answers").iterdir()
     whole = path.read_text().splitlines(keepends=True)
     kept, cut = len(whole) // 2, whole[len(whole) // 2][:25]
     first = json.loads(whole[0])
@@ -238,23 +240,30 @@ def test_an_interrupted_evaluation_goes_on(run: Run, greedy: Path, tmp_path: Pat
 
 
 def test_a_part_first_and_the_rest_later(run: Run, greedy: Path, tmp_path: Path) -> None:
+    """All parts share the answers, and a report on less does not replace one on more. Nor does another name matter."""
     copy, expected = run.copy(tmp_path), answers(greedy)
     shutil.rmtree(copy.folder / "evaluations")
-    report = copy.evaluate(tmp_path, "--clients=0,2", "--tasks=colour0,verb3", "--instances=2")
-    part = answers(report)
-    assert part.keys() == {(c, task, row) for c in (0, 2) for task in ("colour0", "verb3") for row in range(2)}
-    assert [client["client"] for client in summary(report)["clients"]] == [0, 2]
-    before = {path: path.read_text() for path in (report / "answers").iterdir()}
+    part = copy.evaluate(tmp_path, "--clients=0,2", "--tasks=verb3,colour0", "--instances=2")
+    assert part.name == "clients_0+2-tasks_colour0+verb3-first_2"
+    asked = answers(part)
+    assert asked.keys() == {(c, task, row) for c in (0, 2) for task in ("colour0", "verb3") for row in range(2)}
+    assert [client["client"] for client in summary(part)["clients"]] == [0, 2]
+    before = {path: path.read_text() for path in (part.parent / "answers").iterdir()}
 
-    assert copy.evaluate(tmp_path) == report, "the same settings: the same evaluation"
+    renamed = Run(copy.folder.rename(copy.folder.with_name("renamed")), copy.model, copy.data)
+    before = {renamed.folder / path.relative_to(copy.folder): text for path, text in before.items()}
+    part, whole = renamed.folder / part.relative_to(copy.folder), renamed.evaluate(tmp_path)
+    assert whole == part.with_name("all"), "the same settings: the same evaluation"
     assert {path: path.read_text()[: len(text)] for path, text in before.items()} == before
-    found = answers(report)
+    found, of_all = answers(whole), summary(whole)
     assert_same(found, expected)
-    assert summary(report)["TTP"] == summary(greedy)["TTP"]
+    assert of_all["TTP"] == summary(greedy)["TTP"]
 
-    assert copy.evaluate(tmp_path, "--tasks=verb3") == report, "and less again: nothing is computed"
-    assert answers(report) == found
-    assert [task["task"] for task in summary(report)["tasks"]] == ["verb3"]
+    less = renamed.evaluate(tmp_path, "--tasks=verb3")
+    assert answers(less) == found, "nothing is computed"
+    assert [task["task"] for task in summary(less)["tasks"]] == ["verb3"]
+    assert summary(whole) == of_all
+    assert [client["client"] for client in summary(part)["clients"]] == [0, 2]
 
 
 # ---- what counts ----------------------------------------------------------------------------------------------

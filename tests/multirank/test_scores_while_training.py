@@ -27,6 +27,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         ]
         (folder / "data" / "2" / f"local_training_{k}.json").write_text(json.dumps(rows))
         test += rows[:3]
+    # A task that no client trains on: UNSEEN of the evaluation, and no part of TTP.
+    test += [{"instruction": f"riddle {word}", "output": "e", "category": "riddle"} for word in ("red", "cat", "dog")]
     (folder / "data" / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in test))
     return tiny.make_model(folder / "model"), folder / "data"
 
@@ -74,6 +76,6 @@ def test_scores_do_not_depend_on_the_layout_and_equal_an_evaluation(inputs: tupl
 
     run_dir = tmp_path / "a" / "runs" / "tiny"
     run_on_ranks(evaluate_on_rank, 1, tmp_path, ["--run", str(run_dir)])
-    (path,) = run_dir.glob("evaluations/*/summary.json")
+    (path,) = run_dir.glob("evaluations/*/*/summary.json")
     clients = json.loads(path.read_text())["clients"]
     assert [{name: c[name]["rouge1"] for name in ("P", "TTP")} for c in clients] == [pytest.approx(c) for c in expected]

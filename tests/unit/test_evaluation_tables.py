@@ -12,7 +12,7 @@ from dpa_ds.evaluation.answers import Answer, ClientInfo, Instance
 from dpa_ds.evaluation.cells import client_floor
 from dpa_ds.evaluation.layout import escape, markdown_table, place_labels, short_names
 from dpa_ds.evaluation.summary import summarize
-from dpa_ds.evaluation.tables import comparison_markdown, comparison_table, markdown_report, terminal_table
+from dpa_ds.evaluation.tables import markdown_report, terminal_table
 
 METRICS = ("rouge1", "rougeL", "exact_match", "chrf")
 FLAN = (
@@ -327,50 +327,3 @@ def test_labels_keep_clear_of_each_other() -> None:
         assert max(one) <= 300
         for other in [*boxes[:place], *taken]:
             assert one[2] <= other[0] or other[2] <= one[0] or one[3] <= other[1] or other[3] <= one[1]
-
-
-def make_comparison(seeds: Sequence[int]) -> dict[str, Any]:
-    error = 0.25 if len(seeds) > 1 else None
-    fedit = {"P": {"mean": 60.0, "standard_error": error}, "TTP": {"mean": 61.0, "standard_error": error}}
-    feddpa = {"P": {"mean": 63.0, "standard_error": error}, "TTP": {"mean": 62.5, "standard_error": error}}
-    return {
-        "baseline": "fedit",
-        "seeds": list(seeds),
-        "methods": [
-            {"method": "fedit", "weighting": "global", **fedit, "P_difference": None, "TTP_difference": None, "floors": {"P": 58.0, "TTP": 62.0}},
-            {
-                "method": "feddpa_t",
-                "weighting": "dynamic",
-                **feddpa,
-                "P_difference": {"mean": 3.0, "low": 0.004, "high": 5.0},
-                "TTP_difference": {"mean": 1.5, "low": -0.1, "high": 3.0},
-                "floors": {"P": 58.0, "TTP": 62.0},
-            },
-        ],
-    }  # fmt: skip
-
-
-def test_comparison_marks_differences_and_floors() -> None:
-    comparison = make_comparison([0, 1, 2])
-    header, *rows = table_with(comparison_markdown(comparison), "method")
-    assert header == ["method", "weighting", "P", "floor", "TTP", "floor", "P - fedit", "TTP - fedit"]
-    assert list(map(shown, rows[0])) == ["fedit", "global", "60.00 ± 0.25", "58.00", "61.00 ± 0.25!", "62.00", "-", "-"]
-    assert list(map(shown, rows[1])) == [
-        "feddpa_t", "dynamic", "63.00 ± 0.25", "58.00", "62.50 ± 0.25", "62.00",
-        "+3.00 [+0.00, +5.00] *", "+1.50 [-0.10, +3.00]",
-    ]  # fmt: skip
-    lines = comparison_table(comparison).splitlines()
-    assert lines[2].split() == " ".join(map(shown, rows[1])).split()
-    assert lines[4] == "3 seeds (0, 1, 2): mean ± standard error over the seeds"
-
-
-def test_comparison_of_one_seed_says_so() -> None:
-    text = comparison_table(make_comparison([7]))
-    assert "1 seed (7): no standard error over seeds exists" in text
-    assert "±" not in text
-
-
-def test_negative_differences_are_marked_too() -> None:
-    comparison = make_comparison([0, 1])
-    comparison["methods"][1]["P_difference"] = {"mean": -2.0, "low": -3.0, "high": -1.0}
-    assert "-2.00 [-3.00, -1.00] *" in comparison_table(comparison)

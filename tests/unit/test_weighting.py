@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from dpa_ds.config import MethodConfig, RunConfig, WeightingConfig
 from dpa_ds.data.prompts import TokenizedExamples
 from dpa_ds.data.references import REPRESENTATIONS, References, draw_references
+from dpa_ds.errors import ConfigError
 from dpa_ds.evaluation.weighting import (
     Weighting,
     describe_weighting,
@@ -163,9 +164,9 @@ def test_constants_ignore_states(kind: str, scale: float) -> None:
     assert not any(Weighting(other, 1.0, "mean", "none").is_constant for other in SIMILARITIES)
 
 
-def resolve(method: str = "feddpa_t", **chosen: Any) -> Weighting:
+def resolve(method: str = "feddpa_t", num_clients: int = 2, **chosen: Any) -> Weighting:
     config = RunConfig(method=MethodConfig(name=method, alpha=0.3), weighting=WeightingConfig(**chosen))  # type: ignore[arg-type]
-    return resolve_weighting(config, build_schedule(config.method))
+    return resolve_weighting(config, build_schedule(config.method), num_clients)
 
 
 @pytest.mark.parametrize(("method", "kind", "scale"), [
@@ -201,6 +202,14 @@ def test_auto_is_what_fits_the_method(method: str, kind: str, scale: float) -> N
 def test_explicit_choices(chosen: dict[str, Any], expected: Weighting) -> None:
     assert resolve(**chosen) == expected
     assert resolve("fedit", **chosen) == expected, "whatever the method"
+
+
+def test_the_only_client_has_no_mean_state_to_subtract() -> None:
+    assert resolve(num_clients=1) == Weighting("cosine", 0.5, "last_token", "local")
+    assert resolve("fedit", num_clients=1) == resolve("fedit")
+    assert resolve(num_clients=1, kind="fixed") == resolve(kind="fixed")
+    with pytest.raises(ConfigError, match=r"with one client is the client's own, .*: use weighting.kind cosine"):
+        resolve(num_clients=1, kind="centred_cosine")
 
 
 def test_description() -> None:

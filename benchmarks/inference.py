@@ -37,7 +37,7 @@ from dpa_ds.evaluation.answers import Answer, Instance
 from dpa_ds.evaluation.instances import choose_instances, read_instances, tokenize_instances
 from dpa_ds.evaluation.loading import build_answerer, place_base
 from dpa_ds.evaluation.weighting import resolve_weighting
-from dpa_ds.evaluation.work import answer_piece, plan_pieces
+from dpa_ds.evaluation.work import Questions, answer_piece
 from dpa_ds.federation.methods import build_schedule
 from dpa_ds.run_arguments import load_run_config
 
@@ -51,26 +51,23 @@ class Batched:
 
     answerer: Answerer
     world: World
-    clients: dict[int, Personality]
-    instances: list[Instance]
-    prompts: list[list[int]]
+    questions: Questions
     clock: Callable[[], float]
 
     def run(self, kind: str, config: RunConfig) -> tuple[float, float, list[Answer]]:
         """Seconds, seconds spent on weights, answers."""
         weighting = replace(config.weighting, kind=kind, scale=None, encoder="auto")  # type: ignore[arg-type]
         answerer = self.answerer
-        answerer.weighting = resolve_weighting(replace(config, weighting=weighting), build_schedule(config.method))
+        clients = len(self.questions.personalities)
+        answerer.weighting = resolve_weighting(
+            replace(config, weighting=weighting), build_schedule(config.method), clients
+        )
         answerer.forget()
-        lengths = [len(prompt) for prompt in self.prompts]
-        pieces = plan_pieces(self.instances, lengths, list(self.clients), config.generation, 1)
         answers: list[Answer] = []
         with _timed(answerer, self.clock) as on_weights:
             started = self.clock()
-            for piece in pieces:
-                for batch in answer_piece(
-                    piece, self.instances, self.prompts, self.clients, answerer, self.world, frozenset()
-                ):
+            for piece in self.questions.plan(config.generation, num_groups=1):
+                for batch in answer_piece(piece, self.questions, answerer, self.world, frozenset()):
                     answers += batch
             seconds = self.clock() - started
         return seconds, on_weights[0], answers
@@ -125,12 +122,13 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     clients = {client: load_personality(folder, server_round, client) for client in folder.clients(server_round)}
     instances = choose_instances(config, read_instances(config))
     prompts = tokenize_instances(config, instances, answerer)
-    ours = Batched(answerer, world, clients, instances, prompts, clock)
+    ours = Batched(answerer, world, Questions(instances, prompts, clients), clock)
     theirs = OneByOne(directory, config.run_dir / "adapters", args.beams, args.max_new_tokens)
     first = [i for i, instance in enumerate(instances) if instance.row == 0]
     some = dict(list(clients.items())[: args.sample_clients])
     sample = [(client, i) for client in some for i in first]
-    check = replace(ours, clients=some, instances=[instances[i] for i in first], prompts=[prompts[i] for i in first])
+    asked = Questions([instances[i] for i in first], [prompts[i] for i in first], some)
+    check = replace(ours, questions=asked)
     _, _, expected = check.run("cosine", config)
 
     seconds: dict[str, list[float]] = {**{kind: [] for kind in args.kinds}, "one by one": []}

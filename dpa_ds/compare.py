@@ -80,6 +80,7 @@ def compare(config: RunConfig, job: Job, plan: Plan, recipe_arguments: Sequence[
 
     Collective: every rank of the job.
     """
+    job.watch(config.checkpoint.grace_seconds, config.cluster.silence_seconds)
     setup_logging(is_main=job.launch.global_rank == 0)
     entries = plan_entries(plan.methods, plan.weightings)
     stages = Stages(config, job, recipe_arguments)

@@ -27,6 +27,9 @@ from dpa_ds.evaluation.work import Questions, answer_piece
 from dpa_ds.model.base import model_fingerprint
 from dpa_ds.tracking import Tracker, logger, setup_logging
 
+STOP = -1
+"""Drawn in place of a piece of work where a signal asked the job to stop."""
+
 
 def evaluate(config: RunConfig, job: Job) -> Path:
     """Score the clients of a trained run on test instances, from where an interrupted evaluation stopped.
@@ -35,6 +38,7 @@ def evaluate(config: RunConfig, job: Job) -> Path:
     Returns the folder of the report. Collective: every rank of the job.
     """
     started = time.monotonic()
+    job.watch(config.checkpoint.grace_seconds, config.cluster.silence_seconds)
     setup_logging(is_main=job.launch.global_rank == 0)
     folder = RunFolder(config.run_dir)
     server_round = int(job.decide("round", folder.trained_round))  # a training that goes on beside does not matter
@@ -94,11 +98,20 @@ def answer_missing(
                 answered = job.draw("answered", len(batch)) + len(batch)
                 tracker.advance(questions.instances[pieces[number].instances[0]].task, answered - shown)
                 shown = answered
+                if job.stop_requested and world.world_size == 1:  # else at the next piece, together
+                    job.preempt()
     job.timeout_seconds = config.federation.timeout_seconds  # others may still have a whole piece to do
     job.barrier("answered")
 
 
 def draw(job: Job, world: World) -> int:
-    """The next piece of work, the same on all ranks of the group. Collective: all ranks of the group."""
-    number = job.draw("piece") if world.is_leader else 0
-    return int(world.broadcast_(torch.tensor([number])).item())
+    """The next piece of work, the same on all ranks of the group. Collective: all ranks of the group.
+
+    Raises:
+        Preempted: a signal asked the job to stop; what was answered is saved.
+    """
+    number = (STOP if job.stop_requested else job.draw("piece")) if world.is_leader else 0
+    number = int(world.broadcast_(torch.tensor([number])).item())
+    if number == STOP:
+        job.preempt()
+    return number

@@ -7,9 +7,11 @@ USAGE = """\
 usage: deepspeed launch/compare.py --config RECIPE [--methods A,B] [--seeds 0,1,2] [--weightings W,W] [--SECTION.FIELD VALUE]
 
 Trains every method with every seed (launch/run.py), evaluates each (launch/evaluate.py), and writes tables: P and TTP as
-mean +- standard error over seeds, their differences to fedit and between weightings, paired by seed and test instance, with 95 %
-intervals, the weight of the local adapter on own and other tasks, and the convergence curves. What is done already is not done again: interrupted, the same command goes on. All runs lie in
-<output_dir>/<name>, the tables below <output_dir>/<name>/comparisons, for each plan a folder of its own. feddpa_f, fedlora and fedit share their federated rounds, which are trained once.
+mean +- standard error over seeds, their differences to fedit and between weightings, paired by seed and test instance, with
+95 % intervals, the weight of the local adapter on own and other tasks, and the convergence curves. What is done already is
+not done again: interrupted, the same command goes on. All runs lie in <output_dir>/<name>, the tables below
+<output_dir>/<name>/comparisons, for each plan a folder of its own. feddpa_f, fedlora and fedit share their federated rounds,
+which are trained once.
 
   --config RECIPE          as for launch/run.py; method.name, seed and weighting.* of the recipe are set by this program, and
                            method.phase_order and method.local_partner are for feddpa_t
@@ -41,12 +43,12 @@ def main() -> None:
     from dpa_ds.run_arguments import take_options
     from dpa_ds.start import run_job
 
-    if any(word in ("-h", "--help") for word in sys.argv[1:]):
-        sys.stdout.write(USAGE)
-        return
     own, recipe_arguments = dict(DEFAULTS), []
 
     def load(argv):  # type: ignore[no-untyped-def]
+        if any(word in ("-h", "--help") for word in argv):
+            sys.stdout.write(USAGE)
+            raise SystemExit(0)
         taken, others = take_options(argv, (*DEFAULTS, "weightings"))
         own.update(taken)
         recipe_arguments[:] = others

@@ -9,6 +9,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,8 +20,8 @@ from dpa_ds.config import MethodConfig, RunConfig, WeightingConfig
 from dpa_ds.config_checks import REPOSITORY
 from dpa_ds.config_loader import load_config
 from dpa_ds.data.sources import list_clients
-from dpa_ds.distributed.job import Job
-from dpa_ds.errors import ConfigError, DpaError
+from dpa_ds.distributed.job import POLL_SECONDS, Job
+from dpa_ds.errors import ConfigError, DpaError, Preempted
 from dpa_ds.evaluation.comparison import Candidate, find_evaluation, name_of_candidate
 from dpa_ds.evaluation.weighting import Weighting, describe_weighting, resolve_weighting
 from dpa_ds.federation.methods import build_schedule
@@ -118,7 +119,12 @@ class Stages:
         return self._job.decide(f"stage/{self._num_stages}", decision)
 
     def _start(self, what: str, program: str, arguments: Sequence[str]) -> None:
-        """Run `program` on every rank. Raises DpaError if it fails; it has said why."""
+        """Run `program` on every rank.
+
+        Raises:
+            Preempted: a signal came meanwhile; it was passed on, and the program has saved what it had.
+            DpaError: the program failed; it has said why.
+        """
         launch = self._job.launch
         port = int(self._job.decide(f"port/{self._num_stages}", _free_port))
         logger.info(f"\n=== {what}")
@@ -130,10 +136,20 @@ class Stages:
             "MASTER_PORT": str(port),
         }
         sys.stdout.flush()
-        ended = subprocess.run([sys.executable, str(REPOSITORY / "launch" / program), *arguments], env=environment)
-        if ended.returncode:
+        told = False
+        with subprocess.Popen(
+            [sys.executable, str(REPOSITORY / "launch" / program), *arguments], env=environment
+        ) as running:
+            while (status := running.poll()) is None:
+                if self._job.stop_requested and not told:
+                    running.terminate()
+                    told = True
+                time.sleep(POLL_SECONDS)
+        if told or status == Preempted.exit_code:
+            self._job.preempt()
+        if status:
             failed = DpaError(f"could not {what} (see above); once that is mended the same command goes on from there")
-            failed.exit_code = ended.returncode if ended.returncode > 0 else 1
+            failed.exit_code = status if status > 0 else 1
             raise failed
 
 

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from dpa_ds.errors import Preempted
 from tests import tiny
-from tests.launch.processes import PYTHON, Ended, run
+from tests.launch.processes import PYTHON, Ended, Running, beside_python, free_port, run, wait_for
 
 pytestmark = pytest.mark.launch
 LINES = [
@@ -131,6 +132,56 @@ def test_the_order_of_phases_is_for_feddpa_t_and_rounds_cannot_shrink(
     (error,) = ended.errors
     assert f"federation.num_rounds is 1, but {tmp_path}/runs/cmp/feddpa_t-seed0 has completed 2 rounds" in error
     assert stages(ended) == []
+
+
+def test_help_is_told_once() -> None:
+    command = [beside_python("deepspeed"), "--master_port", str(free_port()), "launch/compare.py", "--help"]
+    ended = run(command, LOCAL_SIZE="2")
+    assert ended.returncode == 0, ended.output
+    assert ended.output.count("usage: deepspeed launch/compare.py --config RECIPE") == 1
+
+
+def test_two_ranks_of_a_launcher_compare_as_one(tmp_path: Path, model: Path, federation: Path) -> None:
+    settings = {"federation__num_rounds": 1, "generation__num_beams": 1, "generation__max_new_tokens": 4}
+    options = ["--methods", "feddpa_t,fedit", "--weightings", "cosine"]
+    found = []
+    for name, num_ranks in (("one", 1), ("two", 2)):
+        argv = tiny.recipe(model, federation, tmp_path / name, name="cmp", **settings)
+        launcher = [beside_python("deepspeed"), "--master_port", str(free_port())]
+        ended = run([*launcher, "launch/compare.py", *argv, *options], 300.0, LOCAL_SIZE=str(num_ranks))
+        assert ended.returncode == 0, ended.output
+        assert stages(ended) == [
+            "train feddpa_t, seed 0",
+            "train fedit, seed 0",
+            "evaluate feddpa_t, seed 0: cosine, test",
+            "evaluate fedit, seed 0: global, test",
+        ]
+        (path,) = (tmp_path / name).glob("cmp/comparisons/*/comparison.json")
+        found.append(json.loads(path.read_text()))
+        files = {path.name for path in (tmp_path / name).glob("cmp/*/evaluations/*/answers/*")}
+        assert files == {f"rank_{rank:04d}.jsonl" for rank in range(num_ranks)}
+    one, two = (
+        [{q: (m["weighting"], m[q]["mean"]) for q in ("P", "TTP")} for m in whole["methods"]] for whole in found
+    )
+    assert one == two
+
+
+def test_a_signal_stops_what_the_comparison_runs(tmp_path: Path, model: Path, federation: Path) -> None:
+    """The training saves and ends (`Running.wait` asserts that nothing is left); the same command goes on from there."""
+    argv = tiny.recipe(model, federation, tmp_path / "runs", name="cmp", federation__num_rounds=40)
+    command = [PYTHON, "launch/compare.py", *argv, "--methods", "fedit"]
+    with Running(command) as running:
+        wait_for(tmp_path, "runs/cmp/fedit-seed0/rounds/round_000002", [running], 60.0)
+        running.process.terminate()
+        ended = running.wait(60.0)
+    assert ended.returncode == Preempted.exit_code, ended.output
+    assert ended.num_tracebacks == 0, ended.output
+    assert not ended.errors, ended.output
+    assert not (tmp_path / "runs/cmp/comparisons").exists(), "stopped too late to tell anything"
+
+    ended = run(command, 300.0)
+    assert ended.returncode == 0, ended.output
+    assert re.search(r"continues after round \d+ of 40", ended.output)
 
 
 def test_a_training_that_fails_ends_the_comparison_with_its_status(

@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 import shutil
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,8 +14,20 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
+from dpa_ds.errors import Preempted
 from tests import tiny
-from tests.launch.processes import PYTHON, Ended, Running, beside_python, free_port, run, run_forked
+from tests.launch.processes import (
+    PYTHON,
+    Ended,
+    Running,
+    beside_python,
+    free_port,
+    run,
+    run_by_hand,
+    run_forked,
+    start_by_hand,
+    wait_for,
+)
 from tests.launch.test_bad_input import checksums
 
 pytestmark = pytest.mark.launch
@@ -138,6 +151,25 @@ def test_table_and_files_on_two_ranks_and_nothing_to_do_the_second_time(place: P
     assert "16 of 16 answers are there already" in again.output
     assert table(again) == printed
     assert checksums(place.evaluation) == before
+
+
+@pytest.mark.parametrize("sharding", ["never", "always"])
+def test_a_signal_stops_an_evaluation_on_all_ranks(sharding: str, place: Place, tmp_path: Path) -> None:
+    """With the base on every rank, and with one that the two ranks share: between two batches, with all answers kept."""
+    test = tiny.make_federation(tmp_path / "more", sizes=(1, 1), num_test=20) / "test.jsonl"
+    options = ["--data.test_path", str(test), "--generation.batch_tokens", "1", "--evaluation.sharding", sharding]
+    command = [PYTHON, PROGRAM, "--run", str(place.run), *options]
+    ranks = start_by_hand(command, 2)
+    wait_for(place.run, "evaluations/*/answers/*.jsonl", ranks, 60.0)
+    ranks[1].process.send_signal(signal.SIGUSR1)
+    for ended in run_by_hand(ranks, 60.0):
+        assert ended.returncode == Preempted.exit_code, ended.output
+        assert not ended.errors, ended.output
+        assert ended.num_tracebacks == 0, ended.output
+    known = place.answers()
+    assert 0 < len(known) < 80
+    ended = place.evaluate(*options[:-2])
+    assert f"{len(known)} of 80 answers are there already" in ended.output
 
 
 def test_killed_evaluation_goes_on(place: Place, tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TextIO
 
@@ -26,7 +26,8 @@ def ask(config: RunConfig, job: Job, client: int, prompt: str | None, input_path
     """Answer one prompt, all prompts of a file (as JSON lines on `out`), or what is typed. One rank.
 
     Raises:
-        ClusterError, ConfigError, DataError: more ranks than one, no such client, nothing to answer.
+        ClusterError, ConfigError, DataError: more ranks than one, no such client, nothing to answer, or more than the
+            model can read.
     """
     if job.launch.job_world_size != 1:
         raise ClusterError("launch/generate.py is one process: start it with python, without a launcher")
@@ -36,7 +37,13 @@ def ask(config: RunConfig, job: Job, client: int, prompt: str | None, input_path
     existing = folder.clients(server_round)
     if client not in existing:
         raise ConfigError(f"{config.run_dir} has no client {client}: its clients are {existing}")
-    texts = _read_prompts(Path(input_path).expanduser(), config) if input_path else [prompt] if prompt else _typed()
+    texts: Iterable[str] = _typed()
+    if input_path is not None:
+        texts = _read_prompts(Path(input_path).expanduser(), config)
+    elif prompt is not None:
+        texts = [prompt]
+        if not prompt.strip():
+            raise ConfigError("--prompt is empty: write a question, or leave --prompt out to be asked for one")
     directory, world, partitioned = place_base(config, job, len(existing))
     folder.check_model(model_fingerprint(directory))
     answerer = build_answerer(config, folder, server_round, directory, world, partitioned)
@@ -45,8 +52,15 @@ def ask(config: RunConfig, job: Job, client: int, prompt: str | None, input_path
         f"{personality.info.label} after round {server_round}, "
         f"{describe_weighting(answerer.weighting, config.weighting.num_references)}"
     )
+    if not personality.trained and not answerer.weighting.is_constant:
+        logger.info("its local adapter was never trained: the global adapter alone answers, alpha is always 0")
     for text in texts:
-        _answer(answerer, personality, config, text, out if input_path is not None else None)
+        try:
+            _answer(answerer, personality, config, text, out if input_path is not None else None)
+        except DataError as error:
+            if prompt is not None or input_path is not None:
+                raise
+            sys.stdout.write(f"{error}\n")  # who types can try again
     world.close()
 
 
@@ -55,6 +69,7 @@ def _answer(
 ) -> None:
     """Write one JSON line; or the answer as it comes where there is one beam, and then the weight."""
     prompts = tokenize_prompts([text], answerer.tokenizer, config.data.template)
+    answerer.check_context(len(prompts[0]), f"the prompt {text[:40]!r}")
     alphas: torch.Tensor = answerer.weights(personality, prompts)
     streams = config.generation.num_beams == 1 and json_out is None
     streamer = None

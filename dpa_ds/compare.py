@@ -9,6 +9,7 @@ from dpa_ds.config import RunConfig
 from dpa_ds.distributed.job import Job
 from dpa_ds.errors import ConfigError
 from dpa_ds.evaluation.answers import Instance
+from dpa_ds.evaluation.cells import overall_floor
 from dpa_ds.evaluation.comparison import (
     DUAL,
     METHODS,
@@ -105,7 +106,7 @@ def compare(config: RunConfig, job: Job, plan: Plan, recipe_arguments: Sequence[
             for entry, of_seeds in folders.items()
         }
         summary = json.loads((next(iter(folders.values()))[0] / "summary.json").read_text())
-        floors = {quantity: summary["floors"][quantity]["rouge1"] for quantity in ("P", "TTP")}
+        floors = {quantity: overall_floor(summary, quantity, "rouge1") for quantity in ("P", "TTP")}
         series = {
             " = ".join(
                 dict.fromkeys(e.method for e in entries if e.trained_as(plan.methods) == method)

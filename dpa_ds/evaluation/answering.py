@@ -11,7 +11,7 @@ from dpa_ds.checkpoint import RunFolder, SavedAdapter
 from dpa_ds.config import GenerationConfig
 from dpa_ds.data.references import REPRESENTATIONS, References, States
 from dpa_ds.distributed.federation_group import AdapterState
-from dpa_ds.errors import CheckpointError
+from dpa_ds.errors import CheckpointError, DataError
 from dpa_ds.evaluation.answers import NO_TASK, ClientInfo
 from dpa_ds.evaluation.weighting import Weighting, instance_weights
 from dpa_ds.model.dual_adapter import Adapter, DualAdapter
@@ -142,6 +142,20 @@ class Answerer:
             streamer=streamer,
         )
         return [text.strip() for text in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+
+    def check_context(self, num_tokens: int, what: str) -> None:
+        """Refuse a prompt of so many tokens that it and its answer do not fit the model's context.
+
+        Raises:
+            DataError: so it is; the message calls the prompt `what`.
+        """
+        context = getattr(self.adapters.base_model.config.get_text_config(), "max_position_embeddings", None)
+        longest = self.generation.max_new_tokens
+        if context is not None and num_tokens + longest > context:
+            raise DataError(
+                f"{what} has {num_tokens} tokens: with generation.max_new_tokens {longest} that is more than the model's "
+                f"context of {context}: lower generation.max_new_tokens, or shorten or remove it"
+            )
 
     def forget(self) -> None:
         """Forget what was installed and encoded: adapters have changed, or `weighting` has."""

@@ -13,7 +13,7 @@ from dpa_ds.config import WeightingKind
 from dpa_ds.errors import ConfigError
 from dpa_ds.evaluation.answers import Answer, ClientInfo, Instance, read_answers, select_answers
 from dpa_ds.evaluation.comparison_tables import comparison_markdown, comparison_table
-from dpa_ds.evaluation.pictures import curves, p_against_ttp
+from dpa_ds.evaluation.pictures import HELD_OUT_LOSS, curves, p_against_ttp
 from dpa_ds.evaluation.summary import Quantity, ScoreTable, oracle, over_seeds, paired_difference
 from dpa_ds.tracking import read_records
 
@@ -108,7 +108,7 @@ def read_evaluation(folder: Path, instances: Sequence[Instance]) -> Evaluated:
 
 
 def compare_entries(
-    entries: Mapping[tuple[str, str], Sequence[Evaluated]], floors: Mapping[str, float], seeds: Sequence[int]
+    entries: Mapping[tuple[str, str], Sequence[Evaluated]], floors: Mapping[str, float | None], seeds: Sequence[int]
 ) -> dict[str, Any]:
     """What `comparison_table` shows, from (method, weighting) -> one evaluation a seed.
 
@@ -162,7 +162,7 @@ def write_comparison(
 ) -> str:
     """Write comparison.json, comparison.md and two pictures into `folder`; returns the table as text."""
     write_file(folder / "comparison.json", json.dumps({**comparison, "curves": series}, indent=1))
-    curves(series, folder / "convergence.png", "held-out loss per answer token", "Convergence")
+    curves(series, folder / "convergence.png", HELD_OUT_LOSS, "Convergence: mean over clients")
     points = [
         {"label": f"{m['method']} {m['weighting']}", "P": m["P"]["mean"], "TTP": m["TTP"]["mean"]}
         | {f"{q}_error": m[q]["standard_error"] for q in QUANTITIES}

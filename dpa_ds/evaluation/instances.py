@@ -88,14 +88,8 @@ def tokenize_instances(config: RunConfig, instances: Sequence[Instance], answere
         DataError: prompt and answer do not fit the model's context.
     """
     prompts = tokenize_prompts([i.instruction for i in instances], answerer.tokenizer, config.data.template)
-    context = getattr(answerer.adapters.base_model.config.get_text_config(), "max_position_embeddings", None)
     for instance, prompt in zip(instances, prompts, strict=True):
-        if context is not None and len(prompt) + config.generation.max_new_tokens > context:
-            raise DataError(
-                f"row {instance.row} of task {instance.task} has {len(prompt)} tokens: with generation.max_new_tokens "
-                f"{config.generation.max_new_tokens} that is more than the model's context of {context}: lower "
-                "generation.max_new_tokens, or shorten or remove that row"
-            )
+        answerer.check_context(len(prompt), f"row {instance.row} of task {instance.task}")
     return prompts
 
 

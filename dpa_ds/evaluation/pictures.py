@@ -24,8 +24,11 @@ if TYPE_CHECKING:
 Point = Mapping[str, Any]
 """label, P, TTP, P_error, TTP_error (None: unknown), and optionally floor_P, floor_TTP."""
 
+HELD_OUT_LOSS = "held-out loss per answer token"
 NUM_BINS = 50
 MAX_PANELS = 16
+MAX_NAMED = 20
+"""Lines of a picture up to which each is named."""
 _MAX_NUMBERED = 16
 """Rows and columns up to which the cells of a heat map are wide enough for their numbers."""
 _OWN, _OTHER, _FRAME = "#1b6ca8", "#e08a1e", "#d1261b"
@@ -153,7 +156,7 @@ def curves_figure(series: Mapping[str, Sequence[tuple[int, float]]], ylabel: str
     # Few rounds are marked themselves: for a single one the locator would invent fractions.
     axes.xaxis.set_major_locator(MaxNLocator(integer=True) if len(rounds_shown) > 10 else FixedLocator(rounds_shown))
     axes.grid(alpha=0.3)
-    if series:
+    if 0 < len(series) <= MAX_NAMED:
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize="small")
     return figure
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from dpa_ds.checkpoint import write_file
 from dpa_ds.evaluation.answers import Answer, ClientInfo, Instance
-from dpa_ds.evaluation.pictures import alpha_histograms, heat_map, p_against_ttp
+from dpa_ds.evaluation.cells import overall_floor
+from dpa_ds.evaluation.pictures import HELD_OUT_LOSS, alpha_histograms, curves, heat_map, p_against_ttp
 from dpa_ds.evaluation.summary import summarize
 from dpa_ds.evaluation.tables import markdown_report, terminal_table
 from dpa_ds.tracking import read_records
@@ -28,7 +29,9 @@ def write_report(run_dir: Path, num_groups: int, seconds: float) -> str:
         )
         lines.append(f"{row['label'][:34]:34s} {row['num_examples']:8d} {values:>30s}")
     if evaluated:
-        plot_held_out_loss(evaluated, run_dir / "held_out_loss.png")
+        courses = {row["label"]: row["held_out_loss"] for row in evaluated}
+        title = "Held-out loss of each client (round 0: the base model)"
+        curves(courses, run_dir / "held_out_loss.png", HELD_OUT_LOSS, title)
         fallen = sum(_change(row["held_out_loss"]) < 0 for row in evaluated)
         lines.append(f"held-out loss fell for {fallen} of {len(evaluated)} clients")
     last = rounds[-1]
@@ -89,31 +92,10 @@ def _points(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     if points:
         mean: dict[str, Any] = {"label": "mean"}
         for name in ("P", "TTP"):
-            numbers, floor = summary[name]["rouge1"], summary["floors"][name]["rouge1"]
+            numbers, floor = summary[name]["rouge1"], overall_floor(summary, name, "rouge1")
             mean |= {name: numbers["mean"], f"{name}_error": numbers["standard_error"], f"floor_{name}": floor}
         points.append(mean)
     return points
-
-
-def plot_held_out_loss(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Held-out loss of every client over the rounds, as a PNG; round 0 is the base model."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot, ticker
-
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    colours = pyplot.get_cmap("tab20" if len(rows) > 10 else "tab10")
-    for i, row in enumerate(rows):
-        axes.plot(*zip(*row["held_out_loss"], strict=True), marker="o", label=row["label"], color=colours(i % 20))
-    axes.set(xlabel="round", ylabel="held-out loss per answer token", title="Held-out loss of each client")
-    axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
-    axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.3)
-    if len(rows) <= 20:
-        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize="small")
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
 
 
 def _held_out_by_client(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

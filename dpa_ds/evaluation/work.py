@@ -103,6 +103,8 @@ def answer_piece(
     alphas: dict[int, torch.Tensor] = {}
     for client in piece.clients:
         alphas[client] = answerer.weights(personalities[client], [prompts[i] for i in rows], states)
+        if answerer.partitioned:  # whether a weight is 0 decides on collectives: one rank decides
+            world.broadcast_(alphas[client])
 
     def answer(client: Personality | None, chosen: list[int]) -> dict[int, str]:
         mine = chosen[world.rank :: world.world_size] if answerer.partitioned else chosen

@@ -68,13 +68,23 @@ def resolve_model(config: ModelConfig, cache_dir: str) -> Path:
     return _from_hub(config.path)
 
 
+_IDENTITY_FILES = (
+    "config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+)
+
+
 def model_fingerprint(directory: Path) -> str:
     """SHA-256 (first 16 digits) of config, tokenizer, and of the tensors' names, shapes and a sample of their bytes.
 
     64 blocks of 4 KiB from every weight file: a second for 100 GB, and enough to tell two trained models apart.
     """
     digest = hashlib.sha256()
-    for name in ("config.json", "tokenizer.json"):
+    for name in _IDENTITY_FILES:
         path = directory / name
         digest.update(path.read_bytes() if path.is_file() else b"")
     for path in sorted(directory.glob("*.safetensors")):

@@ -50,18 +50,8 @@ def generate(
     ids, mask = ids.to(adapters.device), mask.to(adapters.device)
     cache = None
     if longest > 1:
-        # generate() copies a prompt for each beam first and then computes all copies: here the prompt is computed once.
-        cache = DynamicCache(config=model.config)
         adapters.set_mix(_mix(alphas, adapters.device, partitioned))
-        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-        model(
-            input_ids=ids[:, :-1],
-            attention_mask=mask[:, :-1],
-            position_ids=positions[:, :-1],
-            past_key_values=cache,
-            use_cache=True,
-            **adapters.one_logit,
-        )
+        cache = _compute_prompts(adapters, ids[:, :-1], mask[:, :-1])
         spread_over_beams(cache, beams, config.max_new_tokens)
     adapters.set_mix(_mix(alphas.repeat_interleave(beams), adapters.device, partitioned))
     tokens = model.generate(
@@ -80,6 +70,22 @@ def generate(
         streamer=streamer,
     )
     return [_until(eos_id, row) for row in tokens[:, longest:].tolist()]
+
+
+def _compute_prompts(adapters: DualAdapter, ids: torch.Tensor, mask: torch.Tensor) -> DynamicCache:
+    """Keys and values of the prompts, once each: generate() would compute a copy for each beam. (n, longest - 1) each."""
+    model: Any = adapters.base_model
+    cache = DynamicCache(config=model.config)
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    model(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=True,
+        **adapters.one_logit,
+    )
+    return cache
 
 
 def _mix(alphas: torch.Tensor, device: torch.device, partitioned: bool) -> float | torch.Tensor:

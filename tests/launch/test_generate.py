@@ -64,7 +64,7 @@ def test_a_conversation_ends_with_an_empty_line(run_dir: Path) -> None:
     command = [*GENERATE, "--run", str(run_dir), "--client", "0", "--beams", "2", "--max_new_tokens", "4"]
     ended = subprocess.run(
         command,
-        input="red cat\nblue dog\n\nnot asked\n",
+        input=f"red cat\n{'red ' * 5000}\nblue dog\n\nnot asked\n",
         capture_output=True,
         text=True,
         cwd=REPOSITORY,
@@ -73,6 +73,7 @@ def test_a_conversation_ends_with_an_empty_line(run_dir: Path) -> None:
     )
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.count("[alpha ") == 2
+    assert ended.stdout.count("lower generation.max_new_tokens, or shorten or remove it\n> ") == 1
     assert ended.stdout.startswith("client_0 colour0 after round 2, centred_cosine")
 
 
@@ -81,6 +82,8 @@ def test_a_conversation_ends_with_an_empty_line(run_dir: Path) -> None:
     [
         ([], "--client must be the id of a client such as 0, got 'nothing'"),
         (["--client", "7"], "has no client 7: its clients are [0, 1]"),
+        (["--client", "0", "--prompt", " "], "--prompt is empty: write a question"),
+        (["--client", "0", "--prompt", "red " * 5000], "context of 128: lower generation.max_new_tokens, or shorten"),
         (["--client", "0", "--prompt", "x", "--input", "y"], "--prompt and --input exclude one another"),
         (["--client", "0", "--input", "no_such.txt"], "no_such.txt: no such file or folder"),
         (["--client", "0", "--input", "hostfile.example", "--weighting", "dot"], "weighting.kind must be one of auto,"),

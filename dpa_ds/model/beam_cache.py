@@ -21,6 +21,21 @@ def spread_over_beams(cache: Cache, num_beams: int, num_new_tokens: int) -> None
             layer.batch_repeat_interleave(num_beams)  # type: ignore[union-attr]
 
 
+def can_keep_rows(cache: Cache) -> bool:
+    """Whether `keep_rows` works on every layer."""
+    return all(isinstance(layer, _BeamLayer) for layer in cache.layers)
+
+
+def keep_rows(cache: Cache, kept: torch.Tensor) -> None:
+    """Drop all rows but `kept` (indices among those that are there), whole prompts with all their beams.
+
+    `reorder_cache` goes on to be told in terms of the rows that there were at first.
+    """
+    for layer in cache.layers:
+        assert isinstance(layer, _BeamLayer), "can_keep_rows"
+        layer.keep_rows(kept)
+
+
 class _BeamLayer(DynamicLayer):
     """Keys and values (rows, heads, tokens, head size) in a buffer of their final size; the prompt's part stays in place.
 
@@ -34,6 +49,9 @@ class _BeamLayer(DynamicLayer):
         assert values is not None
         self._prompt_length = self._length = keys.shape[-2]
         self._buffers = [_roomy(states, num_beams, num_new_tokens) for states in (keys, values)]
+        self._rows = torch.arange(len(self._buffers[0]), device=keys.device)
+        """Which of the first rows are still there."""
+        self._num_first_rows = len(self._rows)
         self.device, self.is_initialized = keys.device, True
         self.keys, self.values = self._filled()
 
@@ -50,8 +68,17 @@ class _BeamLayer(DynamicLayer):
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Row i takes the new tokens of row `beam_idx[i]`, a beam of the same prompt."""
         new = slice(self._prompt_length, self._length)
+        place = torch.empty(self._num_first_rows, dtype=torch.long, device=self._rows.device)
+        place[self._rows] = torch.arange(len(self._rows), device=self._rows.device)
+        taken = place[beam_idx.to(place.device)[self._rows]]
         for buffer in self._buffers:
-            buffer[:, :, new] = buffer[:, :, new].index_select(0, beam_idx.to(buffer.device))
+            buffer[:, :, new] = buffer[:, :, new].index_select(0, taken)
+
+    def keep_rows(self, kept: torch.Tensor) -> None:
+        """Of the rows that are there, keep those with indices `kept`."""
+        self._rows = self._rows[kept]
+        self._buffers = [buffer.index_select(0, kept) for buffer in self._buffers]
+        self.keys, self.values = self._filled()
 
     def _filled(self) -> tuple[torch.Tensor, torch.Tensor]:
         keys, values = (buffer[:, :, : self._length] for buffer in self._buffers)

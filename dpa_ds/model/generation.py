@@ -13,6 +13,7 @@ from transformers import GenerationConfig as TransformersGenerationConfig
 from dpa_ds.config import GenerationConfig
 from dpa_ds.model.beam_cache import spread_over_beams
 from dpa_ds.model.dual_adapter import DualAdapter
+from dpa_ds.model.open_rows import only_open_rows
 
 
 @torch.no_grad()
@@ -53,22 +54,30 @@ def generate(
         adapters.set_mix(_mix(alphas, adapters.device, partitioned))
         cache = _compute_prompts(adapters, ids[:, :-1], mask[:, :-1])
         spread_over_beams(cache, beams, config.max_new_tokens)
-    adapters.set_mix(_mix(alphas.repeat_interleave(beams), adapters.device, partitioned))
-    tokens = model.generate(
-        input_ids=ids,
-        attention_mask=mask,
-        past_key_values=cache,
-        generation_config=TransformersGenerationConfig(
-            do_sample=False,
-            num_beams=beams,
-            max_new_tokens=config.max_new_tokens,
-            pad_token_id=pad_id,
-            eos_token_id=eos_id,
-            use_cache=True,
-        ),
-        synced_gpus=partitioned,
-        streamer=streamer,
+    weights = alphas.repeat_interleave(beams).to(adapters.device)
+    adapters.set_mix(_mix(weights, adapters.device, partitioned))
+    decoding = TransformersGenerationConfig(
+        do_sample=False,
+        num_beams=beams,
+        max_new_tokens=config.max_new_tokens,
+        pad_token_id=pad_id,
+        eos_token_id=eos_id,
+        use_cache=True,
     )
+
+    def mix_of(rows: torch.Tensor) -> None:
+        adapters.set_mix(_mix(weights[rows], adapters.device, partitioned))
+
+    # Ranks of a partitioned base gather weights together: each computes its rows until all are done.
+    with only_open_rows(model, None if partitioned else cache, beams, eos_id, mix_of):
+        tokens = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            past_key_values=cache,
+            generation_config=decoding,
+            synced_gpus=partitioned,
+            streamer=streamer,
+        )
     return [_until(eos_id, row) for row in tokens[:, longest:].tolist()]
 
 

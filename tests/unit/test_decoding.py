@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, MistralConfig
 
 from dpa_ds.config import GenerationConfig, LoraConfig
 from dpa_ds.data.references import REPRESENTATIONS
+from dpa_ds.model import open_rows
 from dpa_ds.model.dual_adapter import ADAPTERS, DualAdapter
 from dpa_ds.model.encoding import Encoder, batches, encode
 from dpa_ds.model.generation import generate
@@ -25,6 +26,8 @@ PAD, EOS = 257, 256
 LENGTHS = (1, 3, 12, 1, 7, 5, 12, 2)
 ALPHAS = torch.tensor([0.0, 0.3, 0.7, 1.0, 1.0, 0.5, 0.0, 0.9])
 NEW_TOKENS = 8
+END_SOON = 4.0
+"""Added to the logit of the end token, so that rows end at different places."""
 
 
 def draw_prompts(lengths: Sequence[int] = LENGTHS, seed: int = 7) -> list[list[int]]:
@@ -198,6 +201,36 @@ def test_answers_end_before_the_end_token(models: Models, beams: int) -> None:
         assert plain_generate(models.plain.model, [prompt], beams, eos) == [answer]
     if beams == 1:
         assert answers == [a[: a.index(eos)] if eos in a else a for a in open_end]
+
+
+@pytest.mark.parametrize("beams", [1, 4])
+def test_finished_rows_are_not_computed(models: Models, beams: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch computes as many rows as its prompts alone would, together: in a batch of 16, none for company."""
+    monkeypatch.setattr(open_rows, "WORTH_COPYING", 1.0)
+    prompts, alphas = draw_prompts([2, 5, 9, 3] * 4, seed=2), torch.linspace(0.1, 0.9, 16)
+    base, rows = models.dual.base_model, list[int]()
+
+    def count(_module: Any, inputs: Any, _output: Any) -> None:
+        rows.append(len(inputs[0]))
+
+    def end_soon(_module: Any, _inputs: Any, logits: torch.Tensor) -> torch.Tensor:
+        return logits + END_SOON * (torch.arange(logits.shape[-1]) == EOS)
+
+    hooks = [
+        base.get_input_embeddings().register_forward_hook(count),
+        base.get_output_embeddings().register_forward_hook(end_soon),
+    ]
+    try:
+        answers = models.generate(prompts, alphas, beams)
+        together = rows[1:]  # after the prompts
+        rows.clear()
+        alone = [models.generate([prompt], alphas[i : i + 1], beams)[0] for i, prompt in enumerate(prompts)]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert answers == alone
+    assert sum(together) == sum(rows) - len(prompts)  # each began with a row of its prompt
+    assert sum(together) < 0.8 * len(together) * len(prompts) * beams, "no row ended early enough to tell anything"
 
 
 def test_weights_change_answers(models: Models) -> None:

@@ -6,8 +6,10 @@ every exchange is one torchft step. So two leaders at the same step are at the s
 ended finds its result with the others.
 """
 
+import contextlib
 import logging
 import os
+import socket
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -26,6 +28,7 @@ from dpa_ds.errors import ClusterError, Preempted
 EXCHANGE_SECONDS = 60.0
 """Bound on one all-reduce: it begins when all are there, so it is short."""
 RETRY_SECONDS = 0.5
+PROBE_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -204,6 +207,13 @@ class ElasticGroup:
             raise self._lost_rendezvous(error) from error
 
     def _lost_rendezvous(self, error: Exception) -> ClusterError:
+        host, port = self._rendezvous.rsplit(":", 1)
+        with contextlib.suppress(OSError), socket.create_connection((host.strip("[]"), int(port)), PROBE_SECONDS):
+            return ClusterError(
+                f"the rendezvous at {self._rendezvous} answers, but within federation.timeout_seconds = "
+                f"{self.timeout_seconds:g} the other groups did not come: they went on without this one (it was silent for "
+                "longer than cluster.silence_seconds), or are still in their round; start it again, it joins at the next round"
+            )
         return ClusterError(
             f"no answer from the rendezvous at {self._rendezvous} within federation.timeout_seconds = "
             f"{self.timeout_seconds:g} ({str(error).splitlines()[0][:120]}): is launch/rendezvous.py running there, and do "

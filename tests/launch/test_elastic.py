@@ -1,11 +1,15 @@
 """Rank groups with launchers of their own: one is one run, and each bound holds."""
 
+import itertools
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from dpa_ds.tracking import read_records
 from tests import tiny
@@ -25,6 +29,7 @@ from tests.launch.processes import (
 pytestmark = pytest.mark.launch
 DEADLINE_SECONDS = 150.0
 SILENCE_SECONDS = 3
+PREEMPTED = 75
 Arguments = Callable[..., list[str]]
 
 
@@ -111,6 +116,68 @@ def test_groups_of_unequal_size(tmp_path: Path, arguments: Arguments) -> None:
         launcher = [beside_python("deepspeed"), "--num_gpus", "2", "--master_port", str(free_port())]
         finished([Running([*launcher, *RUN[1:], *argv, *own]), start(argv, 1, meeting)])
     assert_same_adapters(adapters(elastic / "runs" / "tiny"), adapters(fixed / "runs" / "tiny"), tolerance=0.0)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_lost_group_is_left_out_and_joins_again(how: signal.Signals, tmp_path: Path, arguments: Arguments) -> None:
+    """The run is as long as it takes, and is stopped when the group has been back for a round."""
+    settings = {"federation__num_rounds": 500, "train__max_steps": 60, "checkpoint__keep_rounds": 500}
+    argv, run_dir = arguments(tmp_path, **settings), tmp_path / "runs" / "tiny"
+    with rendezvous(argv) as (meeting, _), start(argv, 0, meeting) as survivor:
+        with start(argv, 1, meeting) as lost:
+            wait_for(run_dir, "rounds/round_000001/meta.json", [survivor, lost], DEADLINE_SECONDS)
+            lost.process.send_signal(how)
+            wait_until(lambda: presence(run_dir).get(last_round(run_dir)) == [0], survivor)
+            if how == signal.SIGSTOP:
+                lost.process.send_signal(signal.SIGCONT)
+                ended = lost.wait(DEADLINE_SECONDS)
+                assert ended.returncode == 3, ended.output
+                (error,) = ended.errors
+                assert "they went on without this one (it was silent for" in error
+        alone = last_round(run_dir)
+        with start(argv, 1, meeting) as back:
+            wait_until(lambda: [0, 1] in [presence(run_dir)[r] for r in range(alone, last_round(run_dir))], survivor)
+            for group in (survivor, back):
+                group.process.terminate()
+            assert [group.wait(DEADLINE_SECONDS).returncode for group in (survivor, back)] == [PREEMPTED, PREEMPTED]
+    present = presence(run_dir)
+    away = [r for r in sorted(present) if present[r] != [0, 1]]
+    assert away == list(range(away[0], away[-1] + 1)), "left once, joined once"
+    assert all(present[r] == [0] for r in away)
+    assert alone in away
+    shared, kept = (
+        [round_of(run_dir, r, name) for r in (away[0] - 1, *away)] for name in ("global", "local/client_01")
+    )
+    for before, after in itertools.pairwise(shared):
+        assert not equal(before, after), "the survivor's updates count"
+    assert all(equal(kept[0], later) for later in kept[1:]), "an absent client keeps its local adapter"
+    assert not equal(kept[0], round_of(run_dir, away[-1] + 1, "local/client_01")), "and goes on with it"
+
+    rounds = last_round(run_dir) + 1
+    with rendezvous(argv) as (meeting, _):
+        again = arguments(tmp_path, **{**settings, "federation__num_rounds": rounds})
+        finished([start(again, group, meeting) for group in range(2)])
+    assert presence(run_dir)[rounds] == [0, 1]
+
+
+def wait_until(condition: Callable[[], bool], running: Running) -> None:
+    deadline = time.monotonic() + DEADLINE_SECONDS
+    while not condition():
+        assert running.process.poll() is None, running.output()
+        assert time.monotonic() < deadline, running.output()
+        time.sleep(0.05)
+
+
+def last_round(run_dir: Path) -> int:
+    return max(int(path.parent.name.removeprefix("round_")) for path in run_dir.glob("rounds/round_??????/meta.json"))
+
+
+def round_of(run_dir: Path, server_round: int, name: str) -> dict[str, torch.Tensor]:
+    return load_file(run_dir / "rounds" / f"round_{server_round:06d}" / name / "adapter_model.safetensors")
+
+
+def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(one[key], other[key]) for key in one)
 
 
 def test_without_the_rendezvous_all_stop_and_go_on_later(

@@ -14,6 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from dpa_ds.config import TrackingConfig
+from dpa_ds.errors import CheckpointError
 
 logger = logging.getLogger("dpa_ds")
 
@@ -64,11 +65,17 @@ class Tracker:
             temporary.replace(path)
 
     def record(self, kind: str, server_round: int, **values: Any) -> None:
-        """Append one record to metrics.jsonl (main leader only)."""
+        """Append one record to metrics.jsonl (main leader only). Raises CheckpointError if the file system refuses."""
         if self._is_main and self._records_path is not None:
             line = json.dumps({"kind": kind, "round": server_round, **values})
-            with self._records_path.open("a") as file:
-                file.write(line + "\n")
+            try:
+                with self._records_path.open("a") as file:
+                    file.write(line + "\n")
+            except OSError as error:
+                raise CheckpointError(
+                    f"cannot write {self._records_path}: {error}; earlier rounds are intact: make room, then run the same "
+                    "command again"
+                ) from error
 
     @property
     def _records_path(self) -> Path | None:

@@ -1,7 +1,10 @@
 """A run that was killed goes on where it was; one that is over is told again; one that is raised goes further."""
 
 import json
+import re
+import shlex
 import shutil
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +12,17 @@ from pathlib import Path
 import pytest
 
 from tests import tiny
-from tests.launch.processes import RUN, Ended, Running, adapters, assert_same_adapters, run, run_forked
+from tests.launch.processes import (
+    RUN,
+    Ended,
+    Running,
+    adapters,
+    assert_same_adapters,
+    run,
+    run_by_hand,
+    run_forked,
+    start_by_hand,
+)
 
 pytestmark = pytest.mark.launch
 
@@ -20,7 +33,7 @@ def arguments(model: Path, federation: Path, tmp_path_factory: pytest.TempPathFa
 
     def arguments(folder: Path, **overrides: object) -> list[str]:
         settings = {"train__local_epochs": 5.0, "lora__dropout": 0.1, "train__keep_optimizer_state": True}
-        return tiny.recipe(model, federation, folder / "runs", **settings, **overrides)
+        return tiny.recipe(model, federation, folder / "runs", **{**settings, **overrides})
 
     return arguments
 
@@ -208,3 +221,68 @@ def test_another_layout_begins_the_round_anew(
     ended = run_forked([*argv, "--train.micro_batch_tokens", "64"], tmp_path / "output.txt")
     assert ended.returncode == 0, ended.output
     assert "client 1 begins round 2 anew: what it had done of it was done with another layout" in ended.output
+
+
+def test_resumed_on_other_layouts_at_the_border_of_rounds(tmp_path: Path, arguments: Callable[..., list[str]]) -> None:
+    """Ranks of a group, number of groups and ZeRO stage may change between rounds: the adapters are the same to 1e-5."""
+    settings = {"lora__dropout": 0.0, "train__local_epochs": 2.0}
+    layouts = (
+        (1, "zero1", "2"),  # one group of one rank
+        (2, "zero2", "2"),
+        (3, "zero3", "[2, 1]"),  # two groups
+        (2, "zero1", "1"),
+    )
+    (tmp_path / "one").mkdir()
+    (tmp_path / "many").mkdir()
+    ended = run_forked(
+        [*arguments(tmp_path / "one", **settings), "--federation.num_rounds", "4"], tmp_path / "output.txt"
+    )
+    assert ended.returncode == 0, ended.output
+    argv = arguments(tmp_path / "many", **settings)
+    for num_rounds, (num_ranks, stage, ranks_per_group) in enumerate(layouts, 1):
+        command = [*RUN, *argv, "--federation.num_rounds", str(num_rounds)]
+        command += ["--engine.deepspeed_config", f"ds_configs/{stage}.json"]
+        command += ["--cluster.ranks_per_group", ranks_per_group] if num_ranks > 1 else []
+        for one in run_by_hand(start_by_hand(command, num_ranks)):
+            assert one.returncode == 0, one.output
+    actual, expected = (adapters(tmp_path / name / "runs" / "tiny") for name in ("many", "one"))
+    assert_same_adapters(actual, expected, tolerance=1e-5)
+
+
+FULL = """\
+mount -t tmpfs -o size=8m none {runs}
+( until [ -e {run_dir}/rounds/round_000001/meta.json ]; do sleep 0.01; done; cat /dev/zero > {runs}/filler ) 2>/dev/null &
+{command}
+code=$?
+rm {runs}/filler
+cp -a {runs}/. {saved}
+exit $code
+"""
+
+
+def test_a_full_disk_is_one_error_and_earlier_rounds_are_intact(
+    tmp_path: Path, arguments: Callable[..., list[str]], uninterrupted: Path
+) -> None:
+    """The file system is a small one of its own, filled by somebody else after the first round."""
+    argv, runs, saved = arguments(tmp_path), tmp_path / "runs", tmp_path / "saved"
+    argv += ["--federation.num_rounds", "3"]
+    script = FULL.format(runs=runs, run_dir=runs / "tiny", saved=saved, command=shlex.join([*RUN, *argv]))
+    runs.mkdir(exist_ok=True)
+    saved.mkdir()
+    alone = ["unshare", "--mount", "--map-root-user"]
+    if subprocess.run([*alone, "true"], capture_output=True).returncode:
+        pytest.skip("this system lets no user mount a file system of its own")
+    ended = run([*alone, "sh", "-c", script])
+    assert ended.returncode == 4, ended.output
+    assert len(ended.errors) == 1, ended.output
+    assert ended.num_tracebacks == 0, ended.output
+    assert f"cannot write {runs}" in ended.errors[0]
+    assert "No space left on device" in ended.errors[0]
+    assert "make room or choose another output_dir, then run the same command again" in ended.errors[0]
+
+    shutil.copytree(saved, runs, symlinks=True, dirs_exist_ok=True)
+    ended = run_forked(argv, tmp_path / "output.txt")
+    assert ended.returncode == 0, ended.output
+    assert re.search(r"continues after round [12] of 3", ended.output)
+    assert_same_adapters(adapters(runs / "tiny"), adapters(uninterrupted), tolerance=0.0)
+    assert metrics(runs / "tiny") == metrics(uninterrupted)

@@ -245,6 +245,28 @@ class RunFolder:
         extras = {key: tensors for key, tensors in saved.tensors.items() if key != WEIGHTS}
         return SavedAdapter(saved.tensors[WEIGHTS], extras, saved.info)
 
+    def load_newest(self, server_round: int, name: str) -> SavedAdapter | None:
+        """`load_adapter`, of a later round if this one is gone: other groups go on, and delete, while one starts. None: no such.
+
+        The local adapters of clients that are not there are the same in all rounds that they miss.
+
+        Raises:
+            CheckpointError: as `load_adapter`.
+        """
+        while True:
+            problem = None
+            try:
+                if (self.round_dir(server_round) / name).is_dir():
+                    return self.load_adapter(server_round, name)
+            except CheckpointError as error:
+                problem = error
+            latest = self.latest_round()
+            if latest == server_round:
+                if problem is not None:
+                    raise problem
+                return None
+            server_round = latest
+
     def info(self, server_round: int, name: str) -> dict[str, Any]:
         """What the saver added to an adapter of a complete round, without reading its tensors.
 

@@ -11,6 +11,7 @@ from dpa_ds.data.prompts import TokenizedExamples, load_or_tokenize
 from dpa_ds.data.references import REPRESENTATIONS, References, draw_references
 from dpa_ds.data.sources import ClientData, list_clients, pool_clients, read_clients
 from dpa_ds.distributed.world import World
+from dpa_ds.errors import CheckpointError
 from dpa_ds.federation.aggregation import Shared
 from dpa_ds.federation.client import HostedClient
 from dpa_ds.federation.methods import Schedule
@@ -61,7 +62,11 @@ def restore_shared(config: RunConfig, schedule: Schedule, adapters: DualAdapter,
     fresh = torch.zeros((len(REPRESENTATIONS), hidden_size) if schedule.weighted_by_instance else (0, 0))
     if completed_rounds == 0:
         return Shared(adapters.initial_state("global", (config.seed, GLOBAL_SEED)), fresh)
-    saved = RunFolder(config.run_dir).load_adapter(completed_rounds, "global")
+    saved = RunFolder(config.run_dir).load_newest(completed_rounds, "global")
+    if saved is None:
+        raise CheckpointError(
+            f"{RunFolder(config.run_dir).round_dir(completed_rounds)} has no global adapter: delete it"
+        )
     if not schedule.weighted_by_instance:
         return Shared(saved.weights, fresh)
     means = saved.extras["mean_states"]
@@ -105,11 +110,12 @@ def _tasks(data: ClientData) -> tuple[str, ...]:
 
 
 def _restore_local(client: HostedClient, config: RunConfig, adapters: DualAdapter, completed_rounds: int) -> None:
-    folder = RunFolder(config.run_dir)
-    if completed_rounds == 0 or client.client_id not in folder.clients(completed_rounds):  # its group was never there
+    name, saved = f"local/client_{client.client_id:02d}", None
+    if completed_rounds:
+        saved = RunFolder(config.run_dir).load_newest(completed_rounds, name)
+    if saved is None:  # the beginning, or its group was never there
         client.local_state = adapters.initial_state("local", (config.seed, LOCAL_SEED, client.client_id))
         return
-    saved = folder.load_adapter(completed_rounds, f"local/client_{client.client_id:02d}")
     client.local_state, client.local_optimizer = saved.weights, saved.extras.get("optimizer")
     if "references" in saved.extras:
         client.references = References.from_tensors(saved.extras["references"])

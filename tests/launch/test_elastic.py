@@ -136,7 +136,9 @@ def test_a_lost_group_is_left_out_and_joins_again(how: signal.Signals, tmp_path:
                 assert "they went on without this one (it was silent for" in error
         alone = last_round(run_dir)
         with start(argv, 1, meeting) as back:
-            wait_until(lambda: [0, 1] in [presence(run_dir)[r] for r in range(alone, last_round(run_dir))], survivor)
+            wait_until(
+                lambda: [0, 1] in [presence(run_dir)[r] for r in range(alone, last_round(run_dir))], survivor, back
+            )
             for group in (survivor, back):
                 group.process.terminate()
             assert [group.wait(DEADLINE_SECONDS).returncode for group in (survivor, back)] == [PREEMPTED, PREEMPTED]
@@ -160,11 +162,13 @@ def test_a_lost_group_is_left_out_and_joins_again(how: signal.Signals, tmp_path:
     assert presence(run_dir)[rounds] == [0, 1]
 
 
-def wait_until(condition: Callable[[], bool], running: Running) -> None:
+def wait_until(condition: Callable[[], bool], *running: Running) -> None:
+    """While all of `running` go on."""
     deadline = time.monotonic() + DEADLINE_SECONDS
     while not condition():
-        assert running.process.poll() is None, running.output()
-        assert time.monotonic() < deadline, running.output()
+        outputs = "\n\n".join(one.output()[-2000:] for one in running)
+        assert all(one.process.poll() is None for one in running), outputs
+        assert time.monotonic() < deadline, outputs
         time.sleep(0.05)
 
 

@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test check install install-test clean
+.PHONY: demo test faults check install install-test clean
 
 # Two ranks where there is no GPU (deepspeed's default is one per NUMA node): each trains four of the eight clients.
 demo: install
@@ -14,6 +14,11 @@ demo: install
 
 test: install-test
 	$(BIN)/python -m pytest
+
+# Kill N real runs at random moments, start them again, and compare with an undisturbed one (a minute each on two cores).
+N ?= 20
+faults: install-test
+	$(BIN)/python -m tests.faults --trials $(N)
 
 # What CI checks beside the tests.
 check: install-test

@@ -30,6 +30,7 @@ from dpa_ds.storage import (
     STATE,
     SavedFolder,
     fsync,
+    lock_file,
     read_folder,
     sha256_of,
     storage_errors,
@@ -62,6 +63,21 @@ class RunFolder:
     def __init__(self, run_dir: Path) -> None:
         self.run_dir = run_dir
         self.rounds_dir = run_dir / "rounds"
+        self._lock: int | None = None
+
+    def hold(self, config: RunConfig, creates: bool = False) -> None:
+        """Keep other jobs away from this run until the process ends: two that write one run would spoil it. Rank 0 of a job.
+
+        Args:
+            creates: the run begins to exist.
+
+        Raises:
+            CheckpointError: another job works on it, for longer than a job that is ending would.
+        """
+        group = config.cluster.group
+        path = self.run_dir / ("lock" if group is None else f"lock_group_{group}")
+        if self._lock is None:
+            self._lock = lock_file(path, config.checkpoint.grace_seconds, creates)
 
     # ---- which run, which round -------------------------------------------------------------------------------
 

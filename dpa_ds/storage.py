@@ -4,10 +4,12 @@ Only safetensors and JSON: nothing that is read from disk can run code.
 """
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -127,6 +129,40 @@ def sha256_of(path: Path) -> str:
     """Checksum of a file, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def lock_file(path: Path, wait_seconds: float, creates: bool) -> int | None:
+    """Hold `path` until this process ends, however it ends. Waits for another holder, which may just be saving its last step.
+
+    Args:
+        creates: make the file if it is not there; else there is nothing to hold.
+
+    Returns:
+        its descriptor, which must stay open; None where nothing is held, also on file systems without locks.
+
+    Raises:
+        CheckpointError: another process holds it for longer than `wait_seconds`, or the file system refuses.
+    """
+    if not creates and not path.exists():
+        return None
+    with storage_errors(path):
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    deadline = time.monotonic() + wait_seconds
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return descriptor
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                os.close(descriptor)
+                raise CheckpointError(
+                    f"another job works on {path.parent} (it holds {path.name}): wait for its end or stop it, or choose "
+                    "another name"
+                ) from None
+            time.sleep(0.1)
+        except OSError:
+            os.close(descriptor)
+            return None
 
 
 class BackgroundWriter:

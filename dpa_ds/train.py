@@ -40,7 +40,7 @@ def train(config: RunConfig, job: Job) -> None:
     topology = place(config, job, len(names))
     job.describe_rank = partial(describe_rank, topology, job)
     folder = RunFolder(config.run_dir)
-    completed = int(job.decide("completed_rounds", lambda: folder.resume(config)))
+    completed = int(job.decide("completed_rounds", lambda: find_round(folder, config)))
 
     world = build_world(job, topology, config.cluster, config.federation.timeout_seconds)
     if world.is_main:
@@ -62,6 +62,7 @@ def train(config: RunConfig, job: Job) -> None:
     labels, trained = exchange_labels(job, world, clients, names)
     if world.is_main:  # everything that a user can get wrong was read by now: from here on the run exists
         write_file(config.run_dir / "config.yaml", to_yaml(config))
+        folder.hold(config, creates=True)
         write_file(config.run_dir / MODEL, json.dumps({"fingerprint": fingerprint, "path": config.model.path}))
     tracker = Tracker(config.run_dir if world.is_leader else None, world.is_main, config.tracking)
     with BackgroundWriter() as writer:
@@ -86,6 +87,12 @@ def train(config: RunConfig, job: Job) -> None:
     if world.federation is not None and world.federation.is_first:
         logger.info(write_report(config.run_dir, topology.num_groups, time.monotonic() - started))
     world.close()
+
+
+def find_round(folder: RunFolder, config: RunConfig) -> int:
+    """The round to go on after, once no other job works on the run. Rank 0."""
+    folder.hold(config)
+    return folder.resume(config)
 
 
 def place(config: RunConfig, job: Job, num_clients: int) -> Topology:

@@ -5,6 +5,8 @@ a signal on any rank asks all ranks of the job to stop; a rank that is not heard
 process even out of a collective that would never return.
 """
 
+import contextlib
+import ctypes
 import os
 import signal
 import sys
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from dpa_ds.distributed.launchers import Launch
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+PR_SET_PDEATHSIG = 1  # sys/prctl.h
 PERIOD_SECONDS = 0.5
 PATIENCE_SECONDS = 5.0
 """How long a rank of a failed job may take to end by itself."""
@@ -63,6 +66,8 @@ class Watch:
 
     def start(self) -> None:
         """Take over the signals and begin. Main thread only."""
+        if self._launch.job_world_size > 1:  # a single process may well outlive its shell (nohup)
+            _end_with_launcher()
         reading, writing = os.pipe()
         os.set_blocking(writing, False)
         signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
@@ -167,6 +172,15 @@ class Watch:
     def _say(self, text: str) -> None:
         sys.stderr.write(text + "\n")
         sys.stderr.flush()
+
+
+def _end_with_launcher() -> None:
+    """On Linux: SIGTERM for this process once the one that started it is gone, so that a killed launcher leaves no orphans.
+
+    Nobody else would end them, and a second start of the command would meet them at work on the same run.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
 
 
 class _Beats:

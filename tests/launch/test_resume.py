@@ -22,6 +22,7 @@ from tests.launch.processes import (
     run_by_hand,
     run_forked,
     start_by_hand,
+    wait_for,
 )
 
 pytestmark = pytest.mark.launch
@@ -286,3 +287,15 @@ def test_a_full_disk_is_one_error_and_earlier_rounds_are_intact(
     assert re.search(r"continues after round [12] of 3", ended.output)
     assert_same_adapters(adapters(runs / "tiny"), adapters(uninterrupted), tolerance=0.0)
     assert metrics(runs / "tiny") == metrics(uninterrupted)
+
+
+def test_two_jobs_at_once_on_one_run_are_refused(tmp_path: Path, arguments: Callable[..., list[str]]) -> None:
+    argv = arguments(tmp_path, federation__num_rounds=500, checkpoint__grace_seconds=2)
+    run_dir = tmp_path / "runs" / "tiny"
+    with Running([*RUN, *argv]) as first:
+        wait_for(run_dir, "rounds/round_000001/meta.json", [first], 60.0)
+        ended = run_forked(argv, tmp_path / "output.txt")
+        assert ended.returncode == 4, ended.output
+        (error,) = ended.errors
+        assert f"another job works on {run_dir} (it holds lock): wait for its end or stop it" in error
+        assert first.process.poll() is None, first.output()

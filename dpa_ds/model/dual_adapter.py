@@ -41,7 +41,7 @@ class DualAdapter:
     """A PEFT model with the adapters "global" and "local" on every target layer."""
 
     def __init__(self, base: PreTrainedModel, config: LoraConfig) -> None:
-        _check_target_modules(base, config.target_modules)
+        _check_target_modules(base, config)
         base.requires_grad_(False)
         self.base_model = base
         """The causal LM under PEFT."""
@@ -171,12 +171,16 @@ def _adapter_parameters(model: peft.PeftModel, adapter: Adapter) -> dict[str, to
     return dict(sorted(found.items()))
 
 
-def _check_target_modules(base: PreTrainedModel, targets: Sequence[str]) -> None:
+def _check_target_modules(base: PreTrainedModel, config: LoraConfig) -> None:
     # PEFT complains only if none of the names matches.
-    linear = [n for n, m in base.named_modules() if isinstance(m, torch.nn.Linear) or type(m).__name__ == "Conv1D"]
-    missing = [t for t in targets if not any(n == t or n.endswith("." + t) for n in linear)]
+    linear = {n: m for n, m in base.named_modules() if isinstance(m, torch.nn.Linear) or type(m).__name__ == "Conv1D"}
+    missing = [t for t in config.target_modules if not any(n == t or n.endswith("." + t) for n in linear)]
     if missing:
         available = sorted({name.rsplit(".", 1)[-1] for name in linear})
         raise ModelError(
             f"lora.target_modules {missing} are not linear layers of {type(base).__name__}; it has {available}"
         )
+    widest = int(base.config.get_text_config().hidden_size)
+    for key, rank in (("lora.rank", config.rank), ("lora.local_rank", config.local_rank or 1)):
+        if rank > widest:
+            raise ModelError(f"{key} {rank} is more than the width of the model, {widest}: lower it (8 is usual)")

@@ -115,9 +115,13 @@ def refuse(case: Case, place: Place) -> None:
 def checksums(folder: Path) -> dict[str, str]:
     """Every file and folder below `folder`, and what is in it."""
     return {
-        str(path): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
+        str(path): os.readlink(path)
+        if path.is_symlink()
+        else hashlib.sha256(path.read_bytes()).hexdigest()
+        if path.is_file()
+        else "folder"
         for path in [folder, *folder.rglob("*")]
-        if path.exists()
+        if path.exists() or path.is_symlink()
     }
 
 

@@ -159,7 +159,9 @@ def run_forked(
     `variables` are added to its environment. Its standard input is empty.
     """
     started = time.monotonic()
-    process = _forkserver().Process(target=_run_program, args=(program, list(argv), str(output), variables), daemon=True)
+    process = _forkserver().Process(
+        target=_run_program, args=(program, list(argv), str(output), variables), daemon=True
+    )
     process.start()
     process.join(deadline_seconds)
     hung = process.is_alive()

@@ -6,6 +6,7 @@ Every fault of a file or a cell is a DataError that names file and row.
 import csv
 import io
 import json
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ class Row:
     def text(self, column: str) -> str:
         """The cell as text; numbers and truth values are written out. Raises DataError for anything else."""
         if column not in self.values:
-            existing = ", ".join(map(repr, self.values)) or "none"
+            existing = textwrap.shorten(", ".join(map(repr, self.values)), 300, placeholder=" ...") or "none"
             raise DataError(
                 f"{self.place}: no column {column!r}; columns are {existing}: set the data.*_column that fits"
             )
@@ -59,6 +60,8 @@ def read_table(path: str | Path) -> list[Row]:
 def read_rows(path: Path) -> list[Row]:
     """As `read_table`, for a file that may have no rows."""
     with reading(path):
+        if path.is_fifo():  # opening it would wait for a writer
+            raise DataError(f"{path}: is a pipe, not a file: write the examples to a file")
         if path.is_dir():
             return _read_saved_dataset(path)
         match path.suffix.lower():

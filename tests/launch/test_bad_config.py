@@ -87,10 +87,10 @@ OPTIONS = [
         "seconds beyond the clock",
         "cluster.timeout_seconds",
         "1e300",
-        "cluster.timeout_seconds must be > 0 and at most a year",
+        "cluster.timeout_seconds must be at most 31536000, a year",
     ),
     option(
-        "other seconds", "federation.timeout_seconds", "1e300", "federation.timeout_seconds must be > 0 and at most"
+        "other seconds", "federation.timeout_seconds", "1e300", "federation.timeout_seconds must be at most 31536000, a year"
     ),
     option("unknown choice", "method.name", "fedavg", "method.name must be one of feddpa_t, feddpa_f"),
     option("empty list", "lora.target_modules", "[]", "lora.target_modules must name at least one linear layer"),

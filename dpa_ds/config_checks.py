@@ -16,7 +16,12 @@ MAX_FILE_BYTES = 1 << 20
 """A recipe or DeepSpeed JSON is a few kB: more is the wrong file, and is not read."""
 _MAX_NAME_BYTES = 200
 _YEAR = 365 * 24 * 3600
-_WAITS = ("cluster.timeout_seconds", "cluster.silence_seconds", "federation.timeout_seconds", "checkpoint.grace_seconds")
+_WAITS = (
+    "cluster.timeout_seconds",
+    "cluster.silence_seconds",
+    "federation.timeout_seconds",
+    "checkpoint.grace_seconds",
+)
 """Seconds that libraries count in integers, which overflow."""
 
 # dotted key, test, what the message says is allowed. A null is always allowed where the type has it.

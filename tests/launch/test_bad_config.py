@@ -90,7 +90,10 @@ OPTIONS = [
         "cluster.timeout_seconds must be at most 31536000, a year",
     ),
     option(
-        "other seconds", "federation.timeout_seconds", "1e300", "federation.timeout_seconds must be at most 31536000, a year"
+        "other seconds",
+        "federation.timeout_seconds",
+        "1e300",
+        "federation.timeout_seconds must be at most 31536000, a year",
     ),
     option("unknown choice", "method.name", "fedavg", "method.name must be one of feddpa_t, feddpa_f"),
     option("empty list", "lora.target_modules", "[]", "lora.target_modules must name at least one linear layer"),

@@ -14,7 +14,9 @@ GOOD = '{"instruction": "a", "output": "b"}'
 
 def client(name: str, content: str | bytes, *says: str) -> Case:
     """A row on what is in the training file of client 1; {file} is its path."""
-    return Case(name, tuple(text.replace("{file}", f"{{root}}/{CLIENT}") for text in says), spoil=write(CLIENT, content))
+    return Case(
+        name, tuple(text.replace("{file}", f"{{root}}/{CLIENT}") for text in says), spoil=write(CLIENT, content)
+    )
 
 
 def rows_of_test(name: str, content: str | bytes, *says: str) -> Case:

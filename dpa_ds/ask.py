@@ -53,8 +53,18 @@ def ask(config: RunConfig, job: Job, client: int, prompt: str | None, input_path
 def _answer(
     answerer: Answerer, personality: Personality, config: RunConfig, text: str, json_out: TextIO | None
 ) -> None:
-    """Write one JSON line; or the answer as it comes where there is one beam, and then the weight."""
+    """Write one JSON line; or the answer as it comes where there is one beam, and then the weight.
+
+    Raises:
+        DataError: prompt and answer do not fit the model's context.
+    """
     prompts = tokenize_prompts([text], answerer.tokenizer, config.data.template)
+    context = getattr(answerer.adapters.base_model.config.get_text_config(), "max_position_embeddings", None)
+    if context is not None and len(prompts[0]) + config.generation.max_new_tokens > context:
+        raise DataError(
+            f"the prompt {text[:40]!r} has {len(prompts[0])} tokens: with generation.max_new_tokens "
+            f"{config.generation.max_new_tokens} that is more than the model's context of {context}: shorten one of them"
+        )
     alphas: torch.Tensor = answerer.weights(personality, prompts)
     streams = config.generation.num_beams == 1 and json_out is None
     streamer = None

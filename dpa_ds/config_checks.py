@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
@@ -176,8 +177,8 @@ def _problems(config: RunConfig) -> Iterator[str]:
     elif len(config.name.encode()) > _MAX_NAME_BYTES:
         yield f"name must be a folder name of at most {_MAX_NAME_BYTES} bytes, got {show(config.name)}"
     for key in ("output_dir", "model.path", "data.path", "data.test_path", "data.cache_dir", "engine.deepspeed_config"):
-        if "\0" in (values[key] or ""):
-            yield f"{key} must be a path, got {show(values[key])} with a NUL character: take it out"
+        if not _is_path(values[key] or ""):
+            yield f"{key} must be a path (no NUL character, names of up to 255 bytes), got {show(values[key])}"
     for key, allowed, text in _RANGES:
         if values[key] is not None and not allowed(values[key]):
             yield f"{key} {text}, got {show(values[key])}"
@@ -259,6 +260,14 @@ def _method_problems(config: RunConfig) -> Iterator[str]:
             "method.local_partner: aggregated contradicts method.phase_order: local_first (this round's average does "
             "not exist yet when the local phase comes first): choose local_partner own or phase_order global_first"
         )
+
+
+def _is_path(text: str) -> bool:
+    try:
+        names = os.fsencode(text).split(b"/")
+    except UnicodeEncodeError:
+        return False
+    return "\0" not in text and all(len(name) <= 255 for name in names) and len(text) < 4000
 
 
 def _items(value: Any) -> list[Any]:

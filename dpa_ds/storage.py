@@ -21,6 +21,8 @@ from dpa_ds.distributed.federation_group import AdapterState
 from dpa_ds.errors import CheckpointError
 
 STATE = "state.json"
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
+"""What reading a damaged JSON file, and looking into it, raises."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,11 @@ def write_folder(folder: Path, tensors: Mapping[str, AdapterState], info: Mappin
         files = [path for path in sorted(folder.iterdir()) if path.name != STATE]
         for path in files:
             fsync(path)
-        content = {"sha256": {path.name: sha256_of(path) for path in files}, "info": dict(info)}
+        content = {
+            "sha256": {path.name: sha256_of(path) for path in files},
+            "info": dict(info),
+            "info_sha256": _digest(dict(info)),
+        }
         write_text(folder / STATE, json.dumps(content, indent=1))
         for directory in (folder, folder.parent):  # the names of the files, too, must survive a power cut
             fsync(directory)
@@ -75,7 +81,9 @@ def verify_folder(folder: Path, remedy: str) -> dict[str, Any]:
         state = json.loads((folder / STATE).read_text())
         checksums, info = dict(state["sha256"]), dict(state["info"])
         damaged = next((file for file, expected in checksums.items() if sha256_of(folder / file) != expected), None)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if state.get("info_sha256", _digest(info)) != _digest(info):
+            damaged = STATE
+    except UNREADABLE as error:
         raise CheckpointError(f"{folder} cannot be read ({error}): {remedy}") from error
     if damaged is not None:
         raise CheckpointError(f"{folder / damaged} is damaged (checksum differs): {remedy}")
@@ -127,6 +135,10 @@ def sha256_of(path: Path) -> str:
     """Checksum of a file, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digest(info: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(info, sort_keys=True).encode()).hexdigest()
 
 
 class BackgroundWriter:

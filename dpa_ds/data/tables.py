@@ -60,8 +60,6 @@ def read_table(path: str | Path) -> list[Row]:
 def read_rows(path: Path) -> list[Row]:
     """As `read_table`, for a file that may have no rows."""
     with reading(path):
-        if path.is_fifo():  # opening it would wait for a writer
-            raise DataError(f"{path}: is a pipe, not a file: write the examples to a file")
         if path.is_dir():
             return _read_saved_dataset(path)
         match path.suffix.lower():
@@ -81,6 +79,8 @@ def read_rows(path: Path) -> list[Row]:
 def reading(path: Path) -> Iterator[None]:
     """Turn what the operating system says about `path` into a DataError with its remedy."""
     try:
+        if path.is_fifo():  # opening it would wait for a writer
+            raise DataError(f"{path}: is a pipe, not a file: write the rows to a file")
         yield
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file or folder: check data.path and data.test_path") from error

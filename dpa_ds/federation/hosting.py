@@ -62,6 +62,7 @@ def restore_shared(config: RunConfig, schedule: Schedule, adapters: DualAdapter,
     if completed_rounds == 0:
         return Shared(adapters.initial_state("global", (config.seed, GLOBAL_SEED)), fresh)
     saved = RunFolder(config.run_dir).load_adapter(completed_rounds, "global")
+    adapters.check_shapes("global", saved.weights)
     if not schedule.weighted_by_instance:
         return Shared(saved.weights, fresh)
     means = saved.extras["mean_states"]
@@ -110,6 +111,7 @@ def _restore_local(client: HostedClient, config: RunConfig, adapters: DualAdapte
         client.local_state = adapters.initial_state("local", (config.seed, LOCAL_SEED, client.client_id))
         return
     saved = folder.load_adapter(completed_rounds, f"local/client_{client.client_id:02d}")
+    adapters.check_shapes("local", saved.weights)
     client.local_state, client.local_optimizer = saved.weights, saved.extras.get("optimizer")
     if "references" in saved.extras:
         client.references = References.from_tensors(saved.extras["references"])

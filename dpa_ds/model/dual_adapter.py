@@ -83,8 +83,13 @@ class DualAdapter:
 
     def check_shapes(self, adapter: Adapter, state: AdapterState) -> None:
         """Raise ModelError unless `state` has the keys and shapes of `adapter` on this model."""
-        if {key: tuple(value.shape) for key, value in state.items()} != self.shapes[adapter]:
-            raise ModelError(f"the {adapter} adapter does not fit this model: it was trained over another one")
+        expected, found = self.shapes[adapter], {key: tuple(value.shape) for key, value in state.items()}
+        if found != expected:
+            key = next(key for key in (*expected, *found) if expected.get(key) != found.get(key))
+            raise ModelError(
+                f"the saved {adapter} adapter does not fit this model: {key} has shape {found.get(key, 'none')}, expected "
+                f"{expected.get(key, 'none')}: set model.path and lora.* to what it was trained with"
+            )
 
     def set_mix(self, alpha: float | torch.Tensor | None) -> None:
         """Weight the adapters (1 - alpha, alpha) in every layer.

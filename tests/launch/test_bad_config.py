@@ -43,7 +43,7 @@ RECIPES = [
     ),
     recipe("section twice", "train:\n  batch_size: 1\ntrain:\n", "{recipe}, line 3: train is given twice"),
     recipe("NUL byte", b"name: a\nseed: \0\n", "{recipe}"),
-    recipe("NUL byte in a path", 'data:\n  path: "a\\0b"\n', "data.path must be a path", "NUL character: take it out"),
+    recipe("NUL byte in a path", 'data:\n  path: "a\\0b"\n', "data.path must be a path (no NUL character, "),
     recipe("invalid UTF-8", b"name: \xff\n", "--config: {recipe} is not text in UTF-8 (byte 6)"),
     recipe("UTF-16", "name: a\n".encode("utf-16"), "--config: {recipe} is not text in UTF-8 (byte 0)"),
     recipe("zero bytes", "", "{recipe}: a recipe is a mapping of sections such as train:, got nothing"),

@@ -115,7 +115,7 @@ PLACES = [
         "{data}: folders named after their number of clients: none, wanted: the only one",
         spoil=remove("data/2"),
     ),
-    Case("path too long", ("data.path", "check"), ("--data.path", "d" * 5000)),
+    Case("path too long", "data.path must be a path (", ("--data.path", "d" * 5000)),
 ]
 
 ROW = GOOD[:-1] + ', "who": "x"}\n'

@@ -41,6 +41,7 @@ def trained(model: Path, federation: Path, tmp_path_factory: pytest.TempPathFact
     place = make_place(tmp_path_factory.mktemp("trained"), model, federation)
     ended = run_forked(["--config", str(place.recipe)], place.root / "output.txt")
     assert ended.returncode == 0, ended.output
+    remove("output.txt", "cache")(place)
     return place
 
 
@@ -96,12 +97,6 @@ def reseal(place: Place, client: str, **files: Path) -> None:
     meta.write_text(json.dumps(manifest))
 
 
-def without_info(place: Place) -> None:
-    """A state.json with right checksums that knows nothing of the client."""
-    change_json(f"{LAST}/local/client_00/state.json", info={})(place)
-    reseal(place, "local/client_00")
-
-
 def not_finite(tensors: dict[str, Any]) -> dict[str, Any]:
     return {name: torch.full_like(tensor, float("nan")) for name, tensor in tensors.items()}
 
@@ -122,13 +117,13 @@ RESUMED = [
     resumed("no rounds", ("{run} holds nothing to go on from, and resume is must", "output_dir"), remove("runs/tiny/rounds")),
     resumed("NaN in an adapter", ("{root}/" + LAST + "/global has NaN or infinity in", "delete {root}/" + LAST), resealed(not_finite)),
     resumed("NaN in a client's adapter", ("/local/client_01 has NaN", "delete {root}/" + LAST), resealed(not_finite, "local/client_01")),
-    resumed("state.json without info", ("{root}/" + LAST + "/local/client_00", "delete {root}/" + LAST), without_info),
+    resumed("state.json changed", ("round 2", WHOLE), each(lambda path: change_json(f"{path}/local/client_00/state.json", info={}))),
     resumed("fingerprint of zero bytes", ("{run}/model.json cannot be read", "restore it"), write("runs/tiny/model.json", "")),
     resumed("fingerprint of another model", ("the base model differs", "{run}/model.json", "set model.path to"), change_json("runs/tiny/model.json", fingerprint="0")),
     resumed("model changed", ("the base model differs", "set model.path"), change_json("model/config.json", rms_norm_eps=0.5)),
     resumed("another learning rate", ("{run} holds a different run (train.learning_rate: 0.01 -> 0.5)", "choose another name"), lambda place: None, "--train.learning_rate=0.5"),
     resumed("another rank", ("{run} holds a different run (lora.rank: 4 -> 8)", "choose another name"), lambda place: None, "--lora.rank=8"),
-    Case("adapter of another rank", ("the global adapter does not fit", "{root}/" + LAST), ("--federation.num_rounds", "3"), resealed(other_rank), exit_code=4),
+    Case("adapter of another rank", ("the saved global adapter does not fit this model: ", "has shape (8, 32), expected (4, 32): set model.path and lora.*"), ("--federation.num_rounds", "3"), resealed(other_rank)),
     Case("recipe of the run of zero bytes", ("{run}/config.yaml", "got nothing"), spoil=write("runs/tiny/config.yaml", "")),
     Case("recipe of the run damaged", "{run}/config.yaml, line 1: x is not a field", spoil=write("runs/tiny/config.yaml", "x: 1\n")),
     Case("resume never", ("{run} holds results (up to round 2), and resume is never: choose another name",), ("--resume", "never"), exit_code=4),
@@ -140,7 +135,7 @@ PLACES = [
     Case("results in /proc", ("cannot write", "/proc/dpa_ds/tiny", "choose another output_dir"), ("--output_dir", "/proc/dpa_ds"), exit_code=4),
     Case("results in /dev/null", ("cannot write", "/dev/null/runs/tiny", "choose another output_dir"), ("--output_dir", "/dev/null/runs"), exit_code=4),
     Case("results in a symlink loop", ("{run}", "choose another"), spoil=lambda place: (remove("runs")(place), link("runs", "runs")(place)), exit_code=4),
-    Case("results below too long a name", ("cannot write", "choose another output_dir"), ("--output_dir", "/tmp/" + "d" * 300), exit_code=4),
+    Case("results below too long a name", "output_dir must be a path (no NUL character, names of up to 255 bytes)", ("--output_dir", "/tmp/" + "d" * 300)),
     Case("folder that is no run", "{run} exists but is not a run (no config.yaml): choose another name", spoil=lambda place: (remove("runs/tiny")(place), write("runs/tiny/thesis.txt", "years of work")(place)), exit_code=4),
 ]  # fmt: skip
 
@@ -161,10 +156,10 @@ EVALUATIONS = [
     evaluation("model is gone", "say where it is with --model.path", spoil=remove("model")),
     evaluation("adapter damaged", ("{root}/" + ADAPTER + " is damaged (checksum differs): delete {root}/" + LAST,), spoil=cut(ADAPTER, 1), exit_code=4),
     evaluation("adapter of NaN", ("has NaN or infinity in", "delete {root}/" + LAST), spoil=resealed(not_finite), exit_code=4),
-    evaluation("adapter of rank 8", ("the global adapter does not fit", "{root}/" + LAST), spoil=resealed(other_rank), exit_code=4),
-    evaluation("client's adapter of rank 8", ("the local adapter does not fit", "/local/client_01"), spoil=resealed(other_rank, "local/client_01"), exit_code=4),
+    evaluation("adapter of rank 8", ("the saved global adapter does not fit", "expected (4, 32): set model.path and lora.*"), spoil=resealed(other_rank)),
+    evaluation("client's adapter of rank 8", ("the saved local adapter does not fit", "expected (4, 32): set model.path and lora.*"), spoil=resealed(other_rank, "local/client_01")),
     evaluation("client's state.json of zero bytes", "/local/client_01 cannot be read", spoil=write(f"{LAST}/local/client_01/state.json", ""), exit_code=4),
-    evaluation("client's state.json without info", ("/local/client_00", "delete {root}/" + LAST), spoil=without_info, exit_code=4),
+    evaluation("client's state.json changed", ("/local/client_00/state.json is damaged", "delete {root}/" + LAST), spoil=change_json(f"{LAST}/local/client_00/state.json", info={}), exit_code=4),
     evaluation("answers too long", "lower generation.max_new_tokens", *RUN, "--max_new_tokens", "500"),
     evaluation("no held-out data", "evaluation.split held_out needs a run that was trained with data.held_out_fraction", *RUN, "--split", "held_out"),
 ]  # fmt: skip

@@ -14,8 +14,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from tests import tiny
+from tests.launch.bad_input import checksums
 from tests.launch.processes import PYTHON, Ended, Running, beside_python, free_port, run, run_forked
-from tests.launch.test_bad_input import checksums
 
 pytestmark = pytest.mark.launch
 PROGRAM = "launch/evaluate.py"

@@ -30,6 +30,7 @@ from dpa_ds.storage import (
     STATE,
     UNREADABLE,
     SavedFolder,
+    check_finite,
     fsync,
     read_folder,
     sha256_of,
@@ -106,9 +107,9 @@ class RunFolder:
                 break
             problems[last] = problem
         if last in problems:
+            first = next(iter(problems.values()))
             raise CheckpointError(
-                f"no complete round of {self.run_dir} is whole: restore one, or delete the folder (round {last}: "
-                f"{problems[last]})"
+                f"no complete round of {self.run_dir} is whole: restore one, or delete the folder ({first})"
             )
         for damaged, problem in problems.items():
             aside = self.round_dir(damaged).with_name(f"{self.round_dir(damaged).name}.damaged")
@@ -252,12 +253,8 @@ class RunFolder:
         saved = read_folder(folder, remedy)
         if WEIGHTS not in saved.tensors:
             raise CheckpointError(f"{folder} has no {WEIGHTS}.safetensors: {remedy}")
-        bad = [key for key, tensor in saved.tensors[WEIGHTS].items() if not bool(tensor.isfinite().all())]
-        if bad:
-            raise CheckpointError(
-                f"{folder} has NaN or infinity in {bad[0]}{f' and {len(bad) - 1} more tensors' if len(bad) > 1 else ''}: "
-                f"delete {self.round_dir(server_round)} to use the round before, or train again"
-            )
+        remedy = f"delete {self.round_dir(server_round)} to use the round before, or train again"
+        check_finite(folder, saved.tensors[WEIGHTS], remedy)
         extras = {key: tensors for key, tensors in saved.tensors.items() if key != WEIGHTS}
         return SavedAdapter(saved.tensors[WEIGHTS], extras, saved.info)
 

@@ -90,6 +90,14 @@ def verify_folder(folder: Path, remedy: str) -> dict[str, Any]:
     return info
 
 
+def check_finite(folder: Path, state: AdapterState, remedy: str) -> None:
+    """Raise CheckpointError if a tensor has NaN or infinity; it ends with `remedy`."""
+    bad = [key for key, tensor in state.items() if not bool(tensor.isfinite().all())]
+    if bad:
+        more = f" and {len(bad) - 1} more tensors" if len(bad) > 1 else ""
+        raise CheckpointError(f"{folder} has NaN or infinity in {bad[0]}{more}: {remedy}")
+
+
 def write_file(path: Path, text: str) -> None:
     """Write `text` to `path` whole or not at all.
 

@@ -117,7 +117,7 @@ def _weight_map(index: Path) -> dict[str, str]:
         found: Any = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         names = {str(name): str(file) for name, file in found.items() if Path(file).name == file}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ModelError(f"{index} is damaged ({error!r}): download it again") from error
+        raise ModelError(f"{index} is damaged ({error}): download it again") from error
     if not names or len(names) < len(found):
         raise ModelError(f"{index}: weight_map must name a file of that directory for each tensor: download it again")
     return names

@@ -60,7 +60,7 @@ def _check_by_deepspeed(file_json: Mapping[str, Any], path: str) -> None:
             kind(**file_json.get(section, {}))
         except pydantic.ValidationError as error:
             first = error.errors()[0]
-            key = ".".join(map(str, (section, *first["loc"])))
+            key = ".".join(map(str, (section, *first["loc"])))[:200]
             raise ConfigError(
                 f"{path}: DeepSpeed refuses {key}: {first['msg']}, got {show(first['input'])}: correct it, or leave it out"
             ) from error

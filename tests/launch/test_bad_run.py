@@ -105,7 +105,7 @@ def other_rank(tensors: dict[str, Any]) -> dict[str, Any]:
     return {name: tensor.repeat(2, 1) if "lora_A" in name else tensor.repeat(1, 2) for name, tensor in tensors.items()}
 
 
-WHOLE = "no complete round of {run} is whole: restore one, or delete the folder"
+WHOLE = "no complete round of {run} is whole: restore one, or delete the folder ({root}/"
 RESUMED = [
     resumed("every meta.json of zero bytes", WHOLE, each(lambda path: write(f"{path}/meta.json", ""))),
     resumed("every meta.json of other JSON", WHOLE, each(lambda path: write(f"{path}/meta.json", "[1]"))),
@@ -117,7 +117,7 @@ RESUMED = [
     resumed("no rounds", ("{run} holds nothing to go on from, and resume is must", "output_dir"), remove("runs/tiny/rounds")),
     resumed("NaN in an adapter", ("{root}/" + LAST + "/global has NaN or infinity in", "delete {root}/" + LAST), resealed(not_finite)),
     resumed("NaN in a client's adapter", ("/local/client_01 has NaN", "delete {root}/" + LAST), resealed(not_finite, "local/client_01")),
-    resumed("state.json changed", (WHOLE, "/local/client_00/state.json is damaged"), each(lambda path: change_json(f"{path}/local/client_00/state.json", info={}))),
+    resumed("state.json changed", (WHOLE, "/local/client_00/state.json (checksum differs)"), each(lambda path: change_json(f"{path}/local/client_00/state.json", info={}))),
     resumed("fingerprint of zero bytes", ("{run}/model.json cannot be read", "restore it"), write("runs/tiny/model.json", "")),
     resumed("fingerprint of another model", ("the base model differs", "{run}/model.json", "set model.path to"), change_json("runs/tiny/model.json", fingerprint="0")),
     resumed("model changed", ("the base model differs", "set model.path"), change_json("model/config.json", rms_norm_eps=0.5)),

@@ -1,7 +1,7 @@
 """What the tables of bad input share: a row, the folder that it spoils, and what every refusal must be.
 
-Every case is a process of its own (forked from one that has imported everything), with the program's own entry point and a
-deadline. A row is added with one `Case(...)` in a table.
+Every case is a process of its own (forked from one that has imported everything), with the program's own entry point and
+a deadline. A row is added with one `Case(...)` in a table.
 """
 
 import hashlib
@@ -13,12 +13,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 
+from dpa_ds.storage import sha256_of
 from tests import tiny
 from tests.launch.processes import run_forked
 
 DEADLINE_SECONDS = 60.0
+ROUNDS = ("runs/tiny/rounds/round_000001", "runs/tiny/rounds/round_000002")
+LAST = ROUNDS[1]
+"""Of a trained run."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,15 @@ def make_place(root: Path, model: Path, federation: Path) -> Place:
     return place
 
 
+def make_run(root: Path, trained: Place) -> Place:
+    """A copy of the run, as if it had been trained there."""
+    place = Place(root)
+    shutil.copytree(trained.root, root, symlinks=True, dirs_exist_ok=True)
+    for path in (place.recipe, place.run / "config.yaml"):
+        path.write_text(path.read_text().replace(str(trained.root), str(root)))
+    return place
+
+
 def refuse(case: Case, place: Place) -> None:
     """The job must end with one error line that says what `case` expects, and leave every file as it was."""
     case.spoil(place)
@@ -125,7 +139,7 @@ def checksums(folder: Path) -> dict[str, str]:
     }
 
 
-# ---- spoilers: each gives a function for Case.spoil; paths are relative to the place -----------------------------------
+# ---- spoilers: each gives a function for Case.spoil; paths are relative to the place ----------------------------
 
 
 def write(path: str, content: str | bytes) -> Callable[[Place], object]:
@@ -196,3 +210,31 @@ def change_json(path: str, **changes: Any) -> Callable[[Place], object]:
 def change_tensors(path: str, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable[[Place], object]:
     """Rewrite a safetensors file."""
     return lambda place: save_file(change(load_file(place.root / path)), place.root / path, metadata={"format": "pt"})
+
+
+def resealed(change: Callable[[dict[str, Any]], dict[str, Any]], client: str = "global") -> Callable[[Place], object]:
+    """Change an adapter of the last round and make all checksums right again."""
+
+    def spoil(place: Place) -> None:
+        change_tensors(f"{LAST}/{client}/adapter_model.safetensors", change)(place)
+        reseal(place, client, adapter_model=place.root / LAST / client / "adapter_model.safetensors")
+
+    return spoil
+
+
+def reseal(place: Place, client: str, **files: Path) -> None:
+    state, meta = place.root / LAST / client / "state.json", place.root / LAST / "meta.json"
+    content = json.loads(state.read_text())
+    content["sha256"] |= {path.name: sha256_of(path) for path in files.values()}
+    state.write_text(json.dumps(content))
+    manifest = json.loads(meta.read_text())
+    manifest["states"][f"{client}/state.json"] = sha256_of(state)
+    meta.write_text(json.dumps(manifest))
+
+
+def not_finite(tensors: dict[str, Any]) -> dict[str, Any]:
+    return {name: torch.full_like(tensor, float("nan")) for name, tensor in tensors.items()}
+
+
+def other_rank(tensors: dict[str, Any]) -> dict[str, Any]:
+    return {name: tensor.repeat(2, 1) if "lora_A" in name else tensor.repeat(1, 2) for name, tensor in tensors.items()}

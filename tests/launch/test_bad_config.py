@@ -144,12 +144,38 @@ DEEPSPEED = [
     deepspeed("JSON in invalid UTF-8", b'{"\xff": 1}', "{root}/ds.json is not text in UTF-8", "ds_configs/"),
     deepspeed("JSON list", [1], "{root}/ds.json: a DeepSpeed JSON is an object of keys, got [1]"),
     deepspeed("JSON key twice", '{"a": 1, "a": 2}', "{root}/ds.json: key a is given twice: keep one"),
-    deepspeed("JSON nested deeply", '{"a": ' + "[" * 100_000, "{root}/ds.json: not a DeepSpeed JSON: nested too deeply"),
-    deepspeed("unknown stage", {"zero_optimization": {"stage": 7}}, "{root}/ds.json", "DeepSpeed refuses zero_optimization.stage", "correct it"),
-    deepspeed("stage in words", {"zero_optimization": {"stage": "three"}}, "{root}/ds.json", "DeepSpeed refuses zero_optimization.stage", "correct it"),
-    deepspeed("section that is a list", {"zero_optimization": []}, "{root}/ds.json", "zero_optimization must be an object"),
-    deepspeed("offload to nowhere", {"zero_optimization": {"stage": 3, "offload_param": {"device": "moon"}}}, "offload_param.device", "{root}/ds.json"),
-    deepspeed("negative bucket", {"zero_optimization": {"stage": 1, "reduce_bucket_size": -1}}, "{root}/ds.json", "reduce_bucket_size"),
+    deepspeed(
+        "JSON nested deeply", '{"a": ' + "[" * 100_000, "{root}/ds.json: not a DeepSpeed JSON: nested too deeply"
+    ),
+    deepspeed(
+        "unknown stage",
+        {"zero_optimization": {"stage": 7}},
+        "{root}/ds.json",
+        "DeepSpeed refuses zero_optimization.stage",
+        "correct it",
+    ),
+    deepspeed(
+        "stage in words",
+        {"zero_optimization": {"stage": "three"}},
+        "{root}/ds.json",
+        "DeepSpeed refuses zero_optimization.stage",
+        "correct it",
+    ),
+    deepspeed(
+        "section that is a list", {"zero_optimization": []}, "{root}/ds.json", "zero_optimization must be an object"
+    ),
+    deepspeed(
+        "offload to nowhere",
+        {"zero_optimization": {"stage": 3, "offload_param": {"device": "moon"}}},
+        "offload_param.device",
+        "{root}/ds.json",
+    ),
+    deepspeed(
+        "negative bucket",
+        {"zero_optimization": {"stage": 1, "reduce_bucket_size": -1}},
+        "{root}/ds.json",
+        "reduce_bucket_size",
+    ),
     deepspeed("fp16 that is no object", {"fp16": 3}, "{root}/ds.json", "fp16 must be an object"),
     Case(
         "no such JSON",
@@ -167,44 +193,72 @@ DEEPSPEED = [
         ("--engine.deepspeed_config", "{root}/ds.json"),
         link("ds.json", "ds.json"),
     ),
-]  # fmt: skip
+]
 
 ENVIRONMENTS = [
     environment("RANK in words", "RANK must be an integer, got 'zero'", RANK="zero", WORLD_SIZE="1"),
     environment("RANK too large", "RANK is 2, but the job has 2 ranks", RANK="2", WORLD_SIZE="2"),
-    environment("RANK negative", "RANK is -1, but the job has 1 ranks: RANK must be in 0..0", RANK="-1", WORLD_SIZE="1"),
-    environment("WORLD_SIZE 0", "WORLD_SIZE must be the number of ranks of the job, at least 1, got 0", RANK="0", WORLD_SIZE="0"),
-    environment("WORLD_SIZE empty", "environment variable WORLD_SIZE must be an integer, got ''", RANK="0", WORLD_SIZE=""),
+    environment(
+        "RANK negative", "RANK is -1, but the job has 1 ranks: RANK must be in 0..0", RANK="-1", WORLD_SIZE="1"
+    ),
+    environment(
+        "WORLD_SIZE 0", "WORLD_SIZE must be the number of ranks of the job, at least 1, got 0", RANK="0", WORLD_SIZE="0"
+    ),
+    environment(
+        "WORLD_SIZE empty", "environment variable WORLD_SIZE must be an integer, got ''", RANK="0", WORLD_SIZE=""
+    ),
     environment("WORLD_SIZE missing", "RANK is set, but WORLD_SIZE is not: set both, or neither", RANK="0"),
     environment("LOCAL_RANK in words", "LOCAL_RANK must be an integer", RANK="0", WORLD_SIZE="1", LOCAL_RANK="gpu0"),
     environment("MASTER_ADDR missing", "MASTER_ADDR is not set: set it to", RANK="0", WORLD_SIZE="2"),
     environment(
-        "MASTER_PORT in words", "MASTER_PORT must be an integer, got 'http'",
-        RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="http",
+        "MASTER_PORT in words",
+        "MASTER_PORT must be an integer, got 'http'",
+        RANK="0",
+        WORLD_SIZE="2",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT="http",
     ),
     environment(
-        "MASTER_PORT too large", "MASTER_PORT must be a port in 1..65535, got 99999",
-        RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="99999",
+        "MASTER_PORT too large",
+        "MASTER_PORT must be a port in 1..65535, got 99999",
+        RANK="0",
+        WORLD_SIZE="2",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT="99999",
     ),
     environment(
-        "MASTER_PORT negative", "MASTER_PORT must be a port in 1..65535, got -5",
-        RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="-5",
+        "MASTER_PORT negative",
+        "MASTER_PORT must be a port in 1..65535, got -5",
+        RANK="0",
+        WORLD_SIZE="2",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT="-5",
     ),
     environment(
-        "other ranks missing", "waited 2 s (cluster.timeout_seconds) in vain for rank 1: look at the output there",
-        RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="29871",
+        "other ranks missing",
+        "waited 2 s (cluster.timeout_seconds) in vain for rank 1: look at the output there",
+        RANK="0",
+        WORLD_SIZE="2",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT="29871",
     ),
     environment("Slurm in words", "SLURM_PROCID must be an integer", SLURM_PROCID="x", SLURM_STEP_NUM_TASKS="2"),
     environment(
-        "Slurm hosts in words", "SLURM_STEP_NODELIST must be a list of hosts such as n[1-4],login, got 'n[a-b]': set",
-        SLURM_PROCID="0", SLURM_STEP_NUM_TASKS="2", SLURM_STEP_NODELIST="n[a-b]",
+        "Slurm hosts in words",
+        "SLURM_STEP_NODELIST must be a list of hosts such as n[1-4],login, got 'n[a-b]': set",
+        SLURM_PROCID="0",
+        SLURM_STEP_NUM_TASKS="2",
+        SLURM_STEP_NODELIST="n[a-b]",
     ),
     environment(
-        "Slurm hosts without end", "SLURM_STEP_NODELIST must be a list of hosts such as n[1-4],login, got 'n[1-9",
-        SLURM_PROCID="0", SLURM_STEP_NUM_TASKS="2", SLURM_STEP_NODELIST="n[1-999999999999]",
+        "Slurm hosts without end",
+        "SLURM_STEP_NODELIST must be a list of hosts such as n[1-4],login, got 'n[1-9",
+        SLURM_PROCID="0",
+        SLURM_STEP_NUM_TASKS="2",
+        SLURM_STEP_NODELIST="n[1-999999999999]",
     ),
     environment("MPI in words", "PMI_SIZE must be an integer, got 'two'", PMI_SIZE="two"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("case", [*RECIPES, *OPTIONS, *DEEPSPEED, *ENVIRONMENTS], ids=str)

@@ -29,9 +29,14 @@ def table(file: str, content: str | bytes, *says: str, column: str = "who", kind
     """A row on what is in one table for all clients; {file} is its path."""
     path = f"{{root}}/{file}"
     arguments = (
-        "--data.format=table", f"--data.path={path}", f"--data.test_path={path}", "--data.task_column=null",
-        f"--data.partition.kind={kind}", f"--data.partition.column={column}", "--data.partition.num_clients=3",
-    )  # fmt: skip
+        "--data.format=table",
+        f"--data.path={path}",
+        f"--data.test_path={path}",
+        "--data.task_column=null",
+        f"--data.partition.kind={kind}",
+        f"--data.partition.column={column}",
+        "--data.partition.num_clients=3",
+    )
     return Case(file, tuple(text.replace("{file}", path) for text in says), arguments, write(file, content))
 
 
@@ -52,10 +57,20 @@ CLIENTS = [
     client("not objects", "[1, 2]", "{file}: row 1: expected an object with named columns, got int"),
     client("null", "null", "{file}:1: expected an object with named columns, got NoneType"),
     client("column missing", '[{"instruction": "a", "answer": "b"}]', "{file}: row 1: no column 'output'; columns are"),
-    client("answer empty", f'[{GOOD}, {{"instruction": "a", "output": " "}}]', "{file}: row 2: column 'output' is empty"),
-    client("question empty", '[{"instruction": "", "output": "b"}]', "row 1: column 'instruction' is empty: fill it in"),
-    client("not text", '[{"instruction": ["a"], "output": "b"}]', "{file}: row 1: column 'instruction' must be text, got"),
-    client("half a character", '[{"instruction": "\\ud83d", "output": "b"}]', "{file}: row 1: column 'instruction' has half"),
+    client(
+        "answer empty", f'[{GOOD}, {{"instruction": "a", "output": " "}}]', "{file}: row 2: column 'output' is empty"
+    ),
+    client(
+        "question empty", '[{"instruction": "", "output": "b"}]', "row 1: column 'instruction' is empty: fill it in"
+    ),
+    client(
+        "not text", '[{"instruction": ["a"], "output": "b"}]', "{file}: row 1: column 'instruction' must be text, got"
+    ),
+    client(
+        "half a character",
+        '[{"instruction": "\\ud83d", "output": "b"}]',
+        "{file}: row 1: column 'instruction' has half",
+    ),
     client("invalid UTF-8", b'[\n{"instruction": "\xe9"}]', "{file}:2: byte 0xe9 is not UTF-8: convert the file"),
     client("NUL byte", b'[{"instruction": "a\0"}]', "{file}:1: contains a NUL byte: the file is damaged"),
     client("BOM of UTF-16", "[]".encode("utf-16"), "{file}:1: byte 0xff is not UTF-8: convert the file to UTF-8"),
@@ -65,10 +80,14 @@ CLIENTS = [
     client("huge cell", f'[{{"instruction": "{"a" * 200_000}", "output": "b"}}]', "data.max_length", "raise it"),
     client("huge column name", f'[{{"{"a" * 200_000}": "b"}}]', "{file}: row 1: no column 'instruction'"),
     Case("file is a folder", f"{{root}}/{CLIENT}: folder without data", spoil=folder(CLIENT)),
-    Case("file in a symlink loop", (f"{{root}}/{CLIENT}", "check the file"), spoil=link(CLIENT, "local_training_1.json")),
+    Case(
+        "file in a symlink loop", (f"{{root}}/{CLIENT}", "check the file"), spoil=link(CLIENT, "local_training_1.json")
+    ),
     Case("file is a pipe", (f"{{root}}/{CLIENT}: is a pipe",), spoil=fifo(CLIENT)),
     Case("file without permission", (f"{{root}}/{CLIENT}", "check the file"), spoil=link(CLIENT, "/proc/self/mem")),
-    Case("file missing", "missing: ['local_training_1.json'], surplus: []: name the folder after", spoil=remove(CLIENT)),
+    Case(
+        "file missing", "missing: ['local_training_1.json'], surplus: []: name the folder after", spoil=remove(CLIENT)
+    ),
     Case(
         "client twice",
         "missing: [], surplus: ['local_training_01.json']: name the folder after its number of clients and number",
@@ -79,13 +98,17 @@ CLIENTS = [
         "surplus: ['local_training_2.json']: name the folder after its number of clients",
         spoil=write("data/2/local_training_2.json", f"[{GOOD}]"),
     ),
-]  # fmt: skip
+]
 
 TESTS = [
     rows_of_test("test file empty", "", "{file}: is empty: no rows; give data.path and data.test_path a file"),
     rows_of_test("test row malformed", f"{GOOD}\n{GOOD}\nnope\n", "{file}:3: not JSON"),
-    rows_of_test("test row without answer", f'{GOOD}\n{{"instruction": "a"}}\n', "{file}:2: no column 'output'; columns are"),
-    rows_of_test("test row in invalid UTF-8", f"{GOOD}\n".encode() + b"\xff", "{file}:2: byte 0xff is not UTF-8: convert"),
+    rows_of_test(
+        "test row without answer", f'{GOOD}\n{{"instruction": "a"}}\n', "{file}:2: no column 'output'; columns are"
+    ),
+    rows_of_test(
+        "test row in invalid UTF-8", f"{GOOD}\n".encode() + b"\xff", "{file}:2: byte 0xff is not UTF-8: convert"
+    ),
     rows_of_test("test row huge", f"{GOOD}\n" + "[" * 20_000_000, "{file}:2: JSON that cannot be read"),
     Case(
         "two test files",
@@ -99,7 +122,7 @@ TESTS = [
         "{data}/test.jsonl: cannot be read",
         spoil=link("data/test.jsonl", "test.jsonl"),
     ),
-]  # fmt: skip
+]
 
 PLACES = [
     Case("no such data", "nowhere: no such file or folder: check data.path", ("--data.path", "nowhere")),
@@ -123,7 +146,12 @@ TABLES = [
     table("folder", "", "{file}: unknown kind of file '': use .json, .jsonl, .csv, .parquet"),
     table("empty.jsonl", "", "{file}: is empty: no rows"),
     table("column.jsonl", ROW, "{file}:1: no column 'whom'; columns are", "set the data.*_column", column="whom"),
-    table("few.jsonl", ROW * 2, "2 examples cannot be divided among 3 clients: set data.partition.num_clients between 1", kind="iid"),
+    table(
+        "few.jsonl",
+        ROW * 2,
+        "2 examples cannot be divided among 3 clients: set data.partition.num_clients between 1",
+        kind="iid",
+    ),
     table("quote.csv", 'instruction,output,who\na,"b,x\n', "{file}:2: not CSV", "check quotes"),
     table("fields.csv", "instruction,output,who\na,b\n", "{file}:2: 2 fields, but the header has 3: quote commas"),
     table("twice.csv", "who,output,who\na,b,c\n", "{file}:1: a column name occurs twice"),
@@ -141,7 +169,7 @@ TABLES = [
         ("--data.format=table", "--data.path={root}/saved", "--data.partition.column=who"),
         write("saved/state.json", '{"_data_files": 3}'),
     ),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("case", [*CLIENTS, *TESTS, *PLACES, *TABLES], ids=str)

@@ -44,12 +44,18 @@ def header(num_bytes: int, content: bytes) -> Any:
 
 DIRECTORIES = [
     Case("no such model", "model.path 'on/the/disk' is neither a directory", ("--model.path", "on/the/disk")),
-    Case("no config", "model.path {model} has no config.json: give a Hugging Face model directory", spoil=remove(CONFIG)),
+    Case(
+        "no config", "model.path {model} has no config.json: give a Hugging Face model directory", spoil=remove(CONFIG)
+    ),
     Case("model in a symlink loop", ("model.path", "{model}", "check the path"), spoil=link("model", "model")),
     Case("model is a pipe", ("model.path", "{model}", "check the path"), spoil=fifo("model")),
     Case("config of zero bytes", ("{model}/config.json", "describes no model", "correct it"), spoil=write(CONFIG, "")),
     Case("config cut off", ("{model}/config.json", "describes no model", "correct it"), spoil=write(CONFIG, "{")),
-    Case("config in invalid UTF-8", ("{model}/config.json", "describes no model", "correct it"), spoil=write(CONFIG, b'{"a": "\xff"}')),
+    Case(
+        "config in invalid UTF-8",
+        ("{model}/config.json", "describes no model", "correct it"),
+        spoil=write(CONFIG, b'{"a": "\xff"}'),
+    ),
     Case("config is a list", ("{model}/config.json", "describes no model", "correct it"), spoil=write(CONFIG, "[1]")),
     Case("config nested deeply", ("{model}/config.json", "describes no model"), spoil=write(CONFIG, "[" * 100_000)),
     Case("config of no model", ("{model}/config.json", "model_type", "correct it"), spoil=write(CONFIG, "{}")),
@@ -57,53 +63,110 @@ DIRECTORIES = [
     Case("config of a newer model", ("{model}", "llama9"), spoil=change_json(CONFIG, model_type="llama9")),
     Case("config of a picture model", ("{model}",), spoil=write(CONFIG, '{"model_type": "vit"}')),
     Case("layers in words", ("{model}", "num_hidden_layers"), spoil=change_json(CONFIG, num_hidden_layers="two")),
-    Case("hidden size 0", "{model}/config.json: hidden_size must be a whole number >= 1, got 0", spoil=change_json(CONFIG, hidden_size=0)),
-    Case("negative layers", "{model}/config.json: num_hidden_layers must be a whole number >= 1, got -1", spoil=change_json(CONFIG, num_hidden_layers=-1)),
+    Case(
+        "hidden size 0",
+        "{model}/config.json: hidden_size must be a whole number >= 1, got 0",
+        spoil=change_json(CONFIG, hidden_size=0),
+    ),
+    Case(
+        "negative layers",
+        "{model}/config.json: num_hidden_layers must be a whole number >= 1, got -1",
+        spoil=change_json(CONFIG, num_hidden_layers=-1),
+    ),
     Case("no tokenizer", "no usable tokenizer in {model}", spoil=remove(TOKENIZER, "model/tokenizer_config.json")),
     Case("tokenizer of zero bytes", "no usable tokenizer in {model}", spoil=write(TOKENIZER, "")),
     Case("tokenizer cut off", "no usable tokenizer in {model}", spoil=cut(TOKENIZER, 100)),
     Case("tokenizer of other JSON", "no usable tokenizer in {model}", spoil=write(TOKENIZER, '{"version": 3}')),
-    Case("tokenizer config of a list", "no usable tokenizer in {model}", spoil=write("model/tokenizer_config.json", "[]")),
+    Case(
+        "tokenizer config of a list", "no usable tokenizer in {model}", spoil=write("model/tokenizer_config.json", "[]")
+    ),
     Case(
         "no end token",
         "has no end token (eos_token): set it in tokenizer_config.json",
         spoil=change_json("model/tokenizer_config.json", eos_token=None),
     ),
-    Case("vocabulary too small", ("ids up to 257, but the model knows 100 tokens", "put the right one there"), spoil=lambda place: smaller_vocabulary(place)),
-]  # fmt: skip
+    Case(
+        "vocabulary too small",
+        ("ids up to 257, but the model knows 100 tokens", "put the right one there"),
+        spoil=lambda place: smaller_vocabulary(place),
+    ),
+]
 
 LOADS = [
     Case("no weights", "{model} has no model.safetensors: convert the weights", spoil=remove(WEIGHTS)),
-    Case("pickled weights only", "{model} has no model.safetensors: convert the weights", spoil=lambda place: pickled(place)),
+    Case(
+        "pickled weights only",
+        "{model} has no model.safetensors: convert the weights",
+        spoil=lambda place: pickled(place),
+    ),
     Case("weights of zero bytes", ("{model}/model.safetensors", "again"), spoil=write(WEIGHTS, "")),
     Case("weights truncated", ("{model}/model.safetensors", "again"), spoil=cut(WEIGHTS, 1000)),
     Case("header of 2^60 bytes", ("{model}/model.safetensors", "again"), spoil=header(1 << 60, b"{}")),
     Case("header of 2^64 - 1 bytes", ("{model}/model.safetensors", "again"), spoil=header((1 << 64) - 1, b"{}")),
     Case("header that is no JSON", ("{model}/model.safetensors", "again"), spoil=header(4, b"oops")),
-    Case("weights are a folder", ("{model}/model.safetensors is not there, or no file: download it again",), spoil=folder(WEIGHTS)),
-    Case("weights in a symlink loop", ("{model}/model.safetensors is not there, or no file: download it again",), spoil=link(WEIGHTS, "model.safetensors")),
-    Case("weights are a pipe", ("{model}/model.safetensors is not there, or no file: download it again",), spoil=fifo(WEIGHTS)),
-    Case("wrong shape", (f"tensor {TENSOR!r} has shape (31, 32)", "(32, 32)"), spoil=change_tensors(WEIGHTS, shortened)),
+    Case(
+        "weights are a folder",
+        ("{model}/model.safetensors is not there, or no file: download it again",),
+        spoil=folder(WEIGHTS),
+    ),
+    Case(
+        "weights in a symlink loop",
+        ("{model}/model.safetensors is not there, or no file: download it again",),
+        spoil=link(WEIGHTS, "model.safetensors"),
+    ),
+    Case(
+        "weights are a pipe",
+        ("{model}/model.safetensors is not there, or no file: download it again",),
+        spoil=fifo(WEIGHTS),
+    ),
+    Case(
+        "wrong shape", (f"tensor {TENSOR!r} has shape (31, 32)", "(32, 32)"), spoil=change_tensors(WEIGHTS, shortened)
+    ),
     Case(
         "tensor missing",
         f"no tensor {TENSOR!r}: it",
         spoil=change_tensors(WEIGHTS, lambda tensors: {k: v for k, v in tensors.items() if k != TENSOR}),
     ),
-    Case("config of another size", ("tensor ", "has shape", "the model's config says"), spoil=change_json(CONFIG, intermediate_size=48)),
+    Case(
+        "config of another size",
+        ("tensor ", "has shape", "the model's config says"),
+        spoil=change_json(CONFIG, intermediate_size=48),
+    ),
     Case("config of a deeper model", "no tensor 'model.layers.2.", spoil=change_json(CONFIG, num_hidden_layers=3)),
-    Case("shard missing", ("{model}/model-00001-of-00002.safetensors is not there, or no file: download it again",), spoil=split),
-    Case("index of zero bytes", ("{model}/model.safetensors.index.json is damaged", "download it again"), spoil=lambda place: index(place, "")),
-    Case("index of other JSON", ("{model}/model.safetensors.index.json is damaged", "download it again"), spoil=lambda place: index(place, "[1]")),
-    Case("index that leads elsewhere", ("{model}/model.safetensors.index.json", "must name a file"), spoil=lambda place: index(place, json.dumps({"weight_map": {TENSOR: "../m"}}))),
-]  # fmt: skip
+    Case(
+        "shard missing",
+        ("{model}/model-00001-of-00002.safetensors is not there, or no file: download it again",),
+        spoil=split,
+    ),
+    Case(
+        "index of zero bytes",
+        ("{model}/model.safetensors.index.json is damaged", "download it again"),
+        spoil=lambda place: index(place, ""),
+    ),
+    Case(
+        "index of other JSON",
+        ("{model}/model.safetensors.index.json is damaged", "download it again"),
+        spoil=lambda place: index(place, "[1]"),
+    ),
+    Case(
+        "index that leads elsewhere",
+        ("{model}/model.safetensors.index.json", "must name a file"),
+        spoil=lambda place: index(place, json.dumps({"weight_map": {TENSOR: "../m"}})),
+    ),
+]
 
 FILES = [
     Case("text instead of GGUF", "{root}/m.gguf: not a GGUF file", GGUF, write("m.gguf", "not a model")),
     Case("GGUF of zero bytes", "{root}/m.gguf: not a GGUF file", GGUF, write("m.gguf", "")),
     Case("GGUF of 4 bytes", "{root}/m.gguf: truncated or damaged GGUF (4 bytes", GGUF, write("m.gguf", "GGUF")),
     Case("GGUF without metadata", "{root}/m.gguf", GGUF, write("m.gguf", b"GGUF\3\0\0\0" + bytes(16))),
-    Case("GGUF of 2^60 tensors", "{root}/m.gguf", GGUF, write("m.gguf", b"GGUF\3\0\0\0" + (1 << 60).to_bytes(8, "little") * 2)),
-]  # fmt: skip
+    Case(
+        "GGUF of 2^60 tensors",
+        "{root}/m.gguf",
+        GGUF,
+        write("m.gguf", b"GGUF\3\0\0\0" + (1 << 60).to_bytes(8, "little") * 2),
+    ),
+]
 
 
 def smaller_vocabulary(place: Place) -> None:

@@ -67,7 +67,11 @@ def ask(config: RunConfig, job: Job, client: int, prompt: str | None, input_path
 def _answer(
     answerer: Answerer, personality: Personality, config: RunConfig, text: str, json_out: TextIO | None
 ) -> None:
-    """Write one JSON line; or the answer as it comes where there is one beam, and then the weight."""
+    """Write one JSON line; or the answer as it comes where there is one beam, and then the weight.
+
+    Raises:
+        DataError: prompt and answer do not fit the model's context.
+    """
     prompts = tokenize_prompts([text], answerer.tokenizer, config.data.template)
     answerer.check_context(len(prompts[0]), f"the prompt {text[:40]!r}")
     alphas: torch.Tensor = answerer.weights(personality, prompts)

@@ -28,7 +28,9 @@ from dpa_ds.distributed.federation_group import AdapterState
 from dpa_ds.errors import CheckpointError
 from dpa_ds.storage import (
     STATE,
+    UNREADABLE,
     SavedFolder,
+    check_finite,
     fsync,
     lock_file,
     read_folder,
@@ -88,7 +90,7 @@ class RunFolder:
             CheckpointError: another run lives here, or the place cannot be written.
         """
         recipe = self.run_dir / "config.yaml"
-        if recipe.is_file():
+        if os.path.isfile(recipe):  # unlike Path.is_file it takes any path
             old = load_config(["--config", str(recipe)])
             differences = diff_configs(fingerprint_sections(old), fingerprint_sections(config))
             if differences:
@@ -96,9 +98,9 @@ class RunFolder:
                     f"{self.run_dir} holds a different run ({'; '.join(differences)}): choose another name, "
                     "or delete that folder"
                 )
-        elif self.run_dir.exists() and (not self.run_dir.is_dir() or any(self.run_dir.iterdir())):
+        elif os.path.lexists(self.run_dir) and (not self.run_dir.is_dir() or any(self.run_dir.iterdir())):
             raise CheckpointError(f"{self.run_dir} exists but is not a run (no config.yaml): choose another name")
-        existing = next(path for path in (self.run_dir, *self.run_dir.absolute().parents) if path.exists())
+        existing = next(path for path in (self.run_dir, *self.run_dir.absolute().parents) if os.path.exists(path))
         if not existing.is_dir() or not os.access(existing, os.W_OK):
             raise CheckpointError(f"cannot write results to {self.run_dir} ({existing}): choose another output_dir")
         return self.latest_round()
@@ -115,17 +117,22 @@ class RunFolder:
                 f"{self.run_dir} holds results (up to round {last}), and resume is never: choose another name, delete "
                 "that folder, or go on with --resume auto"
             )
-        while last and (problem := self._problem_of(last)):
-            aside = self.round_dir(last).with_name(f"{self.round_dir(last).name}.damaged")
+        problems: dict[int, str] = {}
+        for last in reversed(self.complete_rounds()):
+            if not (problem := self._problem_of(last)):
+                break
+            problems[last] = problem
+        if last in problems:
+            first = next(iter(problems.values()))
+            raise CheckpointError(
+                f"no complete round of {self.run_dir} is whole: restore one, or delete the folder ({first})"
+            )
+        for damaged, problem in problems.items():
+            aside = self.round_dir(damaged).with_name(f"{self.round_dir(damaged).name}.damaged")
             with storage_errors(aside):
                 shutil.rmtree(aside, ignore_errors=True)
-                self.round_dir(last).rename(aside)
-            logger.warning(f"round {last} is damaged and set aside as {aside}: {problem}")
-            last = self.latest_round()
-            if last == 0:
-                raise CheckpointError(
-                    f"no complete round of {self.run_dir} is whole: restore one, or delete the folder"
-                )
+                self.round_dir(damaged).rename(aside)
+            logger.warning(f"round {damaged} is damaged and set aside as {aside}: {problem}")
         if config.resume == "must" and last == 0 and not any(self.rounds_dir.glob("*.tmp")):
             raise CheckpointError(
                 f"{self.run_dir} holds nothing to go on from, and resume is must: see output_dir, name"
@@ -141,7 +148,7 @@ class RunFolder:
                 if sha256_of(folder / name) != expected:
                     return f"{folder / name} (checksum differs)"
                 verify_folder((folder / name).parent, "not used")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except UNREADABLE as error:
             return f"{folder / META} ({error})"
         except CheckpointError as error:
             return str(error)
@@ -156,9 +163,9 @@ class RunFolder:
         path = self.run_dir / MODEL
         try:
             recorded = json.loads(path.read_text())["fingerprint"] if path.exists() else fingerprint
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except UNREADABLE as error:
             raise CheckpointError(
-                f"{path} cannot be read ({error!r}): restore it; or delete it, if you are sure that "
+                f"{path} cannot be read ({error}): restore it; or delete it, if you are sure that "
                 "model.path is the base that this run was trained over"
             ) from error
         if recorded != fingerprint:
@@ -169,8 +176,12 @@ class RunFolder:
 
     def latest_round(self) -> int:
         """Last complete round, 0 if there is none."""
-        complete = [int(p.parent.name.removeprefix("round_")) for p in self.rounds_dir.glob(f"round_??????/{META}")]
-        return max(complete, default=0)
+        return max(self.complete_rounds(), default=0)
+
+    def complete_rounds(self) -> list[int]:
+        """All complete rounds, in their order."""
+        names = (path.parent.name.removeprefix("round_") for path in self.rounds_dir.glob(f"round_??????/{META}"))
+        return sorted(int(name) for name in names if name.isdecimal())
 
     def trained_round(self) -> int:
         """Last complete round.
@@ -251,13 +262,15 @@ class RunFolder:
         """Read one adapter of a complete round, checking its checksums.
 
         Raises:
-            CheckpointError: a file is missing or damaged.
+            CheckpointError: a file is missing or damaged, or the adapter has NaN or infinity.
         """
         folder = self.round_dir(server_round) / name
         remedy = f"delete {self.round_dir(server_round)} to continue from the round before"
         saved = read_folder(folder, remedy)
         if WEIGHTS not in saved.tensors:
             raise CheckpointError(f"{folder} has no {WEIGHTS}.safetensors: {remedy}")
+        remedy = f"delete {self.round_dir(server_round)} to use the round before, or train again"
+        check_finite(folder, saved.tensors[WEIGHTS], remedy)
         extras = {key: tensors for key, tensors in saved.tensors.items() if key != WEIGHTS}
         return SavedAdapter(saved.tensors[WEIGHTS], extras, saved.info)
 
@@ -291,10 +304,9 @@ class RunFolder:
         """
         path = self.round_dir(server_round) / name / STATE
         try:
-            info: dict[str, Any] = json.loads(path.read_text())["info"]
-        except (OSError, ValueError, KeyError) as error:
+            return dict(json.loads(path.read_text())["info"])
+        except UNREADABLE as error:
             raise CheckpointError(f"{path} cannot be read ({error}): restore it, or delete that round") from error
-        return info
 
     # ---- inside a round ---------------------------------------------------------------------------------------
 

@@ -1,7 +1,8 @@
-"""What a recipe may say: ranges and combinations, what determines a result, and who owns a number of the DeepSpeed JSON."""
+"""What a recipe may say: ranges and combinations, what determines a result; and how its text is read and shown."""
 
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
@@ -14,6 +15,15 @@ from dpa_ds.errors import ConfigError
 REPOSITORY = Path(__file__).resolve().parents[1]
 MAX_FILE_BYTES = 1 << 20
 """A recipe or DeepSpeed JSON is a few kB: more is the wrong file, and is not read."""
+_MAX_NAME_BYTES = 200
+_YEAR = 365 * 24 * 3600
+_WAITS = (
+    "cluster.timeout_seconds",
+    "cluster.silence_seconds",
+    "federation.timeout_seconds",
+    "checkpoint.grace_seconds",
+)
+"""Seconds that libraries count in integers, which overflow."""
 
 # dotted key, test, what the message says is allowed. A null is always allowed where the type has it.
 _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
@@ -71,6 +81,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("checkpoint.keep_rounds", lambda value: value >= 1, "must be >= 1"),
     ("checkpoint.grace_seconds", lambda value: value > 0, "must be > 0"),
     ("tracking.log_every_seconds", lambda value: value >= 0, "must be >= 0"),
+    *((key, lambda value: value <= _YEAR, "must be at most 31536000, a year") for key in _WAITS),
 )
 
 # Fields that may change between the parts of one run: they move work and output about, never the result (but for the
@@ -93,20 +104,6 @@ _NOT_IN_FINGERPRINT = {
     "weighting.encoder",
 }
 _SECTIONS_NOT_IN_FINGERPRINT = {"checkpoint", "cluster", "engine", "evaluation", "generation", "tracking"}
-
-_OWNER_OF_DEEPSPEED_KEY = {
-    "train_batch_size": "train.batch_size",
-    "train_micro_batch_size_per_gpu": "train.micro_batch_tokens",
-    "gradient_accumulation_steps": "train.batch_size",
-    "managed_gradient_accumulation": "train.batch_size",
-    "gradient_clipping": "train.max_grad_norm",
-    "optimizer": "train.learning_rate, train.weight_decay and train.adam_*",
-    "scheduler": "train.lr_schedule",
-    "fp16.enabled": "model.precision",
-    "bf16.enabled": "model.precision",
-    "bfloat16.enabled": "model.precision",
-    "tensorboard": "tracking.tensorboard",
-}
 
 
 def validate(config: RunConfig) -> None:
@@ -146,48 +143,11 @@ def show(value: Any, limit: int = 80) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
-def load_deepspeed_json(path: str) -> dict[str, Any]:
-    """Read `engine.deepspeed_config`; a path that does not exist in the working directory may start at the repository.
-
-    ConfigError: missing, unreadable, malformed (with its line), a key given twice, or keys that the recipe owns.
-    """
-    remedy = "name one of those in ds_configs/"
-    candidates = [Path(path).expanduser(), REPOSITORY / Path(path).expanduser()]
-    found = next((candidate for candidate in candidates if candidate.exists()), None)
-    if found is None:
-        tried = " and ".join(str(candidate.absolute()) for candidate in dict.fromkeys(candidates))
-        raise ConfigError(f"engine.deepspeed_config: no such file: {path} (tried {tried}): {remedy}")
-    try:
-        content = json.loads(read_text(found, "engine.deepspeed_config", remedy), object_pairs_hook=_without_duplicates)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{found}, line {error.lineno}: not JSON: {error.msg} (column {error.colno})") from error
-    except RecursionError as error:
-        raise ConfigError(f"{found}: not a DeepSpeed JSON: nested too deeply") from error
-    except ValueError as error:
-        raise ConfigError(f"{found}: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{found}: a DeepSpeed JSON is an object of keys, got {show(content)}")
-    check_deepspeed_owner(content, str(found))
-    return content
-
-
-def check_deepspeed_owner(content: Mapping[str, Any], path: str) -> None:
-    """One ConfigError with every key of the DeepSpeed JSON that the recipe owns, and the file to edit."""
-    clashes = []
-    for key, owner in _OWNER_OF_DEEPSPEED_KEY.items():
-        section, _, leaf = key.partition(".")
-        inside = content.get(section, {})
-        if (not leaf and section in content) or (leaf and isinstance(inside, Mapping) and leaf in inside):
-            clashes.append(f"{key} (owned by {owner})")
-    if clashes:
-        raise ConfigError(
-            f"{path} sets what the recipe owns: {', '.join(clashes)}.\nRemove {'it' if len(clashes) == 1 else 'them'} from {path}."
-        )
-
-
 def read_text(path: Path, what: str, remedy: str) -> str:
     """Text of a file of at most MAX_FILE_BYTES; ConfigError `what: reason: remedy` if it cannot be had."""
     try:
+        if path.is_fifo():  # opening it would wait for a writer
+            raise ConfigError(f"{what}: {path} is a pipe, not a regular file: {remedy}")
         with path.open("rb") as file:
             content = file.read(MAX_FILE_BYTES + 1)
         if len(content) > MAX_FILE_BYTES:
@@ -214,6 +174,11 @@ def _problems(config: RunConfig) -> Iterator[str]:
     )
     if config.name in ("", ".", "..") or "/" in config.name or "\\" in config.name or not config.name.isprintable():
         yield f"name must be a plain folder name, not empty and without / or \\, got {show(config.name)}"
+    elif len(config.name.encode()) > _MAX_NAME_BYTES:
+        yield f"name must be a folder name of at most {_MAX_NAME_BYTES} bytes, got {show(config.name)}"
+    for key in ("output_dir", "model.path", "data.path", "data.test_path", "data.cache_dir", "engine.deepspeed_config"):
+        if not _is_path(values[key] or ""):
+            yield f"{key} must be a path (no NUL character, names of up to 255 bytes), got {show(values[key])}"
     for key, allowed, text in _RANGES:
         if values[key] is not None and not allowed(values[key]):
             yield f"{key} {text}, got {show(values[key])}"
@@ -297,6 +262,14 @@ def _method_problems(config: RunConfig) -> Iterator[str]:
         )
 
 
+def _is_path(text: str) -> bool:
+    try:
+        names = os.fsencode(text).split(b"/")
+    except UnicodeEncodeError:
+        return False
+    return "\0" not in text and all(len(name) <= 255 for name in names) and len(text) < 4000
+
+
 def _items(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
@@ -307,12 +280,3 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield from _leaves(value, f"{prefix}{key}.")
         else:
             yield prefix + key, list(value) if isinstance(value, tuple) else value
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"key {twice} is given twice: keep one")
-    return content

@@ -11,17 +11,9 @@ import jsonargparse
 import yaml
 
 from dpa_ds.config import RunConfig
-from dpa_ds.config_checks import (
-    check_deepspeed_owner,
-    diff_configs,
-    fingerprint_sections,
-    flatten,
-    load_deepspeed_json,
-    read_text,
-    show,
-    validate,
-)
+from dpa_ds.config_checks import diff_configs, fingerprint_sections, flatten, read_text, show, validate
 from dpa_ds.config_schema import FIELDS, SECTIONS, alternatives, check_key, construct, describe, takes_scalar
+from dpa_ds.deepspeed_json import check_deepspeed_owner, load_deepspeed_json
 from dpa_ds.errors import ConfigError
 from dpa_ds.recipe_yaml import RecipeLoader, dump_yaml, load_yaml
 

@@ -53,6 +53,7 @@ def evaluate(config: RunConfig, job: Job) -> Path:
     personalities = {client: load_personality(folder, server_round, client) for client in clients}
     for personality in personalities.values():
         answerer.check_references(personality)
+        answerer.adapters.check_shapes("local", personality.local_state)
     prompts = tokenize_instances(config, instances, answerer)
 
     settings = describe_settings(config, answerer.weighting, folder, server_round, fingerprint, everything)

@@ -1,5 +1,6 @@
 """From the command line of a program that uses a trained run to its RunConfig: `--run runs/NAME [--option VALUE ...]`."""
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,7 +38,7 @@ def load_run_config(argv: Sequence[str], usage: str) -> RunConfig:
         raise ConfigError("no run: give one with --run runs/NAME (a folder that launch/run.py wrote; see --help)")
     run_dir = Path(options.pop("run")).expanduser()
     recipe = run_dir / "config.yaml"
-    if not recipe.is_file():
+    if not os.path.isfile(recipe):  # unlike Path.is_file it takes any path
         found = sorted(path.parent.name for path in run_dir.absolute().parent.glob("*/config.yaml"))
         there = f"; runs beside it: {', '.join(found[:8])}{', ...' if len(found) > 8 else ''}" if found else ""
         raise ConfigError(f"--run {run_dir}: no such run (no {recipe}): give a folder that launch/run.py wrote{there}")

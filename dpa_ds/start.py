@@ -4,8 +4,9 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from dpa_ds.config import RunConfig
 from dpa_ds.config_loader import load_config, load_deepspeed_json, to_yaml
@@ -14,7 +15,13 @@ from dpa_ds.distributed.launchers import check_hostfile_of_launcher, discover_la
 from dpa_ds.errors import DpaError
 
 PACKAGES = ("torch", "deepspeed", "transformers", "peft")
-RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
+RANK_VARIABLES = {
+    "RANK": "WORLD_SIZE",
+    "OMPI_COMM_WORLD_RANK": "OMPI_COMM_WORLD_SIZE",
+    "PMI_RANK": "PMI_SIZE",
+    "SLURM_PROCID": "SLURM_STEP_NUM_TASKS",
+}
+"""What launchers tell a rank, and the number of ranks."""
 
 
 def run_job(
@@ -30,7 +37,7 @@ def run_job(
     try:
         launch = discover_launch()
     except DpaError as error:
-        if next((os.environ[name] for name in RANK_VARIABLES if name in os.environ), "0") == "0":
+        if not _is_further_rank(os.environ):
             sys.stderr.write(f"error: {error}\n")
         sys.exit(error.exit_code)
     config, problem, facts = None, None, dict[str, str]()
@@ -57,6 +64,17 @@ def run_job(
                 sys.stderr.write(f"error: {error}\n")
             launch.exit(getattr(error, "exit_code", 1))
         job.fail(error)
+
+
+def _is_further_rank(environ: Mapping[str, str]) -> bool:
+    """Whether this is surely not rank 0, which then says what is wrong with the environment of all."""
+    for rank_name, size_name in RANK_VARIABLES.items():
+        if rank_name in environ:
+            rank, size = environ[rank_name], environ.get(size_name, "")
+            return bool(
+                re.fullmatch("[0-9]{1,9}", rank) and re.fullmatch("[0-9]{1,9}", size) and 0 < int(rank) < int(size)
+            )
+    return False
 
 
 def _facts(config: RunConfig) -> dict[str, str]:

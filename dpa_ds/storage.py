@@ -23,6 +23,8 @@ from dpa_ds.distributed.federation_group import AdapterState
 from dpa_ds.errors import CheckpointError
 
 STATE = "state.json"
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
+"""What reading a damaged JSON file, and looking into it, raises."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,11 @@ def write_folder(folder: Path, tensors: Mapping[str, AdapterState], info: Mappin
         files = [path for path in sorted(folder.iterdir()) if path.name != STATE]
         for path in files:
             fsync(path)
-        content = {"sha256": {path.name: sha256_of(path) for path in files}, "info": dict(info)}
+        content = {
+            "sha256": {path.name: sha256_of(path) for path in files},
+            "info": dict(info),
+            "info_sha256": _digest(dict(info)),
+        }
         write_text(folder / STATE, json.dumps(content, indent=1))
         for directory in (folder, folder.parent):  # the names of the files, too, must survive a power cut
             fsync(directory)
@@ -77,11 +83,21 @@ def verify_folder(folder: Path, remedy: str) -> dict[str, Any]:
         state = json.loads((folder / STATE).read_text())
         checksums, info = dict(state["sha256"]), dict(state["info"])
         damaged = next((file for file, expected in checksums.items() if sha256_of(folder / file) != expected), None)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if state.get("info_sha256", _digest(info)) != _digest(info):
+            damaged = STATE
+    except UNREADABLE as error:
         raise CheckpointError(f"{folder} cannot be read ({error}): {remedy}") from error
     if damaged is not None:
         raise CheckpointError(f"{folder / damaged} is damaged (checksum differs): {remedy}")
     return info
+
+
+def check_finite(folder: Path, state: AdapterState, remedy: str) -> None:
+    """Raise CheckpointError if a tensor has NaN or infinity; it ends with `remedy`."""
+    bad = [key for key, tensor in state.items() if not bool(tensor.isfinite().all())]
+    if bad:
+        more = f" and {len(bad) - 1} more tensors" if len(bad) > 1 else ""
+        raise CheckpointError(f"{folder} has NaN or infinity in {bad[0]}{more}: {remedy}")
 
 
 def write_file(path: Path, text: str) -> None:
@@ -129,6 +145,10 @@ def sha256_of(path: Path) -> str:
     """Checksum of a file, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digest(info: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(info, sort_keys=True).encode()).hexdigest()
 
 
 def lock_file(path: Path, wait_seconds: float, creates: bool) -> int | None:

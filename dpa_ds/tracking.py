@@ -137,11 +137,13 @@ class Tracker:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """Records of a metrics.jsonl; a last line cut off by a crash is left out."""
+    """Records of a metrics.jsonl; a line that is none, such as one cut off by a crash, is left out."""
     records = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(errors="replace").splitlines():
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(record, dict) and isinstance(record.get("round"), int) and isinstance(record.get("kind"), str):
+            records.append(record)
     return records

@@ -59,6 +59,7 @@ def train(config: RunConfig, job: Job) -> None:
     if schedule.weighted_by_instance:
         encode_references(clients, config, adapters, pad_id)
 
+    shared = restore_shared(config, schedule, adapters, completed)
     labels, trained = exchange_labels(job, world, clients, names)
     if world.is_main:  # everything that a user can get wrong was read by now: from here on the run exists
         write_file(config.run_dir / "config.yaml", to_yaml(config))
@@ -74,7 +75,7 @@ def train(config: RunConfig, job: Job) -> None:
             aggregator=WeightedAverage(by_num_examples=config.federation.weighting == "num_examples"),
             clients=clients,
             labels=labels,
-            shared=restore_shared(config, schedule, adapters, completed),
+            shared=shared,
             folder=folder,
             writer=writer,
             tracker=tracker,

@@ -8,12 +8,15 @@ import hashlib
 import io
 import json
 import logging
+import lzma
 import shutil
+import struct
 import subprocess
 import sys
 import tarfile
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +27,11 @@ from dpa_ds.errors import DataError
 logger = logging.getLogger(__name__)
 
 MANIFEST_NAME = "manifest.json"
+_DAMAGED = (
+    *(OSError, EOFError, ValueError, LookupError, NotImplementedError, RuntimeError),
+    *(zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, struct.error),
+)
+"""What zipfile and tarfile raise at a damaged archive."""
 
 
 @dataclass(frozen=True)
@@ -93,10 +101,14 @@ def extract_member(archive: Archive, member: str, sha256: str, target: Path, arc
 def read_members(archive: Path, pattern: str) -> list[bytes]:
     """Contents of the members of a zip or tar.gz that match `pattern`, in order of their names.
 
-    `outer!inner` looks for `inner` in the archives that match `outer`. Raises DataError where nothing matches.
+    `outer!inner` looks for `inner` in the archives that match `outer`. Raises DataError where nothing matches, or the
+    archive is damaged.
     """
-    with archive.open("rb") as stream:
-        contents = _matching(stream, pattern)
+    try:
+        with archive.open("rb") as stream:
+            contents = _matching(stream, pattern)
+    except _DAMAGED as error:
+        raise DataError(f"{archive} is damaged ({error}): delete it, to fetch it again") from error
     if not contents:
         raise DataError(f"{archive} holds no member {pattern}: it is not the archive that the tasks were made for")
     return contents
@@ -120,7 +132,7 @@ def verified_manifest(folder: Path) -> dict[str, Any] | None:
     try:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
         is_whole = all(sha256_of(folder / name) == digest for name, digest in manifest["files"].items())
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     return manifest if is_whole else None
 

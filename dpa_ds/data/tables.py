@@ -6,6 +6,7 @@ Every fault of a file or a cell is a DataError that names file and row.
 import csv
 import io
 import json
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ class Row:
     def text(self, column: str) -> str:
         """The cell as text; numbers and truth values are written out. Raises DataError for anything else."""
         if column not in self.values:
-            existing = ", ".join(map(repr, self.values)) or "none"
+            existing = textwrap.shorten(", ".join(map(repr, self.values)), 300, placeholder=" ...") or "none"
             raise DataError(
                 f"{self.place}: no column {column!r}; columns are {existing}: set the data.*_column that fits"
             )
@@ -78,6 +79,8 @@ def read_rows(path: Path) -> list[Row]:
 def reading(path: Path) -> Iterator[None]:
     """Turn what the operating system says about `path` into a DataError with its remedy."""
     try:
+        if path.is_fifo():  # opening it would wait for a writer
+            raise DataError(f"{path}: is a pipe, not a file: write the rows to a file")
         yield
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file or folder: check data.path and data.test_path") from error
@@ -169,6 +172,6 @@ def _read_saved_dataset(path: Path) -> list[Row]:
                 raise DataError(f"{path}: no split 'train' among {sorted(loaded)}: give the folder of one split")
             loaded = loaded["train"]
         values = list(loaded.with_format(None))
-    except (ValueError, KeyError, TypeError, pyarrow.ArrowException) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, pyarrow.ArrowException) as error:
         raise DataError(f"{path}: not a readable data set ({error}): save it again with save_to_disk") from error
     return [Row(dict(value), f"{path}: row {n}") for n, value in enumerate(values, start=1)]

@@ -14,6 +14,7 @@ import psutil
 from dpa_ds.errors import ClusterError
 
 DEFAULT_PORT = 29500
+MAX_HOSTS = 100_000
 MPI_SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
@@ -104,16 +105,16 @@ def _from_environment(environ: Mapping[str, str]) -> Launch:
     for name, other in (("RANK", "WORLD_SIZE"), ("WORLD_SIZE", "RANK")):
         if other not in environ:  # each process would take itself for a whole job, all writing to one folder
             raise ClusterError(f"{name} is set, but {other} is not: set both, or neither for a job of one rank")
-    rank, size = _integer(environ, "RANK"), _integer(environ, "WORLD_SIZE")
-    if not 0 <= rank < size:
-        raise ClusterError(f"RANK is {rank}, but the job has {size} ranks: RANK must be in 0..{size - 1}")
+    rank, size = _rank_and_size(environ, "RANK", "WORLD_SIZE")
+    if size > 1 and not environ.get("MASTER_ADDR"):
+        raise ClusterError(f"WORLD_SIZE is {size}, but MASTER_ADDR is not set: set it to the host of rank 0")
     return Launch(
         launcher="env",
         global_rank=rank,
         job_world_size=size,
         local_rank=_integer(environ, "LOCAL_RANK", 0),
         master_addr=environ.get("MASTER_ADDR", "127.0.0.1"),
-        master_port=_integer(environ, "MASTER_PORT", DEFAULT_PORT),
+        master_port=_port(environ, DEFAULT_PORT),
         agent_store=environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
     )
 
@@ -127,47 +128,84 @@ def _integer(environ: Mapping[str, str], name: str, default: int | None = None) 
         raise ClusterError(f"environment variable {name} must be an integer, got {environ[name]!r}") from None
 
 
+def _rank_and_size(environ: Mapping[str, str], rank_name: str, size_name: str) -> tuple[int, int]:
+    rank, size = _integer(environ, rank_name), _integer(environ, size_name)
+    if size < 1:
+        raise ClusterError(f"{size_name} must be the number of ranks of the job, at least 1, got {size}")
+    if not 0 <= rank < size:
+        raise ClusterError(f"{rank_name} is {rank}, but the job has {size} ranks: {rank_name} must be in 0..{size - 1}")
+    return rank, size
+
+
+def _port(environ: Mapping[str, str], default: int) -> int:
+    port = _integer(environ, "MASTER_PORT", default)
+    if not 1 <= port <= 65535:
+        raise ClusterError(f"MASTER_PORT must be a port in 1..65535, got {port}")
+    return port
+
+
 def _slurm_step_of_one(environ: Mapping[str, str]) -> bool:
     """`srun -n1 mpirun ...`: MPI knows better."""
     return environ["SLURM_STEP_NUM_TASKS"] == "1" and any(name in environ for name in MPI_SIZE_VARIABLES)
 
 
 def _from_slurm(environ: Mapping[str, str]) -> Launch:
-    hosts = expand_hostlist(environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST", "localhost"))
+    rank, size = _rank_and_size(environ, "SLURM_PROCID", "SLURM_STEP_NUM_TASKS")
+    hosts = expand_hostlist(environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST") or "localhost")
     job_id, step_id = _integer(environ, "SLURM_JOB_ID", 0), _integer(environ, "SLURM_STEP_ID", 0)
     return Launch(
         launcher="slurm",
-        global_rank=_integer(environ, "SLURM_PROCID"),
-        job_world_size=_integer(environ, "SLURM_STEP_NUM_TASKS"),
+        global_rank=rank,
+        job_world_size=size,
         local_rank=_integer(environ, "SLURM_LOCALID", 0),
         master_addr=environ.get("MASTER_ADDR", hosts[0]),
         # two jobs or steps on one host must not meet
-        master_port=_integer(environ, "MASTER_PORT", 20000 + (job_id * 7 + step_id) % 20000),
+        master_port=_port(environ, 20000 + (job_id * 7 + step_id) % 20000),
     )
 
 
 def expand_hostlist(text: str) -> list[str]:
-    """Expand Slurm's compact host list, e.g. `n[1-2,07],login` -> n1, n2, n07, login (zero padding kept)."""
+    """Expand Slurm's compact host list, e.g. `n[1-2,07],login` -> n1, n2, n07, login (zero padding kept).
+
+    Raises:
+        ClusterError: it is none, or of more than MAX_HOSTS hosts.
+    """
     hosts: list[str] = []
     for item in re.findall(r"(?:[^,\[\]]+|\[[^\]]*\])+", text):
         expanded = [""]
         for literal, ranges in re.findall(r"([^\[\]]+)|\[([^\]]*)\]", item):
-            endings = [literal] if literal else [ending for part in ranges.split(",") for ending in _expand_range(part)]
-            expanded = [start + ending for start in expanded for ending in endings]
+            ends = [literal] if literal else [end for part in ranges.split(",") for end in _expand_range(part, text)]
+            if len(expanded) * len(ends) > MAX_HOSTS:
+                raise _no_hostlist(text)
+            expanded = [start + end for start in expanded for end in ends]
         hosts += expanded
+    if not hosts:
+        raise _no_hostlist(text)
     return hosts
 
 
-def _expand_range(part: str) -> list[str]:
-    first, _, last = part.partition("-")
-    return [f"{i:0{len(first)}d}" for i in range(int(first), int(last or first) + 1)]
+def _expand_range(part: str, text: str) -> list[str]:
+    match = re.fullmatch(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", part)
+    if match is None:
+        raise _no_hostlist(text)
+    first, last = int(match[1]), int(match[2] or match[1])
+    if not first <= last < first + MAX_HOSTS:
+        raise _no_hostlist(text)
+    return [f"{i:0{len(match[1])}d}" for i in range(first, last + 1)]
+
+
+def _no_hostlist(text: str) -> ClusterError:
+    return ClusterError(
+        f"SLURM_STEP_NODELIST must be a list of hosts such as n[1-4],login, got {text[:80]!r}: set MASTER_ADDR to the host "
+        "of rank 0, and SLURM_STEP_NODELIST to that, too"
+    )
 
 
 def _from_mpi(environ: Mapping[str, str]) -> Launch:
-    from mpi4py import MPI
+    promised = next(_integer(environ, name) for name in MPI_SIZE_VARIABLES if name in environ)
+    from mpi4py import MPI  # starts MPI
 
     comm = MPI.COMM_WORLD
-    promised = next(int(environ[name]) for name in MPI_SIZE_VARIABLES if name in environ)
     if comm.Get_size() != promised:
         raise ClusterError(
             f"mpirun started {promised} ranks, but libmpi ({MPI.Get_library_version().split(chr(10))[0].split(',')[0]}) "
@@ -182,7 +220,7 @@ def _from_mpi(environ: Mapping[str, str]) -> Launch:
 def _free_address() -> tuple[str, int]:
     """This host's name as other hosts reach it, and a port that is free now."""
     if "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ:
-        return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        return os.environ["MASTER_ADDR"], _port(os.environ, DEFAULT_PORT)
     with socket.socket() as probe:
         probe.bind(("", 0))
         return reachable_hostname(), int(probe.getsockname()[1])

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from dpa_ds.checkpoint import RunFolder, SavedAdapter
+from dpa_ds.checkpoint import RunFolder
 from dpa_ds.config import GenerationConfig
 from dpa_ds.data.references import REPRESENTATIONS, References, States
 from dpa_ds.distributed.federation_group import AdapterState
@@ -39,7 +39,7 @@ def load_personality(folder: RunFolder, server_round: int, client: int) -> Perso
     Raises:
         CheckpointError: a file is missing or damaged, or the adapter is not finite.
     """
-    saved = load_finite(folder, server_round, f"local/client_{client:02d}")
+    saved = folder.load_adapter(server_round, f"local/client_{client:02d}")
     info = _client_info(client, saved.info)
     references = References.from_tensors(saved.extras["references"]) if "references" in saved.extras else None
     return Personality(info, saved.weights, saved.info["steps_taken"]["local"] > 0, references)
@@ -56,23 +56,6 @@ def describe_client(folder: RunFolder, server_round: int, client: int) -> Client
 
 def _client_info(client: int, info: Mapping[str, Any]) -> ClientInfo:
     return ClientInfo(client, info["label"], tuple(info["tasks"]) or (NO_TASK,))
-
-
-def load_finite(folder: RunFolder, server_round: int, name: str) -> SavedAdapter:
-    """`RunFolder.load_adapter`, but never with NaN or infinity.
-
-    Raises:
-        CheckpointError: as there, or a number is not finite.
-    """
-    saved = folder.load_adapter(server_round, name)
-    bad = [key for key, tensor in saved.weights.items() if not bool(tensor.isfinite().all())]
-    if bad:
-        raise CheckpointError(
-            f"{folder.round_dir(server_round) / name} has NaN or infinity in {bad[0]}"
-            f"{f' and {len(bad) - 1} more tensors' if len(bad) > 1 else ''}: delete {folder.round_dir(server_round)} "
-            "to use the round before, or train again"
-        )
-    return saved
 
 
 class Answerer:

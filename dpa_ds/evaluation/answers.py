@@ -40,6 +40,12 @@ class Answer:
         """Which question this answers."""
         return self.client, self.task, self.row
 
+    @property
+    def is_valid(self) -> bool:
+        """False for what a damaged file gives."""
+        has_numbers = isinstance(self.client, int) and isinstance(self.row, int) and isinstance(self.alpha, int | float)
+        return has_numbers and 0 <= self.alpha <= 1 and isinstance(self.task, str) and isinstance(self.text, str)
+
 
 @dataclass(frozen=True)
 class ClientInfo:
@@ -66,9 +72,11 @@ def read_answers(folder: Path) -> Iterator[Answer]:
     for path in sorted(folder.glob("*.jsonl")):
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                yield Answer(**json.loads(line))
-            except (json.JSONDecodeError, TypeError):
+                answer = Answer(**json.loads(line))
+            except (ValueError, TypeError, RecursionError):
                 continue
+            if answer.is_valid:
+                yield answer
 
 
 def select_answers(answers: Iterable[Answer], clients: Sequence[int], instances: Sequence[Instance]) -> list[Answer]:

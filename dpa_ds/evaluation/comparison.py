@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 
 from dpa_ds.checkpoint import write_file
 from dpa_ds.config import WeightingKind
-from dpa_ds.errors import ConfigError
+from dpa_ds.errors import CheckpointError, ConfigError
 from dpa_ds.evaluation.answers import Answer, ClientInfo, Instance, read_answers, select_answers
 from dpa_ds.evaluation.comparison_tables import comparison_markdown, comparison_table
 from dpa_ds.evaluation.pictures import HELD_OUT_LOSS, curves, p_against_ttp
 from dpa_ds.evaluation.summary import Quantity, ScoreTable, oracle, over_seeds, paired_difference
+from dpa_ds.storage import UNREADABLE
 from dpa_ds.tracking import read_records
 
 METHODS = ("feddpa_t", "feddpa_f", "fedit", "fedlora", "local", "centralized")
@@ -93,17 +94,44 @@ def plan_entries(methods: Sequence[str], weightings: Sequence[Candidate]) -> lis
 def find_evaluation(run_dir: Path, wanted: Mapping[str, Any]) -> Path | None:
     """Folder of a report on an evaluation of `run_dir` whose summary's settings contain `wanted`."""
     for path in sorted(run_dir.glob("evaluations/*/*/summary.json")):
-        settings = json.loads(path.read_text())["settings"]
+        settings = read_summary(path)["settings"]
         if all(settings.get(key) == value for key, value in wanted.items()):
             return path.parent
     return None
 
 
+def read_summary(path: Path) -> dict[str, Any]:
+    """What a report says, in its own layout.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    try:
+        summary: dict[str, Any] = json.loads(path.read_text())
+        clients = [(c["client"], c["label"], *c["own_tasks"]) for c in summary["clients"]]
+        means = [summary["TTP"] and summary["TTP"]["rouge1"]["mean"], *summary["floors"].values()]
+        whole = all(isinstance(n, int) and all(isinstance(text, str) for text in texts) for n, *texts in clients)
+        whole = whole and isinstance(summary["settings"], dict) and len(means) == 3
+    except UNREADABLE as error:
+        raise CheckpointError(f"{path} is damaged ({error}): delete it, then run the same command again") from error
+    if not whole:
+        raise CheckpointError(f"{path} is damaged: delete it, then run the same command again")
+    return summary
+
+
 def read_evaluation(folder: Path, instances: Sequence[Instance]) -> Evaluated:
-    """Answers to `instances` of the evaluation whose report is in `folder`, and their scores."""
-    summary = json.loads((folder / "summary.json").read_text())
+    """Answers to `instances` of the evaluation whose report is in `folder`, and their scores.
+
+    Raises:
+        CheckpointError: a file of the evaluation is damaged.
+    """
+    summary = read_summary(folder / "summary.json")
     clients = [ClientInfo(c["client"], c["label"], tuple(c["own_tasks"])) for c in summary["clients"]]
     answers = select_answers(read_answers(folder.parent / "answers"), [c.client for c in clients], instances)
+    if len(answers) < len({client.client for client in clients}) * len(instances):
+        raise CheckpointError(
+            f"{folder.parent / 'answers'} lacks answers that {folder} counts: delete {folder}, then run the same command again"
+        )
     return Evaluated(ScoreTable.build(instances, answers, clients), answers)
 
 
@@ -151,7 +179,11 @@ def held_out_curve(run_dirs: Sequence[Path]) -> list[tuple[int, float]]:
     """(round, held-out loss), the mean over runs."""
     courses: list[dict[int, float]] = []
     for run_dir in run_dirs:
-        records = [r for r in read_records(run_dir / "metrics.jsonl") if r["kind"] == "round" and "held_out_loss" in r]
+        records = [
+            r
+            for r in read_records(run_dir / "metrics.jsonl")
+            if r["kind"] == "round" and isinstance(r.get("held_out_loss"), float)
+        ]
         courses.append({record["round"]: record["held_out_loss"] for record in records})
     rounds = sorted(set.intersection(*(set(course) for course in courses)))
     return [(r, sum(course[r] for course in courses) / len(courses)) for r in rounds]

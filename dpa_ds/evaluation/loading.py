@@ -10,7 +10,7 @@ from dpa_ds.distributed.job import Job
 from dpa_ds.distributed.topology import Topology
 from dpa_ds.distributed.world import World, build_world
 from dpa_ds.errors import ClusterError, ModelError
-from dpa_ds.evaluation.answering import Answerer, load_finite
+from dpa_ds.evaluation.answering import Answerer
 from dpa_ds.evaluation.weighting import resolve_weighting
 from dpa_ds.federation.methods import build_schedule
 from dpa_ds.model.base import check_precision, fits_one_rank, load_base, load_tokenizer, resolve_model
@@ -62,7 +62,7 @@ def build_answerer(
         CheckpointError, ModelError: adapters or base cannot be used.
     """
     weighting = resolve_weighting(config, build_schedule(config.method), len(folder.clients(server_round)))
-    shared = load_finite(folder, server_round, "global")
+    shared = folder.load_adapter(server_round, "global")
     ds_json = build_deepspeed_json(PARTITIONED if partitioned else {}, config, world.world_size)
     adapters = DualAdapter(load_base(config.model, directory, ds_json), config.lora)
     if partitioned:

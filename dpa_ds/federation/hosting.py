@@ -67,6 +67,7 @@ def restore_shared(config: RunConfig, schedule: Schedule, adapters: DualAdapter,
         raise CheckpointError(
             f"{RunFolder(config.run_dir).round_dir(completed_rounds)} has no global adapter: delete it"
         )
+    adapters.check_shapes("global", saved.weights)
     if not schedule.weighted_by_instance:
         return Shared(saved.weights, fresh)
     means = saved.extras["mean_states"]
@@ -116,6 +117,7 @@ def _restore_local(client: HostedClient, config: RunConfig, adapters: DualAdapte
     if saved is None:  # the beginning, or its group was never there
         client.local_state = adapters.initial_state("local", (config.seed, LOCAL_SEED, client.client_id))
         return
+    adapters.check_shapes("local", saved.weights)
     client.local_state, client.local_optimizer = saved.weights, saved.extras.get("optimizer")
     if "references" in saved.extras:
         client.references = References.from_tensors(saved.extras["references"])

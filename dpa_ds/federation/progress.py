@@ -103,11 +103,11 @@ class ProgressKeeper:
         saved = self._folder.load_progress(server_round, client)
         if saved is None:
             return None
-        if saved.info["layout"] != self._layout:
+        if saved.info.get("layout") != self._layout:
             if self._is_leader:
                 logger.warning(
                     f"client {client} begins round {server_round} anew: what it had done of it was done with another layout "
-                    f"({saved.info['layout']}, now {self._layout})"
+                    f"({saved.info.get('layout')}, now {self._layout})"
                 )
             return None
         info, tensors = saved.info, saved.tensors

@@ -5,7 +5,6 @@ communication; the whole model never exists on one rank.
 """
 
 import hashlib
-import json
 import os
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -15,14 +14,16 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from dpa_ds.config import ModelConfig
 from dpa_ds.errors import ConfigError, ModelError
+from dpa_ds.model.directory import check_directory, tensor_files
+from dpa_ds.model.directory import load_tokenizer as load_tokenizer
+from dpa_ds.model.directory import model_fingerprint as model_fingerprint
 from dpa_ds.tracking import logger
 
-_MAX_HEADER_BYTES = 100_000_000  # what the safetensors library itself accepts
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -59,43 +60,9 @@ def resolve_model(config: ModelConfig, cache_dir: str) -> Path:
         stat = path.stat()
         key = hashlib.sha256(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:16]
         return convert_gguf(path, Path(cache_dir).expanduser() / "models" / f"{path.stem}-{key}")
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ModelError(
-                f"model.path {path} has no config.json: give a Hugging Face model directory or a GGUF file"
-            )
-        return path
-    return _from_hub(config.path)
-
-
-_IDENTITY_FILES = (
-    "config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-)
-
-
-def model_fingerprint(directory: Path) -> str:
-    """SHA-256 (first 16 digits) of config, tokenizer, and of the tensors' names, shapes and a sample of their bytes.
-
-    64 blocks of 4 KiB from every weight file: a second for 100 GB, and enough to tell two trained models apart.
-    """
-    digest = hashlib.sha256()
-    for name in _IDENTITY_FILES:
-        path = directory / name
-        digest.update(path.read_bytes() if path.is_file() else b"")
-    for path in sorted(directory.glob("*.safetensors")):
-        with path.open("rb") as file:
-            header_length = int.from_bytes(file.read(8), "little")
-            digest.update(file.read(min(header_length, _MAX_HEADER_BYTES)))
-            size = path.stat().st_size
-            for block in range(64):
-                file.seek(8 + header_length + (size - 8 - header_length) * block // 64)
-                digest.update(file.read(4096))
-    return digest.hexdigest()[:16]
+    directory = path if path.is_dir() else _from_hub(config.path)
+    check_directory(directory)
+    return directory
 
 
 def fits_one_rank(directory: Path, precision: str, ranks_on_host: int) -> bool:
@@ -104,7 +71,7 @@ def fits_one_rank(directory: Path, precision: str, ranks_on_host: int) -> bool:
 
     accelerator = get_accelerator()
     bytes_needed = 0
-    for path in {*_tensor_files(directory).values()}:
+    for path in {*tensor_files(directory).values()}:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118
                 bytes_needed += torch.Size(file.get_slice(name).get_shape()).numel() * DTYPES[precision].itemsize
@@ -126,24 +93,6 @@ def _from_hub(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise offline from error
-
-
-def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
-    """Tokenizer with an end token; padding falls back to it.
-
-    Raises:
-        ModelError: no tokenizer there, or one without an end token.
-    """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(directory)
-    except (OSError, ValueError, json.JSONDecodeError) as error:
-        raise ModelError(f"no usable tokenizer in {directory}: {str(error).splitlines()[0]}") from error
-    if tokenizer.eos_token_id is None:
-        raise ModelError(f"the tokenizer in {directory} has no end token (eos_token): set it in tokenizer_config.json")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    assert isinstance(tokenizer, PreTrainedTokenizerBase)
-    return tokenizer
 
 
 def load_base(config: ModelConfig, directory: Path, deepspeed_json: Mapping[str, Any]) -> PreTrainedModel:
@@ -202,7 +151,7 @@ def _load_partitioned(config: ModelConfig, directory: Path, deepspeed_json: Mapp
         )
     model.tie_weights()  # part of the initialisation that was skipped
     _restore_computed_buffers(model)
-    files = _tensor_files(directory)
+    files = tensor_files(directory)
     with ExitStack() as stack:
         opened = {
             path: stack.enter_context(safe_open(path, framework="pt", device="cpu")) for path in set(files.values())
@@ -232,18 +181,6 @@ def _restore_computed_buffers(model: PreTrainedModel) -> None:
                 module._buffers[name] = buffer.float()
         if computed and next(module.parameters(recurse=False), None) is None:
             model._init_weights(module)
-
-
-def _tensor_files(directory: Path) -> dict[str, Path]:
-    """Tensor name -> safetensors file."""
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        return {name: directory / file for name, file in json.loads(index.read_text())["weight_map"].items()}
-    single = directory / "model.safetensors"
-    if not single.is_file():
-        raise ModelError(f"{directory} has no model.safetensors: convert the weights (pickled files are not read)")
-    with safe_open(single, framework="pt") as file:
-        return dict.fromkeys(file.keys(), single)
 
 
 def _stored_name(name: str, files: Mapping[str, Path], prefix: str) -> str:

@@ -41,7 +41,7 @@ class DualAdapter:
     """A PEFT model with the adapters "global" and "local" on every target layer."""
 
     def __init__(self, base: PreTrainedModel, config: LoraConfig) -> None:
-        _check_target_modules(base, config.target_modules)
+        _check_target_modules(base, config)
         base.requires_grad_(False)
         self.base_model = base
         """The causal LM under PEFT."""
@@ -83,8 +83,13 @@ class DualAdapter:
 
     def check_shapes(self, adapter: Adapter, state: AdapterState) -> None:
         """Raise ModelError unless `state` has the keys and shapes of `adapter` on this model."""
-        if {key: tuple(value.shape) for key, value in state.items()} != self.shapes[adapter]:
-            raise ModelError(f"the {adapter} adapter does not fit this model: it was trained over another one")
+        expected, found = self.shapes[adapter], {key: tuple(value.shape) for key, value in state.items()}
+        if found != expected:
+            key = next(key for key in (*expected, *found) if expected.get(key) != found.get(key))
+            raise ModelError(
+                f"the saved {adapter} adapter does not fit this model: {key} has shape {found.get(key, 'none')}, expected "
+                f"{expected.get(key, 'none')}: set model.path and lora.* to what it was trained with"
+            )
 
     def set_mix(self, alpha: float | torch.Tensor | None) -> None:
         """Weight the adapters (1 - alpha, alpha) in every layer.
@@ -171,12 +176,16 @@ def _adapter_parameters(model: peft.PeftModel, adapter: Adapter) -> dict[str, to
     return dict(sorted(found.items()))
 
 
-def _check_target_modules(base: PreTrainedModel, targets: Sequence[str]) -> None:
+def _check_target_modules(base: PreTrainedModel, config: LoraConfig) -> None:
     # PEFT complains only if none of the names matches.
-    linear = [n for n, m in base.named_modules() if isinstance(m, torch.nn.Linear) or type(m).__name__ == "Conv1D"]
-    missing = [t for t in targets if not any(n == t or n.endswith("." + t) for n in linear)]
+    linear = {n: m for n, m in base.named_modules() if isinstance(m, torch.nn.Linear) or type(m).__name__ == "Conv1D"}
+    missing = [t for t in config.target_modules if not any(n == t or n.endswith("." + t) for n in linear)]
     if missing:
         available = sorted({name.rsplit(".", 1)[-1] for name in linear})
         raise ModelError(
             f"lora.target_modules {missing} are not linear layers of {type(base).__name__}; it has {available}"
         )
+    widest = int(base.config.get_text_config().hidden_size)
+    for key, rank in (("lora.rank", config.rank), ("lora.local_rank", config.local_rank or 1)):
+        if rank > widest:
+            raise ModelError(f"{key} {rank} is more than the width of the model, {widest}: lower it (8 is usual)")

@@ -9,10 +9,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import deepspeed
+import pydantic
 import torch
 import torch.nn.functional as F
+from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from dpa_ds.config import RunConfig, TrainConfig
+from dpa_ds.config_checks import show
 from dpa_ds.data.batches import IGNORE_INDEX, MicroBatch, StepBatch
 from dpa_ds.distributed.federation_group import AdapterState
 from dpa_ds.distributed.world import World
@@ -34,6 +38,7 @@ def build_deepspeed_json(file_json: Mapping[str, Any], config: RunConfig, world_
             f"{config.engine.deepspeed_config}: offload_optimizer.device nvme is not supported: only the adapters have "
             "optimizer state, and it fits in memory; use cpu, or offload_param for the frozen base"
         )
+    _check_by_deepspeed(file_json, config.engine.deepspeed_config)
     merged = dict(file_json)
     merged |= {
         "train_batch_size": world_size,
@@ -45,6 +50,20 @@ def build_deepspeed_json(file_json: Mapping[str, Any], config: RunConfig, world_
     for precision in ("fp16", "bf16"):
         merged[precision] = {**merged.get(precision, {}), "enabled": config.model.precision == precision}
     return merged
+
+
+def _check_by_deepspeed(file_json: Mapping[str, Any], path: str) -> None:
+    """Raise ConfigError for what DeepSpeed's own types refuse, before the base is loaded."""
+    sections = {"zero_optimization": DeepSpeedZeroConfig, "fp16": DeepSpeedFP16Config, "bf16": DeepSpeedBF16Config}
+    for section, kind in sections.items():
+        try:
+            kind(**file_json.get(section, {}))
+        except pydantic.ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(map(str, (section, *first["loc"])))[:200]
+            raise ConfigError(
+                f"{path}: DeepSpeed refuses {key}: {first['msg']}, got {show(first['input'])}: correct it, or leave it out"
+            ) from error
 
 
 class AdapterEngine:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from dpa_ds.errors import Preempted
 from tests import tiny
+from tests.launch.bad_input import checksums
 from tests.launch.processes import (
     PYTHON,
     Ended,
@@ -28,7 +29,6 @@ from tests.launch.processes import (
     start_by_hand,
     wait_for,
 )
-from tests.launch.test_bad_input import checksums
 
 pytestmark = pytest.mark.launch
 PROGRAM = "launch/evaluate.py"

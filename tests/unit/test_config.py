@@ -345,7 +345,7 @@ def test_config_survives_yaml(tmp_path: Path) -> None:
     config = replace(
         VALID,
         seed=7,
-        cluster=ClusterConfig(ranks_per_group=[2, 1], timeout_seconds=1e20),
+        cluster=ClusterConfig(ranks_per_group=[2, 1], timeout_seconds=1e7),
         train=TrainConfig(learning_rate=1e-5, adam_betas=(0.0, 0.95), max_steps=3, keep_optimizer_state=True),
     )
     assert load(tmp_path, to_yaml(config)) == config

@@ -1,0 +1,155 @@
+"""A Hugging Face model directory before it is trusted: config, tokenizer and headers of the weights.
+
+Each fault is a ModelError with the file and a remedy; the libraries that load a model say little, or hang.
+"""
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+
+from dpa_ds.errors import DpaError, ModelError
+
+_INDEX = "model.safetensors.index.json"
+_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+
+
+def check_directory(directory: Path) -> None:
+    """Read the config and the headers of all weight files.
+
+    Raises:
+        ModelError: no model can be loaded from there.
+    """
+    read_config(directory)
+    for path in sorted({*tensor_files(directory).values()}):
+        _check_header(path)
+
+
+def read_config(directory: Path) -> PretrainedConfig:
+    """What `config.json` says.
+
+    Raises:
+        ModelError: it is missing, damaged, or of a model that transformers does not know.
+    """
+    path = directory / "config.json"
+    if not path.is_file():
+        raise ModelError(
+            f"model.path {directory} has no config.json: give a Hugging Face model directory or a GGUF file"
+        )
+    with _library_errors(f"{path} describes no model", "correct it, or download the model again"):
+        config = AutoConfig.from_pretrained(directory, local_files_only=True)
+        text = config.get_text_config()
+    for name in _SIZES:
+        value = getattr(text, name, 1)
+        if not isinstance(value, int) or value < 1:
+            raise ModelError(f"{path}: {name} must be a whole number >= 1, got {value!r}: download the model again")
+    assert isinstance(config, PretrainedConfig)
+    return config
+
+
+def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+    """Tokenizer with an end token; padding falls back to it.
+
+    Raises:
+        ModelError: no tokenizer there, one without an end token, or one that belongs to another model.
+    """
+    remedy = "it needs the model's own tokenizer.json and tokenizer_config.json, undamaged"
+    with _library_errors(f"no usable tokenizer in {directory}", remedy):
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        highest = max(tokenizer.get_vocab().values())
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"the tokenizer in {directory} has no end token (eos_token): set it in tokenizer_config.json")
+    num_tokens = getattr(read_config(directory).get_text_config(), "vocab_size", highest + 1)
+    if highest >= num_tokens:
+        raise ModelError(
+            f"the tokenizer in {directory} has ids up to {highest}, but the model knows {num_tokens} tokens (vocab_size of "
+            "config.json): it belongs to another model; put the right one there"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    return tokenizer
+
+
+IDENTITY_FILES = (
+    "config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+)
+
+
+def model_fingerprint(directory: Path) -> str:
+    """SHA-256 (first 16 digits) of config, tokenizer, and of the tensors' names, shapes and a sample of their bytes.
+
+    64 blocks of 4 KiB from every weight file: a second for 100 GB, and enough to tell two trained models apart.
+    """
+    digest = hashlib.sha256()
+    for name in IDENTITY_FILES:
+        path = directory / name
+        digest.update(path.read_bytes() if path.is_file() else b"")
+    for path in sorted(directory.glob("*.safetensors")):
+        with path.open("rb") as file:
+            header_length = int.from_bytes(file.read(8), "little")
+            size = path.stat().st_size
+            digest.update(file.read(min(header_length, size)))
+            for block in range(64):
+                file.seek(8 + header_length + (size - 8 - header_length) * block // 64)
+                digest.update(file.read(4096))
+    return digest.hexdigest()[:16]
+
+
+def tensor_files(directory: Path) -> dict[str, Path]:
+    """Tensor name -> safetensors file.
+
+    Raises:
+        ModelError: there is none, or the index is damaged.
+    """
+    index, single = directory / _INDEX, directory / "model.safetensors"
+    if index.is_file():
+        return {name: directory / file for name, file in _weight_map(index).items()}
+    if not single.exists() and not single.is_symlink():
+        raise ModelError(f"{directory} has no model.safetensors: convert the weights (pickled files are not read)")
+    _check_header(single)
+    with safe_open(single, framework="pt") as file:
+        return dict.fromkeys(file.keys(), single)
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        found: Any = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = {str(name): str(file) for name, file in found.items() if Path(file).name == file}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ModelError(f"{index} is damaged ({error}): download it again") from error
+    if not names or len(names) < len(found):
+        raise ModelError(f"{index}: weight_map must name a file of that directory for each tensor: download it again")
+    return names
+
+
+def _check_header(path: Path) -> None:
+    if not path.is_file():  # opening a pipe would wait for a writer
+        raise ModelError(f"{path} is not there, or no file: download it again")
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{path} is truncated or damaged ({error}): download it again") from error
+
+
+@contextlib.contextmanager
+def _library_errors(told: str, remedy: str) -> Iterator[None]:
+    """Whatever a library raises at a damaged file becomes one line: tokenizers raises bare Exception."""
+    try:
+        yield
+    except DpaError:
+        raise
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise ModelError(f"{told} ({' '.join(lines[:2])[:300]}): {remedy}") from error

@@ -13,7 +13,6 @@ never written.
 import hashlib
 import importlib.metadata
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,8 +21,6 @@ from typing import Any
 
 import peft
 
-from dpa_ds.config import RunConfig
-from dpa_ds.config_loader import diff_configs, fingerprint_sections, load_config
 from dpa_ds.distributed.federation_group import AdapterState
 from dpa_ds.errors import CheckpointError
 from dpa_ds.storage import (
@@ -32,16 +29,13 @@ from dpa_ds.storage import (
     SavedFolder,
     check_finite,
     fsync,
-    lock_file,
     read_folder,
     sha256_of,
     storage_errors,
-    verify_folder,
     write_folder,
     write_text,
 )
 from dpa_ds.storage import write_file as write_file
-from dpa_ds.tracking import logger
 
 META, MODEL = "meta.json", "model.json"
 WEIGHTS = "adapter_model"
@@ -65,94 +59,8 @@ class RunFolder:
     def __init__(self, run_dir: Path) -> None:
         self.run_dir = run_dir
         self.rounds_dir = run_dir / "rounds"
-        self._lock: int | None = None
-
-    def hold(self, config: RunConfig, creates: bool = False) -> None:
-        """Keep other jobs away from this run until the process ends: two that write one run would spoil it. Rank 0 of a job.
-
-        Args:
-            creates: the run begins to exist.
-
-        Raises:
-            CheckpointError: another job works on it, for longer than a job that is ending would.
-        """
-        group = config.cluster.group
-        path = self.run_dir / ("lock" if group is None else f"lock_group_{group}")
-        if self._lock is None:
-            self._lock = lock_file(path, config.checkpoint.grace_seconds, creates)
 
     # ---- which run, which round -------------------------------------------------------------------------------
-
-    def claim(self, config: RunConfig) -> int:
-        """Make sure that this folder is free, or holds this very run; the last complete round. Writes nothing.
-
-        Raises:
-            CheckpointError: another run lives here, or the place cannot be written.
-        """
-        recipe = self.run_dir / "config.yaml"
-        if os.path.isfile(recipe):  # unlike Path.is_file it takes any path
-            old = load_config(["--config", str(recipe)])
-            differences = diff_configs(fingerprint_sections(old), fingerprint_sections(config))
-            if differences:
-                raise CheckpointError(
-                    f"{self.run_dir} holds a different run ({'; '.join(differences)}): choose another name, "
-                    "or delete that folder"
-                )
-        elif os.path.lexists(self.run_dir) and (not self.run_dir.is_dir() or any(self.run_dir.iterdir())):
-            raise CheckpointError(f"{self.run_dir} exists but is not a run (no config.yaml): choose another name")
-        existing = next(path for path in (self.run_dir, *self.run_dir.absolute().parents) if os.path.exists(path))
-        if not existing.is_dir() or not os.access(existing, os.W_OK):
-            raise CheckpointError(f"cannot write results to {self.run_dir} ({existing}): choose another output_dir")
-        return self.latest_round()
-
-    def resume(self, config: RunConfig) -> int:
-        """The round to go on after, 0 for the beginning. A damaged round is set aside, and the one before it used.
-
-        Raises:
-            CheckpointError: as `claim`; or `config.resume` forbids it; or no round is left whole.
-        """
-        last = self.claim(config)
-        if config.resume == "never" and (last or any(self.rounds_dir.glob("*.tmp"))):
-            raise CheckpointError(
-                f"{self.run_dir} holds results (up to round {last}), and resume is never: choose another name, delete "
-                "that folder, or go on with --resume auto"
-            )
-        problems: dict[int, str] = {}
-        for last in reversed(self.complete_rounds()):
-            if not (problem := self._problem_of(last)):
-                break
-            problems[last] = problem
-        if last in problems:
-            first = next(iter(problems.values()))
-            raise CheckpointError(
-                f"no complete round of {self.run_dir} is whole: restore one, or delete the folder ({first})"
-            )
-        for damaged, problem in problems.items():
-            aside = self.round_dir(damaged).with_name(f"{self.round_dir(damaged).name}.damaged")
-            with storage_errors(aside):
-                shutil.rmtree(aside, ignore_errors=True)
-                self.round_dir(damaged).rename(aside)
-            logger.warning(f"round {damaged} is damaged and set aside as {aside}: {problem}")
-        if config.resume == "must" and last == 0 and not any(self.rounds_dir.glob("*.tmp")):
-            raise CheckpointError(
-                f"{self.run_dir} holds nothing to go on from, and resume is must: see output_dir, name"
-            )
-        return last
-
-    def _problem_of(self, server_round: int) -> str:
-        """What is wrong with a complete round; empty if nothing is."""
-        folder = self.round_dir(server_round)
-        try:
-            states: dict[str, str] = json.loads((folder / META).read_text())["states"]
-            for name, expected in states.items():
-                if sha256_of(folder / name) != expected:
-                    return f"{folder / name} (checksum differs)"
-                verify_folder((folder / name).parent, "not used")
-        except UNREADABLE as error:
-            return f"{folder / META} ({error})"
-        except CheckpointError as error:
-            return str(error)
-        return ""
 
     def check_model(self, fingerprint: str) -> None:
         """Refuse a base model other than the one that this run was trained over, wherever it lies now.

@@ -21,10 +21,12 @@ from dpa_ds.federation.client import ClientTrainer, HostedClient
 from dpa_ds.federation.hosting import client_names, encode_references, host_clients, restore_shared
 from dpa_ds.federation.methods import build_schedule
 from dpa_ds.federation.progress import ProgressKeeper
-from dpa_ds.federation.rounds import Federation, run_rounds
+from dpa_ds.federation.rounds import run_rounds
+from dpa_ds.federation.state import Federation
 from dpa_ds.model.base import check_precision, load_base, load_tokenizer, model_fingerprint, resolve_model
 from dpa_ds.model.dual_adapter import DualAdapter
 from dpa_ds.model.engine import AdapterEngine, build_deepspeed_json
+from dpa_ds.resuming import hold, resume
 from dpa_ds.storage import BackgroundWriter
 from dpa_ds.tracking import Tracker, logger, setup_logging
 
@@ -63,7 +65,7 @@ def train(config: RunConfig, job: Job) -> None:
     labels, trained = exchange_labels(job, world, clients, names)
     if world.is_main:  # everything that a user can get wrong was read by now: from here on the run exists
         write_file(config.run_dir / "config.yaml", to_yaml(config))
-        folder.hold(config, creates=True)
+        hold(folder, config, creates=True)
         write_file(config.run_dir / MODEL, json.dumps({"fingerprint": fingerprint, "path": config.model.path}))
     tracker = Tracker(config.run_dir if world.is_leader else None, world.is_main, config.tracking)
     with BackgroundWriter() as writer:
@@ -92,8 +94,8 @@ def train(config: RunConfig, job: Job) -> None:
 
 def find_round(folder: RunFolder, config: RunConfig) -> int:
     """The round to go on after, once no other job works on the run. Rank 0."""
-    folder.hold(config)
-    return folder.resume(config)
+    hold(folder, config)
+    return resume(folder, config)
 
 
 def place(config: RunConfig, job: Job, num_clients: int) -> Topology:

@@ -25,6 +25,7 @@ from dpa_ds.errors import ConfigError, DpaError, Preempted
 from dpa_ds.evaluation.comparison import Candidate, find_evaluation, name_of_candidate
 from dpa_ds.evaluation.weighting import Weighting, describe_weighting, resolve_weighting
 from dpa_ds.federation.methods import build_schedule
+from dpa_ds.resuming import claim
 from dpa_ds.tracking import logger
 
 
@@ -108,7 +109,7 @@ class Stages:
 
     def _completed_rounds(self, method: str, seed: int) -> int:
         recipe = load_config(self._arguments(method, seed))
-        return int(self._decide(lambda: RunFolder(self.run_dir(method, seed)).claim(recipe)))
+        return int(self._decide(lambda: claim(RunFolder(self.run_dir(method, seed)), recipe)))
 
     def _weighting(self, candidate: Candidate) -> WeightingConfig:
         scale = candidate.scales[0] if candidate.scales else None

@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 
-from dpa_ds.config import RunConfig, TrainConfig
+from dpa_ds.config import RunConfig
 from dpa_ds.data.batches import build_step, num_steps, step_indices
 from dpa_ds.data.prompts import TokenizedExamples
 from dpa_ds.data.references import References
@@ -19,6 +19,7 @@ from dpa_ds.distributed.job import Job
 from dpa_ds.distributed.world import World
 from dpa_ds.errors import CheckpointError, TrainingError
 from dpa_ds.federation.aggregation import ClientUpdate, Shared
+from dpa_ds.federation.learning_rate import learning_rate
 from dpa_ds.federation.methods import Schedule
 from dpa_ds.federation.progress import PhaseProgress, ProgressKeeper, RoundProgress
 from dpa_ds.model.dual_adapter import Adapter, Phase
@@ -64,6 +65,8 @@ class ClientTrainer:
         self._helm = Helm(job, world, config.checkpoint.every_minutes)
         self.progress: dict[int, RoundProgress] = {}
         """Of the current round, by client; the round loop clears it."""
+        self.seconds_saving = 0.0
+        """In the current round: how long training waited for snapshots of its progress."""
         self._starts: dict[int, tuple[AdapterState, AdapterState | None, dict[str, int]]] = {}
 
     # ---- a client's round -------------------------------------------------------------------------------------
@@ -267,18 +270,23 @@ class ClientTrainer:
 
     def _save_inside(self, client: HostedClient, phase: Phase, server_round: int) -> None:
         """Save in the middle of a phase: the adapter that it trains, and its optimizer state."""
+        started = time.monotonic()
         progress = self.progress[client.client_id]
         self._keep_state(client, phase.trains, server_round)
         progress.optimizer = self.engine.read_optimizer_state(phase.trains)
         progress.inside.scaler = self.engine.read_scaler()
+        self.seconds_saving += time.monotonic() - started
         self._save(client, server_round)
 
     def _save(self, client: HostedClient, server_round: int) -> None:
+        """Hand the client's progress to the writer in the background."""
+        started = time.monotonic()
         local = {"local": client.local_state}
         if client.local_optimizer is not None:
             local["local_optimizer"] = client.local_optimizer
         progress = self.progress[client.client_id]
         self._keeper.save(server_round, client.client_id, progress, local, client.steps_taken)
+        self.seconds_saving += time.monotonic() - started
 
 
 def _finite(state: AdapterState, client: HostedClient, server_round: int) -> AdapterState:
@@ -286,18 +294,6 @@ def _finite(state: AdapterState, client: HostedClient, server_round: int) -> Ada
     if not all(bool(tensor.isfinite().all()) for tensor in state.values()):
         raise TrainingError(f"{client.label} diverged in round {server_round}: lower train.learning_rate")
     return state
-
-
-def learning_rate(train: TrainConfig, step: int, total_steps: int) -> float:
-    """Learning rate of step `step` (from 0) of a phase of `total_steps`, as transformers' schedules without warm-up."""
-    match train.lr_schedule:
-        case "constant":
-            factor = 1.0
-        case "linear":
-            factor = 1.0 - step / total_steps
-        case "cosine":
-            factor = 0.5 * (1.0 + math.cos(math.pi * step / total_steps))
-    return train.learning_rate * factor
 
 
 def _fold(*words: int) -> int:

@@ -49,6 +49,7 @@ from dpa_ds.model.base import resolve_model
 from dpa_ds.model.directory import load_tokenizer, model_fingerprint
 from dpa_ds.model.engine import build_deepspeed_json
 from dpa_ds.model.gguf import convert_gguf
+from dpa_ds.resuming import claim, resume
 from dpa_ds.run_arguments import load_run_config
 from dpa_ds.storage import BackgroundWriter
 from dpa_ds.tracking import Tracker
@@ -300,8 +301,8 @@ def read_round(path: Path) -> None:
     load_personality(folder, 1, 0)
 
 
-def resume(path: Path) -> None:
-    RunFolder(run_of(path)).resume(config_of(run_of(path)))
+def resume_run(path: Path) -> None:
+    resume(RunFolder(run_of(path)), config_of(run_of(path)))
 
 
 def read_progress(path: Path) -> None:
@@ -372,9 +373,9 @@ READERS = {
     "manifest of the demo": Reader(manifest, lambda path: verified_manifest(path.parent)),
     "cache of tokens": Reader(token_cache, read_tokens),
     "recipe of a run": Reader(run("config.yaml"), lambda path: load_run_config(["--run", str(path.parent)], ""), 20),
-    "run to claim": Reader(run("config.yaml"), lambda path: RunFolder(path.parent).claim(config_of(path.parent)), 20),
+    "run to claim": Reader(run("config.yaml"), lambda path: claim(RunFolder(path.parent), config_of(path.parent)), 20),
     "fingerprint": Reader(run("model.json"), lambda path: RunFolder(path.parent).check_model("abc")),
-    "meta.json": Reader(run(f"{ROUND}/meta.json"), resume, 20),
+    "meta.json": Reader(run(f"{ROUND}/meta.json"), resume_run, 20),
     "state.json": Reader(run(f"{ROUND}/local/client_00/state.json"), read_round),
     "adapter": Reader(run(f"{ROUND}/local/client_00/adapter_model.safetensors"), read_round),
     "references": Reader(run(f"{ROUND}/local/client_00/references.safetensors"), read_round),

@@ -1,0 +1,45 @@
+"""What the round loop holds between its steps."""
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from dpa_ds.checkpoint import RunFolder
+from dpa_ds.config import RunConfig
+from dpa_ds.distributed.world import World
+from dpa_ds.evaluation.while_training import Scorer
+from dpa_ds.federation.aggregation import Aggregator, Shared
+from dpa_ds.federation.client import ClientTrainer, HostedClient
+from dpa_ds.storage import BackgroundWriter
+from dpa_ds.tracking import Tracker
+
+
+@dataclass
+class Federation:
+    """One rank's view of the run between rounds."""
+
+    config: RunConfig
+    world: World
+    trainer: ClientTrainer
+    aggregator: Aggregator
+    clients: Sequence[HostedClient]
+    """Hosted by this rank group, in order."""
+    labels: Sequence[str]
+    """Of all clients, for messages."""
+    shared: Shared
+    folder: RunFolder
+    writer: BackgroundWriter
+    tracker: Tracker
+    scorer: Scorer | None
+    """Where `evaluation.scores_every_rounds` asks for answers while training."""
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    """Time of each part of the current round."""
+
+    @contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        """Add the block's duration to `seconds[part]`."""
+        started = time.monotonic()
+        yield
+        self.seconds[part] += time.monotonic() - started

@@ -14,9 +14,9 @@ recipe of the run; then start each group with a launcher of its own, in any orde
   deepspeed launch/run.py --config RECIPE --cluster.group 1 --cluster.rendezvous HOST:29600
 
 A group that dies, hangs (cluster.silence_seconds) or does not finish its round in time (federation.timeout_seconds) is left out, and
-the others go on as long as they host federation.min_clients clients; started again, it joins at the next round (not shown by a test
-yet, see docs/reliability.md). This process is the one thing that must not be lost: without it every group stops, with all rounds
-saved. It ends with SIGTERM or Ctrl-C.
+the others go on as long as they host federation.min_clients clients; started again, it joins at the next round. This process is the one
+thing that must not be lost: without it every group stops, with all rounds saved. It holds nothing: start it again, then the groups. It
+ends with SIGTERM or Ctrl-C. More: docs/reliability.md.
 
   --port PORT              to listen on (default: 29600)
   --config RECIPE          the run's recipe: its cluster.silence_seconds and federation.timeout_seconds are used

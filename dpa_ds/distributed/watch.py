@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dpa_ds.errors import ClusterError, Preempted
@@ -141,10 +142,12 @@ class Watch:
 
     def _guard(self) -> None:
         """End the process where its main thread cannot."""
-        before = time.monotonic()
+        before, runner = time.monotonic(), _runner_of_deepspeed()
         while not self._ended:
             time.sleep(PERIOD_SECONDS)
             now = time.monotonic()
+            if runner is not None and not Path(f"/proc/{runner}").exists():
+                self._request_stop(f"the end of the deepspeed launcher on {self._launch.hostname}")
             if now - before > 4 * PERIOD_SECONDS:  # this process itself was stopped, or starved: others decide about it
                 self._heard = now
             before = now
@@ -181,6 +184,18 @@ def _end_with_launcher() -> None:
     """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
+
+
+def _runner_of_deepspeed() -> int | None:
+    """Process id of `deepspeed` itself, if it runs on this host: the ranks are its grandchildren, and it tells them nothing."""
+    try:
+        parent = Path(f"/proc/{os.getppid()}")
+        runner = int((parent / "stat").read_text().rpartition(")")[2].split()[1])
+        is_launch = b"deepspeed.launcher.launch" in (parent / "cmdline").read_bytes()
+        is_runner = b"deepspeed" in Path(f"/proc/{runner}/cmdline").read_bytes()
+    except (OSError, ValueError, IndexError):
+        return None
+    return runner if is_launch and is_runner else None
 
 
 class _Beats:

@@ -124,6 +124,23 @@ def test_a_signal_to_the_deepspeed_launcher(
     assert_same_adapters(adapters(run_dir), adapters(uninterrupted[1]), tolerance=0.0)
 
 
+def test_a_signal_to_the_first_process_of_deepspeed_alone(
+    tmp_path: Path, arguments: Callable[..., list[str]], uninterrupted: dict[int, Path]
+) -> None:
+    """It dies of it and tells nobody; the ranks see it, save and end (`Running.wait` asserts that nothing is left)."""
+    argv, run_dir = arguments(tmp_path), tmp_path / "runs" / "tiny"
+    launcher = [beside_python("deepspeed"), "--num_gpus", "2", "--master_port", str(free_port()), *RUN[1:], *argv]
+    with Running(launcher) as running:
+        wait_for(run_dir, "rounds/round_000001.tmp/progress/*/*/state.json", [running], DEADLINE_SECONDS)
+        running.process.terminate()
+        ended = running.wait(DEADLINE_SECONDS)
+        assert "stopped by the end of the deepspeed launcher" in running.output()
+    assert ended.num_tracebacks == 0, ended.output
+    ended = run([*launcher[:4], str(free_port()), *launcher[5:]], DEADLINE_SECONDS)
+    assert ended.returncode == 0, ended.output
+    assert_same_adapters(adapters(run_dir), adapters(uninterrupted[1]), tolerance=0.0)
+
+
 def test_a_signal_to_mpirun(
     tmp_path: Path, arguments: Callable[..., list[str]], uninterrupted: dict[int, Path]
 ) -> None:

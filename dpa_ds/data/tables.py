@@ -172,6 +172,14 @@ def _read_saved_dataset(path: Path) -> list[Row]:
                 raise DataError(f"{path}: no split 'train' among {sorted(loaded)}: give the folder of one split")
             loaded = loaded["train"]
         values = list(loaded.with_format(None))
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, pyarrow.ArrowException) as error:
+    except (
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+        FileNotFoundError,
+        pyarrow.ArrowException,
+    ) as error:
         raise DataError(f"{path}: not a readable data set ({error}): save it again with save_to_disk") from error
     return [Row(dict(value), f"{path}: row {n}") for n, value in enumerate(values, start=1)]

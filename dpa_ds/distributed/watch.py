@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 PR_SET_PDEATHSIG = 1  # sys/prctl.h
+PARENTS = (b"deepspeed.launcher.launch", b"torchrun", b"torch.distributed", b"launch/compare.py")
 PERIOD_SECONDS = 0.5
 PATIENCE_SECONDS = 5.0
 """How long a rank of a failed job may take to end by itself."""
@@ -67,8 +68,7 @@ class Watch:
 
     def start(self) -> None:
         """Take over the signals and begin. Main thread only."""
-        if self._launch.job_world_size > 1:  # a single process may well outlive its shell (nohup)
-            _end_with_launcher()
+        _end_with_parent()
         reading, writing = os.pipe()
         os.set_blocking(writing, False)
         signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
@@ -177,13 +177,16 @@ class Watch:
         sys.stderr.flush()
 
 
-def _end_with_launcher() -> None:
-    """On Linux: SIGTERM for this process once the one that started it is gone, so that a killed launcher leaves no orphans.
+def _end_with_parent() -> None:
+    """On Linux: SIGTERM for this process once the launcher that started it is gone, so that a killed one leaves no orphans.
 
-    Nobody else would end them, and a second start of the command would meet them at work on the same run.
+    Nobody else would end them, and a second start of the command would meet them at work on the same run. For launchers that
+    start ranks from their main thread, whose end is what counts; not for a shell, which a process may well outlive (nohup).
     """
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
+        words = Path(f"/proc/{os.getppid()}/cmdline").read_bytes()
+        if any(name in words for name in PARENTS):
+            ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
 
 
 def _runner_of_deepspeed() -> int | None:

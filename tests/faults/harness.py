@@ -195,7 +195,7 @@ def _all_gone(running: Running) -> None:
     deadline = time.monotonic() + ORPHAN_SECONDS
     while left := running.remaining():
         running.process.poll()
-        named = [" ".join(process.cmdline()[-3:]) for process in left if process.is_running()]
+        named = [process.pid for process in left]
         assert time.monotonic() < deadline, f"still there after {ORPHAN_SECONDS:g} s: {named}\n{running.output()}"
         time.sleep(0.05)
 

@@ -120,12 +120,16 @@ def test_killed_before_the_first_round_is_complete(
     assert not list(run_dir.glob("**/half"))
 
 
-def test_killed_inside_a_phase(tmp_path: Path, arguments: Callable[..., list[str]], uninterrupted: Path) -> None:
+@pytest.mark.parametrize("every", [("steps", "1"), ("minutes", "0.0001")])
+def test_killed_inside_a_phase(
+    every: tuple[str, str], tmp_path: Path, arguments: Callable[..., list[str]], uninterrupted: Path
+) -> None:
     """With every step saved, the work of at most a step is done twice; adapters and metrics are those of one run."""
-    argv = [*arguments(tmp_path), "--checkpoint.every_steps", "1"]
+    argv = [*arguments(tmp_path), f"--checkpoint.every_{every[0]}", every[1]]
     run_dir = tmp_path / "runs" / "tiny"
     saved = run_dir / "rounds" / "round_000002.tmp" / "progress" / "client_01"
-    kill_when([*RUN, *argv], saved / "000001" / "state.json", saved / "000002" / "state.json")
+    number = 1 if every[0] == "steps" else 3  # by time also before the first step
+    kill_when([*RUN, *argv], *(saved / f"{n:06d}" / "state.json" for n in (number, number + 1)))
     info = json.loads(next(saved.glob("*/state.json")).read_text())["info"]
     assert info["inside"]["step"] > 0 or info["phase"] > 0, "nothing to take up again"
 

@@ -1,7 +1,6 @@
 """The recipe: typed sections, one owner per number.
 
-`config_loader.load_config` turns YAML plus dotted overrides into a `RunConfig`; `--help` prints the docstrings below. The
-DeepSpeed JSON that `engine.deepspeed_config` names owns ZeRO stage, offload, buckets and communication; all else is here.
+`--help` prints the docstrings below. The DeepSpeed JSON owns ZeRO stage, offload, buckets and communication; all else is here.
 """
 
 from dataclasses import dataclass, field

@@ -263,10 +263,10 @@ class ClientTrainer:
     def _keep_state(self, client: HostedClient, adapter: Adapter, server_round: int) -> None:
         """Take the trained adapter out of the engine."""
         state = _finite(self.engine.read_state(adapter), client, server_round)
-        if adapter == "global":
-            self.progress[client.client_id].update = state
-        else:
+        if adapter == "local":
             client.local_state = state
+        else:
+            self.progress[client.client_id].update = state
 
     def _save_inside(self, client: HostedClient, phase: Phase, server_round: int) -> None:
         """Save in the middle of a phase: the adapter that it trains, and its optimizer state."""
@@ -284,8 +284,7 @@ class ClientTrainer:
         local = {"local": client.local_state}
         if client.local_optimizer is not None:
             local["local_optimizer"] = client.local_optimizer
-        progress = self.progress[client.client_id]
-        self._keeper.save(server_round, client.client_id, progress, local, client.steps_taken)
+        self._keeper.save(server_round, client.client_id, self.progress[client.client_id], local, client.steps_taken)
         self.seconds_saving += time.monotonic() - started
 
 

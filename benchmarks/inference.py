@@ -112,7 +112,8 @@ def main() -> None:
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Load the run twice, check that both ways agree on the sample, and time them in turns."""
     options = [f"--run={args.run}", f"--beams={args.beams}", f"--max_new_tokens={args.max_new_tokens}"]
-    config = load_run_config([*options, f"--instances={args.instances}"], __doc__ or "")
+    options += [f"--instances={args.instances}", f"--generation.batch_tokens={args.batch_tokens}"]
+    config = load_run_config(options, __doc__ or "")
     clock = CLOCKS[args.clock]
     job = Job(Launch("single", 0, 1, 0, "127.0.0.1", 0))
     folder = RunFolder(config.run_dir)
@@ -210,6 +211,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--instances", type=int, default=16, help="test instances of each task (%(default)s)")
     parser.add_argument("--sample_clients", type=int, default=2, help="clients whose first instances go one by one")
     parser.add_argument("--kinds", nargs="+", default=["centred_cosine", "cosine"], help="weightings (%(default)s)")
+    parser.add_argument("--batch_tokens", type=int, default=16384, help="generation.batch_tokens (%(default)s)")
     parser.add_argument("--beams", type=int, default=4, help="(%(default)s)")
     parser.add_argument("--max_new_tokens", type=int, default=80, help="(%(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="(%(default)s)")

@@ -73,7 +73,7 @@ class RunFolder:
             recorded = json.loads(path.read_text())["fingerprint"] if path.exists() else fingerprint
         except UNREADABLE as error:
             raise CheckpointError(
-                f"{path} cannot be read ({error}): restore it; or delete it, if you are sure that "
+                f"{path} cannot be read ({repr(error)[:200]}): restore it; or delete it, if you are sure that "
                 "model.path is the base that this run was trained over"
             ) from error
         if recorded != fingerprint:

@@ -15,6 +15,9 @@ from typing import Any
 
 from dpa_ds.errors import DataError
 
+_DAMAGED = (FileNotFoundError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
+"""What `datasets` raises at a folder of which a file is missing or damaged."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -172,14 +175,6 @@ def _read_saved_dataset(path: Path) -> list[Row]:
                 raise DataError(f"{path}: no split 'train' among {sorted(loaded)}: give the folder of one split")
             loaded = loaded["train"]
         values = list(loaded.with_format(None))
-    except (
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        RecursionError,
-        FileNotFoundError,
-        pyarrow.ArrowException,
-    ) as error:
+    except (*_DAMAGED, pyarrow.ArrowException) as error:
         raise DataError(f"{path}: not a readable data set ({error}): save it again with save_to_disk") from error
     return [Row(dict(value), f"{path}: row {n}") for n, value in enumerate(values, start=1)]

@@ -329,7 +329,8 @@ NASTY_TEMPLATES = [
 
 @pytest.mark.parametrize("text", NASTY_TEXTS)
 def test_text_survives_yaml(text: str, tmp_path: Path) -> None:
-    config = replace(VALID, output_dir=text, lora=LoraConfig(target_modules=[text, text]))
+    columns = replace(VALID.data, instruction_column=text)
+    config = replace(VALID, data=columns, lora=LoraConfig(target_modules=[text, text]))
     assert load(tmp_path, to_yaml(config)) == config
 
 

@@ -1,6 +1,6 @@
 """Decoding without the rows that are finished: `generate` itself goes on with all rows until the last one is.
 
-Of the authors' label tasks, answered with 4 beams, that is more than half of the passes through the model.
+Six prompts of each of the authors' label tasks, answered with 4 beams (SmolLM2-135M): 55 % of the rows that pass the model are needed.
 """
 
 import functools

@@ -122,6 +122,7 @@ def test_groups_of_unequal_size(tmp_path: Path, arguments: Arguments) -> None:
 def test_a_lost_group_is_left_out_and_joins_again(how: signal.Signals, tmp_path: Path, arguments: Arguments) -> None:
     """The run is as long as it takes, and is stopped when the group has been back for a round."""
     settings = {"federation__num_rounds": 500, "train__max_steps": 60, "checkpoint__keep_rounds": 500}
+    settings["federation__timeout_seconds"] = 15  # how long a group that was left out asks for the others
     argv, run_dir = arguments(tmp_path, **settings), tmp_path / "runs" / "tiny"
     with rendezvous(argv) as (meeting, _), start(argv, 0, meeting) as survivor:
         with start(argv, 1, meeting) as lost:

@@ -22,7 +22,7 @@ from typing import Any
 import peft
 
 from dpa_ds.distributed.federation_group import AdapterState
-from dpa_ds.errors import CheckpointError
+from dpa_ds.errors import CheckpointError, storage_errors
 from dpa_ds.storage import (
     STATE,
     UNREADABLE,
@@ -31,7 +31,6 @@ from dpa_ds.storage import (
     fsync,
     read_folder,
     sha256_of,
-    storage_errors,
     write_folder,
     write_text,
 )

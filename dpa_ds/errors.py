@@ -1,5 +1,10 @@
 """Errors that are the user's to mend: each message names the value, what is allowed, and the remedy."""
 
+import contextlib
+from collections.abc import Iterator
+
+from safetensors import SafetensorError
+
 
 class DpaError(Exception):
     """Base of every error that is printed once, without a traceback, before the job ends with `exit_code`."""
@@ -41,3 +46,15 @@ class Preempted(DpaError):
     """Asked to stop by a signal: everything is saved, and the same command goes on."""
 
     exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again later
+
+
+@contextlib.contextmanager
+def storage_errors(
+    what: object,
+    remedy: str = "earlier rounds are intact: make room or choose another output_dir, then run the same command again",
+) -> Iterator[None]:
+    """Turn a refusal of the file system, such as a full disk, into one CheckpointError: cannot write `what`, why, `remedy`."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot write {what}: {error}; {remedy}") from error

@@ -7,8 +7,8 @@ import shutil
 from dpa_ds.checkpoint import META, RunFolder
 from dpa_ds.config import RunConfig
 from dpa_ds.config_loader import diff_configs, fingerprint_sections, load_config
-from dpa_ds.errors import CheckpointError
-from dpa_ds.storage import UNREADABLE, lock_file, sha256_of, storage_errors, verify_folder
+from dpa_ds.errors import CheckpointError, storage_errors
+from dpa_ds.storage import UNREADABLE, lock_file, sha256_of, verify_folder
 from dpa_ds.tracking import logger
 
 _held: dict[str, int] = {}

@@ -3,14 +3,13 @@
 Only safetensors and JSON: nothing that is read from disk can run code.
 """
 
-import contextlib
 import fcntl
 import hashlib
 import json
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ import safetensors
 from safetensors.torch import load_file, save_file
 
 from dpa_ds.distributed.federation_group import AdapterState
-from dpa_ds.errors import CheckpointError
+from dpa_ds.errors import CheckpointError, storage_errors
 
 STATE = "state.json"
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
@@ -112,18 +111,6 @@ def write_file(path: Path, text: str) -> None:
         write_text(temporary, text)
         temporary.replace(path)
         fsync(path.parent)
-
-
-@contextlib.contextmanager
-def storage_errors(path: Path) -> Iterator[None]:
-    """Turn a refusal of the file system into one CheckpointError that names `path`."""
-    try:
-        yield
-    except (OSError, safetensors.SafetensorError) as error:
-        raise CheckpointError(
-            f"cannot write {path}: {error}; earlier rounds are intact: make room or choose another output_dir, "
-            "then run the same command again"
-        ) from error
 
 
 def write_text(path: Path, text: str) -> None:

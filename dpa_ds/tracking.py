@@ -14,7 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from dpa_ds.config import TrackingConfig
-from dpa_ds.errors import CheckpointError
+from dpa_ds.errors import storage_errors
 
 logger = logging.getLogger("dpa_ds")
 
@@ -61,21 +61,16 @@ class Tracker:
         if self._is_main and path is not None and path.is_file():
             kept = [record for record in read_records(path) if record["round"] <= server_round and server_round > 0]
             temporary = path.with_suffix(".tmp")
-            temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
-            temporary.replace(path)
+            with storage_errors(path):
+                temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
+                temporary.replace(path)
 
     def record(self, kind: str, server_round: int, **values: Any) -> None:
         """Append one record to metrics.jsonl (main leader only). Raises CheckpointError if the file system refuses."""
         if self._is_main and self._records_path is not None:
             line = json.dumps({"kind": kind, "round": server_round, **values})
-            try:
-                with self._records_path.open("a") as file:
-                    file.write(line + "\n")
-            except OSError as error:
-                raise CheckpointError(
-                    f"cannot write {self._records_path}: {error}; earlier rounds are intact: make room, then run the same "
-                    "command again"
-                ) from error
+            with storage_errors(self._records_path), self._records_path.open("a") as file:
+                file.write(line + "\n")
 
     @property
     def _records_path(self) -> Path | None:

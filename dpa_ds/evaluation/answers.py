@@ -1,13 +1,13 @@
 """What an evaluation is made of: test instances, the clients' answers to them, and the file that keeps the answers."""
 
-import contextlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from dpa_ds.errors import CheckpointError
+from dpa_ds.errors import storage_errors
 
+_KEPT = "those written so far are kept: make room, then run the same command again"
 NO_TASK = "all"
 """The one task of data that names none."""
 
@@ -63,7 +63,7 @@ def append_answers(path: Path, answers: list[Answer]) -> None:
     Raises:
         CheckpointError: the file system refuses, for example because it is full.
     """
-    with _writing(path), path.open("a", encoding="utf-8") as file:
+    with storage_errors(f"answers to {path}", _KEPT), path.open("a", encoding="utf-8") as file:
         file.write("".join(json.dumps(asdict(answer)) + "\n" for answer in answers))
 
 
@@ -91,20 +91,9 @@ def prepare_answers(folder: Path) -> None:
     Raises:
         CheckpointError: as `append_answers`.
     """
-    with _writing(folder):
+    with storage_errors(f"answers to {folder}", _KEPT):
         folder.mkdir(parents=True, exist_ok=True)
         for path in folder.glob("*.jsonl"):
             if path.stat().st_size and not path.read_bytes().endswith(b"\n"):
                 with path.open("a") as file:
                     file.write("\n")
-
-
-@contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise CheckpointError(
-            f"cannot write answers to {path}: {error}; those written so far are kept: make room, then run the same command "
-            "again"
-        ) from error

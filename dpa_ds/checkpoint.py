@@ -190,16 +190,13 @@ class RunFolder:
             CheckpointError: as `load_adapter`.
         """
         while True:
-            problem = None
             try:
                 if (self.round_dir(server_round) / name).is_dir():
                     return self.load_adapter(server_round, name)
-            except CheckpointError as error:
-                problem = error
-            latest = self.latest_round()
-            if latest == server_round:
-                if problem is not None:
-                    raise problem
+            except CheckpointError:
+                if self.latest_round() == server_round:
+                    raise
+            if (latest := self.latest_round()) == server_round:
                 return None
             server_round = latest
 
@@ -220,11 +217,18 @@ class RunFolder:
     def save_progress(
         self, server_round: int, client: int, tensors: Mapping[str, AdapterState], info: Mapping[str, Any]
     ) -> None:
-        """Write how far a client has come in a round; what was there before is deleted afterwards. Its leader only."""
+        """Write how far a client has come in a round; what was there before is deleted afterwards. Its leader only.
+
+        Of no use, and not an error, once other groups have completed the round without this one, and closed its folder.
+        """
         folder = self._progress(server_round, client)
         older = sorted(folder.glob("[0-9]*"))
         number = int(older[-1].name) + 1 if older else 0
-        write_folder(folder / f"{number:06d}", tensors, info)
+        try:
+            write_folder(folder / f"{number:06d}", tensors, info)
+        except CheckpointError:
+            if self.latest_round() < server_round:
+                raise
         for path in older:
             shutil.rmtree(path, ignore_errors=True)
 

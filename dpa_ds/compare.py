@@ -1,6 +1,5 @@
 """Train and evaluate several methods and seeds, and set them side by side: the table of contents."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from dpa_ds.evaluation.comparison import (
     parse_weightings,
     plan_entries,
     read_evaluation,
+    read_summary,
     write_comparison,
 )
 from dpa_ds.evaluation.instances import (
@@ -105,7 +105,7 @@ def compare(config: RunConfig, job: Job, plan: Plan, recipe_arguments: Sequence[
             ]
             for entry, of_seeds in folders.items()
         }
-        summary = json.loads((next(iter(folders.values()))[0] / "summary.json").read_text())
+        summary = read_summary(next(iter(folders.values()))[0] / "summary.json")
         floors = {quantity: overall_floor(summary, quantity, "rouge1") for quantity in ("P", "TTP")}
         series = {
             " = ".join(
@@ -158,7 +158,7 @@ def choose_scale(stages: Stages, plan: Plan, method: str, candidate: Candidate) 
             stages.evaluate(method, seed, Candidate(candidate.kind, (scale,)), "held_out", plan.tuning_instances)
             for seed in plan.seeds
         ]
-        summaries = [json.loads((folder / "summary.json").read_text()) for folder in folders]
+        summaries = [read_summary(folder / "summary.json") for folder in folders]
         scores[scale] = sum(s["TTP"]["rouge1"]["mean"] for s in summaries) / len(summaries)
     best = max(scores, key=lambda scale: scores[scale])
     listed = ", ".join(f"{scale:g}: {score:.2f}" for scale, score in scores.items())

@@ -147,8 +147,8 @@ class Job:
 
     def finish(self) -> None:
         """Wait until every rank has come this far: the store lives on rank 0. Collective: all ranks of the job."""
-        self.store.set(f"done/{self.launch.global_rank}", "")
         self._end_watch()
+        self.store.set(f"done/{self.launch.global_rank}", "")
         if self.launch.global_rank == 0:
             self._wait(self._key_of_each_rank("done"))
 

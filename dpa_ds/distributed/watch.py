@@ -5,8 +5,6 @@ a signal on any rank asks all ranks of the job to stop; a rank that is not heard
 process even out of a collective that would never return.
 """
 
-import contextlib
-import ctypes
 import os
 import signal
 import sys
@@ -24,8 +22,14 @@ if TYPE_CHECKING:
     from dpa_ds.distributed.launchers import Launch
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-PR_SET_PDEATHSIG = 1  # sys/prctl.h
-PARENTS = (b"deepspeed.launcher.launch", b"torchrun", b"torch.distributed", b"launch/compare.py")
+LAUNCHERS = {
+    "deepspeed": "deepspeed",
+    "deepspeed.launcher.launch": "deepspeed",
+    "torchrun": "torchrun",
+    "torch.distributed.run": "torchrun",
+    "launch/compare.py": "compare.py",
+}
+"""Word of a Python process's command line, or its end -> what messages call the launcher."""
 PERIOD_SECONDS = 0.5
 PATIENCE_SECONDS = 5.0
 """How long a rank of a failed job may take to end by itself."""
@@ -52,7 +56,8 @@ class Watch:
         self._launch, self._store = launch, store
         self._grace_seconds, self._silence_seconds, self._describe = grace_seconds, silence_seconds, describe
         self._stop, self._stop_reason, self._stop_deadline = threading.Event(), "", float("inf")
-        self._failed_at, self._exit_code, self._ended = float("inf"), 1, False
+        self._failed_at, self._exit_code, self._over = float("inf"), 1, threading.Event()
+        self._threads: list[threading.Thread] = []
         self._heard = time.monotonic()
         """When the store last answered."""
 
@@ -68,21 +73,24 @@ class Watch:
 
     def start(self) -> None:
         """Take over the signals and begin. Main thread only."""
-        _end_with_parent()
         reading, writing = os.pipe()
         os.set_blocking(writing, False)
         signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
         for number in SIGNALS:  # the handler itself has nothing to do: the number arrives through the pipe
             signal.signal(number, lambda *_: None)
-        threads = {"signals": lambda: self._hear_signals(reading), "guard": self._guard}
-        if self._store is not None:
-            threads["beat"] = self._beat
-        for name, work in threads.items():
-            threading.Thread(target=work, name=f"watch-{name}", daemon=True).start()
+        threading.Thread(target=self._hear_signals, args=[reading], name="watch-signals", daemon=True).start()
+        for work in (self._guard, *([self._beat] if self._store is not None else [])):
+            self._threads.append(threading.Thread(target=work, name=f"watch{work.__name__}", daemon=True))
+            self._threads[-1].start()
 
     def end(self) -> None:
-        """The rank is about to leave: nobody need miss it, and nothing ends it any more."""
-        self._ended = True
+        """The rank is about to leave: nobody need miss it, and nothing ends it any more.
+
+        An interpreter that exits while a thread is in torch's store aborts ("terminate called without an active exception").
+        """
+        self._over.set()
+        for thread in self._threads:
+            thread.join(PATIENCE_SECONDS)
 
     # ---- signals ----------------------------------------------------------------------------------------------
 
@@ -106,7 +114,7 @@ class Watch:
         assert self._store is not None
         store, rank, size = self._store.clone(), self._launch.global_rank, self._launch.job_world_size  # type: ignore[attr-defined]
         beats, count, told = _Beats(size, self._silence_seconds), 0, False
-        while not self._ended:
+        while not self._over.is_set():
             count += 1
             try:
                 store.set(f"beat/{rank}", str(count))
@@ -124,13 +132,14 @@ class Watch:
                 self._fail_soon(ClusterError.exit_code)
                 return
             self._heard = time.monotonic()
-            time.sleep(PERIOD_SECONDS)
+            self._over.wait(PERIOD_SECONDS)
 
     def _look_around(self, store: "dist.Store", beats: "_Beats") -> None:
         """Rank 0: fail the job if a rank is silent."""
         silent = beats.silent(
             [store.get(key).decode() if store.check([key]) else "" for key in map("beat/{}".format, range(beats.size))]
         )
+        silent = [rank for rank in silent if not store.check([f"done/{rank}"])]
         if silent and not store.check(["failure"]):
             code = ClusterError.exit_code
             if store.compare_set("failure", "", f"0 {code}").decode() == f"0 {code}":
@@ -142,12 +151,13 @@ class Watch:
 
     def _guard(self) -> None:
         """End the process where its main thread cannot."""
-        before, runner = time.monotonic(), _runner_of_deepspeed()
-        while not self._ended:
-            time.sleep(PERIOD_SECONDS)
+        before, launchers = time.monotonic(), _launchers() or []
+        while not self._over.wait(PERIOD_SECONDS):
             now = time.monotonic()
-            if runner is not None and not Path(f"/proc/{runner}").exists():
-                self._request_stop(f"the end of the deepspeed launcher on {self._launch.hostname}")
+            left = _launchers()
+            gone = [launcher for launcher in launchers if left is not None and launcher not in left]
+            if gone:  # killed ones leave their ranks behind: a second start would meet them at work on the same run
+                self._request_stop(f"the end of the {gone[0][1]} launcher on {self._launch.hostname}")
             if now - before > 4 * PERIOD_SECONDS:  # this process itself was stopped, or starved: others decide about it
                 self._heard = now
             before = now
@@ -177,28 +187,29 @@ class Watch:
         sys.stderr.flush()
 
 
-def _end_with_parent() -> None:
-    """On Linux: SIGTERM for this process once the launcher that started it is gone, so that a killed one leaves no orphans.
+def _launchers() -> list[tuple[int, str]] | None:
+    """Process ids and names of the launchers above this process, the nearest first. Without them it would be an orphan.
 
-    Nobody else would end them, and a second start of the command would meet them at work on the same run. For launchers that
-    start ranks from their main thread, whose end is what counts; not for a shell, which a process may well outlive (nohup).
+    `deepspeed` starts ranks through a second process, and tells them nothing of its own end. Not a shell, which a process may
+    well outlive (nohup). Empty where there is no /proc; None if it cannot be read just now.
     """
-    with contextlib.suppress(OSError, AttributeError):
-        words = Path(f"/proc/{os.getppid()}/cmdline").read_bytes()
-        if any(name in words for name in PARENTS):
-            ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
-
-
-def _runner_of_deepspeed() -> int | None:
-    """Process id of `deepspeed` itself, if it runs on this host: the ranks are its grandchildren, and it tells them nothing."""
+    found, process = list[tuple[int, str]](), os.getppid()
     try:
-        parent = Path(f"/proc/{os.getppid()}")
-        runner = int((parent / "stat").read_text().rpartition(")")[2].split()[1])
-        is_launch = b"deepspeed.launcher.launch" in (parent / "cmdline").read_bytes()
-        is_runner = b"deepspeed" in Path(f"/proc/{runner}/cmdline").read_bytes()
-    except (OSError, ValueError, IndexError):
+        while name := _name_of_launcher((Path("/proc") / str(process) / "cmdline").read_text(errors="replace")):
+            found.append((process, name))
+            process = int((Path("/proc") / str(process) / "stat").read_text().rpartition(")")[2].split()[1])
+    except (FileNotFoundError, ProcessLookupError):  # no /proc, or gone while looking
+        pass
+    except OSError:
         return None
-    return runner if is_launch and is_runner else None
+    return found
+
+
+def _name_of_launcher(command_line: str) -> str:
+    """Empty for any other process."""
+    program, *words = command_line.split("\0")
+    names = (name for end, name in LAUNCHERS.items() for word in words if word == end or word.endswith(f"/{end}"))
+    return next(names, "") if "python" in program else ""
 
 
 class _Beats:

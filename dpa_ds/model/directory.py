@@ -15,6 +15,14 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 
 from dpa_ds.errors import DpaError, ModelError
 
+IDENTITY_FILES = (
+    "config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+)
 _INDEX = "model.safetensors.index.json"
 _SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
 
@@ -27,7 +35,7 @@ def check_directory(directory: Path) -> None:
     """
     read_config(directory)
     for path in sorted({*tensor_files(directory).values()}):
-        _check_header(path)
+        _names(path)
 
 
 def read_config(directory: Path) -> PretrainedConfig:
@@ -76,16 +84,6 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-IDENTITY_FILES = (
-    "config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-)
-
-
 def model_fingerprint(directory: Path) -> str:
     """SHA-256 (first 16 digits) of config, tokenizer, and of the tensors' names, shapes and a sample of their bytes.
 
@@ -117,9 +115,7 @@ def tensor_files(directory: Path) -> dict[str, Path]:
         return {name: directory / file for name, file in _weight_map(index).items()}
     if not single.exists() and not single.is_symlink():
         raise ModelError(f"{directory} has no model.safetensors: convert the weights (pickled files are not read)")
-    _check_header(single)
-    with safe_open(single, framework="pt") as file:
-        return dict.fromkeys(file.keys(), single)
+    return dict.fromkeys(_names(single), single)
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -133,12 +129,13 @@ def _weight_map(index: Path) -> dict[str, str]:
     return names
 
 
-def _check_header(path: Path) -> None:
+def _names(path: Path) -> list[str]:
+    """Of the tensors that the header of a weight file lists."""
     if not path.is_file():  # opening a pipe would wait for a writer
         raise ModelError(f"{path} is not there, or no file: download it again")
     try:
-        with safe_open(path, framework="pt"):
-            pass
+        with safe_open(path, framework="pt") as file:
+            return list(file.keys())
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{path} is truncated or damaged ({error}): download it again") from error
 

@@ -39,23 +39,21 @@ def generate(
         streamer: a transformers streamer; one prompt and one beam only.
     """
     beams = config.num_beams
+    weights = alphas.repeat_interleave(beams).to(adapters.device)
     model: Any = adapters.base_model
     model.eval()
+
+    def mix_of(rows: torch.Tensor | slice) -> None:
+        adapters.set_mix(_mix(weights[rows], partitioned))
+
     # Ranks of a partitioned base run the same passes: one that has prompts of one token only computes padding ahead.
-    longest = max(2 if partitioned else 1, *map(len, prompts))
-    ids = torch.full((len(prompts), longest), pad_id)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
-        mask[row, longest - len(prompt) :] = 1
-    ids, mask = ids.to(adapters.device), mask.to(adapters.device)
+    ids, mask = _padded_left(prompts, pad_id, 2 if partitioned else 1, adapters.device)
     cache = None
-    if longest > 1:
-        adapters.set_mix(_mix(alphas, adapters.device, partitioned))
+    if ids.shape[1] > 1:
+        mix_of(slice(None, None, beams))
         cache = _compute_prompts(adapters, ids[:, :-1], mask[:, :-1])
         spread_over_beams(cache, beams, config.max_new_tokens)
-    weights = alphas.repeat_interleave(beams).to(adapters.device)
-    adapters.set_mix(_mix(weights, adapters.device, partitioned))
+    mix_of(slice(None))
     decoding = TransformersGenerationConfig(
         do_sample=False,
         num_beams=beams,
@@ -64,9 +62,6 @@ def generate(
         eos_token_id=eos_id,
         use_cache=True,
     )
-
-    def mix_of(rows: torch.Tensor) -> None:
-        adapters.set_mix(_mix(weights[rows], adapters.device, partitioned))
 
     # Ranks of a partitioned base gather weights together: each computes its rows until all are done.
     with only_open_rows(model, None if partitioned else cache, beams, eos_id, mix_of):
@@ -78,7 +73,20 @@ def generate(
             synced_gpus=partitioned,
             streamer=streamer,
         )
-    return [_until(eos_id, row) for row in tokens[:, longest:].tolist()]
+    return [_until(eos_id, row) for row in tokens[:, ids.shape[1] :].tolist()]
+
+
+def _padded_left(
+    prompts: Sequence[Sequence[int]], pad_id: int, shortest: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and attention mask, (prompts, longest) each, at least `shortest` wide."""
+    longest = max(shortest, *map(len, prompts))
+    ids = torch.full((len(prompts), longest), pad_id)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+        mask[row, longest - len(prompt) :] = 1
+    return ids.to(device), mask.to(device)
 
 
 def _compute_prompts(adapters: DualAdapter, ids: torch.Tensor, mask: torch.Tensor) -> DynamicCache:
@@ -97,14 +105,14 @@ def _compute_prompts(adapters: DualAdapter, ids: torch.Tensor, mask: torch.Tenso
     return cache
 
 
-def _mix(alphas: torch.Tensor, device: torch.device, partitioned: bool) -> float | torch.Tensor:
+def _mix(weights: torch.Tensor, partitioned: bool) -> float | torch.Tensor:
     """One number where one adapter alone answers the whole batch: the other is then not computed.
 
     Not where the base is partitioned: other ranks, with other weights, gather the weights of both.
     """
-    first = float(alphas[0])
-    alone = first in (0.0, 1.0) and bool((alphas == first).all()) and not partitioned
-    return first if alone else alphas.to(device)
+    first = float(weights[0])
+    alone = first in (0.0, 1.0) and bool((weights == first).all()) and not partitioned
+    return first if alone else weights
 
 
 def _until(eos_id: int, tokens: list[int]) -> list[int]:

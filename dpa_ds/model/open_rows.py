@@ -1,7 +1,4 @@
-"""Decoding without the rows that are finished: `generate` itself goes on with all rows until the last one is.
-
-Six prompts of each of the authors' label tasks, answered with 4 beams (SmolLM2-135M): 55 % of the rows that pass the model are needed.
-"""
+"""Decoding without the rows that are finished: `generate` itself goes on with all rows until the last one is."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -35,6 +32,7 @@ def only_open_rows(
         yield
         return
     forward, check = model.forward, model._check_early_stop_heuristic
+    before = dict(vars(model))
     open_rows: torch.Tensor | None = None
     computed: torch.Tensor | None = None
 
@@ -74,4 +72,9 @@ def only_open_rows(
     try:
         yield
     finally:
-        del model.forward, model._check_early_stop_heuristic
+        for name in (
+            "forward",
+            "_check_early_stop_heuristic",
+        ):  # methods of the class, unless somebody else had replaced them
+            vars(model).pop(name)
+            vars(model).update({name: before[name]} if name in before else {})

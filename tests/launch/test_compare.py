@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 from pathlib import Path
 
 import pytest
@@ -166,15 +167,18 @@ def test_two_ranks_of_a_launcher_compare_as_one(tmp_path: Path, model: Path, fed
     assert one == two
 
 
-def test_a_signal_stops_what_the_comparison_runs(tmp_path: Path, model: Path, federation: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_signal_stops_what_the_comparison_runs(
+    number: signal.Signals, tmp_path: Path, model: Path, federation: Path
+) -> None:
     """The training saves and ends (`Running.wait` asserts that nothing is left); the same command goes on from there."""
     argv = tiny.recipe(model, federation, tmp_path / "runs", name="cmp", federation__num_rounds=40)
     command = [PYTHON, "launch/compare.py", *argv, "--methods", "fedit"]
     with Running(command) as running:
         wait_for(tmp_path, "runs/cmp/fedit-seed0/rounds/round_000002", [running], 60.0)
-        running.process.terminate()
+        running.process.send_signal(number)
         ended = running.wait(60.0)
-    assert ended.returncode == Preempted.exit_code, ended.output
+    assert ended.returncode == (Preempted.exit_code if number == signal.SIGTERM else -number), ended.output
     assert ended.num_tracebacks == 0, ended.output
     assert not ended.errors, ended.output
     assert not (tmp_path / "runs/cmp/comparisons").exists(), "stopped too late to tell anything"

@@ -18,10 +18,9 @@ from pathlib import Path
 import psutil
 
 from tests.cluster.hosts import NETNS, Hosts, why_not
-from tests.launch.processes import REPOSITORY
+from tests.launch.processes import REPOSITORY, own_environment
 
-PROGRAMS = ("sshd", "ssh-keygen", "pdsh", "nsenter")
-SLURM_PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun")
+PROGRAMS = ("nsenter", "ssh-keygen", "sshd", "pdsh", "munged", "slurmctld", "slurmd", "sbatch")
 NUM_CPUS = 4
 UP_SECONDS = 30.0
 SSHD_CONFIG = """\
@@ -86,33 +85,35 @@ BOOT = """\
 hostname {name}
 mount -t tmpfs tmpfs /run
 mount -t tmpfs tmpfs /dev/shm
-mkdir -p /run/sshd
-{slurm}
-/usr/sbin/sshd -D -e -f {folder}/sshd_config &
-while :; do sleep 1000 & wait $!; done
-"""
-BOOT_SLURM = """\
-mkdir -p -m 755 /run/munge /run/slurmd-spool
+mkdir -p -m 755 /run/sshd /run/munge /run/slurmd-spool
 install -m 400 {folder}/munge.key /run/munge.key
 munged --key-file=/run/munge.key --socket=/run/munge/munge.socket.2 --pid-file=/run/munge/munged.pid \\
   --log-file=/run/munge.log --seed-file=/run/munge.seed
 [ {name} != n1 ] || slurmctld -c
 slurmd -N {name}
+/usr/sbin/sshd -D -e -f {folder}/sshd_config &
+while :; do sleep 1000 & wait $!; done
 """
 
 
-def why_no_machines(slurm: bool) -> str:
+def why_no_machines() -> str:
     """What keeps this machine from having such hosts; empty if nothing does."""
-    missing = [name for name in (*PROGRAMS, *(SLURM_PROGRAMS if slurm else ())) if _program(name) is None]
-    return f"not installed: {', '.join(missing)}" if missing else why_not()
+    missing = [name for name in PROGRAMS if shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin") is None]
+    if missing:
+        return f"not installed: {', '.join(missing)} (packages openssh-client openssh-server pdsh slurm-wlm munge)"
+    return why_not()
 
 
 class Machines(Hosts):
-    """Hosts n1, n2, ... that ssh reaches from one another, with Slurm if asked for; a context manager."""
+    """Hosts n1, n2, ... that reach each other by ssh, and are the nodes of a Slurm; a context manager.
 
-    def __init__(self, num_hosts: int, folder: Path, slurm: bool = False) -> None:
+    Args:
+        folder: empty; for keys, logs and Slurm's state.
+    """
+
+    def __init__(self, num_hosts: int, folder: Path) -> None:
         super().__init__(num_hosts)
-        self._folder, self._slurm = folder, slurm
+        self._folder = folder
         self._booted: dict[int, subprocess.Popen[bytes]] = {}
 
     def __enter__(self) -> "Machines":
@@ -132,12 +133,16 @@ class Machines(Hosts):
             own = NETNS / self._netns(f"n{n}")
             (own / "ssh").mkdir()
             (own / "ssh" / "ssh_config").write_text(SSH_CONFIG.format(folder=self._folder))
-            if self._slurm:
-                (own / "slurm").mkdir()
-                for name, text in files.items():
-                    (own / "slurm" / name).write_text(text)
-            self.boot(n)
-        self._wait_until_up()
+            (own / "slurm").mkdir()
+            for name, text in files.items():
+                (own / "slurm" / name).write_text(text)
+        try:
+            for n in self._numbers:
+                self.boot(n)
+            self._wait_until_up()
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -147,12 +152,13 @@ class Machines(Hosts):
 
     def boot(self, number: int) -> None:
         """Switch host `number` on."""
-        names = {"name": f"n{number}", "folder": self._folder}
-        script = BOOT.format(**names, slurm=BOOT_SLURM.format(**names) if self._slurm else "")
-        log = (self._folder / f"n{number}.log").open("ab")
-        command = super().on(number, ["sh", "-c", script])
-        self._booted[number] = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-        log.close()
+        script = BOOT.format(name=f"n{number}", folder=self._folder)
+        with (self._folder / f"n{number}.log").open("ab") as log:
+            self._booted[number] = subprocess.Popen(
+                super().on(number, ["sh", "-c", script]), stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            )
+        while not self._children(number):
+            time.sleep(0.01)
 
     def crash(self, number: int) -> None:
         """Take the power from host `number`."""
@@ -165,53 +171,41 @@ class Machines(Hosts):
 
     def on(self, number: int, command: Sequence[str]) -> list[str]:
         """`command`, to be run on host `number`, which is up."""
-        inside = ["nsenter", "-t", str(self._init(number)), "--net", "--uts", "--mount", "--pid", f"--wd={REPOSITORY}"]
+        inside = [
+            "nsenter",
+            "-t",
+            str(self._children(number)[0].pid),
+            "--net",
+            "--uts",
+            "--mount",
+            "--pid",
+            f"--wd={REPOSITORY}",
+        ]
         return [*inside, "--", *command]
 
-    def ask(self, *command: str, **variables: str) -> str:
-        """What `command` prints on n1, where it must succeed."""
-        done = subprocess.run(
-            self.on(1, command), env={**_environment(), **variables}, capture_output=True, text=True, timeout=60
-        )
+    def ask(self, *command: str, on: int = 1, **variables: str) -> str:
+        """What `command` prints on a host, where it must succeed."""
+        environment = {**own_environment(), "PYTHON": sys.executable, **variables}
+        done = subprocess.run(self.on(on, command), env=environment, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, f"{shlex.join(command)}: {done.stdout}{done.stderr}"
         return done.stdout.strip()
 
-    def num_bytes_between(self) -> int:
-        """Bytes that host n2 has received and sent by its cable so far."""
-        counters = Path("/sys/class/net/eth0/statistics")
-        return sum(int(self.ask_on(2, "cat", str(counters / name))) for name in ("rx_bytes", "tx_bytes"))
+    def job_state(self, job: str) -> str:
+        """Slurm's word for where a job, or its first part, is; COMPLETED and others for some minutes after its end."""
+        return self.ask("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T").split()[0]
 
-    def _init(self, number: int) -> int:
+    def num_bytes(self, number: int) -> int:
+        """Bytes that host `number` has received and sent by its cable so far."""
+        counters = [f"/sys/class/net/eth0/statistics/{way}_bytes" for way in ("rx", "tx")]
+        return sum(map(int, self.ask("cat", *counters, on=number).split()))
+
+    def _children(self, number: int) -> list[psutil.Process]:
         """The host's first process, as this machine counts."""
-        (init,) = psutil.Process(self._booted[number].pid).children()
-        return init.pid
+        return psutil.Process(self._booted[number].pid).children()
 
     def _wait_until_up(self) -> None:
         deadline = time.monotonic() + UP_SECONDS
-        logs = [self._folder / f"n{n}.log" for n in self._numbers]
-        while not all("listening on 0.0.0.0" in log.read_text() for log in logs) or not self._slurm_is_up():
-            assert time.monotonic() < deadline, "\n".join(log.read_text() for log in logs)
+        idle = self.on(1, ["sinfo", "--noheader", "--partition=low", "--states=idle", "--format=%D"])
+        while subprocess.run(idle, capture_output=True, text=True).stdout.strip() != str(len(self._numbers)):
+            assert time.monotonic() < deadline, "\n".join(path.read_text() for path in self._folder.glob("*.log"))
             time.sleep(0.1)
-
-    def _slurm_is_up(self) -> bool:
-        if not self._slurm:
-            return True
-        found = subprocess.run(
-            self.on(1, ["sinfo", "-h", "-p", "low", "-t", "idle", "-o", "%D"]), capture_output=True, text=True
-        )
-        return found.stdout.strip() == str(len(self._numbers))
-
-
-def _program(name: str) -> str | None:
-    return shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
-
-
-def _environment() -> dict[str, str]:
-    beside_python = str(Path(sys.executable).parent)
-    return {
-        "PATH": f"{beside_python}:{os.environ['PATH']}:/usr/sbin:/sbin",
-        "HOME": os.environ.get("HOME", "/root"),
-        "PYTHONPATH": os.environ.get("PYTHONPATH", ""),
-        "OMP_NUM_THREADS": "1",
-        "PYTHON": sys.executable,
-    }

@@ -63,7 +63,7 @@ class Running:
         self.process = subprocess.Popen(
             self.command,
             cwd=cwd,
-            env={**_environment(), MARK: self._mark, **variables},
+            env={**own_environment(), MARK: self._mark, **variables},
             stdin=subprocess.DEVNULL,
             stdout=self._output,
             stderr=subprocess.STDOUT,
@@ -205,7 +205,7 @@ def beside_python(name: str) -> str:
     return str(Path(PYTHON).with_name(name))
 
 
-def _environment() -> dict[str, str]:
+def own_environment() -> dict[str, str]:
     """This process's environment without what some launcher left there; never a hub."""
     kept = {
         name: value
@@ -223,7 +223,7 @@ def _run_program(program: str, argv: list[str], output: str, variables: dict[str
     os.dup2(file, 1)
     os.dup2(file, 2)
     os.chdir(REPOSITORY)
-    environment = {**_environment(), **variables}
+    environment = {**own_environment(), **variables}
     os.environ.clear()
     os.environ.update(environment)
     sys.argv = [program, *argv]

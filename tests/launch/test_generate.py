@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests import tiny
-from tests.launch.processes import PYTHON, REPOSITORY, Ended, _environment, beside_python, free_port, run
+from tests.launch.processes import PYTHON, REPOSITORY, Ended, beside_python, free_port, own_environment, run
 from tests.ranks import run_on_ranks, train_on_rank
 
 pytestmark = pytest.mark.launch
@@ -68,7 +68,7 @@ def test_a_conversation_ends_with_an_empty_line(run_dir: Path) -> None:
         capture_output=True,
         text=True,
         cwd=REPOSITORY,
-        env=_environment(),
+        env=own_environment(),
         timeout=120,
     )
     assert ended.returncode == 0, ended.stderr

@@ -5,7 +5,7 @@ import re
 import socket
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, NoReturn
 
@@ -15,6 +15,14 @@ from dpa_ds.errors import ClusterError
 
 DEFAULT_PORT = 29500
 MAX_HOSTS = 100_000
+LAUNCHERS = {
+    "deepspeed": "deepspeed",
+    "deepspeed.launcher.launch": "deepspeed",
+    "torchrun": "torchrun",
+    "torch.distributed.run": "torchrun",
+    "launch/compare.py": "compare.py",
+}
+"""Word of a Python process's command line, or its end -> what messages call the launcher."""
 MPI_SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
@@ -31,6 +39,8 @@ class Launch:
     master_port: int
     agent_store: bool = False
     """torchrun's agent already serves a store at the master address."""
+    launchers: tuple[tuple[int, str], ...] = field(default=(), compare=False)
+    """Process ids and names of the launchers above this process as it started: without them it would be an orphan."""
 
     @property
     def hostname(self) -> str:
@@ -55,8 +65,43 @@ def discover_launch(environ: Mapping[str, str] = os.environ) -> Launch:
     Collective under mpirun: all ranks of the job.
 
     Raises:
-        ClusterError: variables are missing or contradict each other, or mpirun and libmpi do not belong together.
+        ClusterError: variables are missing or contradict each other, mpirun and libmpi do not belong together, or deepspeed's
+            launcher is gone already.
     """
+    launchers = tuple(launchers_above() or ())
+    if "CROSS_RANK" in environ and not launchers and Path("/proc/self").exists():  # set by deepspeed.launcher.launch
+        raise ClusterError(
+            "the deepspeed launcher that started this rank was killed meanwhile: run the same command again"
+        )
+    return replace(_discover(environ), launchers=launchers)
+
+
+def launchers_above() -> list[tuple[int, str]] | None:
+    """Process ids and names of the launchers above this process, the nearest first.
+
+    `deepspeed` starts ranks through a second process, and tells them nothing of its own end. Not a shell, which a process may
+    well outlive (nohup). Empty where there is no /proc; None if it cannot be read just now.
+    """
+    found, process = list[tuple[int, str]](), os.getppid()
+    try:
+        while name := _name_of_launcher((Path("/proc") / str(process) / "cmdline").read_text(errors="replace")):
+            found.append((process, name))
+            process = int((Path("/proc") / str(process) / "stat").read_text().rpartition(")")[2].split()[1])
+    except (FileNotFoundError, ProcessLookupError):  # no /proc, or gone while looking
+        pass
+    except OSError:
+        return None
+    return found
+
+
+def _name_of_launcher(command_line: str) -> str:
+    """Empty for any other process."""
+    program, *words = command_line.split("\0")
+    names = (name for end, name in LAUNCHERS.items() for word in words if word == end or word.endswith(f"/{end}"))
+    return next(names, "") if "python" in program else ""
+
+
+def _discover(environ: Mapping[str, str]) -> Launch:
     if "RANK" in environ or "WORLD_SIZE" in environ:
         return _from_environment(environ)
     # SLURM_PROCID alone is also set in a batch script; only a step has SLURM_STEP_NUM_TASKS.

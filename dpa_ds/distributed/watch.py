@@ -11,9 +11,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dpa_ds.distributed.launchers import launchers_above
 from dpa_ds.errors import ClusterError, Preempted
 
 if TYPE_CHECKING:
@@ -22,14 +22,6 @@ if TYPE_CHECKING:
     from dpa_ds.distributed.launchers import Launch
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-LAUNCHERS = {
-    "deepspeed": "deepspeed",
-    "deepspeed.launcher.launch": "deepspeed",
-    "torchrun": "torchrun",
-    "torch.distributed.run": "torchrun",
-    "launch/compare.py": "compare.py",
-}
-"""Word of a Python process's command line, or its end -> what messages call the launcher."""
 PERIOD_SECONDS = 0.5
 PATIENCE_SECONDS = 5.0
 """How long a rank of a failed job may take to end by itself."""
@@ -151,11 +143,11 @@ class Watch:
 
     def _guard(self) -> None:
         """End the process where its main thread cannot."""
-        before, launchers = time.monotonic(), _launchers() or []
+        before = time.monotonic()
         while not self._over.wait(PERIOD_SECONDS):
             now = time.monotonic()
-            left = _launchers()
-            gone = [launcher for launcher in launchers if left is not None and launcher not in left]
+            left = launchers_above()
+            gone = [launcher for launcher in self._launch.launchers if left is not None and launcher not in left]
             if gone:  # killed ones leave their ranks behind: a second start would meet them at work on the same run
                 self._request_stop(f"the end of the {gone[0][1]} launcher on {self._launch.hostname}")
             if now - before > 4 * PERIOD_SECONDS:  # this process itself was stopped, or starved: others decide about it
@@ -185,31 +177,6 @@ class Watch:
     def _say(self, text: str) -> None:
         sys.stderr.write(text + "\n")
         sys.stderr.flush()
-
-
-def _launchers() -> list[tuple[int, str]] | None:
-    """Process ids and names of the launchers above this process, the nearest first. Without them it would be an orphan.
-
-    `deepspeed` starts ranks through a second process, and tells them nothing of its own end. Not a shell, which a process may
-    well outlive (nohup). Empty where there is no /proc; None if it cannot be read just now.
-    """
-    found, process = list[tuple[int, str]](), os.getppid()
-    try:
-        while name := _name_of_launcher((Path("/proc") / str(process) / "cmdline").read_text(errors="replace")):
-            found.append((process, name))
-            process = int((Path("/proc") / str(process) / "stat").read_text().rpartition(")")[2].split()[1])
-    except (FileNotFoundError, ProcessLookupError):  # no /proc, or gone while looking
-        pass
-    except OSError:
-        return None
-    return found
-
-
-def _name_of_launcher(command_line: str) -> str:
-    """Empty for any other process."""
-    program, *words = command_line.split("\0")
-    names = (name for end, name in LAUNCHERS.items() for word in words if word == end or word.endswith(f"/{end}"))
-    return next(names, "") if "python" in program else ""
 
 
 class _Beats:

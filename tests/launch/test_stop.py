@@ -141,6 +141,34 @@ def test_a_signal_to_the_first_process_of_deepspeed_alone(
     assert_same_adapters(adapters(run_dir), adapters(uninterrupted[1]), tolerance=0.0)
 
 
+@pytest.mark.parametrize("seconds", [0.0, 1.5])
+def test_ranks_whose_launcher_dies_while_they_start(
+    seconds: float, tmp_path: Path, arguments: Callable[..., list[str]]
+) -> None:
+    """They find out, and do not train on as orphans (killed at once: before their first line of Python)."""
+    argv = arguments(tmp_path, federation__num_rounds=10_000)
+    launcher = [beside_python("deepspeed"), "--num_gpus", "2", "--master_port", str(free_port())]
+
+    def by_role(running: Running) -> tuple[list[psutil.Process], list[psutil.Process]]:
+        found = running.remaining()
+        ranks = [process for process in found if "CROSS_RANK" in process.environ()]
+        return ranks, [process for process in found if process not in ranks]
+
+    with Running([*launcher, "launch/run.py", *argv]) as running:
+        deadline = time.monotonic() + DEADLINE_SECONDS
+        while len(by_role(running)[0]) < 2:
+            assert time.monotonic() < deadline, running.output()
+        time.sleep(seconds)
+        for process in by_role(running)[1]:
+            process.kill()
+        ended = running.process.wait(DEADLINE_SECONDS)
+        while running.remaining():
+            assert time.monotonic() < deadline, running.output()
+            time.sleep(0.1)
+        assert ended == -signal.SIGKILL
+        assert "Traceback" not in running.output(), running.output()
+
+
 def test_a_signal_to_mpirun(
     tmp_path: Path, arguments: Callable[..., list[str]], uninterrupted: dict[int, Path]
 ) -> None:

@@ -7,7 +7,8 @@ share the file system. Needs the right to make namespaces (root, or a container 
 import os
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 NETNS = Path("/etc/netns")
@@ -76,6 +77,16 @@ class Hosts:
     def plug(self, number: int) -> None:
         """Put it back."""
         _ip("-n", self._netns("sw"), "link", "set", f"p{number}", "up")
+
+    @contextmanager
+    def slow(self, number: int, rate: str) -> Iterator[None]:
+        """Meanwhile the cable of host `number` carries no more than `rate` towards it, such as 8mbit (a second)."""
+        queue = ["netns", "exec", self._netns("sw"), "tc", "qdisc"]
+        _ip(*queue, "add", "dev", f"p{number}", "root", "tbf", "rate", rate, "burst", "32kb", "latency", "400ms")
+        try:
+            yield
+        finally:
+            _ip(*queue, "del", "dev", f"p{number}", "root")
 
     def _netns(self, name: str) -> str:
         return self._prefix + name

@@ -5,12 +5,7 @@ is measured: bytes of all live tensor storages before it, plus the high-water ma
 torch.profiler records it. Rows are of equal length, and every row has the same share of labels, as the plan assumes.
 """
 
-import argparse
 import gc
-import json
-import subprocess
-import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

@@ -1,6 +1,6 @@
-"""Memory of a training step beside what `launch/plan.py` says: `python benchmarks/memory.py`.
+"""Memory of a training step, to be compared with `dpa_ds.planning`: tests/multirank/test_planning_measured.py runs it.
 
-For every DeepSpeed JSON a job of N ranks (gloo, CPU) takes two steps of this project's engine on a random Llama. The second one
+A job of N ranks (gloo, CPU) takes two steps of this project's engine on a random Llama. The second one
 is measured: bytes of all live tensor storages before it, plus the high-water mark of torch's allocator inside it, as
 torch.profiler records it. Rows are of equal length, and every row has the same share of labels, as the plan assumes.
 """
@@ -9,9 +9,6 @@ import gc
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-REPOSITORY = Path(__file__).parents[1]
-JSONS = ("zero0", "zero1", "zero2", "zero3")
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,9 @@ def judge(shape: Shape, config: RunConfig, cluster: Cluster, layout: Layout) -> 
     seconds = 2 * passes * shape.parameters * step_tokens / (MFU * cluster.flops) + gathered / (
         LINK_EFFICIENCY * bandwidth
     )
-    steps = config.train.max_steps or math.ceil(EXAMPLES / config.train.batch_size * config.train.local_epochs)
+    steps = config.train.max_steps or math.ceil(
+        math.ceil(EXAMPLES / config.train.batch_size) * config.train.local_epochs
+    )
     groups = min(CLIENTS, cluster.nodes * cluster.gpus // layout.ranks)
     in_turn = math.ceil(CLIENTS / groups) if groups else math.inf
     fits = sum(memory.values()) <= cluster.memory and groups > 0

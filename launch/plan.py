@@ -8,7 +8,17 @@ from pathlib import Path
 from dpa_ds.config_loader import load_config, load_deepspeed_json
 from dpa_ds.errors import DpaError
 from dpa_ds.planning.hardware import GPUS, parse_cluster
-from dpa_ds.planning.plan import LABEL_SHARE, LINK_EFFICIENCY, MFU, Plan, bytes_between_groups, judge, layout_of, plan
+from dpa_ds.planning.plan import (
+    LABEL_SHARE,
+    LINK_EFFICIENCY,
+    MFU,
+    Plan,
+    bytes_between_groups,
+    judge,
+    layout_of,
+    plan,
+    reason,
+)
 from dpa_ds.planning.shapes import PRESETS, read_shape
 from dpa_ds.run_arguments import take_options
 
@@ -49,6 +59,7 @@ def main(argv: list[str]) -> int:
     print(f"between groups, a leader and round: {bytes_between_groups(shape, config) / 1e6:.2f} MB")
     for name, one in (("recipe", chosen), *((f"{i + 1}", one) for i, one in enumerate(ranked[:8]))):
         print(f"{name:>7} {_line(one)}")
+    print(f"why 1: {reason(ranked, cluster)}")
     if "json" in own:
         Path(own["json"]).write_text(json.dumps({"recipe": asdict(chosen), "ranked": [asdict(p) for p in ranked]}))
     return 0

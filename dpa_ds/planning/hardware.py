@@ -5,14 +5,14 @@ from dataclasses import dataclass
 from dpa_ds.errors import ClusterError
 
 GPUS = {
-    "v100-32g": (32e9, 125e12, 300e9),
-    "a100-40g": (40e9, 312e12, 600e9),
-    "a100-80g": (80e9, 312e12, 600e9),
-    "l40s-48g": (48e9, 362e12, 64e9),
-    "h100-80g": (80e9, 989e12, 900e9),
-    "h200-141g": (141e9, 989e12, 900e9),
+    "v100-32g": (32e9, 125e12, 300e9, 0.9e12),
+    "a100-40g": (40e9, 312e12, 600e9, 1.55e12),
+    "a100-80g": (80e9, 312e12, 600e9, 2.04e12),
+    "l40s-48g": (48e9, 362e12, 64e9, 0.86e12),
+    "h100-80g": (80e9, 989e12, 900e9, 3.35e12),
+    "h200-141g": (141e9, 989e12, 900e9, 4.8e12),
 }
-"""Bytes, dense 16-bit FLOP/s, and bytes/s between the GPUs of a host (both directions), as published."""
+"""Bytes, dense 16-bit FLOP/s, bytes/s between the GPUs of a host (both directions), bytes/s of the GPU's memory, as published."""
 _KEYS = ("nodes", "gpus", "gpu", "net", "memory", "flops")
 
 
@@ -30,6 +30,8 @@ class Cluster:
     """Bytes/s between GPUs of a host."""
     net: float
     """Bytes/s of a host."""
+    memory_bandwidth: float
+    """Bytes/s of a GPU's memory."""
 
 
 def parse_cluster(text: str) -> Cluster:
@@ -45,7 +47,7 @@ def parse_cluster(text: str) -> Cluster:
             f"--cluster {text!r}: {'unknown key ' + unknown[0] if unknown else 'unknown gpu ' + gpu}: keys are "
             f"{', '.join(_KEYS)}; gpu is one of {', '.join(GPUS)}"
         )
-    memory, flops, link = GPUS[gpu]
+    memory, flops, link, memory_bandwidth = GPUS[gpu]
     try:
         cluster = Cluster(
             nodes=int(words.get("nodes", 1)),
@@ -54,6 +56,7 @@ def parse_cluster(text: str) -> Cluster:
             flops=float(words.get("flops", flops)),
             link=link,
             net=float(words.get("net", "100Gb").removesuffix("Gb")) * 1e9 / 8,
+            memory_bandwidth=memory_bandwidth,
         )
     except ValueError as error:
         raise ClusterError(

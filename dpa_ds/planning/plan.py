@@ -12,6 +12,8 @@ from dpa_ds.planning.shapes import Shape
 
 MFU, LINK_EFFICIENCY, OVERHEAD, LABEL_SHARE = 0.4, 0.7, 2e9, 0.25
 """Assumed: share of peak FLOP/s; of published bandwidth; bytes for CUDA context and allocator; labelled tokens."""
+HEADROOM = 0.9
+"""Share of a GPU's memory that a plan may fill: planned and measured peaks differ by up to a tenth."""
 CLIENTS, EXAMPLES, TOKENS = 8, 300, 70
 """The authors' dataset1: clients, training examples of each, tokens of an example."""
 
@@ -27,6 +29,8 @@ class Plan:
     round_seconds: float
     gather_bytes: float
     """Received by a rank in one step for ZeRO-3's gathers."""
+    reduce_bytes: float
+    """Sent by a rank in one step for the adapter's gradients, in fp32."""
     fits: bool
 
 
@@ -54,29 +58,30 @@ def judge(shape: Shape, config: RunConfig, cluster: Cluster, layout: Layout) -> 
     """Memory and time of one layout.
 
     FLOPs per token: 2 N forward, 2 N for the gradient of the inputs (frozen weights need none), 2 N more with recomputation;
-    attention is left out. ZeRO-3 gathers the base in forward and backward (and recomputation) of every micro-batch; a rank
-    receives (ranks - 1) / ranks of it. Compute and gathers are taken not to overlap. Two phases a round.
+    attention is left out; but no pass takes less than reading all weights once. ZeRO-3 gathers the base in forward and backward (and recomputation) of every micro-batch; a rank
+    receives (ranks - 1) / ranks of it; the gradients of the adapter go around a ring twice. Compute and communication are taken
+    not to overlap. Two phases a round.
     """
     passes = 3 if layout.checkpointing else 2
     trained = shape.lora_parameters(config.lora.rank, config.lora.target_modules)
     memory = step_bytes(shape, trained, layout) | {"overhead": OVERHEAD}
     step_tokens = config.train.batch_size * TOKENS / layout.ranks
     passes_of_step = math.ceil(step_tokens / layout.tokens)
-    gathered = 0.0
+    gathered, base = 0.0, shape.parameters * BYTES[layout.precision]
     if layout.stage == 3:
-        base = shape.parameters * BYTES[layout.precision]
         gathered = passes * passes_of_step * base * (layout.ranks - 1) / layout.ranks
     bandwidth = cluster.link / 2 if layout.ranks <= cluster.gpus else cluster.net
-    seconds = 2 * passes * shape.parameters * step_tokens / (MFU * cluster.flops) + gathered / (
-        LINK_EFFICIENCY * bandwidth
-    )
+    arithmetic = 2 * shape.parameters * step_tokens / passes_of_step / (MFU * cluster.flops)
+    seconds = passes * passes_of_step * max(arithmetic, base / cluster.memory_bandwidth)
+    reduced = 2 * 4 * trained * (layout.ranks - 1) / layout.ranks
+    seconds += (gathered + reduced) / (LINK_EFFICIENCY * bandwidth)
     steps = config.train.max_steps or math.ceil(
         math.ceil(EXAMPLES / config.train.batch_size) * config.train.local_epochs
     )
     groups = min(CLIENTS, cluster.nodes * cluster.gpus // layout.ranks)
     in_turn = math.ceil(CLIENTS / groups) if groups else math.inf
-    fits = sum(memory.values()) <= cluster.memory and groups > 0
-    return Plan(layout, memory, seconds, 2 * steps * in_turn * seconds, gathered, fits)
+    fits = sum(memory.values()) <= HEADROOM * cluster.memory and groups > 0
+    return Plan(layout, memory, seconds, 2 * steps * in_turn * seconds, gathered, reduced, fits)
 
 
 def plan(shape: Shape, config: RunConfig, zero: Mapping[str, Any], cluster: Cluster) -> list[Plan]:
@@ -94,6 +99,24 @@ def plan(shape: Shape, config: RunConfig, zero: Mapping[str, Any], cluster: Clus
         for c in (False, True)
     ]
     return sorted(plans, key=lambda p: (not p.fits, p.round_seconds, sum(p.memory.values())))
+
+
+def reason(ranked: list[Plan], cluster: Cluster) -> str:
+    """Why the first of the ranked layouts is the first."""
+    first = ranked[0]
+    if not first.fits:
+        least = min(ranked, key=lambda one: sum(one.memory.values()))
+        return (
+            f"no layout fits {cluster.memory / 1e9:.0f} GB; the smallest needs {sum(least.memory.values()) / 1e9:.0f} GB (ZeRO "
+            f"{least.layout.stage}, {least.layout.ranks} ranks a group): lower train.micro_batch_tokens, or offload"
+        )
+    num_groups = min(CLIENTS, cluster.nodes * cluster.gpus // first.layout.ranks)
+    divided = not any(one.fits and one.layout.stage < 3 for one in ranked)
+    whole = "the base must be divided, and this" if divided else "the base fits on a GPU, and this"
+    turns = (
+        "all clients train at once" if num_groups == CLIENTS else f"{CLIENTS} clients take turns on {num_groups} groups"
+    )
+    return f"{whole} is the fastest that fits: {turns}; equal times are ordered by memory"
 
 
 def bytes_between_groups(shape: Shape, config: RunConfig) -> int:

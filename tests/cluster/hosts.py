@@ -4,6 +4,7 @@ A host is a network namespace on a bridge that has no way out; what runs there h
 share the file system. Needs the right to make namespaces (root, or a container with CAP_SYS_ADMIN and CAP_NET_ADMIN) and iproute2.
 """
 
+import itertools
 import os
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 NETNS = Path("/etc/netns")
+_COUNTER = itertools.count()
 IN_HOST = 'hostname "$0" && exec "$@"'
 
 
@@ -33,7 +35,7 @@ class Hosts:
 
     def __init__(self, num_hosts: int) -> None:
         self._numbers = range(1, num_hosts + 1)
-        self._prefix = f"dpa{os.getpid()}"
+        self._prefix = f"dpa{os.getpid()}x{next(_COUNTER)}"
 
     def __enter__(self) -> "Hosts":
         switch = self._netns("sw")

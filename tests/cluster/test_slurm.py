@@ -46,7 +46,7 @@ class Job:
         deadline = time.monotonic() + DEADLINE_SECONDS
         while not what():
             assert time.monotonic() < deadline, f"{self.state}: {self.output}"
-            assert self.state in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "COMPLETED"), self.output
+            assert self.state not in ("FAILED", "CANCELLED", "NODE_FAIL", "TIMEOUT", "PREEMPTED"), self.output
             time.sleep(0.2)
 
     def wait(self) -> str:

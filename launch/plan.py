@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from dpa_ds.config_loader import load_config, load_deepspeed_json
-from dpa_ds.errors import DpaError
+from dpa_ds.errors import ConfigError, DpaError, storage_errors
 from dpa_ds.planning.hardware import GPUS, parse_cluster
 from dpa_ds.planning.plan import (
     LABEL_SHARE,
@@ -17,6 +17,7 @@ from dpa_ds.planning.plan import (
     judge,
     layout_of,
     plan,
+    ranks_of_recipe,
     reason,
 )
 from dpa_ds.planning.shapes import PRESETS, read_shape
@@ -43,12 +44,21 @@ def main(argv: list[str]) -> int:
     try:
         own, rest = take_options(argv, ("cluster", "model", "json"))
         config = load_config(rest)
-        cluster = parse_cluster(own.get("cluster", ""))
+        if "cluster" not in own:
+            raise ConfigError(
+                "no cluster: describe it with --cluster nodes=8,gpus=4,gpu=h100-80g,net=400Gb (see --help)"
+            )
+        cluster = parse_cluster(own["cluster"])
         shape = read_shape(config.model.path, own.get("model"))
         zero = load_deepspeed_json(config.engine.deepspeed_config).get("zero_optimization", {})
-        ranks = config.cluster.ranks_per_group
-        chosen = judge(shape, config, cluster, layout_of(config, zero, ranks if isinstance(ranks, int) else 1))
+        shape.lora_parameters(config.lora.rank, config.lora.target_modules)  # else it names the modules that it lacks
+        chosen = judge(shape, config, cluster, layout_of(shape, config, zero, ranks_of_recipe(config, cluster)))
         ranked = plan(shape, config, zero, cluster)
+        if "json" in own:
+            with storage_errors(own["json"], "choose another file with --json"):
+                Path(own["json"]).write_text(
+                    json.dumps({"recipe": asdict(chosen), "ranked": [asdict(p) for p in ranked]}, indent=1)
+                )
     except DpaError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -60,8 +70,6 @@ def main(argv: list[str]) -> int:
     for name, one in (("recipe", chosen), *((f"{i + 1}", one) for i, one in enumerate(ranked[:8]))):
         print(f"{name:>7} {_line(one)}")
     print(f"why 1: {reason(ranked, cluster)}")
-    if "json" in own:
-        Path(own["json"]).write_text(json.dumps({"recipe": asdict(chosen), "ranked": [asdict(p) for p in ranked]}))
     return 0
 
 

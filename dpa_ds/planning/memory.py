@@ -25,6 +25,8 @@ class Layout:
     reuse_distance: int = 1_000_000_000
     persistence: int = 100_000
     offload_params: bool = False
+    dropped: int = 0
+    """With lora.dropout: inputs of a layer's adapted linear layers, summed."""
 
 
 def model_bytes(shape: Shape, layout: Layout) -> dict[str, float]:
@@ -66,11 +68,12 @@ def activation_bytes(shape: Shape, layout: Layout) -> dict[str, float]:
     (2 b q), k and v (2 b kv), gate, its activation and up (3 b f). A frozen linear layer keeps none of its inputs, but
     under ZeRO-3 DeepSpeed's own linear function does: b (h + f) more. With checkpointing a layer keeps its input, b h,
     and one layer at a time all of the above. The loss holds three fp32 tensors at label positions: 12 x labels x vocab.
-    Dropout masks are not counted.
+    Dropout keeps each adapted layer's input once more for the adapter in training, and its mask in the same width.
     """
     b, h, f = BYTES[layout.precision], shape.hidden, shape.intermediate
     q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     layer = 8 * h + b * (h + 2 * q + 2 * kv + 3 * f) + (b * (h + f) if layout.stage == 3 else 0)
+    layer += 2 * b * layout.dropped
     logits = 12.0 * layout.labels * shape.vocab
     if not layout.checkpointing:
         return {"activations": float(shape.layers * layer * layout.tokens), "logits": logits}

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from dpa_ds.config import RunConfig
+from dpa_ds.errors import ClusterError
 from dpa_ds.planning.hardware import Cluster
 from dpa_ds.planning.memory import BYTES, Layout, step_bytes
 from dpa_ds.planning.shapes import Shape
@@ -34,7 +35,18 @@ class Plan:
     fits: bool
 
 
-def layout_of(config: RunConfig, zero: Mapping[str, Any], ranks: int) -> Layout:
+def ranks_of_recipe(config: RunConfig, cluster: Cluster) -> int:
+    """Ranks of a group, of the smallest if they differ. ClusterError: more than the cluster has GPUs."""
+    wanted, num_gpus = config.cluster.ranks_per_group, cluster.nodes * cluster.gpus
+    ranks = min(wanted) if isinstance(wanted, list) else max(1, num_gpus // CLIENTS) if wanted == "auto" else wanted
+    if ranks > num_gpus:
+        raise ClusterError(
+            f"cluster.ranks_per_group is {ranks}, but --cluster has {num_gpus} GPUs: give more, or lower it"
+        )
+    return ranks
+
+
+def layout_of(shape: Shape, config: RunConfig, zero: Mapping[str, Any], ranks: int) -> Layout:
     """The recipe's layout; `zero` is zero_optimization of its DeepSpeed JSON, with DeepSpeed's defaults for what is absent."""
     tokens = max(
         config.data.max_length, min(config.train.micro_batch_tokens, config.train.batch_size * config.data.max_length)
@@ -50,7 +62,8 @@ def layout_of(config: RunConfig, zero: Mapping[str, Any], ranks: int) -> Layout:
         overlap=bool(zero.get("overlap_comm", False)),
         reuse_distance=int(zero.get("stage3_max_reuse_distance", 1_000_000_000)),
         persistence=int(zero.get("stage3_param_persistence_threshold", 100_000)),
-        offload_params=zero.get("offload_param", {}).get("device") == "cpu",
+        offload_params=zero.get("offload_param", {}).get("device") in ("cpu", "nvme"),
+        dropped=sum(shape.linears[name][0] for name in config.lora.target_modules) if config.lora.dropout else 0,
     )
 
 
@@ -92,7 +105,10 @@ def plan(shape: Shape, config: RunConfig, zero: Mapping[str, Any], cluster: Clus
     ranks = [2**k for k in range(10) if 2**k <= cluster.nodes * cluster.gpus]
     plans = [
         judge(
-            shape, config, cluster, replace(layout_of(config, zero, r), stage=s, checkpointing=c, offload_params=False)
+            shape,
+            config,
+            cluster,
+            replace(layout_of(shape, config, zero, r), stage=s, checkpointing=c, offload_params=False),
         )
         for r in ranks
         for s in range(4)

@@ -118,6 +118,8 @@ def test_the_command_ranks_layouts(tmp_path: Path, capsys: pytest.CaptureFixture
         ({"--cluster": "nodes=0"}, "every number must be > 0"),
         ({"--cluster": "nodes=two"}, "write it like"),
         ({"--cluster": "cpus=2"}, "unknown key cpus"),
+        ({"--json": "/dev/null/plan.json"}, "choose another file with --json"),
+        ({"--cluster.ranks_per_group": "16"}, "--cluster has 8 GPUs"),
         ({"--model": "gpt-5"}, "no such preset"),
         ({"--config": "nowhere.yaml"}, "nowhere.yaml"),
         ({"--lora.target_modules": "[c_attn]"}, "c_attn"),
@@ -129,6 +131,15 @@ def test_bad_arguments_are_one_line(changed: dict[str, str], told: str, capsys: 
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
     assert told in line
+
+
+@pytest.mark.parametrize(("precision", "measured"), [("fp32", 96.8e6), ("bf16", 58.6e6)])
+def test_measured_peaks_with_dropout(precision: str, measured: float) -> None:
+    """As above, with dropout 0.05 and stage 0."""
+    shape = Shape(256, 6, 8, 4, 688, 4000, 32)
+    layout = Layout(0, 2, precision, 512, 256, reduce_bucket=50_000_000, dropped=2 * 256)
+    trained = shape.lora_parameters(8, ["q_proj", "v_proj"])
+    assert sum(step_bytes(shape, trained, layout).values()) == pytest.approx(measured, rel=0.05)
 
 
 def test_an_unknown_model_is_one_error() -> None:

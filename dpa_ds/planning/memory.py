@@ -1,10 +1,24 @@
-"""Bytes per rank of a training step, by part, for one DeepSpeed layout. Upper bounds, measured by benchmarks/memory.py."""
+"""Bytes per rank of a training step, by part, for one DeepSpeed layout. Upper bounds, measured by benchmarks/planner.py."""
 
 from dataclasses import dataclass
 
 from dpa_ds.planning.shapes import Shape
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Both adapters of a recipe."""
+
+    targets: tuple[str, ...] = ("q_proj", "v_proj")
+    rank: int = 8
+    local_rank: int = 8
+    dropout: bool = False
+
+    def parameters(self, shape: Shape) -> tuple[int, int]:
+        """Of the global and of the local adapter. ModelError: a target that the model lacks."""
+        return shape.lora_parameters(self.rank, self.targets), shape.lora_parameters(self.local_rank, self.targets)
 
 
 @dataclass(frozen=True)
@@ -24,61 +38,76 @@ class Layout:
     overlap: bool = False
     reuse_distance: int = 1_000_000_000
     persistence: int = 100_000
+    max_live: int = 1_000_000_000
+    prefetch: int = 50_000_000
+    """reuse_distance to prefetch: DeepSpeed's settings of stage 3, in elements."""
     offload_params: bool = False
-    dropped: int = 0
-    """With lora.dropout: inputs of a layer's adapted linear layers, summed."""
+    """The base's share lies in the host's memory (ZeRO-3)."""
 
 
 def model_bytes(shape: Shape, layout: Layout) -> dict[str, float]:
     """The frozen base: all of it below stage 3, else 1/ranks of it and what is gathered at once.
 
     DeepSpeed 0.19.8 keeps a gathered parameter while it is used again within `reuse_distance` elements of its trace.
-    At the turn from forward to backward these are the last reuse_distance / 2 (with recomputation / 3); a single layer
-    at least. Parameters of at most `persistence` elements stay gathered.
+    At the turn from forward to backward these are the last reuse_distance / 2, a single layer at least, and `prefetch`
+    elements more are on their way. With recomputation it does not release what its prefetcher passed over: measured,
+    what is gathered grows to the larger of reuse distance and max_live, and twice the prefetch bucket.
+    Parameters of at most `persistence` elements stay gathered.
     """
     b = BYTES[layout.precision]
     if layout.stage < 3:
         return {"base": shape.parameters * b}
     small = shape.layers * sum(i * o for i, o in shape.linears.values() if i * o <= layout.persistence)
-    kept = layout.reuse_distance // (3 if layout.checkpointing else 2)
-    gathered = min(shape.parameters, max(kept, shape.layer_parameters, shape.vocab * shape.hidden))
+    kept = layout.reuse_distance // 2 + layout.prefetch
+    if layout.checkpointing:
+        kept = max(layout.reuse_distance, layout.max_live) + 2 * layout.prefetch
+    gathered = max(kept, shape.layer_parameters + layout.prefetch, shape.vocab * shape.hidden + layout.prefetch)
     share = 0.0 if layout.offload_params else shape.parameters * b / layout.ranks
     return {"base": share, "gathered": min(shape.parameters, gathered + small) * b}
 
 
-def adapter_bytes(trained: int, layout: Layout) -> dict[str, float]:
-    """Both adapters (2 x `trained` parameters): working copy, fp32 master and gradient, two moments of the active one.
+def adapter_bytes(global_parameters: int, local_parameters: int, layout: Layout) -> dict[str, float]:
+    """Both adapters: working copy, fp32 master and moments; the fp32 gradient of the one in training.
 
     Stage 0 in fp32 needs no second master. From stage 1 on masters and moments are divided, from 2 on gradients.
     """
-    b, ranks = BYTES[layout.precision], layout.ranks
-    split = ranks if layout.stage >= 1 else 1
-    master = 0 if layout.stage == 0 and b == 4 else 8 * trained / split
+    b, ranks, both = BYTES[layout.precision], layout.ranks, global_parameters + local_parameters
+    master = 0 if layout.stage == 0 and b == 4 else 4 * both
     return {
-        "adapters": 2 * trained * b / (ranks if layout.stage == 3 else 1),
-        "gradients": 4 * trained / (ranks if layout.stage >= 2 else 1),
-        "optimizer": master + 8 * trained / split,
+        "adapters": both * b / (ranks if layout.stage == 3 else 1),
+        "gradients": 4 * max(global_parameters, local_parameters) / (ranks if layout.stage >= 2 else 1),
+        "optimizer": (master + 8 * both) / (ranks if layout.stage >= 1 else 1),
     }
 
 
-def activation_bytes(shape: Shape, layout: Layout) -> dict[str, float]:
+def activation_bytes(shape: Shape, lora: Lora, layout: Layout) -> dict[str, float]:
     """What autograd keeps at the turn from forward to backward, and the logits.
 
-    A layer keeps per token: both norms' inputs in fp32 (8 h), the adapters' input (b h), q and the attention's output
-    (2 b q), k and v (2 b kv), gate, its activation and up (3 b f). A frozen linear layer keeps none of its inputs, but
-    under ZeRO-3 DeepSpeed's own linear function does: b (h + f) more. With checkpointing a layer keeps its input, b h,
-    and one layer at a time all of the above. The loss holds three fp32 tensors at label positions: 12 x labels x vocab.
-    Dropout keeps each adapted layer's input once more for the adapter in training, and its mask in the same width.
+    A layer keeps per token: both norms' inputs in fp32 (8 h), q and the attention's output (2 b q), k and v (2 b kv),
+    gate, its activation and up (3 b f). A frozen linear layer keeps none of its inputs, but under ZeRO-3 DeepSpeed's
+    own linear function does; an adapter in training keeps those of its layers, and b x rank in its middle. Layers with
+    the same input share it; that of o_proj is the attention's output, counted already.
+    With dropout an adapted layer keeps an input of its own, and a mask for each of two adapters in the same width.
+    With checkpointing a layer keeps its input, b h, and one layer at a time all of the above.
+    The loss holds three fp32 tensors at label positions: 12 x labels x vocab.
     """
     b, h, f = BYTES[layout.precision], shape.hidden, shape.intermediate
     q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    layer = 8 * h + b * (h + 2 * q + 2 * kv + 3 * f) + (b * (h + f) if layout.stage == 3 else 0)
-    layer += 2 * b * layout.dropped
+    layer = 8 * h + b * (2 * q + 2 * kv + 3 * f)
+    inputs = {"q_proj": "attention", "k_proj": "attention", "v_proj": "attention"}
+    inputs |= {"gate_proj": "mlp", "up_proj": "mlp", "down_proj": "down"}
+    kept = set(inputs.values()) if layout.stage == 3 else set()
+    if not lora.dropout:
+        kept |= {inputs[name] for name in lora.targets if name in inputs}
+    layer += b * sum({"attention": h, "mlp": h, "down": f}[one] for one in kept)
+    layer += b * len(lora.targets) * max(lora.rank, lora.local_rank)
+    if lora.dropout:
+        layer += 3 * b * sum(shape.linears[name][0] for name in lora.targets)
     logits = 12.0 * layout.labels * shape.vocab
     if not layout.checkpointing:
         return {"activations": float(shape.layers * layer * layout.tokens), "logits": logits}
-    kept = float(shape.layers * b * h * layout.tokens)
-    return {"activations": kept + max(0.0, layer * layout.tokens - logits), "logits": logits}
+    inputs_of_layers = float(shape.layers * b * h * layout.tokens)
+    return {"activations": inputs_of_layers + max(0.0, layer * layout.tokens - logits), "logits": logits}
 
 
 def buffer_bytes(layout: Layout) -> dict[str, float]:
@@ -92,11 +121,7 @@ def buffer_bytes(layout: Layout) -> dict[str, float]:
     return {"buckets": float(layout.reduce_bucket * b * (2 if layout.overlap and layout.stage < 3 else 1))}
 
 
-def step_bytes(shape: Shape, trained: int, layout: Layout) -> dict[str, float]:
-    """All parts, in bytes per rank; `trained` is the number of parameters of one adapter."""
-    return (
-        model_bytes(shape, layout)
-        | adapter_bytes(trained, layout)
-        | activation_bytes(shape, layout)
-        | buffer_bytes(layout)
-    )
+def step_bytes(shape: Shape, lora: Lora, layout: Layout) -> dict[str, float]:
+    """All parts, in bytes per rank. ModelError: a target that the model lacks."""
+    adapters = adapter_bytes(*lora.parameters(shape), layout)
+    return model_bytes(shape, layout) | adapters | activation_bytes(shape, lora, layout) | buffer_bytes(layout)

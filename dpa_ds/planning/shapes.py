@@ -1,6 +1,7 @@
 """Sizes of a LLaMA-like causal LM, from its config.json or a preset; parameters and FLOPs follow. No torch."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,7 +48,7 @@ class Shape:
         """Layers, embedding, output head unless it is tied to the embedding, last norm."""
         return self.layers * self.layer_parameters + (1 if self.tied else 2) * self.vocab * self.hidden + self.hidden
 
-    def lora_parameters(self, rank: int, targets: list[str]) -> int:
+    def lora_parameters(self, rank: int, targets: Sequence[str]) -> int:
         """rank x (inputs + outputs) for each adapted linear layer. ModelError: a name that the model lacks."""
         unknown = [name for name in targets if name not in self.linears]
         if unknown:

@@ -1,10 +1,9 @@
 """What a phase cannot avoid: the frozen base forward and backward to its inputs, on real tokens only.
 
-No adapters, no optimizer, no padding: the tokens of a step are laid end to end and cut into rows of the step's mean
+No adapters, no optimizer, no padding: the tokens of a step are laid end to end, and attention sees rows of the step's mean
 length. The output head runs at label positions only.
 """
 
-import itertools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -12,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
-from dpa_ds.data.batches import IGNORE_INDEX
+from dpa_ds.data.batches import IGNORE_INDEX, MicroBatch
 from dpa_ds.data.prompts import TokenizedExamples
+from dpa_ds.model.packing import Packing
 
 
 class Floor:
@@ -21,39 +21,45 @@ class Floor:
 
     def __init__(self, base: PreTrainedModel, micro_batch_tokens: int, clock: Callable[[], float]) -> None:
         self._base, self._budget, self._clock = base.requires_grad_(False), micro_batch_tokens, clock
+        self._packing = Packing(base)
 
     def run(self, examples: TokenizedExamples, steps: Sequence[Sequence[int]]) -> float:
         """Seconds of one pass over `steps`."""
-        batches = [batch for step in steps for batch in self._pack(examples, step)]
+        passes = [one for step in steps for one in self._passes(examples, step)]
         started = self._clock()
-        for input_ids, labels in batches:
-            self._forward_backward(input_ids, labels)
+        for one in passes:
+            with self._packing:
+                self._forward_backward(one)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         return self._clock() - started
 
-    def _forward_backward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> None:
-        inputs = self._base.get_input_embeddings()(input_ids).requires_grad_()
-        hidden = self._base.base_model(inputs_embeds=inputs, use_cache=False).last_hidden_state
-        targets = labels[:, 1:]
-        labelled = targets != IGNORE_INDEX
-        logits = self._base.get_output_embeddings()(hidden[:, :-1][labelled])
-        F.cross_entropy(logits.float(), targets[labelled], reduction="sum").backward()
+    def _forward_backward(self, one: MicroBatch) -> None:
+        device = self._base.device
+        inputs = self._base.get_input_embeddings()(one.input_ids[None].to(device)).requires_grad_()
+        hidden = self._base.base_model(
+            inputs_embeds=inputs,
+            position_ids=one.position_ids[None].to(device),
+            use_cache=False,
+            **self._packing.arguments(one.pieces, device),
+        ).last_hidden_state
+        labelled = (one.targets != IGNORE_INDEX).nonzero().flatten()
+        logits = self._base.get_output_embeddings()(hidden[0][labelled.to(device)])
+        F.cross_entropy(logits.float(), one.targets[labelled].to(device), reduction="sum").backward()
 
-    def _pack(self, examples: TokenizedExamples, step: Sequence[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """All tokens of the step, as passes of (rows, mean length) and one short row with what is left over."""
+    def _passes(self, examples: TokenizedExamples, step: Sequence[int]) -> list[MicroBatch]:
+        """All tokens of the step, without padding: rows of its mean length and a short one with what is left over."""
         tokens = np.concatenate([examples.input_ids(index) for index in step]).astype(np.int64)
-        labels = np.concatenate([_labels(examples, index) for index in step])
-        length = len(tokens) // len(step)
+        targets = np.concatenate([_targets(examples, index) for index in step])
+        length, passes = len(tokens) // len(step), []
         width = max(1, self._budget // length) * length
-        whole = len(step) * length
-        cuts = [*range(0, whole, width), whole, len(tokens)]
-        passes = []
-        for start, stop in itertools.pairwise(cuts):
-            shape = (-1, length) if stop <= whole else (1, stop - start)
-            if stop - start >= 2:
-                passes.append(tuple(_tensor(a[start:stop].reshape(shape), self._base.device) for a in (tokens, labels)))
-        return passes  # type: ignore[return-value]
+        for start in range(0, len(tokens), width):
+            ids = torch.from_numpy(tokens[start : start + width])
+            rows, rest = divmod(len(ids), length)
+            pieces = ((rows, length),) * (rows > 0) + ((1, rest),) * (rest > 0)
+            positions = torch.arange(length).repeat(rows + 1)[: len(ids)]
+            passes.append(MicroBatch(ids, positions, torch.from_numpy(targets[start : start + width]), pieces))
+        return passes
 
 
 def phase_flops(base: PreTrainedModel, examples: TokenizedExamples, steps: Sequence[Sequence[int]]) -> float:
@@ -89,11 +95,8 @@ def matmul_flops_per_second(dtype: torch.dtype, device: torch.device, clock: Cal
     return best
 
 
-def _labels(examples: TokenizedExamples, index: int) -> np.ndarray:
-    labels = examples.input_ids(index).astype(np.int64)
-    labels[: examples.prompt_lengths[index]] = IGNORE_INDEX
-    return labels
-
-
-def _tensor(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    return torch.from_numpy(array).to(device)
+def _targets(examples: TokenizedExamples, index: int) -> np.ndarray:
+    targets = np.full(examples.length(index), IGNORE_INDEX, dtype=np.int64)
+    prompt = int(examples.prompt_lengths[index])
+    targets[prompt - 1 : -1] = examples.input_ids(index)[prompt:]
+    return targets

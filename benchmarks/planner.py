@@ -255,11 +255,13 @@ def _step(setting: Setting, world_size: int) -> Any:
 
     shape = (setting.rows, setting.length)
     input_ids = torch.randint(setting.vocab_size, shape, generator=torch.Generator().manual_seed(0))
-    labels = input_ids.clone()
-    labels[:, : round(setting.length * (1 - setting.label_share))] = IGNORE_INDEX
-    num_labels = int((labels != IGNORE_INDEX).sum()) * world_size
+    targets = input_ids.clone()
+    targets[:, : round(setting.length * (1 - setting.label_share))] = IGNORE_INDEX
+    positions = torch.arange(setting.length).expand(shape)
+    num_targets = int((targets != IGNORE_INDEX).sum()) * world_size
     tokens = input_ids.numel() * world_size
-    return StepBatch([MicroBatch(input_ids, labels)], num_labels, setting.rows * world_size, tokens, tokens)
+    row = (input_ids.flatten(), positions.flatten(), targets.flatten())
+    return StepBatch([MicroBatch(*row, pieces=(shape,))], num_targets, setting.rows * world_size, tokens, tokens)
 
 
 def _live_storages() -> dict[int, int]:

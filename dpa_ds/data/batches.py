@@ -5,6 +5,7 @@ micro-batch budget only decide who computes which part of it (`plan_step`); the 
 tokens of the whole step (`StepBatch.num_label_tokens`), so the division leaves no trace in the gradient.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,30 +16,33 @@ import torch
 
 from dpa_ds.data.prompts import TokenizedExamples
 
-# What one more micro-batch costs, in tokens. Short of some dozens of tokens a forward and backward pass takes the
-# same time whatever its size (kernel launches, reading the weights), so a few padded tokens are cheaper than one
-# more pass. 32 keeps at least 85 % real tokens on the authors' data (tests/unit/test_batches.py).
-MICRO_BATCH_OVERHEAD_TOKENS = 32
+# What one more piece costs, in tokens: attention is called once for each. Measured on a CPU with a model of 135 M
+# parameters it is one token; on a GPU the launches of its kernels are some dozens, unless attention takes all at once.
+PIECE_OVERHEAD_TOKENS = 8
 
 # Labels with this value do not count in the loss (torch's default ignore_index).
 IGNORE_INDEX = -100
 
-# Shape of a dummy: two positions, because the loss compares position t with token t + 1.
+# Length of a dummy: two positions, because the loss compares position t with token t + 1.
 _DUMMY_LENGTH = 2
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One forward pass: int64 tensors of shape (batch, seq_len).
+    """One forward pass: examples laid end to end in one row of int64 tensors, shape (tokens,).
 
-    No attention mask: rows are padded on the right and the model is causal, so no token can attend to padding, and
-    padding has no label.
+    Examples of similar length form a piece, in which all are padded on the right to the longest. Attention stays inside an
+    example because it is computed piece by piece; all else of a transformer works token by token.
     """
 
     input_ids: torch.Tensor
     """Tokens; padding is the pad token."""
-    labels: torch.Tensor
-    """Token t at position t (the loss shifts); IGNORE_INDEX on prompt and padding."""
+    position_ids: torch.Tensor
+    """Position of a token in its example, from 0."""
+    targets: torch.Tensor
+    """The token that is to be predicted at a position; IGNORE_INDEX where none counts: prompt, padding, last token."""
+    pieces: tuple[tuple[int, int], ...]
+    """(examples, padded length) of the pieces, in their order in the row."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ class StepBatch:
     micro_batches: list[MicroBatch]
     """As many on every rank, at least one; dummies where a rank has nothing left to do."""
     num_label_tokens: int
-    """Predicted tokens: labels other than IGNORE_INDEX at positions >= 1."""
+    """Predicted tokens: targets other than IGNORE_INDEX."""
     num_examples: int
     """Examples of the step."""
     real_tokens: int
@@ -84,28 +88,27 @@ def step_indices(num_examples: int, batch_size: int, num_steps: int, seed: Seque
     return steps[:num_steps]
 
 
-def plan_step(lengths: Sequence[int], world_size: int, token_budget: int) -> list[list[list[int]]]:
-    """Who computes what: [rank][micro-batch][position in `lengths`], each position exactly once.
+def plan_step(lengths: Sequence[int], world_size: int, token_budget: int) -> list[list[list[list[int]]]]:
+    """Who computes what: [rank][micro-batch][piece][position in `lengths`], each position exactly once.
 
     Every rank gets the same number of micro-batches, at least one; some may be empty (the rank runs a dummy, so
-    that collectives match). rows x longest row is at most `token_budget`, except for a single row. Deterministic.
+    that collectives match). Their tokens with padding are at most `token_budget`, except for a single row. Deterministic.
     """
     assert min(len(lengths), world_size) >= 1, (len(lengths), world_size)
-    order = np.argsort(np.asarray(lengths), kind="stable")
-    ascending = [int(lengths[position]) for position in order]
-    chunks = _cut_with_least_padding(ascending, token_budget)
-    chunks = _cut_for_ranks(chunks, ascending, world_size)
-    chunks.sort(key=lambda chunk: -_cost(chunk, ascending))
-    return [
-        [[int(order[row]) for row in range(start, stop)] for start, stop in rank_chunks]
-        for rank_chunks in _spread(chunks, ascending, world_size)
-    ]
+    ranks = [sorted(rows, key=lambda row: (lengths[row], row)) for rows in _share_out(lengths, world_size)]
+    count = max(1, math.ceil(max(sum(lengths[row] for row in rows) for rows in ranks) / token_budget))
+    while True:
+        plan = [[_cut_with_least_padding(run, lengths) for run in _cut_evenly(rows, lengths, count)] for rows in ranks]
+        if all(_fits(pieces, lengths, token_budget) for micro_batches in plan for pieces in micro_batches):
+            return plan
+        count += 1
 
 
 def dummy_micro_batch(pad_id: int) -> MicroBatch:
-    """A forward pass that adds nothing: shape (1, 2), no label."""
-    input_ids = torch.full((1, _DUMMY_LENGTH), pad_id, dtype=torch.int64)
-    return MicroBatch(input_ids, torch.full_like(input_ids, IGNORE_INDEX))
+    """A forward pass that adds nothing: two tokens, no target."""
+    input_ids = torch.full((_DUMMY_LENGTH,), pad_id, dtype=torch.int64)
+    positions = torch.arange(_DUMMY_LENGTH)
+    return MicroBatch(input_ids, positions, torch.full_like(input_ids, IGNORE_INDEX), ((1, _DUMMY_LENGTH),))
 
 
 def build_step(
@@ -114,11 +117,11 @@ def build_step(
     """Tensors of one rank (within its rank group) for the step that trains on `indices`, and the step's totals."""
     lengths = [examples.length(index) for index in indices]
     plan = plan_step(lengths, world_size, token_budget)
-    computed = sum(
-        len(rows) * max(lengths[row] for row in rows) if rows else _DUMMY_LENGTH for part in plan for rows in part
-    )
+    computed = sum(_padded(pieces, lengths) or _DUMMY_LENGTH for micro_batches in plan for pieces in micro_batches)
     return StepBatch(
-        micro_batches=[_collate(examples, [indices[row] for row in rows], pad_id) for rows in plan[rank]],
+        micro_batches=[
+            _collate(examples, [[indices[row] for row in rows] for rows in pieces], pad_id) for pieces in plan[rank]
+        ],
         num_label_tokens=sum(examples.num_label_tokens(index) for index in indices),
         num_examples=len(indices),
         real_tokens=sum(lengths),
@@ -130,98 +133,68 @@ def _steps_per_epoch(num_examples: int, batch_size: int) -> int:
     return math.ceil(num_examples / batch_size)
 
 
-# A chunk is a half-open range (start, stop) of rows in ascending order of length: its last row is its longest.
-_Chunk = tuple[int, int]
-
-
-def _cost(chunk: _Chunk, ascending: Sequence[int]) -> int:
-    """Tokens with padding plus the overhead of a micro-batch; an empty chunk costs the overhead."""
-    start, stop = chunk
-    padded = (stop - start) * ascending[stop - 1] if stop > start else 0
-    return padded + MICRO_BATCH_OVERHEAD_TOKENS
-
-
-def _cut_with_least_padding(ascending: Sequence[int], token_budget: int) -> list[_Chunk]:
-    """The cuts of least total cost, by dynamic programming over the last chunk.
-
-    In sorted order some best division is contiguous: exchanging rows between chunks never shortens a longest row.
-    """
-    num_rows = len(ascending)
-    best = np.zeros(num_rows + 1)
-    cut = np.zeros(num_rows + 1, dtype=np.int64)
-    for stop in range(1, num_rows + 1):
-        longest = ascending[stop - 1]
-        first = max(0, stop - max(1, token_budget // longest))
-        starts = np.arange(first, stop)
-        costs = best[first:stop] + (stop - starts) * longest + MICRO_BATCH_OVERHEAD_TOKENS
-        chosen = int(np.argmin(costs))
-        best[stop], cut[stop] = costs[chosen], first + chosen
-    chunks: list[_Chunk] = []
-    stop = num_rows
-    while stop > 0:
-        chunks.append((int(cut[stop]), stop))
-        stop = int(cut[stop])
-    return chunks
-
-
-def _cut_for_ranks(chunks: list[_Chunk], ascending: Sequence[int], world_size: int) -> list[_Chunk]:
-    """Cut further until the number is a multiple of `world_size` and the ranks wait least for one another."""
-    if world_size == 1:
-        return chunks
-    fewest = math.ceil(len(chunks) / world_size) * world_size
-    # One or two more micro-batches per rank can pay: they even out ranks that hold few and unequal ones.
-    candidates = [_split_to(chunks, ascending, fewest + extra * world_size) for extra in range(3)]
-    return min(candidates, key=lambda candidate: _lockstep_cost(candidate, ascending, world_size))
-
-
-def _split_to(chunks: Sequence[_Chunk], ascending: Sequence[int], wanted: int) -> list[_Chunk]:
-    """`wanted` chunks: the dearest that can be is cut in two until there are enough; then empty ones are added."""
-    result = list(chunks)
-    while len(result) < wanted:
-        splittable = [chunk for chunk in result if chunk[1] - chunk[0] > 1]
-        if not splittable:
-            return result + [(0, 0)] * (wanted - len(result))
-        dearest = max(splittable, key=lambda chunk: (_cost(chunk, ascending), chunk))
-        result.remove(dearest)
-        result.extend(_halve(dearest, ascending))
-    return result
-
-
-def _halve(chunk: _Chunk, ascending: Sequence[int]) -> list[_Chunk]:
-    """The cut whose dearer side is cheapest, and of those the one with the least padding."""
-    start, stop = chunk
-    cuts = ([(start, middle), (middle, stop)] for middle in range(start + 1, stop))
-    return min(cuts, key=lambda parts: sorted((_cost(part, ascending) for part in parts), reverse=True))
-
-
-def _lockstep_cost(chunks: Sequence[_Chunk], ascending: Sequence[int], world_size: int) -> int:
-    """Cost of a step whose ranks meet in every micro-batch, as under ZeRO-3: the dearest of each meeting counts."""
-    return sum(sorted((_cost(chunk, ascending) for chunk in chunks), reverse=True)[::world_size])
-
-
-def _spread(chunks: Sequence[_Chunk], ascending: Sequence[int], world_size: int) -> list[list[_Chunk]]:
-    """Micro-batch k of the ranks are the k-th `world_size` chunks by cost; the dearest goes to the lightest rank.
-
-    Longest processing time first, under the condition that ranks meet over chunks of similar cost.
-    """
-    ranks: list[list[_Chunk]] = [[] for _ in range(world_size)]
+def _share_out(lengths: Sequence[int], world_size: int) -> list[list[int]]:
+    """Rows of each rank. The longest first, each to the rank with the fewest tokens so far."""
+    ranks: list[list[int]] = [[] for _ in range(world_size)]
     loads = [0] * world_size
-    for first in range(0, len(chunks), world_size):
-        lightest_first = sorted(range(world_size), key=lambda rank: (loads[rank], rank))
-        for rank, chunk in zip(lightest_first, chunks[first : first + world_size], strict=True):
-            ranks[rank].append(chunk)
-            loads[rank] += _cost(chunk, ascending)
+    for row in sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)):
+        lightest = loads.index(min(loads))
+        ranks[lightest].append(row)
+        loads[lightest] += lengths[row]
     return ranks
 
 
-def _collate(examples: TokenizedExamples, indices: Sequence[int], pad_id: int) -> MicroBatch:
-    if not indices:
+def _cut_evenly(rows: Sequence[int], lengths: Sequence[int], count: int) -> list[Sequence[int]]:
+    """`count` runs of consecutive rows with about as many tokens each; empty only where there are fewer rows."""
+    if len(rows) <= count:
+        return [rows[k : k + 1] for k in range(count)]
+    ends = np.cumsum([lengths[row] for row in rows])
+    bounds = [0]
+    for k in range(1, count):
+        nearest = int(np.searchsorted(ends, ends[-1] * k / count)) + 1
+        bounds.append(min(max(nearest, bounds[-1] + 1), len(rows) - (count - k)))
+    return [rows[start:stop] for start, stop in itertools.pairwise([*bounds, len(rows)])]
+
+
+def _cut_with_least_padding(rows: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
+    """Pieces of rows in ascending order of length, at least total cost, by dynamic programming over the last piece.
+
+    In sorted order some best division is contiguous: exchanging rows between pieces never shortens a longest row.
+    """
+    best, cut = np.zeros(len(rows) + 1), np.zeros(len(rows) + 1, dtype=np.int64)
+    for stop in range(1, len(rows) + 1):
+        costs = best[:stop] + np.arange(stop, 0, -1) * lengths[rows[stop - 1]] + PIECE_OVERHEAD_TOKENS
+        cut[stop] = np.argmin(costs)
+        best[stop] = costs[cut[stop]]
+    pieces: list[list[int]] = []
+    stop = len(rows)
+    while stop > 0:
+        pieces.insert(0, list(rows[cut[stop] : stop]))
+        stop = int(cut[stop])
+    return pieces
+
+
+def _padded(pieces: Sequence[Sequence[int]], lengths: Sequence[int]) -> int:
+    return sum(len(rows) * lengths[rows[-1]] for rows in pieces)
+
+
+def _fits(pieces: Sequence[Sequence[int]], lengths: Sequence[int], token_budget: int) -> bool:
+    return sum(map(len, pieces)) <= 1 or _padded(pieces, lengths) <= token_budget
+
+
+def _collate(examples: TokenizedExamples, pieces: Sequence[Sequence[int]], pad_id: int) -> MicroBatch:
+    if not pieces:
         return dummy_micro_batch(pad_id)
-    shape = (len(indices), max(examples.length(index) for index in indices))
-    input_ids = np.full(shape, pad_id, dtype=np.int64)
-    labels = np.full(shape, IGNORE_INDEX, dtype=np.int64)
-    for row, index in enumerate(indices):
-        length, prompt_length = examples.length(index), int(examples.prompt_lengths[index])
-        input_ids[row, :length] = examples.input_ids(index)
-        labels[row, prompt_length:length] = input_ids[row, prompt_length:length]
-    return MicroBatch(torch.from_numpy(input_ids), torch.from_numpy(labels))
+    shapes = tuple((len(indices), max(map(examples.length, indices))) for indices in pieces)
+    input_ids, targets = [], []
+    for indices, shape in zip(pieces, shapes, strict=True):
+        ids, wanted = np.full(shape, pad_id, dtype=np.int64), np.full(shape, IGNORE_INDEX, dtype=np.int64)
+        for row, index in enumerate(indices):
+            length, first = examples.length(index), max(1, int(examples.prompt_lengths[index]))
+            ids[row, :length] = examples.input_ids(index)
+            wanted[row, first - 1 : length - 1] = ids[row, first:length]
+        input_ids.append(ids.reshape(-1))
+        targets.append(wanted.reshape(-1))
+    positions = [np.tile(np.arange(length), rows) for rows, length in shapes]
+    tokens, places, wanted_tokens = (torch.from_numpy(np.concatenate(p)) for p in (input_ids, positions, targets))
+    return MicroBatch(tokens, places, wanted_tokens, shapes)

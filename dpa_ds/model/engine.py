@@ -23,6 +23,7 @@ from dpa_ds.distributed.world import World
 from dpa_ds.errors import ConfigError
 from dpa_ds.model.dual_adapter import ADAPTERS, Adapter, DualAdapter, Phase
 from dpa_ds.model.master_weights import Fragment, locate_masters
+from dpa_ds.model.packing import Packing
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -71,6 +72,7 @@ class AdapterEngine:
 
     def __init__(self, adapters: DualAdapter, world: World, train: TrainConfig, ds_json: dict[str, Any]) -> None:
         self.adapters, self.world, self._train = adapters, world, train
+        self._packing = Packing(adapters.base_model)
         groups = [
             {"params": list(adapters.parameters[a].values()), "name": a, "lr": 0.0, "weight_decay": 0.0}
             for a in ADAPTERS
@@ -136,10 +138,11 @@ class AdapterEngine:
         share = torch.zeros((), device=self.world.device)
         for i, micro_batch in enumerate(step.micro_batches):
             self.engine.set_gradient_accumulation_boundary(i == len(step.micro_batches) - 1)
-            loss = self._loss_sum(micro_batch) / step.num_label_tokens
-            share += loss.detach()
-            # DeepSpeed averages gradients over the ranks; ours are to be summed.
-            self.engine.backward(loss * self.world.world_size)
+            with self._packing:
+                loss = self._loss_sum(micro_batch) / step.num_label_tokens
+                share += loss.detach()
+                # DeepSpeed averages gradients over the ranks; ours are to be summed.
+                self.engine.backward(loss * self.world.world_size)
         norm = self._gradient_norm_of_stage_zero() if self.optimizer is self._inner else None
         self.engine.step()
         if norm is None:
@@ -163,24 +166,28 @@ class AdapterEngine:
         total = torch.zeros(2, dtype=torch.float64)
         for step in steps:
             for micro_batch in step.micro_batches:
-                total[0] += float(self._loss_sum(micro_batch))
+                with self._packing:
+                    total[0] += float(self._loss_sum(micro_batch))
             total[1] += step.num_label_tokens / self.world.world_size
         self.world.all_reduce_(total)
         return float(total[0] / total[1])
 
     def _loss_sum(self, micro_batch: MicroBatch) -> torch.Tensor:
         """Cross-entropy summed over the label tokens, fp32. Logits are computed at labelled positions only."""
-        # Position t predicts token t + 1. Found on the CPU, where labels are: on a GPU it would wait for the device.
-        targets = F.pad(micro_batch.labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()
-        positions = (targets != IGNORE_INDEX).nonzero().flatten()
+        # Found on the CPU, where targets are: on a GPU it would wait for the device.
+        positions = (micro_batch.targets != IGNORE_INDEX).nonzero().flatten()
         if len(positions) == 0:  # a dummy, so that all ranks run the same collectives: one ignored position
             positions = torch.zeros(1, dtype=torch.int64)
         device = self.world.device
         self._positions = positions.to(device)
-        # No attention mask: rows are padded on the right, and a causal model never looks there from a real token.
-        logits = self.engine(input_ids=micro_batch.input_ids.to(device), use_cache=False).logits
+        logits = self.engine(
+            input_ids=micro_batch.input_ids[None].to(device),
+            position_ids=micro_batch.position_ids[None].to(device),
+            use_cache=False,
+            **self._packing.arguments(micro_batch.pieces, device),
+        ).logits
         return F.cross_entropy(
-            logits[0].float(), targets[positions].to(device), ignore_index=IGNORE_INDEX, reduction="sum"
+            logits[0].float(), micro_batch.targets[positions].to(device), ignore_index=IGNORE_INDEX, reduction="sum"
         )
 
     def _select_positions(self, _: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor] | None:

@@ -1,0 +1,95 @@
+"""Attention over examples that lie end to end in one row: inside each, and nowhere else.
+
+transformers (5.24) hands the keyword arguments of a forward pass on to the attention function that its config names. For
+`sdpa` that is one of ours, which calls transformers' own for each piece of equal rows: there is no mask, and no work
+between examples. `flash_attention_2` takes the borders of the rows itself; for `eager` transformers finds them in the
+position ids and makes a mask.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from dpa_ds.errors import ModelError
+
+PIECES = "sdpa_of_pieces"
+"""Name of our attention function in transformers' table."""
+
+
+class Packing:
+    """A context in which `base` takes rows of several examples, in the forward and in the backward pass.
+
+    ModelError: the model's attention cannot be chosen, so that examples in one row would see one another.
+    """
+
+    def __init__(self, base: PreTrainedModel) -> None:
+        self._config = base.config.get_text_config()
+        self._chosen = str(self._config._attn_implementation)
+        if not base._supports_attention_backend:
+            raise ModelError(
+                f"{type(base).__name__} has attention of its own that transformers cannot replace: use a model whose class "
+                "supports attention backends (Llama, Mistral, Qwen, GPT-2, OPT and most others do)"
+            )
+
+    def __enter__(self) -> None:
+        if self._chosen == "sdpa":
+            self._config._attn_implementation = PIECES
+
+    def __exit__(self, *_: object) -> None:
+        self._config._attn_implementation = self._chosen
+
+    def arguments(self, pieces: Sequence[tuple[int, int]], device: torch.device) -> dict[str, Any]:
+        """What a forward pass of `pieces`, (rows, length) each, takes beside tokens and positions."""
+        if self._chosen == "sdpa":
+            return {"pieces": pieces}
+        if self._chosen != "flash_attention_2":
+            return {}
+        lengths = torch.tensor([0, *(length for rows, length in pieces for _ in range(rows))])
+        borders, longest = lengths.cumsum(0).to(device, torch.int32), int(lengths.max())
+        return {
+            "cu_seq_lens_q": borders,
+            "cu_seq_lens_k": borders,
+            "max_length_q": longest,
+            "max_length_k": longest,
+        }
+
+
+def attend_to_pieces(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    pieces: Sequence[tuple[int, int]],
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention inside each row of each piece; query, key, value of shape (1, heads, tokens, head_dim).
+
+    Returns:
+        the output, shape (1, tokens, heads, head_dim), and no weights.
+    """
+    assert attention_mask is None, "rows of examples have no mask"
+    sizes = [rows * length for rows, length in pieces]
+    outputs = []
+    parts = zip(*(torch.split(tensor[0], sizes, dim=1) for tensor in (query, key, value)), strict=True)
+    for (rows, length), part in zip(pieces, parts, strict=True):
+        q, k, v = (tensor.unflatten(1, (rows, length)).transpose(0, 1) for tensor in part)
+        mask = _window_mask(length, kwargs.get("sliding_window"), query.device)
+        output, _ = sdpa_attention_forward(module, q, k, v, mask, **kwargs)
+        outputs.append(output.flatten(0, 1))
+    return torch.cat(outputs).unsqueeze(0), None
+
+
+def _window_mask(length: int, window: int | None, device: torch.device) -> torch.Tensor | None:
+    """True where a token attends: itself and the `window` - 1 before it. None where that is all before it."""
+    if window is None or length <= window:
+        return None
+    distance = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)
+    return ((distance >= 0) & (distance < window))[None, None]
+
+
+AttentionInterface.register(PIECES, attend_to_pieces)

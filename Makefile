@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test faults check install install-test clean
+.PHONY: demo test faults bench bench-gpu check install install-test clean
 
 # Two ranks where there is no GPU (deepspeed's default is one per NUMA node): each trains four of the eight clients.
 demo: install
@@ -20,6 +20,23 @@ test: install-test
 N ?= 20
 faults: install-test
 	$(BIN)/python -m tests.faults --trials $(N)
+
+# Ratios of docs/performance.md, in minutes on two cores; the demo's model and data must be there (make demo).
+bench: install-test
+	$(BIN)/python benchmarks/train_step.py --device cpu --threads 1 --clock cpu --steps 1 --repeats 3
+	$(BIN)/python benchmarks/padding.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/planner.py --cases 0 3
+	OMP_NUM_THREADS=2 $(BIN)/python benchmarks/checkpoint.py --steps 4
+
+# The same questions on one large GPU. Never run: docs/performance.md.
+bench-gpu: install-test
+	$(BIN)/python benchmarks/train_step.py --steps 4
+	$(BIN)/python benchmarks/large_model.py --model llama-7b
+	$(BIN)/python benchmarks/large_model.py --model llama-13b
+	$(BIN)/python benchmarks/large_model.py --model llama-13b --compile --answers 0
+	$(BIN)/python benchmarks/large_model.py --model llama-13b --recompute --answers 0
+	$(BIN)/python benchmarks/large_model.py --model llama-13b --answers 0 --deepspeed_config ds_configs/zero3_offload_cpu.json
+	$(BIN)/python -m pytest tests/gpu
 
 # What CI checks beside the tests.
 check: install-test

@@ -51,19 +51,19 @@ def model_bytes(shape: Shape, layout: Layout) -> dict[str, float]:
     DeepSpeed 0.19.8 keeps a gathered parameter while it is used again within `reuse_distance` elements of its trace.
     At the turn from forward to backward these are the last reuse_distance / 2, a single layer at least, and `prefetch`
     elements more are on their way. With recomputation it does not release what its prefetcher passed over: measured,
-    what is gathered grows to the larger of reuse distance and max_live, and twice the prefetch bucket.
+    what is gathered grows to the larger of reuse distance and max_live, and up to twice the prefetch bucket on its way.
     Parameters of at most `persistence` elements stay gathered.
     """
     b = BYTES[layout.precision]
     if layout.stage < 3:
         return {"base": shape.parameters * b}
     small = shape.layers * sum(i * o for i, o in shape.linears.values() if i * o <= layout.persistence)
-    kept = layout.reuse_distance // 2 + layout.prefetch
-    if layout.checkpointing:
-        kept = max(layout.reuse_distance, layout.max_live) + 2 * layout.prefetch
-    gathered = max(kept, shape.layer_parameters + layout.prefetch, shape.vocab * shape.hidden + layout.prefetch)
     share = 0.0 if layout.offload_params else shape.parameters * b / layout.ranks
-    return {"base": share, "gathered": min(shape.parameters, gathered + small) * b}
+    if layout.checkpointing:
+        kept = min(shape.parameters, max(layout.reuse_distance, layout.max_live) + small)
+        return {"base": share, "gathered": (kept + min(shape.parameters // 2, 2 * layout.prefetch)) * b}
+    kept = max(layout.reuse_distance // 2, shape.layer_parameters, shape.vocab * shape.hidden)
+    return {"base": share, "gathered": min(shape.parameters, kept + layout.prefetch + small) * b}
 
 
 def adapter_bytes(global_parameters: int, local_parameters: int, layout: Layout) -> dict[str, float]:

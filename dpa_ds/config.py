@@ -1,6 +1,5 @@
-"""The recipe: typed sections, one owner per number.
-
-`--help` prints the docstrings below. The DeepSpeed JSON owns ZeRO stage, offload, buckets and communication; all else is here.
+"""The recipe: typed sections, one owner per number; `--help` prints the docstrings. ZeRO stage, offload, buckets and
+communication are the DeepSpeed JSON's; all else is here.
 """
 
 from dataclasses import dataclass, field
@@ -8,8 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 WeightingKind = Literal["auto", "cosine", "centred_cosine", "pearson", "l2", "fixed", "global", "local", "swapped"]
-"""centred_cosine: the federation's mean state is subtracted first; pearson, l2: the paper's ablations; fixed: one weight
-for all instances; global, local: that adapter alone; swapped: the published code's convention, 1 - the paper's alpha."""
+"""pearson, l2: the paper's ablations; fixed: one weight for all; global, local: that adapter alone; swapped: 1 - alpha."""
 RanksPerGroup = int | list[int] | Literal["auto"]
 
 
@@ -152,7 +150,7 @@ class TrainConfig:
     batch_size: int = 64
     """Examples per optimizer step of a client, whatever the number of ranks."""
     micro_batch_tokens: int = 4096
-    """Upper bound on rows x longest row of one forward pass on one rank, in tokens."""
+    """Upper bound on one forward pass on one rank, in tokens with padding; a longer example is passed alone."""
     local_epochs: float = 10.0
     """Passes over the client's data per phase (a fraction is allowed); not used where max_steps is given."""
     max_steps: int | None = None
@@ -186,7 +184,7 @@ class WeightingConfig:
     """Weight alpha of the local adapter, for each test instance: alpha = scale x mean similarity to own prompts."""
 
     kind: WeightingKind = "auto"
-    """auto: centred_cosine for feddpa_t and feddpa_f (one client: cosine), else the adapter there is; cosine: the paper's."""
+    """auto: centred_cosine (less the clients' mean state) for feddpa_t and feddpa_f, one client: cosine; else the adapter."""
     scale: float | None = None
     """lambda; null: 0.5 (the paper's), 1.0 for centred_cosine. kind fixed: the weight itself; null: method.alpha."""
     num_references: int = 5
@@ -251,6 +249,8 @@ class TrackingConfig:
 
     tensorboard: bool = True
     """Write TensorBoard events to <run>/tensorboard."""
+    profile: bool = False
+    """Trace a few steps of each phase, and tell what the first round's time went into: <run>/profile (`--profile`)."""
     log_every_seconds: float = 20.0
     """Seconds between progress lines where the output is not a terminal."""
 

@@ -39,6 +39,7 @@ be overridden on the command line. Each line is one way to start:
   torchrun --nproc-per-node 4 launch/run.py --config RECIPE                 without the DeepSpeed launcher
   srun --ntasks-per-node 4 python launch/run.py --config RECIPE             under Slurm, one task per rank
   deepspeed launch/run.py --config RECIPE --train.learning_rate 1e-3 --lora.target_modules="[q_proj, k_proj]"
+  deepspeed launch/run.py --config RECIPE --profile                         also a trace, and what a round's time went into
   python launch/run.py --config RECIPE --print_config > complete.yaml       every field as it would run; starts nothing
 """
 _COMMAND_LINE = "command line"
@@ -100,6 +101,9 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]], list[
         name, has_value, value = argument.removeprefix("--").partition("=")
         if argument in ("-h", "--help") or (argument.startswith("--") and name == "print_config"):
             flags.append(argument)
+            continue
+        if argument == "--profile":
+            overrides.append(("tracking.profile", "true"))
             continue
         if not argument.startswith("--") or not name:
             raise ConfigError(

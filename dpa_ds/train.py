@@ -26,6 +26,7 @@ from dpa_ds.federation.state import Federation
 from dpa_ds.model.base import check_precision, load_base, load_tokenizer, model_fingerprint, resolve_model
 from dpa_ds.model.dual_adapter import DualAdapter
 from dpa_ds.model.engine import AdapterEngine, build_deepspeed_json
+from dpa_ds.profiling import Profile
 from dpa_ds.resuming import hold, resume
 from dpa_ds.storage import BackgroundWriter
 from dpa_ds.tracking import Tracker, logger, setup_logging
@@ -58,6 +59,9 @@ def train(config: RunConfig, job: Job) -> None:
     adapters = DualAdapter(load_base(config.model, directory, ds_json), config.lora)
     clients = host_clients(config, schedule, world, tokenizer, adapters, completed)
     engine = AdapterEngine(adapters, world, config.train, ds_json)
+    profile = Profile(config.run_dir / "profile", world) if config.tracking.profile else None
+    if profile is not None:
+        engine = profile.watch(engine)
     if schedule.weighted_by_instance:
         encode_references(clients, config, adapters, pad_id)
 
@@ -81,6 +85,7 @@ def train(config: RunConfig, job: Job) -> None:
             folder=folder,
             writer=writer,
             tracker=tracker,
+            profile=profile,
             scorer=Scorer(config, schedule, engine, world, tokenizer, trained)
             if config.evaluation.scores_every_rounds
             else None,

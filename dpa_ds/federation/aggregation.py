@@ -75,9 +75,11 @@ class WeightedAverage:
         num_states = current.mean_states.numel()
         total = torch.zeros(sum(t.numel() for t in current.adapter.values()) + num_states + 2)
         adapter, states, weights = torch.split(total, [len(total) - num_states - 2, num_states, 2])
+        sums = unflatten_state(adapter, current.adapter)
         for update in updates:
             weight = float(update.num_examples) if self.by_num_examples else 1.0
-            adapter.add_(flatten_state(update.adapter), alpha=weight)
+            for key, summed in sums.items():
+                summed.add_(update.adapter[key], alpha=weight)
             weights[0] += weight
             if update.mean_states is not None:
                 states.add_(update.mean_states.flatten(), alpha=weight)
@@ -89,4 +91,5 @@ class WeightedAverage:
         mean_states = current.mean_states
         if weights[1] > 0:
             mean_states = (mean_states * current.states_weight + states.view_as(mean_states)) / states_weight
-        return Shared(unflatten_state(adapter / weights[0], current.adapter), mean_states, states_weight)
+        adapter.div_(weights[0])
+        return Shared(sums, mean_states, states_weight)

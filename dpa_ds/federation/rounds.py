@@ -114,7 +114,8 @@ def finish_round(federation: Federation, server_round: int, participants: Sequen
     with federation.timed("save"):
         federation.writer.wait()
     leads = world.federation is not None and world.federation.is_first
-    table = exchange_metrics(federation, participants, evaluated)
+    with federation.timed("record"):
+        table = exchange_metrics(federation, participants, evaluated)
     if participants and all(table[client_id]["rejected"] for client_id in participants):
         raise TrainingError(
             f"no client's update of round {server_round} was fit to count (see above); lower train.learning_rate. Earlier "
@@ -132,7 +133,7 @@ def finish_round(federation: Federation, server_round: int, participants: Sequen
         federation.folder.complete_round(server_round, meta, federation.config.checkpoint.keep_rounds)
     federation.trainer.progress.clear()
     federation.trainer.seconds_saving = 0.0
-    federation.seconds.clear()
+    federation.end_round(server_round)
 
 
 def evaluate(federation: Federation) -> dict[int, dict[str, float]]:

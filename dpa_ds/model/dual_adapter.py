@@ -135,11 +135,11 @@ def flatten_state(state: AdapterState) -> torch.Tensor:
 
 
 def unflatten_state(flat: torch.Tensor, like: AdapterState) -> AdapterState:
-    """Inverse of `flatten_state`, with keys and shapes of `like`; the tensors own their memory."""
+    """Inverse of `flatten_state`, with keys and shapes of `like`; the tensors are views of `flat`."""
     state, offset = {}, 0
     for key in sorted(like):
         numel = like[key].numel()
-        state[key] = flat[offset : offset + numel].reshape(like[key].shape).clone()
+        state[key] = flat[offset : offset + numel].view(like[key].shape)
         offset += numel
     return state
 

@@ -1,0 +1,132 @@
+"""What a round costs beside its steps: `python benchmarks/round.py`.
+
+aggregation: the leaders' weighted average of an adapter (collecting, dividing and taking apart included) against a bare gloo
+all-reduce of as many bytes, in turns. phase switch: adapters installed, the phase changed, the trained one gathered, on a small base
+and on a large one with adapters of the same size. The share of a real round: `--profile` of launch/run.py.
+"""
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from planner import Case, Setting, _build, write_model, write_recipe
+
+from dpa_ds.planning.shapes import PRESETS
+
+BASES = {"small": Setting(256, 688, 6, vocab_size=4000), "large": Setting(256, 12000, 6, vocab_size=64000)}
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=PRESETS, default="llama-13b", help="whose adapter is averaged (%(default)s)")
+    parser.add_argument("--leaders", type=int, default=2, help="(%(default)s)")
+    parser.add_argument("--repeats", type=int, default=11, help="(%(default)s)")
+    parser.add_argument("--zero", type=int, choices=range(4), default=1, help="stage of the phase switch (%(default)s)")
+    args = parser.parse_args()
+    os.environ.update(OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu", TOKENIZERS_PARALLELISM="false")
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "deepspeed"))
+    print(f"{platform.processor() or platform.machine()}; {versions}; {datetime.date.today().isoformat()}")
+    import torch.multiprocessing as mp
+
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_leader, (args.leaders, folder, args.model, args.repeats), nprocs=args.leaders)
+        found = json.loads((Path(folder) / "aggregation.json").read_text())
+        print(
+            f"{args.leaders} leaders, adapter of {args.model}, {found['bytes'] / 1e6:.1f} MB, {args.repeats} repeats:"
+        )
+        print(f"  aggregation / bare all-reduce   {_ratio(found['ours'], found['bare'])}")
+        seconds = {}
+        for name in BASES:
+            mp.spawn(_switches, (folder, name, args.zero, args.repeats), nprocs=1)
+            found = json.loads((Path(folder) / f"{name}.json").read_text())
+            seconds[name] = found["seconds"]
+            median = statistics.median(seconds[name]) * 1e3
+            print(f"two phase switches, ZeRO {args.zero}, base of {found['parameters'] / 1e6:.1f} M: {median:.2f} ms")
+        print(f"  large base / small base         {_ratio(seconds['large'], seconds['small'])}")
+
+
+def _leader(rank: int, leaders: int, folder: str, model: str, repeats: int) -> None:
+    import torch
+    import torch.distributed as dist
+
+    from dpa_ds.distributed.federation_group import FixedGroup
+    from dpa_ds.federation.aggregation import ClientUpdate, Shared, WeightedAverage
+
+    torch.set_num_threads(1)
+    group = FixedGroup(dist.FileStore(f"{folder}/store", leaders), rank, leaders, 60.0)
+    shape = PRESETS[model]
+    adapter = {
+        f"{layer:02d}.{name}.{part}": torch.randn(*size)
+        for layer in range(shape.layers)
+        for name in ("q_proj", "v_proj")
+        for part, size in (("A", (8, shape.linears[name][0])), ("B", (shape.linears[name][1], 8)))
+    }
+    shared = Shared(adapter, torch.zeros(2, shape.hidden))
+    update = ClientUpdate(rank, 300, adapter, shared.mean_states)
+    buffer = torch.zeros(sum(t.numel() for t in adapter.values()) + 2 * shape.hidden + 2)
+    rule = WeightedAverage(by_num_examples=False)
+    ours, bare = [], []
+    for _ in range(repeats + 1):
+        bare.append(_together(group, lambda: group._group.allreduce([buffer]).wait()))
+        ours.append(_together(group, lambda: rule.aggregate([update], shared, group)))
+    if rank == 0:
+        found = {"bytes": buffer.nbytes, "ours": ours[1:], "bare": bare[1:]}
+        (Path(folder) / "aggregation.json").write_text(json.dumps(found))
+    os._exit(0)  # gloo's threads are not waited for
+
+
+def _together(group: Any, work: Callable[[], Any]) -> float:
+    """Seconds of `work`, which all leaders begin at once."""
+    import torch
+
+    group._group.allreduce([torch.zeros(1)]).wait()
+    return _seconds(work)
+
+
+def _switches(_: int, folder: str, name: str, stage: int, repeats: int) -> None:
+    from dpa_ds.distributed.job import Job
+    from dpa_ds.distributed.launchers import Launch
+    from dpa_ds.model.dual_adapter import ADAPTERS, Phase
+
+    model = write_model(Path(folder) / name, BASES[name])
+    base_parameters = sum(file.stat().st_size for file in model.glob("*.safetensors")) // 4
+    job = Job(Launch("single", 0, 1, 0, "127.0.0.1", 0))
+    engine = _build(job, write_recipe(Path(folder), model, Case(stage)))
+    states = {adapter: engine.adapters.initial_state(adapter, (0,)) for adapter in ADAPTERS}
+
+    def switch() -> None:
+        for adapter in ADAPTERS:
+            engine.write_state(adapter, states[adapter])
+        for phase in (Phase("global", 0.0), Phase("local", 0.5)):
+            engine.activate(phase)
+            engine.read_state(phase.trains)
+
+    switch()
+    found = {"parameters": base_parameters, "seconds": [_seconds(switch) for _ in range(repeats)]}
+    (Path(folder) / f"{name}.json").write_text(json.dumps(found))
+    os._exit(0)
+
+
+def _seconds(work: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def _ratio(ours: list[float], other: list[float]) -> str:
+    ratios = sorted(a / b for a, b in zip(ours, other, strict=True))
+    return f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+
+
+if __name__ == "__main__":
+    main()

@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import socket
 import sys
 from collections.abc import Mapping
@@ -15,7 +16,10 @@ from dpa_ds.errors import ClusterError
 
 DEFAULT_PORT = 29500
 MAX_HOSTS = 100_000
+FORGETFUL = "deepspeed --launcher mpich"
+"""Its helper above each rank ends with 0, however the rank ended (deepspeed 0.19.8, launcher/launcher_helper.py)."""
 LAUNCHERS = {
+    "launcher_helper.py": FORGETFUL,
     "deepspeed": "deepspeed",
     "deepspeed.launcher.launch": "deepspeed",
     "torchrun": "torchrun",
@@ -55,6 +59,8 @@ class Launch:
             from mpi4py import MPI
 
             MPI.COMM_WORLD.Abort(code)
+        if code != 0 and self.launchers and self.launchers[0][1] == FORGETFUL:
+            os.kill(self.launchers[0][0], signal.SIGTERM)
         os._exit(code)  # interpreter teardown may wait for a peer's sockets
 
 

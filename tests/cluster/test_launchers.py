@@ -1,5 +1,7 @@
 """One recipe on two hosts, by every launcher: the adapters are those of one host."""
 
+import os
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -54,6 +56,42 @@ def torchrun(machines: Machines, folder: Path, argv: Sequence[str]) -> list[Runn
     ]
 
 
+def deepspeed_mpich(machines: Machines, folder: Path, argv: Sequence[str]) -> list[Running]:
+    """`deepspeed --launcher mpich`: DeepSpeed calls the mpirun in PATH."""
+    return _deepspeed_by(machines, folder, argv, "mpich", "-launcher ssh", beside_python("mpirun").rpartition("/")[0])
+
+
+def deepspeed_openmpi(machines: Machines, folder: Path, argv: Sequence[str]) -> list[Running]:
+    """`deepspeed --launcher openmpi`, with the system's Open MPI. It must be told that root may do this."""
+    if shutil.which("mpirun.openmpi") is None:
+        pytest.skip("not installed: openmpi-bin")
+    (folder / "bin").mkdir()
+    (folder / "bin" / "mpirun").symlink_to("/usr/bin/mpirun.openmpi")
+    return _deepspeed_by(
+        machines,
+        folder,
+        argv,
+        "openmpi",
+        "--allow-run-as-root --prefix /usr -x MPI4PY_MPIABI=openmpi -x OMP_NUM_THREADS=1",
+        str(folder / "bin"),
+    )
+
+
+def deepspeed_slurm(machines: Machines, folder: Path, argv: Sequence[str]) -> list[Running]:
+    """`deepspeed --launcher slurm`: DeepSpeed calls srun."""
+    return _deepspeed_by(machines, folder, argv, "slurm", "--nodes=2 --ntasks-per-node=1 --gpus-per-node=1", "/usr/bin")
+
+
+def _deepspeed_by(
+    machines: Machines, folder: Path, argv: Sequence[str], launcher: str, launcher_args: str, programs: str
+) -> list[Running]:
+    (folder / "hostfile").write_text("n1 slots=1\nn2 slots=1\n")
+    words = ["--hostfile", str(folder / "hostfile"), "--master_port", str(free_port()), "--launcher", launcher]
+    command = [beside_python("deepspeed"), *words, f"--launcher_args={launcher_args}", "launch/run.py", *argv]
+    variables = {"UCX_TLS": "tcp,self", "PATH": f"{programs}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    return [Running(machines.on(1, command), **variables)]
+
+
 @pytest.fixture(scope="module")
 def one_host(tmp_path_factory: pytest.TempPathFactory, model: Path, federation: Path) -> Path:
     """The run that all others must equal: two ranks, a client each."""
@@ -71,6 +109,9 @@ def one_host(tmp_path_factory: pytest.TempPathFactory, model: Path, federation: 
         (mpirun, [], ["group 0: 1 rank on n1; clients 0", "group 1: 1 rank on n2; clients 1"]),
         (srun, [], ["group 0: 2 ranks on n1; clients 0", "group 1: 2 ranks on n2; clients 1"]),
         (torchrun, ["--cluster.ranks_per_group", "2"], ["group 0: 2 ranks on n1, n2; clients 0, 1"]),
+        (deepspeed_mpich, [], ["group 0: 1 rank on n1; clients 0", "group 1: 1 rank on n2; clients 1"]),
+        (deepspeed_openmpi, [], ["group 0: 1 rank on n1; clients 0", "group 1: 1 rank on n2; clients 1"]),
+        (deepspeed_slurm, [], ["group 0: 1 rank on n1; clients 0", "group 1: 1 rank on n2; clients 1"]),
     ],
 )
 def test_the_adapters_are_those_of_one_host(
@@ -91,7 +132,9 @@ def test_the_adapters_are_those_of_one_host(
     assert_same_adapters(adapters(tmp_path / "runs" / "tiny"), adapters(one_host), tolerance=1e-6)
 
 
-@pytest.mark.parametrize("launcher", [deepspeed, mpirun, srun, torchrun])
+@pytest.mark.parametrize(
+    "launcher", [deepspeed, mpirun, srun, torchrun, deepspeed_mpich, deepspeed_openmpi, deepspeed_slurm]
+)
 def test_no_launcher_calls_a_failure_a_success(
     launcher: Launcher, machines: Machines, federation: Path, tmp_path: Path
 ) -> None:

@@ -111,6 +111,27 @@ def test_train_goes_on_by_itself(
     assert_same_adapters(adapters(run_dir), adapters(undisturbed["run"]), tolerance=0.0)
 
 
+def test_the_end_of_its_time_is_not_the_end(machines: Machines, arguments: Arguments, tmp_path: Path) -> None:
+    """USR1 before the time limit, which Slurm keeps to the half minute: the job saves, and starts again with new time."""
+    argv, run_dir = arguments(federation__num_rounds=1000, checkpoint__keep_rounds=1000), tmp_path / "runs" / "tiny"
+    job = Job(machines, tmp_path / "job.out", "train", [*TWO_NODES, "--time=2", "--signal=USR1@60"], argv)
+    try:
+        job.wait_for(lambda: "start 2, on n[1-2]" in job.output)
+        done = last_round(run_dir)
+        job.wait_for(lambda: last_round(run_dir) > done)
+    finally:
+        machines.ask("scancel", "--user=root")
+        job.wait_for(lambda: not machines.ask("squeue", "--noheader", "--states=RUNNING,COMPLETING"))
+    assert "stopped by SIGUSR1" in job.output
+    assert f"continues after round {done} of 1000" in job.output
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    words = ["--output_dir", str(alone), "--federation.num_rounds", str(done + 1)]
+    ended = run_by_hand(start_by_hand([*RUN, *argv, *words], 2), DEADLINE_SECONDS)
+    assert [one.returncode for one in ended] == [0, 0], ended[0].output
+    assert_same_adapters(adapters(run_dir, done + 1), adapters(alone / "tiny", done + 1), tolerance=0.0)
+
+
 def test_a_lost_node_is_not_the_end_of_train_groups(machines: Machines, arguments: Arguments, tmp_path: Path) -> None:
     """The other group goes on alone; once the node is back, the lost one runs there as a job of its own, and joins."""
     run_dir = tmp_path / "runs" / "tiny"

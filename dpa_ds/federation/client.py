@@ -64,10 +64,10 @@ class ClientTrainer:
         self._world, self._config, self._tracker, self._job, self._keeper = world, config, tracker, job, keeper
         self._helm = Helm(job, world, config.checkpoint.every_minutes)
         self.progress: dict[int, RoundProgress] = {}
-        """Of the current round, by client; the round loop clears it."""
+        """Of the current round, by client; the round loop clears it, and `starts`: what to return to if it is undone."""
         self.seconds_saving = 0.0
         """In the current round: how long training waited for snapshots of its progress."""
-        self._starts: dict[int, tuple[AdapterState, AdapterState | None, dict[str, int]]] = {}
+        self.starts: dict[int, tuple[AdapterState, AdapterState | None, dict[str, int]]] = {}
 
     # ---- a client's round -------------------------------------------------------------------------------------
 
@@ -121,7 +121,7 @@ class ClientTrainer:
             return
         if (progress.phase, progress.inside.step) == (first, 0):
             client.local_state, client.local_optimizer = shared.adapter, None
-            self._starts[client.client_id] = (client.local_state, None, dict(client.steps_taken))
+            self.starts[client.client_id] = (client.local_state, None, dict(client.steps_taken))
         try:
             self._train(client, self.schedule.final, first, shared, server_round)
         except TrainingError as error:
@@ -131,7 +131,7 @@ class ClientTrainer:
         """The client's progress in this round; at its beginning also what to return to if the round must be undone."""
         if client.client_id not in self.progress:
             self.progress[client.client_id] = RoundProgress(counts_states=client.steps_taken["global"] == 0)
-            self._starts[client.client_id] = (client.local_state, client.local_optimizer, dict(client.steps_taken))
+            self.starts[client.client_id] = (client.local_state, client.local_optimizer, dict(client.steps_taken))
         return self.progress[client.client_id]
 
     def _first_phase(self, stage: Literal["after", "final"], server_round: int) -> int:
@@ -142,7 +142,7 @@ class ClientTrainer:
         """Give the client its last good state back. Raises `error` where the recipe wants the run to stop."""
         if self._config.federation.on_bad_update == "stop":
             raise error
-        client.local_state, client.local_optimizer, steps_taken = self._starts[client.client_id]
+        client.local_state, client.local_optimizer, steps_taken = self.starts[client.client_id]
         client.steps_taken = dict(steps_taken)
         progress = self.progress[client.client_id]
         progress.update, progress.inside, progress.metrics.rejected = None, PhaseProgress(), 1

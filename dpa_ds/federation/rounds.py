@@ -132,6 +132,7 @@ def finish_round(federation: Federation, server_round: int, participants: Sequen
         meta = {"clients": list(federation.labels), "absent": absent}
         federation.folder.complete_round(server_round, meta, federation.config.checkpoint.keep_rounds)
     federation.trainer.progress.clear()
+    federation.trainer.starts.clear()
     federation.trainer.seconds_saving = 0.0
     federation.end_round(server_round)
 

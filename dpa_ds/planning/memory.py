@@ -52,12 +52,13 @@ def model_bytes(shape: Shape, layout: Layout) -> dict[str, float]:
     At the turn from forward to backward these are the last reuse_distance / 2, a single layer at least, and `prefetch`
     elements more are on their way. With recomputation it does not release what its prefetcher passed over: measured,
     what is gathered grows to the larger of reuse distance and max_live, and up to twice the prefetch bucket on its way.
-    Parameters of at most `persistence` elements stay gathered.
+    Parameters of at most `persistence` elements stay gathered, and from run to run the embedding does, too, or does not.
     """
     b = BYTES[layout.precision]
     if layout.stage < 3:
         return {"base": shape.parameters * b}
     small = shape.layers * sum(i * o for i, o in shape.linears.values() if i * o <= layout.persistence)
+    small += shape.vocab * shape.hidden
     share = 0.0 if layout.offload_params else shape.parameters * b / layout.ranks
     if layout.checkpointing:
         kept = min(shape.parameters, max(layout.reuse_distance, layout.max_live) + small)
@@ -86,7 +87,7 @@ def activation_bytes(shape: Shape, lora: Lora, layout: Layout) -> dict[str, floa
     A layer keeps per token: both norms' inputs in fp32 (8 h), q and the attention's output (2 b q), k and v (2 b kv),
     gate, its activation and up (3 b f). A frozen linear layer keeps none of its inputs, but under ZeRO-3 DeepSpeed's
     own linear function does; an adapter in training keeps those of its layers, and b x rank in its middle. Layers with
-    the same input share it; that of o_proj is the attention's output, counted already.
+    the same input share it; that of o_proj is a copy of the attention's output (`model/packing.py`).
     With dropout an adapted layer keeps an input of its own, and a mask for each of two adapters in the same width.
     With checkpointing a layer keeps its input, b h, and one layer at a time all of the above.
     The loss holds three fp32 tensors at label positions: 12 x labels x vocab.
@@ -94,12 +95,12 @@ def activation_bytes(shape: Shape, lora: Lora, layout: Layout) -> dict[str, floa
     b, h, f = BYTES[layout.precision], shape.hidden, shape.intermediate
     q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     layer = 8 * h + b * (2 * q + 2 * kv + 3 * f)
-    inputs = {"q_proj": "attention", "k_proj": "attention", "v_proj": "attention"}
+    inputs = {"q_proj": "attention", "k_proj": "attention", "v_proj": "attention", "o_proj": "output"}
     inputs |= {"gate_proj": "mlp", "up_proj": "mlp", "down_proj": "down"}
     kept = set(inputs.values()) if layout.stage == 3 else set()
     if not lora.dropout:
-        kept |= {inputs[name] for name in lora.targets if name in inputs}
-    layer += b * sum({"attention": h, "mlp": h, "down": f}[one] for one in kept)
+        kept |= {inputs[name] for name in lora.targets}
+    layer += b * sum({"attention": h, "output": q, "mlp": h, "down": f}[one] for one in kept)
     layer += b * len(lora.targets) * max(lora.rank, lora.local_rank)
     if lora.dropout:
         layer += 3 * b * sum(shape.linears[name][0] for name in lora.targets)

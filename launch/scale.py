@@ -9,8 +9,8 @@ usage: python launch/scale.py --config RECIPE --over AXIS=VALUE,VALUE,... --outp
 
 Runs the recipe once for each value (launch/run.py, started by a launcher of its own), and writes what a round takes to
 DIR: scale.md, scale.png, points.json. A model of the round is fitted to the points; each point is also predicted by the
-others alone. Runs that are done are not done again: interrupted, the same command goes on. Take rounds of some seconds, and
-at least two of them.
+others alone. Runs that are done are not done again: interrupted, the same command goes on, and may have more values. A
+folder is for one experiment. Take rounds of some seconds, and at least three: the first one warms up.
 
   --over AXIS=LIST        ranks_per_group=1,2,4   ranks that train one client
                           groups=1,2,4            rank groups, among which the clients are divided
@@ -48,8 +48,6 @@ def main(argv: list[str]) -> int:
         own, recipe = take_options(argv, OPTIONS)
         wanted = _prediction(own.get("predict"))
         plan = _plan(own, recipe)
-        for value in plan.values:  # a mistake in the last one is told before the first one runs
-            plan.point(value)
         points = run_points(plan)
         print(f"\n{report(plan, points)}\n\n{plan.folder}/scale.md, scale.png, points.json")
         if wanted is not None:
@@ -70,8 +68,6 @@ def _plan(own, recipe):  # type: ignore[no-untyped-def]
         raise ConfigError(
             "--over says what is varied: ranks_per_group=1,2, groups=1,2 or SECTION.FIELD=A,B (see --help)"
         )
-    if len(set(values.split(","))) < len(values.split(",")):
-        raise ConfigError(f"--over {axis}={values}: a value is there twice: leave one out")
     if "output" not in own:
         raise ConfigError("no folder for the runs and the table: give one with --output DIR")
     mode = own.get("mode", "strong")

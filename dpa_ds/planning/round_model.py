@@ -45,7 +45,8 @@ class Round:
     @property
     def waiting(self) -> float:
         """Share of the groups' time in which they wait for the slowest."""
-        return 1 - sum(self.busy) / (len(self.busy) * max(self.busy))
+        slowest = max(self.busy)
+        return 1 - sum(self.busy) / (len(self.busy) * slowest) if slowest else 0.0
 
 
 @dataclass(frozen=True)

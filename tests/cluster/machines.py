@@ -22,7 +22,7 @@ from tests.launch.processes import REPOSITORY, own_environment
 
 PROGRAMS = ("nsenter", "ssh-keygen", "sshd", "pdsh", "munged", "slurmctld", "slurmd", "sbatch")
 NUM_CPUS = 4
-UP_SECONDS = 30.0
+UP_SECONDS = 60.0
 SSHD_CONFIG = """\
 HostKey {folder}/host_key
 AuthorizedKeysFile {folder}/key.pub
@@ -193,6 +193,14 @@ class Machines(Hosts):
     def job_state(self, job: str) -> str:
         """Slurm's word for where a job, or its first part, is; COMPLETED and others for some minutes after its end."""
         return self.ask("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T").split()[0]
+
+    def cancel_all(self) -> None:
+        """End every job; none is left on a node when this returns."""
+        self.ask("scancel", "--user=root")
+        deadline = time.monotonic() + UP_SECONDS
+        while left := self.ask("squeue", "--noheader", "--states=RUNNING,COMPLETING"):
+            assert time.monotonic() < deadline, left
+            time.sleep(0.2)
 
     def num_bytes(self, number: int) -> int:
         """Bytes that host `number` has received and sent by its cable so far."""

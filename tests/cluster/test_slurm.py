@@ -120,8 +120,7 @@ def test_the_end_of_its_time_is_not_the_end(machines: Machines, arguments: Argum
         done = last_round(run_dir)
         job.wait_for(lambda: last_round(run_dir) > done)
     finally:
-        machines.ask("scancel", "--user=root")
-        job.wait_for(lambda: not machines.ask("squeue", "--noheader", "--states=RUNNING,COMPLETING"))
+        machines.cancel_all()
     assert "stopped by SIGUSR1" in job.output
     assert f"continues after round {done} of 1000" in job.output
     alone = tmp_path / "alone"
@@ -152,8 +151,7 @@ def test_a_lost_node_is_not_the_end_of_train_groups(machines: Machines, argument
             machines.ask("squeue", "--noheader", f"--name=dpa_ds-again-{job.number}", "--format=%T %N") == "RUNNING n2"
         )
     finally:
-        machines.ask("scancel", "--user=root")
-        job.wait_for(lambda: not machines.ask("squeue", "--noheader", "--states=RUNNING,COMPLETING"))
+        machines.cancel_all()
     assert "group 1: of its nodes n2 one is lost" in job.output
 
 

@@ -191,9 +191,9 @@ def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 def test_without_the_rendezvous_all_stop_and_go_on_later(
     tmp_path: Path, arguments: Arguments, undisturbed: Path
 ) -> None:
-    argv, run_dir = arguments(tmp_path, federation__timeout_seconds=5), tmp_path / "runs" / "tiny"
+    argv, run_dir = arguments(tmp_path), tmp_path / "runs" / "tiny"
     with rendezvous(argv) as (meeting, server):
-        groups = [start(argv, group, meeting) for group in range(2)]
+        groups = [start([*argv, "--federation.timeout_seconds", "15"], group, meeting) for group in range(2)]
         wait_for(run_dir, "rounds/round_000001/meta.json", groups, DEADLINE_SECONDS)
         server.kill()
         ended = run_by_hand(groups, DEADLINE_SECONDS)

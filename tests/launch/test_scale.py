@@ -38,6 +38,15 @@ def test_two_sizes_and_a_prediction(tmp_path: Path) -> None:
     again = run(command, 120.0)
     assert again.returncode == 0, again.output
     assert {path: path.stat().st_mtime_ns for path in times} == times, "a run that was done ran again"
+    for words, told in (
+        (["--train.max_steps", "5"], "(train.max_steps: 4 -> 5)"),
+        (["--train.micro_batch_tokens", "77"], "(train.micro_batch_tokens: "),
+        (["--ranks_per_group", "2"], "(--ranks_per_group: 1 -> 2)"),
+    ):
+        other = run([*command, *words], 120.0)
+        assert other.returncode == 2, other.output
+        assert f"error: {folder} holds the runs of another experiment {told}" in other.output
+    assert (folder / "scale.md").read_text() == table
 
 
 @pytest.mark.parametrize(
@@ -46,7 +55,8 @@ def test_two_sizes_and_a_prediction(tmp_path: Path) -> None:
         (["--over", "groups"], "--over says what is varied"),
         (["--over", "ranks=1,2"], "--over says what is varied"),
         (["--over", "groups=1,zwei"], "'zwei' is not a number of groups"),
-        (["--over", "groups=2,2"], "a value is there twice"),
+        (["--over", "groups=2,2"], "two are alike"),
+        (["--over", "model.path=a/x,b/x"], "two are alike"),
         (["--over", "groups=1,2", "--mode", "strange"], "--mode is strong or weak"),
         (["--over", "groups=1,2", "--mode", "weak"], "needs data that can be divided"),
         (["--over", "groups=1,2", "--ranks_per_group", "0"], "--ranks_per_group must be a whole number"),

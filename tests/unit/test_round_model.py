@@ -24,6 +24,11 @@ def test_a_straggler_is_waited_for() -> None:
     assert found.waiting == pytest.approx(3 * 5 / (4 * 7.5))
 
 
+def test_work_that_costs_nothing_is_not_waited_for() -> None:
+    """Two noisy points may be fitted by the cost of a round alone."""
+    assert simulate([[ONE], [ONE]], 1, Costs(0.0, 0.0, 0.8)).waiting == 0
+
+
 def test_the_ring_sends_an_adapter_twice_at_most() -> None:
     assert simulate([[ONE]], 1, COSTS, 1e6, 1e6).reduce == 0
     assert simulate([[ONE]] * 4, 1, COSTS, 1e6, 1e6).reduce == pytest.approx(1.5)

@@ -3,9 +3,7 @@
 import hashlib
 import math
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 
@@ -20,7 +18,7 @@ from dpa_ds.distributed.world import World
 from dpa_ds.errors import CheckpointError, TrainingError
 from dpa_ds.federation.aggregation import ClientUpdate, Shared
 from dpa_ds.federation.learning_rate import learning_rate
-from dpa_ds.federation.methods import Schedule
+from dpa_ds.federation.methods import STAGES, Schedule, Stage
 from dpa_ds.federation.progress import PhaseProgress, ProgressKeeper, RoundProgress
 from dpa_ds.model.dual_adapter import Adapter, Phase
 from dpa_ds.model.engine import AdapterEngine
@@ -90,7 +88,7 @@ class ClientTrainer:
         """Run the client's phases of this round and return what it uploads; None if that is not fit to count."""
         progress = self._open(client)
         try:
-            self._train(client, self.schedule.phases("before", server_round), 0, shared, server_round)
+            self._train(client, "before", shared, server_round)
             update = shared.adapter if progress.update is None else progress.update
             if not progress.metrics.rejected:
                 self._check_update(update, shared.adapter, client, server_round)
@@ -103,15 +101,14 @@ class ClientTrainer:
         mean_states = client.references.mean_states if client.references and progress.counts_states else None
         return ClientUpdate(client.client_id, len(client.examples), update, mean_states)
 
-    def after_aggregation(self, client: HostedClient, shared: Shared, server_round: int) -> None:
-        """Run the phases that train beside this round's aggregated global adapter."""
-        first = self._first_phase("after", server_round)
+    def go_on(self, client: HostedClient, stage: Stage, shared: Shared, server_round: int) -> None:
+        """Run the phases of a later `stage`. Where they come to nothing, what the client has uploaded counts all the same."""
         steps_taken = client.steps_taken["global"]
         try:
-            self._train(client, self.schedule.phases("after", server_round), first, shared, server_round)
+            self._train(client, stage, shared, server_round)
         except TrainingError as error:
             self._undo(client, error)
-            client.steps_taken["global"] = steps_taken  # those have counted
+            client.steps_taken["global"] = steps_taken
 
     def finish(self, client: HostedClient, shared: Shared, server_round: int) -> None:
         """After the last round: start the local adapter from the global one and run the final phases."""
@@ -122,10 +119,7 @@ class ClientTrainer:
         if (progress.phase, progress.inside.step) == (first, 0):
             client.local_state, client.local_optimizer = shared.adapter, None
             self.starts[client.client_id] = (client.local_state, None, dict(client.steps_taken))
-        try:
-            self._train(client, self.schedule.final, first, shared, server_round)
-        except TrainingError as error:
-            self._undo(client, error)
+        self.go_on(client, "final", shared, server_round)
 
     def _open(self, client: HostedClient) -> RoundProgress:
         """The client's progress in this round; at its beginning also what to return to if the round must be undone."""
@@ -134,9 +128,9 @@ class ClientTrainer:
             self.starts[client.client_id] = (client.local_state, client.local_optimizer, dict(client.steps_taken))
         return self.progress[client.client_id]
 
-    def _first_phase(self, stage: Literal["after", "final"], server_round: int) -> int:
-        stages: tuple[Literal["before", "after"], ...] = ("before",) if stage == "after" else ("before", "after")
-        return sum(len(self.schedule.phases(earlier, server_round)) for earlier in stages)
+    def _first_phase(self, stage: Stage, server_round: int) -> int:
+        earlier = STAGES[: STAGES.index(stage)]
+        return sum(len(self.schedule.phases(one, server_round)) for one in earlier)
 
     def _undo(self, client: HostedClient, error: TrainingError) -> None:
         """Give the client its last good state back. Raises `error` where the recipe wants the run to stop."""
@@ -162,18 +156,16 @@ class ClientTrainer:
 
     # ---- phases -----------------------------------------------------------------------------------------------
 
-    def _train(
-        self, client: HostedClient, phases: Sequence[Phase], first: int, shared: Shared, server_round: int
-    ) -> None:
-        """Run those of `phases`, the first of which is phase `first` of the round, that are not done yet."""
-        progress = self.progress[client.client_id]
-        todo = phases[max(0, progress.phase - first) :]
+    def _train(self, client: HostedClient, stage: Stage, shared: Shared, server_round: int) -> None:
+        """Run those phases of `stage` that are not done yet."""
+        progress, phases = self.progress[client.client_id], self.schedule.phases(stage, server_round)
+        todo = phases[max(0, progress.phase - self._first_phase(stage, server_round)) :]
         self._tracker.advance(
             f"round {server_round} {client.label}", self._num_steps(client) * (len(phases) - len(todo))
         )
         if not todo:
             return
-        own = progress.update if first == 0 else None  # later phases train beside what all clients share
+        own = progress.update if stage in ("before", "during") else None
         self.engine.write_state("global", shared.adapter if own is None else own)
         if any(phase.trains == "local" for phase in todo):
             self.engine.write_state("local", client.local_state)

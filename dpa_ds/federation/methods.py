@@ -1,16 +1,20 @@
 """FedDPA and its baselines as schedules of phases: data, not branches.
 
-A round of a client runs the phases in `before` (before the aggregation), and those in `after` (after it); when
-all rounds are over, those in `final` once. Source: FedDPA (arXiv 2403.19211) sections 3.2 and 3.3; `local_first`
+A round of a client runs the phases in `before` the aggregation, those that run `during` it because they need nothing of
+it, and those in `after` it; when all rounds are over, those in `final` once. Source: FedDPA (arXiv 2403.19211) sections 3.2 and 3.3; `local_first`
 is the order of the authors' published code.
 """
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Literal, get_args
 
 from dpa_ds.config import MethodConfig
 from dpa_ds.model.dual_adapter import Phase
+
+Stage = Literal["before", "during", "after", "final"]
+STAGES: tuple[Stage, ...] = get_args(Stage)
+"""In the order of a client's round."""
 
 
 @dataclass(frozen=True)
@@ -19,6 +23,8 @@ class Schedule:
 
     before: tuple[Phase, ...] = ()
     """Phases of every round, before this round's aggregation."""
+    during: tuple[Phase, ...] = ()
+    """Phases of every round, beside the client's own global adapter, while the leaders average."""
     after: tuple[Phase, ...] = ()
     """Phases of every round, beside this round's aggregated global adapter."""
     final: tuple[Phase, ...] = ()
@@ -34,9 +40,9 @@ class Schedule:
     inference_alpha: float = 0.0
     """Fixed weight of the local adapter when no per-instance weight is used (0 for a client that never trained it)."""
 
-    def phases(self, stage: Literal["before", "after"], server_round: int) -> tuple[Phase, ...]:
-        """Phases of `stage` (before, after) that run in `server_round`."""
-        phases = self.before if stage == "before" else self.after
+    def phases(self, stage: Stage, server_round: int) -> tuple[Phase, ...]:
+        """Phases of `stage` that run in `server_round`."""
+        phases: tuple[Phase, ...] = getattr(self, stage)
         return tuple(p for p in phases if p.trains == "global" or server_round >= self.local_from_round)
 
 
@@ -52,7 +58,7 @@ def build_schedule(config: MethodConfig) -> Schedule:
         case "feddpa_t" if config.local_partner == "aggregated":
             return dual((global_alone,), after=(local_beside,))
         case "feddpa_t":
-            return dual((global_alone, local_beside))
+            return dual((global_alone,), during=(local_beside,))
         case "feddpa_f":
             return dual((global_alone,), final=(local_alone,))
         case "fedit":

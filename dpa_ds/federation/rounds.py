@@ -1,6 +1,7 @@
 """The round loop: sample, train, aggregate, evaluate, save, track."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import torch
@@ -33,10 +34,15 @@ def run_rounds(federation: Federation, completed_rounds: int) -> None:
                     federation.trainer.before_aggregation(client, federation.shared, server_round) for client in mine
                 ]
             with federation.timed("aggregate"):
-                federation.shared = aggregate(federation, [update for update in trained if update is not None])
+                aggregated = begin_aggregation(federation, [update for update in trained if update is not None])
             with federation.timed("train"):
                 for client in mine:
-                    federation.trainer.after_aggregation(client, federation.shared, server_round)
+                    federation.trainer.go_on(client, "during", federation.shared, server_round)
+            with federation.timed("aggregate"):
+                federation.shared = aggregated()
+            with federation.timed("train"):
+                for client in mine:
+                    federation.trainer.go_on(client, "after", federation.shared, server_round)
                 for client in federation.clients if is_last else ():
                     federation.trainer.finish(client, federation.shared, server_round)
             every = config.evaluation.every_rounds
@@ -87,17 +93,24 @@ def draw(federation: Federation, server_round: int) -> tuple[int, ...]:
     )
 
 
-def aggregate(federation: Federation, updates: Sequence[ClientUpdate]) -> Shared:
-    """The next global adapter and mean states, on every rank: leaders average, then broadcast inside their groups."""
+def begin_aggregation(federation: Federation, updates: Sequence[ClientUpdate]) -> Callable[[], Shared]:
+    """Leaders average, in the background, while their groups train on.
+
+    Returns:
+        what waits for the next global adapter and mean states and brings them to every rank. Collective: all ranks of the
+        group.
+    """
     world, current = federation.world, federation.shared
     if not federation.trainer.schedule.federated:
-        return current
+        return lambda: current
+    leaders, background = world.federation, ThreadPoolExecutor(1, thread_name_prefix="aggregate")
+    average = background.submit(federation.aggregator.aggregate, updates, current, leaders) if leaders else None
 
-    def average() -> torch.Tensor:
-        assert world.federation is not None, "a leader"
-        return federation.aggregator.aggregate(updates, current, world.federation).flatten()
+    def averaged() -> torch.Tensor:
+        assert average is not None, "a leader"
+        return average.result().flatten()
 
-    return current.unflatten(world.from_leader(average, like=current.flatten()))
+    return lambda: current.unflatten(world.from_leader(averaged, like=current.flatten()))
 
 
 def finish_round(federation: Federation, server_round: int, participants: Sequence[int], evaluates: bool) -> None:
@@ -219,6 +232,6 @@ def remaining_steps(federation: Federation, completed_rounds: int) -> int:
         for client in federation.clients:
             phases = len(schedule.final) if is_last else 0
             if client.client_id in participants:
-                phases += len(schedule.phases("before", server_round)) + len(schedule.phases("after", server_round))
+                phases += sum(len(schedule.phases(stage, server_round)) for stage in ("before", "during", "after"))
             total += phases * num_steps(len(client.examples), train.batch_size, train.local_epochs, train.max_steps)
     return total

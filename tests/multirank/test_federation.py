@@ -1,6 +1,7 @@
 """What crosses a client border, who keeps what, and what plain PEFT reads of the results."""
 
 import json
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,48 @@ def test_only_the_global_adapter_the_mean_states_and_the_metrics_cross(
     rounds = [r for r in read_records(run_dir / "metrics.jsonl") if r["kind"] == "round"]
     assert [r.get("bytes_handed/update", 0) for r in rounds] == [0, update[1], update[1]]
     assert [r["bytes_handed/metrics"] for r in rounds] == [metrics[1]] * 3
+
+
+def train_and_hold_the_update_back(job: Any, argv: Sequence[str]) -> list[str]:
+    """Train; the update travels only once this group's local phases are done. What happened, in order."""
+    from dpa_ds.distributed.federation_group import FixedGroup
+    from dpa_ds.federation.client import ClientTrainer
+    from dpa_ds.train import train
+
+    happened: list[str] = []
+    all_reduce, go_on = FixedGroup.all_reduce_, ClientTrainer.go_on
+    locals_are_done = threading.Event()
+
+    def held_back(group: Any, buffer: torch.Tensor, purpose: str) -> None:
+        if purpose == "update":
+            happened.append("update handed in")
+            assert locals_are_done.wait(60), "nothing was trained meanwhile"
+            locals_are_done.clear()
+        all_reduce(group, buffer, purpose)
+
+    def noted(trainer: Any, client: Any, stage: Any, shared: Any, server_round: int) -> None:
+        go_on(trainer, client, stage, shared, server_round)
+        if stage == "during":
+            happened.append(f"{client.label} trained its local adapter")
+            if client.client_id >= 2:  # the second of its group
+                locals_are_done.set()
+
+    FixedGroup.all_reduce_, ClientTrainer.go_on = held_back, noted  # type: ignore[method-assign]
+    train(load_config(argv), job)
+    return happened
+
+
+def test_the_update_travels_while_local_adapters_train(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    """Were one to wait for the other, this would not end; and the result is the same to the bit."""
+    run_on_ranks(train_on_rank, 2, tmp_path, tiny.recipe(*inputs, tmp_path / "plain"))
+    argv = tiny.recipe(*inputs, tmp_path / "held")
+    for group, happened in enumerate(run_on_ranks(train_and_hold_the_update_back, 2, tmp_path, argv)):
+        labels = [("client_0 colour0", "client_2 animal2"), ("client_1 count1", "client_3 verb3")][group]
+        locals_trained = [f"{label} trained its local adapter" for label in labels]
+        assert sorted(happened) == sorted(["update handed in", *locals_trained] * 2)
+    for name in ("global", *(f"local/client_{client:02d}" for client in range(4))):
+        plain, held = (adapter(tmp_path / folder / "tiny", 2, name) for folder in ("plain", "held"))
+        assert all(torch.equal(plain[key], held[key]) for key in plain), name
 
 
 def adapter(run_dir: Path, server_round: int, name: str) -> dict[str, torch.Tensor]:

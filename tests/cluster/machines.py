@@ -185,7 +185,8 @@ class Machines(Hosts):
 
     def ask(self, *command: str, on: int = 1, **variables: str) -> str:
         """What `command` prints on a host, where it must succeed."""
-        environment = {**own_environment(), "PYTHON": sys.executable, **variables}
+        # A task has as many threads as it asked for CPUs, of which a node claims more than this machine has.
+        environment = {**own_environment(), "PYTHON": sys.executable, "OMP_THREAD_LIMIT": "1", **variables}
         done = subprocess.run(self.on(on, command), env=environment, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, f"{shlex.join(command)}: {done.stdout}{done.stderr}"
         return done.stdout.strip()

@@ -62,7 +62,7 @@ def arguments(model: Path, federation: Path, tmp_path: Path) -> Arguments:
     def arguments(**overrides: object) -> list[str]:
         settings = {
             "federation__num_rounds": 3,
-            "train__max_steps": 150,
+            "train__max_steps": 100,
             "lora__dropout": 0.1,
             "checkpoint__every_steps": 20,
             "cluster__silence_seconds": SILENCE_SECONDS,
@@ -158,7 +158,9 @@ def test_a_lost_node_is_not_the_end_of_train_groups(machines: Machines, argument
 def test_groups_of_unequal_size(machines: Machines, arguments: Arguments, tmp_path: Path) -> None:
     """A group over two nodes would need more ranks than there are cores here: two ranks on n1, one on n2."""
     options = ["--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-task=1"]
-    output = Job(machines, tmp_path / "job.out", "train_groups", options, arguments(), RANKS="2 1").wait()
+    output = Job(
+        machines, tmp_path / "job.out", "train_groups", options, arguments(train__max_steps=30), RANKS="2 1"
+    ).wait()
     assert "group 0: 2 ranks on n1; clients 0" in output
     assert "group 1: 1 rank on n2; clients 1" in output
     assert presence(tmp_path / "runs" / "tiny") == {r: [0, 1] for r in range(4)}
@@ -168,7 +170,9 @@ def test_groups_of_a_heterogeneous_job(machines: Machines, arguments: Arguments,
     """A component for each group, of other nodes and sizes."""
     first = ["--nodes=1", "--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-task=1"]
     second = [":", "--nodes=1", "--ntasks-per-node=1", "--gpus-per-node=1", f"--cpus-per-task={NUM_CPUS}"]
-    output = Job(machines, tmp_path / "job.out", "train_groups", [*first, *second], arguments()).wait()
+    output = Job(
+        machines, tmp_path / "job.out", "train_groups", [*first, *second], arguments(train__max_steps=30)
+    ).wait()
     assert re.search("group 0: 2 ranks on n[12]; clients 0", output), output
     assert re.search("group 1: 1 rank on n[12]; clients 1", output), output
     assert presence(tmp_path / "runs" / "tiny") == {r: [0, 1] for r in range(4)}

@@ -9,7 +9,7 @@ from tests.faults.harness import Harness, Layout, Trial, draw_trials
 from tests.faults.planted import BUGS
 
 pytestmark = pytest.mark.launch
-NUM_TRIALS = 8
+NUM_TRIALS = 4
 SMALL = Layout(1, 1, 1)
 
 

@@ -35,12 +35,12 @@ Arguments = Callable[..., list[str]]
 
 @pytest.fixture(scope="module")
 def arguments(model: Path, federation: Path) -> Arguments:
-    """Two clients, three rounds with phases of some seconds."""
+    """Two clients, three rounds with phases of a second or more."""
 
     def arguments(folder: Path, **overrides: object) -> list[str]:
         settings = {
             "federation__num_rounds": 3,
-            "train__max_steps": 150,
+            "train__max_steps": 60,
             "cluster__silence_seconds": SILENCE_SECONDS,
             "federation__timeout_seconds": 40,
         }

@@ -9,7 +9,7 @@ from tests import tiny
 from tests.ranks import run_on_ranks, train_on_rank
 
 pytestmark = pytest.mark.multirank
-ROUNDS = 3
+ROUNDS = 2
 
 
 def live_bytes(job: Any, argv: list[str]) -> list[int]:

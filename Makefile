@@ -12,9 +12,9 @@ demo: install
 	LOCAL_SIZE=2 $(BIN)/deepspeed launch/run.py --config launch/recipes/demo.yaml
 	LOCAL_SIZE=2 $(BIN)/deepspeed launch/evaluate.py --run runs/demo
 
-# Two files at a time: most of a test is one process that imports, or a wait.
+# Two files at a time: most of a test is one process that imports, or a wait. In this order the long files come first.
 test: install-test
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # Kill N real runs at random moments, start them again, and compare with an undisturbed one (a minute each on two cores).
 N ?= 20

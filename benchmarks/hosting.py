@@ -1,0 +1,96 @@
+"""What a hosted client costs: rounds of few and of many clients on one rank group, whose work is the same for each.
+
+    python benchmarks/hosting.py --clients 20 200
+
+Real runs of launch/run.py, one rank, on a small random Llama with the demo's tokenizer and table (make demo): one step a phase, so
+that what is not training shows.
+"""
+
+import argparse
+import datetime
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from dpa_ds.scaling import read_point
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+DEMO = REPOSITORY / ".cache" / "demo"
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--clients", type=int, nargs="+", default=[20, 200])
+    parser.add_argument("--rounds", type=int, default=4, help="the first one warms up")
+    parser.add_argument("--repeats", type=int, default=1)
+    args = parser.parse_args()
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "deepspeed"))
+    print(f"{platform.processor() or platform.machine()}; {versions}; {datetime.date.today().isoformat()}")
+    print("\n| clients | s a round | ms a client | to the first | peak memory, MB |\n|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        model = make_model(Path(folder) / "model")
+        for repeat in range(args.repeats):
+            first = None
+            for num_clients in args.clients:
+                run_dir = Path(folder) / "runs" / f"{num_clients}_{repeat}"
+                peak = run(model, run_dir, num_clients, args.rounds)
+                seconds = read_point(run_dir, 1, 1).seconds
+                first = first or seconds / num_clients
+                each = seconds / num_clients
+                print(f"| {num_clients} | {seconds:.2f} | {1000 * each:.1f} | {each / first:.2f} | {peak / 1e6:.0f} |")
+
+
+def make_model(folder: Path) -> Path:
+    """A Llama of 13 M parameters, 9 M of them the embedding."""
+    tokenizer = AutoTokenizer.from_pretrained(DEMO / "SmolLM2-135M-Instruct")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=6,
+        num_attention_heads=3,
+        tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def run(model: Path, run_dir: Path, num_clients: int, num_rounds: int) -> float:
+    """Train; the highest resident memory of the process, in bytes."""
+    words = {
+        "name": run_dir.name,
+        "output_dir": run_dir.parent,
+        "model.path": model,
+        "data.cache_dir": run_dir.parent / "cache",
+        "data.format": "table",
+        "data.path": DEMO / "federation" / "test.jsonl",
+        "data.partition.kind": "iid",
+        "data.partition.num_clients": num_clients,
+        "federation.num_rounds": num_rounds,
+        "train.max_steps": 1,
+        "evaluation.every_rounds": 0,
+        "tracking.tensorboard": "false",
+    }
+    argv = ["--config=launch/recipes/demo.yaml", *(f"--{key}={value}" for key, value in words.items())]
+    process = subprocess.Popen(
+        [sys.executable, str(REPOSITORY / "launch" / "run.py"), *argv], stdout=subprocess.DEVNULL, cwd=REPOSITORY
+    )
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        sys.exit(f"the run of {num_clients} clients failed")
+    return usage.ru_maxrss * 1024.0
+
+
+if __name__ == "__main__":
+    main()

@@ -44,6 +44,7 @@ setup(
         "demo": ["pip"],  # launch/prepare_demo.py downloads with it; environments made by uv lack it
         "test": [
             "pytest>=9,<10",
+            "pytest-rerunfailures>=16,<17",
             "pytest-xdist>=3.8,<4",
             "hypothesis>=6,<7",
             "mpich>=5,<6",

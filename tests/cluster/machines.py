@@ -203,6 +203,15 @@ class Machines(Hosts):
             assert time.monotonic() < deadline, left
             time.sleep(0.2)
 
+    def clear(self) -> None:
+        """All hosts up, no job: what every test begins with."""
+        lost = [number for number in self._numbers if number not in self._booted]
+        for number in lost:
+            self.boot(number)
+        self.cancel_all()
+        if lost:
+            self._wait_until_up()
+
     def num_bytes(self, number: int) -> int:
         """Bytes that host `number` has received and sent by its cable so far."""
         counters = [f"/sys/class/net/eth0/statistics/{way}_bytes" for way in ("rx", "tx")]

@@ -37,7 +37,7 @@ ROUND_PARTS = {
 }
 """Parts that the round loop times, less those of the engine inside them."""
 PROFILER = "the profiler itself"
-TRACED_PHASES, TRACED_STEPS = 2, 3
+TRACED_STEPS = 3
 
 
 class Profile:
@@ -55,7 +55,8 @@ class Profile:
         """The part of the round loop that is being timed."""
         self._inside: dict[str, float] = {}
         self._tracer: torch.profiler.profile | None = None
-        self._num_traced, self._done = 0, False
+        self._traced: set[str] = set()
+        self._done = False
 
     def watch(self, engine: AdapterEngine) -> AdapterEngine:
         """`engine` with its methods timed."""
@@ -120,9 +121,9 @@ class Profile:
 
     def _begin_trace(self, phase: Phase) -> None:
         self._end_trace()
-        if not self._world.is_leader or self._num_traced == TRACED_PHASES:
+        if not self._world.is_leader or phase.trains in self._traced:
             return
-        self._num_traced += 1
+        self._traced.add(phase.trains)
         self._folder.mkdir(parents=True, exist_ok=True)
         name = f"group_{self._world.group:02d}_{phase.trains}"
         self._tracer = torch.profiler.profile(

@@ -16,8 +16,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from planner import Setting, write_model
+from transformers import AutoTokenizer
 
 from dpa_ds.scaling import read_point
 
@@ -36,34 +36,18 @@ def main() -> None:
     print(f"{platform.processor() or platform.machine()}; {versions}; {datetime.date.today().isoformat()}")
     print("\n| clients | s a round | ms a client | to the first | peak memory, MB |\n|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
-        model = make_model(Path(folder) / "model")
+        tokenizer = AutoTokenizer.from_pretrained(DEMO / "SmolLM2-135M-Instruct")
+        model = write_model(Path(folder) / "model", Setting(256, 688, 6, vocab_size=len(tokenizer)))
+        tokenizer.save_pretrained(model)
         for repeat in range(args.repeats):
             first = None
             for num_clients in args.clients:
                 run_dir = Path(folder) / "runs" / f"{num_clients}_{repeat}"
                 peak = run(model, run_dir, num_clients, args.rounds)
                 seconds = read_point(run_dir, 1, 1).seconds
-                first = first or seconds / num_clients
                 each = seconds / num_clients
+                first = first or each
                 print(f"| {num_clients} | {seconds:.2f} | {1000 * each:.1f} | {each / first:.2f} | {peak / 1e6:.0f} |")
-
-
-def make_model(folder: Path) -> Path:
-    """A Llama of 13 M parameters, 9 M of them the embedding."""
-    tokenizer = AutoTokenizer.from_pretrained(DEMO / "SmolLM2-135M-Instruct")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=192,
-        intermediate_size=512,
-        num_hidden_layers=6,
-        num_attention_heads=3,
-        tie_word_embeddings=True,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def run(model: Path, run_dir: Path, num_clients: int, num_rounds: int) -> float:

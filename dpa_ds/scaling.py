@@ -52,8 +52,12 @@ class Plan:
             argv += _grown(config, self.axis, size if self.axis == "ranks_per_group" else groups)
         return size, groups, argv
 
-    def check(self) -> None:
-        """ConfigError: a value has no run, two have the same, or the folder holds runs of something else. Writes nothing."""
+    def claim(self) -> None:
+        """Write to the folder what its runs are runs of.
+
+        Raises:
+            ConfigError: a value has no run, two have the same, or the folder holds runs of something else; nothing is written.
+        """
         names = [Path(value).name for value in self.values]
         if len(set(names)) < len(names):
             raise ConfigError(
@@ -61,22 +65,15 @@ class Plan:
             )
         for value in self.values:
             self.point(value)
-        if self._record.exists():
-            changed = diff_configs(json.loads(self._record.read_text()), self._facts())
-            if changed:
-                raise ConfigError(
-                    f"{self.folder} holds the runs of another experiment ({'; '.join(changed)}): give another --output, or "
-                    "delete it"
-                )
-
-    def write(self) -> None:
-        """What the folder's runs are runs of."""
+        record, facts = self.folder / "experiment.json", self._facts()
+        changed = diff_configs(json.loads(record.read_text()), facts) if record.exists() else []
+        if changed:
+            raise ConfigError(
+                f"{self.folder} holds the runs of another experiment ({'; '.join(changed)}): give another --output, or "
+                "delete it"
+            )
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_file(self._record, json.dumps(self._facts(), indent=1))
-
-    @property
-    def _record(self) -> Path:
-        return self.folder / "experiment.json"
+        write_file(record, json.dumps(facts, indent=1))
 
     def _facts(self) -> dict[str, Any]:
         """Everything that a round's seconds may depend on but the value; more values may come later."""
@@ -112,11 +109,10 @@ def run_points(plan: Plan) -> list[Point]:
     """Run what is not done yet, and read all.
 
     Raises:
-        ConfigError: as `Plan.check`.
+        ConfigError: as `Plan.claim`.
         DpaError: a run failed; it has said why. The same command goes on from there.
     """
-    plan.check()
-    plan.write()
+    plan.claim()
     points = []
     for number, value in enumerate(plan.values, 1):
         size, groups, argv = plan.point(value)

@@ -1,8 +1,8 @@
 """FedDPA and its baselines as schedules of phases: data, not branches.
 
-A round of a client runs the phases in `before` the aggregation, those that run `during` it because they need nothing of
-it, and those in `after` it; when all rounds are over, those in `final` once. Source: FedDPA (arXiv 2403.19211) sections 3.2 and 3.3; `local_first`
-is the order of the authors' published code.
+A round of a client runs the phases `before` the aggregation, those that run `during` it because they need nothing of
+it, and those `after` it; when all rounds are over, those in `final` once. Source: FedDPA (arXiv 2403.19211) sections
+3.2 and 3.3; `local_first` is the order of the authors' published code.
 """
 
 from dataclasses import dataclass

@@ -1,6 +1,4 @@
-"""The recipe: typed sections, one owner per number; `--help` prints the docstrings. ZeRO stage, offload, buckets and
-communication are the DeepSpeed JSON's; all else is here.
-"""
+"""The recipe: typed sections, one owner per number; `--help` prints the docstrings. The DeepSpeed JSON owns what is DeepSpeed's."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -133,6 +131,8 @@ class FederationConfig:
     """Draw the same number of clients from every rank group, so that no group idles."""
     weighting: Literal["uniform", "num_examples"] = "uniform"
     """Weight of a client's update in the average."""
+    upload: Literal["fp32", "int16"] = "fp32"
+    """int16: updates travel in half of the bytes, for slow networks; what rounding leaves over goes with the next update."""
     timeout_seconds: float = 3600.0
     """Bound on every wait among the leaders, in seconds: the slowest client's round must fit in."""
     min_clients: int = 1

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import torch
+
 from dpa_ds.checkpoint import MODEL, RunFolder, write_file
 from dpa_ds.config import RunConfig
 from dpa_ds.config_loader import load_deepspeed_json, to_yaml
@@ -16,8 +18,9 @@ from dpa_ds.distributed.world import World, build_world, join_federation
 from dpa_ds.evaluation.answers import NO_TASK
 from dpa_ds.evaluation.report import write_report
 from dpa_ds.evaluation.while_training import Scorer
-from dpa_ds.federation.aggregation import WeightedAverage
+from dpa_ds.federation.aggregation import Aggregator, WeightedAverage
 from dpa_ds.federation.client import ClientTrainer, HostedClient
+from dpa_ds.federation.compression import CompressedAverage
 from dpa_ds.federation.hosting import client_names, encode_references, host_clients, restore_shared
 from dpa_ds.federation.methods import build_schedule
 from dpa_ds.federation.progress import ProgressKeeper
@@ -78,7 +81,7 @@ def train(config: RunConfig, job: Job) -> None:
             config=config,
             world=join_federation(config, job, world),
             trainer=ClientTrainer(engine, world, config, schedule, tracker, pad_id, job, keeper),
-            aggregator=WeightedAverage(by_num_examples=config.federation.weighting == "num_examples"),
+            aggregator=build_aggregator(config, clients),
             clients=clients,
             labels=labels,
             shared=shared,
@@ -95,6 +98,16 @@ def train(config: RunConfig, job: Job) -> None:
     if world.federation is not None and world.federation.is_first:
         logger.info(write_report(config.run_dir, topology.num_groups, time.monotonic() - started))
     world.close()
+
+
+def build_aggregator(config: RunConfig, clients: Sequence[HostedClient]) -> Aggregator:
+    """The recipe's aggregation rule, with what it had kept, whoever hosted these clients then."""
+    rules: dict[str, type[WeightedAverage | CompressedAverage]] = {"fp32": WeightedAverage, "int16": CompressedAverage}
+    aggregator = rules[config.federation.upload](by_num_examples=config.federation.weighting == "num_examples")
+    kept = [client.carried for client in clients if client.carried is not None]
+    if kept:
+        aggregator.carried = {key: torch.stack([one[key] for one in kept]).sum(0) for key in kept[0]}
+    return aggregator
 
 
 def find_round(folder: RunFolder, config: RunConfig) -> int:

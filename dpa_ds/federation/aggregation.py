@@ -36,6 +36,14 @@ class Shared:
         states = flat[start:end].reshape(self.mean_states.shape).clone()
         return Shared(unflatten_state(flat[:start], self.adapter), states, float(flat[-1]))
 
+    def counting(self, adapter: AdapterState, states: torch.Tensor, weight: float) -> "Shared":
+        """The next one: another adapter, and in the mean also new clients, whose weighted states sum up to `states`."""
+        if weight == 0:
+            return Shared(adapter, self.mean_states, self.states_weight)
+        total = self.states_weight + weight
+        mean_states = (self.mean_states * self.states_weight + states.view_as(self.mean_states)) / total
+        return Shared(adapter, mean_states, total)
+
 
 @dataclass(frozen=True)
 class ClientUpdate:
@@ -51,6 +59,9 @@ class ClientUpdate:
 class Aggregator(Protocol):
     """An aggregation rule."""
 
+    carried: AdapterState | None
+    """What this leader keeps for its next aggregation, saved with its first client; None: nothing."""
+
     def aggregate(self, updates: Sequence[ClientUpdate], current: Shared, federation: FederationGroup) -> Shared:
         """The next global adapter and mean states from the `updates` of the clients that this leader hosts.
 
@@ -58,6 +69,11 @@ class Aggregator(Protocol):
         Collective: all leaders, same keys and shapes.
         """
         ...
+
+
+def update_weight(update: ClientUpdate, by_num_examples: bool) -> float:
+    """Of a client in the average, a whole number."""
+    return float(update.num_examples) if by_num_examples else 1.0
 
 
 class WeightedAverage:
@@ -69,6 +85,7 @@ class WeightedAverage:
 
     def __init__(self, by_num_examples: bool) -> None:
         self.by_num_examples = by_num_examples
+        self.carried: AdapterState | None = None
 
     def aggregate(self, updates: Sequence[ClientUpdate], current: Shared, federation: FederationGroup) -> Shared:
         """See `Aggregator.aggregate`."""
@@ -77,7 +94,7 @@ class WeightedAverage:
         adapter, states, weights = torch.split(total, [len(total) - num_states - 2, num_states, 2])
         sums = unflatten_state(adapter, current.adapter)
         for update in updates:
-            weight = float(update.num_examples) if self.by_num_examples else 1.0
+            weight = update_weight(update, self.by_num_examples)
             for key, summed in sums.items():
                 summed.add_(update.adapter[key], alpha=weight)
             weights[0] += weight
@@ -87,9 +104,5 @@ class WeightedAverage:
         federation.all_reduce_(total, "update")
         if weights[0] == 0:  # no client took part
             return current
-        states_weight = current.states_weight + float(weights[1])
-        mean_states = current.mean_states
-        if weights[1] > 0:
-            mean_states = (mean_states * current.states_weight + states.view_as(mean_states)) / states_weight
         adapter.div_(weights[0])
-        return Shared(sums, mean_states, states_weight)
+        return current.counting(sums, states, float(weights[1]))

@@ -40,6 +40,8 @@ class HostedClient:
     """Prompts that a test prompt is compared with, where the method weights by instance."""
     local_optimizer: AdapterState | None = None
     """AdamW state of the local adapter, if `train.keep_optimizer_state`."""
+    carried: AdapterState | None = None
+    """What the aggregation rule of its leader had kept when the run was last saved."""
     steps_taken: dict[str, int] = field(default_factory=lambda: {"global": 0, "local": 0})
     """Optimizer steps per adapter so far: the x axis of the client's curves."""
 

@@ -119,6 +119,7 @@ def _restore_local(client: HostedClient, config: RunConfig, adapters: DualAdapte
         return
     adapters.check_shapes("local", saved.weights)
     client.local_state, client.local_optimizer = saved.weights, saved.extras.get("optimizer")
+    client.carried = saved.extras.get("carried")
     if "references" in saved.extras:
         client.references = References.from_tensors(saved.extras["references"])
     client.steps_taken = saved.info["steps_taken"]

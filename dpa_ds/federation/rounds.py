@@ -204,6 +204,8 @@ def save(federation: Federation, server_round: int) -> None:
             extras["references"] = client.references.to_tensors()
         if client.local_optimizer is not None:
             extras["optimizer"] = client.local_optimizer
+        if client is federation.clients[0] and federation.aggregator.carried is not None:
+            extras["carried"] = federation.aggregator.carried
         info = {"label": client.label, "tasks": client.tasks, "steps_taken": dict(client.steps_taken)}
         name = f"local/client_{client.client_id:02d}"
         writer.submit(partial(write, name, client.local_state, adapters.peft_config("local"), extras, info))

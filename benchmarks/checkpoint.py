@@ -6,14 +6,13 @@ Runs the recipe, two rounds of it, on one rank, and reads the times from its met
 """
 
 import argparse
-import datetime
-import importlib.metadata
 import json
-import platform
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from table import where_and_when
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -31,8 +30,7 @@ def main() -> None:
         size = sum(
             path.stat().st_size for path in (Path(folder) / "run/rounds/round_000002").rglob("*") if path.is_file()
         )
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "deepspeed"))
-    print(f"{platform.processor() or platform.machine()}; {versions}; {datetime.date.today().isoformat()}")
+    print(where_and_when())
     print(
         f"{args.config}, {args.steps} steps a phase, saved every {args.every_steps or 'phase'}; {size / 1e6:.1f} MB a round"
     )

@@ -7,16 +7,14 @@ that what is not training shows.
 """
 
 import argparse
-import datetime
-import importlib.metadata
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 from planner import Setting, write_model
+from table import spread, where_and_when
 from transformers import AutoTokenizer
 
 from dpa_ds.scaling import read_point
@@ -32,22 +30,25 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=4, help="the first one warms up")
     parser.add_argument("--repeats", type=int, default=1)
     args = parser.parse_args()
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "deepspeed"))
-    print(f"{platform.processor() or platform.machine()}; {versions}; {datetime.date.today().isoformat()}")
-    print("\n| clients | s a round | ms a client | to the first | peak memory, MB |\n|---|---|---|---|---|")
+    print(where_and_when())
+    seconds: dict[int, list[float]] = {clients: [] for clients in args.clients}
+    peaks: dict[int, list[float]] = {clients: [] for clients in args.clients}
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = AutoTokenizer.from_pretrained(DEMO / "SmolLM2-135M-Instruct")
         model = write_model(Path(folder) / "model", Setting(256, 688, 6, vocab_size=len(tokenizer)))
         tokenizer.save_pretrained(model)
         for repeat in range(args.repeats):
-            first = None
-            for num_clients in args.clients:
-                run_dir = Path(folder) / "runs" / f"{num_clients}_{repeat}"
-                peak = run(model, run_dir, num_clients, args.rounds)
-                seconds = read_point(run_dir, 1, 1).seconds
-                each = seconds / num_clients
-                first = first or each
-                print(f"| {num_clients} | {seconds:.2f} | {1000 * each:.1f} | {each / first:.2f} | {peak / 1e6:.0f} |")
+            for clients in args.clients:
+                run_dir = Path(folder) / "runs" / f"{clients}_{repeat}"
+                peaks[clients].append(run(model, run_dir, clients, args.rounds) / 1e6)
+                seconds[clients].append(read_point(run_dir, 1, 1).seconds)
+    print("\n| clients | s a round | ms a client | to the first | peak memory, MB |\n|---|---|---|---|---|")
+    first = [one / args.clients[0] for one in seconds[args.clients[0]]]
+    for clients in args.clients:
+        each = [one / clients for one in seconds[clients]]
+        ratios = [one / other for one, other in zip(each, first, strict=True)]
+        figures = [spread(seconds[clients]), spread([1e3 * one for one in each], ".0f"), spread(ratios)]
+        print(" | ".join([f"| {clients}", *figures, spread(peaks[clients], ".0f")]) + " |")
 
 
 def run(model: Path, run_dir: Path, num_clients: int, num_rounds: int) -> float:

@@ -7,13 +7,9 @@ answered one by one must get the same weights (paper's cosine) and the same answ
 """
 
 import argparse
-import datetime
-import importlib.metadata
 import json
 import logging
 import os
-import platform
-import statistics
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -26,6 +22,7 @@ os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed chooses when it is first impor
 
 import torch
 from one_by_one import OneByOne
+from table import processor, spread, where_and_when
 
 from dpa_ds.checkpoint import RunFolder
 from dpa_ds.config import RunConfig
@@ -143,9 +140,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     num = {**dict.fromkeys(args.kinds, len(answers)), "one by one": len(sample)}
     rates = {name: [num[name] / s for s in of_runs] for name, of_runs in seconds.items()}
     return {
-        "hardware": f"{platform.processor() or platform.machine()}, {args.threads} thread(s), {args.clock} time",
-        "date": datetime.date.today().isoformat(),
-        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")},
+        "where": where_and_when(
+            f"{processor()}, {args.threads} thread(s), {args.clock} time", ("torch", "transformers", "peft")
+        ),
         "setting": f"{config.name}, round {server_round}: {len(clients)} clients x {len(instances)} instances, "
         f"{args.beams} beams, at most {args.max_new_tokens} tokens, S = {config.weighting.num_references}",
         "sample": f"{len(sample)} of them one by one: same weights to 1e-4, same answers",
@@ -185,13 +182,8 @@ def _run_one_by_one(
 
 def render(result: dict[str, Any]) -> str:
     """The result as text."""
-
-    def spread(values: Sequence[float], form: str) -> str:
-        return f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
-
     lines = [
-        f"{result['hardware']}; {result['date']}",
-        ", ".join(f"{name} {version}" for name, version in result["versions"].items()),
+        result["where"],
         f"{result['setting']}; {result['sample']}",
         "",
         f"{'':16}{'instances/s':>26}{'times one by one':>24}{'share on weights':>24}",

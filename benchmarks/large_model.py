@@ -10,8 +10,6 @@ adapter merged into its weights.
 """
 
 import argparse
-import datetime
-import importlib.metadata
 import os
 import statistics
 import tempfile
@@ -20,6 +18,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from table import where_and_when
 
 from dpa_ds.planning.hardware import GPUS, parse_cluster
 from dpa_ds.planning.shapes import PRESETS, Shape
@@ -32,10 +32,8 @@ def main() -> None:
         os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed chooses when it is first imported
     shape = PRESETS[args.model]
     shape = replace(shape, layers=args.layers) if args.layers else shape
-    versions = ", ".join(
-        f"{name} {importlib.metadata.version(name)}" for name in ("torch", "deepspeed", "transformers")
-    )
-    print(f"{args.gpu}; {versions}; {datetime.date.today().isoformat()}; {shape.parameters / 1e9:.2f} G parameters")
+    where = where_and_when(args.gpu, ("torch", "deepspeed", "transformers"))
+    print(f"{where}; {shape.parameters / 1e9:.2f} G parameters")
     engine, config = _build(shape, args)
     measure_steps(engine, config, shape, args)
     if args.answers:

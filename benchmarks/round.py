@@ -6,11 +6,8 @@ and on a large one with adapters of the same size. The share of a real round: `-
 """
 
 import argparse
-import datetime
-import importlib.metadata
 import json
 import os
-import platform
 import statistics
 import tempfile
 import time
@@ -19,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from planner import Case, Setting, _build, write_model, write_recipe
+from table import spread, where_and_when
 
 from dpa_ds.planning.shapes import PRESETS
 
@@ -34,8 +32,7 @@ def main() -> None:
     parser.add_argument("--zero", type=int, choices=range(4), default=1, help="stage of the phase switch (%(default)s)")
     args = parser.parse_args()
     os.environ.update(OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu", TOKENIZERS_PARALLELISM="false")
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "deepspeed"))
-    print(f"{platform.processor() or platform.machine()}; {versions}; {datetime.date.today().isoformat()}")
+    print(where_and_when())
     import torch.multiprocessing as mp
 
     with tempfile.TemporaryDirectory() as folder:
@@ -124,8 +121,7 @@ def _seconds(work: Callable[[], Any]) -> float:
 
 
 def _ratio(ours: list[float], other: list[float]) -> str:
-    ratios = sorted(a / b for a, b in zip(ours, other, strict=True))
-    return f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+    return spread([a / b for a, b in zip(ours, other, strict=True)])
 
 
 if __name__ == "__main__":

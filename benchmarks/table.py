@@ -1,11 +1,34 @@
-"""What the variants of a benchmark took, as rates and ratios, and as text."""
+"""What the variants of a benchmark took, as rates and ratios, as text and as a picture; where and when it ran."""
 
+import datetime
+import importlib.metadata
+import platform
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 Steps = Sequence[Sequence[int]]
+
+
+def processor() -> str:
+    """Name of this machine's CPU."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def where_and_when(hardware: str | None = None, packages: Sequence[str] = ("torch", "deepspeed")) -> str:
+    """The first line of every benchmark."""
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
+    return f"{hardware or processor()}; {versions}; {datetime.date.today().isoformat()}"
+
+
+def spread(values: Sequence[float], form: str = ".2f") -> str:
+    """Median (lowest to highest)."""
+    return f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
 
 
 @dataclass
@@ -27,8 +50,7 @@ def render(result: dict[str, Any]) -> str:
     """The result as text: where and when, then one line a variant."""
     shortest, mean, longest = result["tokens_per_example"]
     lines = [
-        f"{result['hardware']}; {result['date']}",
-        ", ".join(f"{name} {version}" for name, version in result["versions"].items()),
+        result["where"],
         f"{result['model']}, {result['data']}: {mean} tokens an example ({shortest} to {longest}); {result['setting']}",
         f"first loss, ours against Trainer: {result['first_loss_relative_difference']:.1e} relative",
         f"large matrix product: {result['matmul_peak_flops_per_second'] / 1e9:.1f} GFLOP/s",
@@ -75,3 +97,21 @@ def summarize(
             }
         )
     return summaries
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """A bar a variant: examples/s, with the range of its repeats."""
+    from matplotlib.figure import Figure
+
+    variants = result["variants"]
+    figure = Figure(figsize=(7, 0.45 * len(variants) + 1), layout="constrained")
+    axes = figure.subplots()
+    num_examples = [v["examples_per_second"] * statistics.median(v["seconds"]) for v in variants]
+    for place, (v, examples) in enumerate(zip(variants, num_examples, strict=True)):
+        rate, rates = v["examples_per_second"], [examples / seconds for seconds in v["seconds"]]
+        color = {"ours": "tab:blue", "floo": "0.5"}.get(v["name"][:4], "tab:orange")
+        axes.barh(place, rate, color=color, xerr=[[rate - min(rates)], [max(rates) - rate]], capsize=3)
+    axes.set_yticks(range(len(variants)), [f"{v['name']}, {v['phase']} phase" for v in variants], fontsize="small")
+    axes.invert_yaxis()
+    axes.set_xlabel(f"examples/s, {result['model']}, {result['data']}", fontsize="small")
+    figure.savefig(path, dpi=110)

@@ -7,12 +7,9 @@ of the Trainer are compared before any number is printed: what is timed is the s
 """
 
 import argparse
-import datetime
-import importlib.metadata
 import json
 import logging
 import os
-import platform
 import statistics
 import time
 import warnings
@@ -22,7 +19,7 @@ from typing import Any
 
 import torch
 from floor import Floor, matmul_flops_per_second, phase_flops
-from table import Steps, Variant, render, summarize
+from table import Steps, Variant, draw, processor, render, summarize, where_and_when
 
 from dpa_ds.config import DataConfig, EngineConfig, LoraConfig, ModelConfig, RunConfig, TrainConfig
 from dpa_ds.data.batches import step_indices
@@ -51,6 +48,8 @@ def main() -> None:
     print(render(result))
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=2) + "\n")
+    if args.picture:
+        draw(result, Path(args.picture))
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -78,9 +77,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
     lengths = [examples.length(index) for step in steps for index in step]
     return {
-        "hardware": _hardware(device),
-        "versions": {name: importlib.metadata.version(name) for name in ("torch", "deepspeed", "transformers", "peft")},
-        "date": datetime.date.today().isoformat(),
+        "where": where_and_when(_hardware(device), ("torch", "deepspeed", "transformers", "peft")),
         "model": Path(args.model).name,
         "data": f"{Path(args.data).name}, client {args.client}",
         "setting": f"{config.model.precision}, {args.steps} steps of {args.batch_size} examples, "
@@ -157,9 +154,7 @@ def _hardware(device: torch.device) -> str:
     threads = f"{torch.get_num_threads()} threads"
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name()}, {threads}"
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()} ({torch.backends.cpu.get_cpu_capability()}), {threads}"
+    return f"{processor()} ({torch.backends.cpu.get_cpu_capability()}), {threads}"
 
 
 def _parse() -> argparse.Namespace:
@@ -190,6 +185,7 @@ def _parse() -> argparse.Namespace:
         "--floor_tokens", type=int, nargs="+", default=[1024, 4096], help="the floor's pass sizes (default: 1024 4096)"
     )
     parser.add_argument("--json", help="also write the result to this file")
+    parser.add_argument("--picture", help="also draw it to this file (PNG)")
     args = parser.parse_args()
     if args.clock == "cpu" and (args.device != "cpu" or args.threads != 1):
         parser.error("--clock cpu adds up the time of all threads: it needs --device cpu --threads 1")

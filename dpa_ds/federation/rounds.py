@@ -131,8 +131,8 @@ def finish_round(federation: Federation, server_round: int, participants: Sequen
         table = exchange_metrics(federation, participants, evaluated)
     if participants and all(table[client_id]["rejected"] for client_id in participants):
         raise TrainingError(
-            f"no client's update of round {server_round} was fit to count (see above); lower train.learning_rate. Earlier "
-            "rounds are intact"
+            f"every client of round {server_round} diverged or changed the global adapter too much (see above); lower "
+            "train.learning_rate. Earlier rounds are intact"
         )
     track(federation, server_round, table)  # before the round counts: a complete round is also a recorded one
     # The exchange was the barrier: all leaders that are present have saved.

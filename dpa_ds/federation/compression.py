@@ -51,9 +51,11 @@ class CompressedAverage:
         numbers = torch.where(step > 0, wanted / step, 0.0).round_()
         buffer = torch.cat([_pack(numbers.int()), own_weight.int().view(1)])
         federation.all_reduce_(buffer, "update")
+        arrived = float(buffer[-1])  # less than in the header if a rank group with a launcher of its own was lost meanwhile
+        if arrived == 0:
+            return current
         self.carried = unflatten_state(wanted.sub_(numbers * step), current.adapter)
-        # Rank groups with launchers of their own: one that was lost since the header has no part in the numbers.
-        mean_change = _unpack(buffer[:-1], len(before)) * step * (weights[0] / buffer[-1])
+        mean_change = _unpack(buffer[:-1], len(before)) * step * (weights[0] / arrived)
         return current.counting(unflatten_state(before.add_(mean_change), current.adapter), states, float(weights[1]))
 
 

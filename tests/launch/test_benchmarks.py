@@ -1,0 +1,49 @@
+"""The benchmarks compare equal work: ours has the loss of Hugging Face's own Trainer, in both phases; and they end with ratios."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.launch.processes import PYTHON, run
+
+pytestmark = pytest.mark.launch
+
+
+def test_a_step_is_that_of_the_trainer(model: Path, federation: Path, tmp_path: Path) -> None:
+    found, picture = tmp_path / "found.json", tmp_path / "found.png"
+    words = (
+        f"--model {model} --data {federation} --client 2 --batch_size 4 --steps 1 --repeats 2 --threads 1 --clock cpu"
+    )
+    words += f" --trainer_batch 2 4 --floor_tokens 128 --device cpu --json {found} --picture {picture}"
+    ended = run([PYTHON, "benchmarks/train_step.py", *words.split()], 240.0)
+    assert ended.returncode == 0, ended.output
+    result = json.loads(found.read_text())
+    assert result["first_loss_relative_difference"] < 1e-5
+    variants = [(v["name"], v["phase"]) for v in result["variants"]]
+    names = ("ours", "Trainer, batch 2", "Trainer, batch 4")
+    assert variants == [(name, phase) for phase in ("global", "local") for name in names] + [
+        ("floor, 128 tokens", "any")
+    ]
+    losses = {(v["name"], v["phase"]): v["losses"] for v in result["variants"]}
+    for phase in ("global", "local"):
+        ours = losses["ours", phase]
+        assert losses["Trainer, batch 2", phase] == pytest.approx(ours, rel=1e-5), phase
+    assert losses["ours", "global"] != losses["ours", "local"]
+    for variant in result["variants"]:
+        assert len(variant["seconds"]) == 2
+        assert 0 < variant["real_over_computed"] <= 1
+        for median, lowest, highest in variant["ours_over_this"].values():
+            assert 0 < lowest <= median <= highest
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_a_round_costs_beside_its_steps() -> None:
+    ended = run([PYTHON, "benchmarks/round.py", "--model", "llama-1b", "--repeats", "2"], 240.0)
+    assert ended.returncode == 0, ended.output
+    ratios = re.findall(
+        r"(aggregation / bare all-reduce|large base / small base) +(\S+) \((\S+) to (\S+)\)", ended.output
+    )
+    assert [name for name, *_ in ratios] == ["aggregation / bare all-reduce", "large base / small base"]
+    assert all(0 < float(low) <= float(median) <= float(high) for _, median, low, high in ratios)

@@ -101,7 +101,7 @@ def run(experiment: Experiment, output: Path, repeat: int) -> list[Point]:
         values = tuple(str(models / value) for value in values)
     words = {"data.partition.num_clients": experiment.clients, "model.path": models / "small", **RECIPE}
     recipe = ["--config=launch/recipes/demo.yaml", f"--data.cache_dir={output / 'cache'}"]
-    recipe += [f"--{key}={value}" for key, value in words.items() if key != experiment.axis]
+    recipe += [f"--{key}={value}" for key, value in words.items()]
     folder = output / str(repeat) / experiment.title.replace(", ", "_").replace(" ", "_")
     return run_points(Plan(recipe, experiment.axis, values, experiment.mode, 1, 1, folder, LAUNCH))
 

@@ -77,9 +77,10 @@ class Plan:
 
     def _facts(self) -> dict[str, Any]:
         """Everything that a round's seconds may depend on but the value; more values may come later."""
-        recipe = {
-            k: v for k, v in flatten(load_config(self.recipe)).items() if k not in ("name", "output_dir", "resume")
-        }
+        varied = [] if self.axis in ("ranks_per_group", "groups") else [f"--{self.axis}={self.values[0]}"]
+        recipe = flatten(load_config([*self.recipe, *varied]))  # the recipe alone may lack what is varied
+        for name in ("name", "output_dir", "resume", self.axis):
+            recipe.pop(name, None)
         own = {name: getattr(self, name) for name in ("axis", "mode", "ranks_per_group", "groups", "launch")}
         return {**{f"--{name}": value for name, value in own.items()}, **recipe}
 

@@ -49,6 +49,17 @@ def test_two_sizes_and_a_prediction(tmp_path: Path) -> None:
     assert (folder / "scale.md").read_text() == table
 
 
+def test_a_field_that_the_recipe_itself_lacks(tmp_path: Path) -> None:
+    model, data = tiny.make_model(tmp_path / "model"), tiny.make_federation(tmp_path / "data")
+    recipe = tiny.recipe(model, data / "test.jsonl", tmp_path / "unused", data__format="table", train__max_steps=2)
+    recipe += ["--data.partition.kind=iid", "--data.task_column=null"]
+    command = [PYTHON, "launch/scale.py", *recipe, "--over", "data.partition.num_clients=2,3", "--output"]
+    ended = run([*command, str(tmp_path / "scale")], 240.0)
+    assert ended.returncode == 0, ended.output
+    found = json.loads((tmp_path / "scale" / "points.json").read_text())
+    assert [[len(group) for group in point["groups"]] for point in found["points"]] == [[2], [3]]
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [

@@ -77,6 +77,36 @@ def test_rounding_is_made_up_for_and_all_leaders_have_the_same_bits(tmp_path: Pa
     assert {handed for _, _, handed in found} == {ROUNDS * (header + numbers)}
 
 
+def average_without_leader_1(job: Any, clients_of_0: tuple[int, ...]) -> list[float]:
+    """One round in which leader 1, with client 2, is gone after the header: nothing of it is in the numbers."""
+    from dpa_ds.distributed.federation_group import FixedGroup
+    from dpa_ds.federation.aggregation import ClientUpdate, Shared
+    from dpa_ds.federation.compression import CompressedAverage
+
+    rank = job.launch.global_rank
+
+    class Losing(FixedGroup):
+        def all_reduce_(self, buffer: torch.Tensor, purpose: str) -> None:
+            if rank == 1 and buffer.dtype == torch.int32:
+                buffer.zero_()
+            super().all_reduce_(buffer, purpose)
+
+    start = Shared({key: torch.zeros(*size) for key, size in SIZES.items()}, torch.zeros(0, 0))
+    updates = [ClientUpdate(c, c + 1, change(c, 0), None) for c in (clients_of_0, (2,))[rank]]
+    rule = CompressedAverage(by_num_examples=True)
+    group = Losing(job.store, rank, job.launch.job_world_size, 30.0)
+    return [float(value) for value in rule.aggregate(updates, start, group).adapter["layer.lora_A"].flatten()]
+
+
+def test_a_leader_that_is_lost_between_the_exchanges_is_left_out(tmp_path: Path) -> None:
+    (found, same) = run_on_ranks(average_without_leader_1, 2, tmp_path, (0, 1))
+    assert found == same
+    expected = (change(0, 0)["layer.lora_A"] + 2 * change(1, 0)["layer.lora_A"]) / 3
+    assert found == pytest.approx(expected.flatten().tolist(), abs=1e-6)  # changes of 1e-3
+    for found in run_on_ranks(average_without_leader_1, 2, tmp_path, ()):
+        assert not any(found), "nobody is left: the adapter stays"
+
+
 def test_pairs_of_numbers_add_up_like_the_numbers() -> None:
     generator = torch.Generator().manual_seed(0)
     for count in (1, 2, 7, 1000):

@@ -2,7 +2,7 @@
 
     python benchmarks/hosting.py --clients 20 200
 
-Real runs of launch/run.py, one rank, on a small random Llama with the demo's tokenizer and table (make demo): one step a phase, so
+Real runs of launch/run.py, one rank, on a tiny random Llama with the demo's tokenizer and table (make demo): one step a phase, so
 that what is not training shows.
 """
 
@@ -35,7 +35,7 @@ def main() -> None:
     peaks: dict[int, list[float]] = {clients: [] for clients in args.clients}
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = AutoTokenizer.from_pretrained(DEMO / "SmolLM2-135M-Instruct")
-        model = write_model(Path(folder) / "model", Setting(256, 688, 6, vocab_size=len(tokenizer)))
+        model = write_model(Path(folder) / "model", Setting(64, 172, 2, vocab_size=len(tokenizer)))
         tokenizer.save_pretrained(model)
         for repeat in range(args.repeats):
             for clients in args.clients:

@@ -144,7 +144,7 @@ def draw(found: dict[str, list[list[Point]]], pool: list[Point], path: Path) -> 
             if points[0] in pool:
                 axes.plot(number, predict_alike(points[0], pool), "x", color="black")
         axes.set_xticks(range(len(experiment.values)), experiment.values)
-        axes.set(xlabel=experiment.title, ylim=(0, None), xlim=(-0.5, len(experiment.values) - 0.5))
+        axes.set(xlabel=experiment.title, ylim=(0, 1.1 * axes.dataLim.ymax), xlim=(-0.5, len(experiment.values) - 0.5))
         axes.grid(alpha=0.3)
     figure.supylabel("seconds a round (dots: measured, crosses: predicted by all other work)", fontsize="small")
     figure.savefig(path, dpi=110)

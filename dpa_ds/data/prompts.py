@@ -11,6 +11,7 @@ import os
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -148,15 +149,20 @@ def _tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, special_
 
 
 def _cache_key(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> str:
+    identity = [type(tokenizer).__name__, _rules(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id]
+    texts = [[example.instruction, example.output] for example in examples]
+    content = json.dumps([_LAYOUT_VERSION, identity, config.template, config.max_length, texts])
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+@lru_cache(maxsize=1)
+def _rules(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The tokenizer as text: megabytes, so written once for all clients."""
     # Any call without padding resets the padding and truncation that an earlier call left in the fast tokenizer,
     # which otherwise would be part of its text form and change the key.
     tokenizer("")
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    rules = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    identity = [type(tokenizer).__name__, rules, tokenizer.bos_token_id, tokenizer.eos_token_id]
-    texts = [[example.instruction, example.output] for example in examples]
-    content = json.dumps([_LAYOUT_VERSION, identity, config.template, config.max_length, texts])
-    return hashlib.sha256(content.encode()).hexdigest()
+    return str(backend.to_str()) if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
 
 
 def _to_arrays(tokenized: TokenizedExamples) -> dict[str, npt.NDArray[np.generic]]:

@@ -30,12 +30,14 @@ PARTS = {
 """Methods of the engine, and the part of a round that they are."""
 ROUND_PARTS = {
     "train": "rest of training: batches, bookkeeping",
-    "aggregate": "all-reduce, wait for the slowest group",
+    "aggregate": "wait for the all-reduce",
     "save": "save: wait for the writer",
     "evaluate": "rest of evaluation",
-    "record": "exchange and write the numbers",
+    "record": "exchange the numbers, wait for the slowest group",
 }
 """Parts that the round loop times, less those of the engine inside them."""
+WAITS = ("aggregate", "record")
+"""Of these nearly all is waiting for other groups, which they spend in steps."""
 PROFILER = "the profiler itself"
 TRACED_STEPS = 3
 
@@ -150,12 +152,13 @@ class _Watched:
 
 
 def render(parts: Mapping[str, float], calls: Mapping[str, int], whole: float) -> str:
-    """A Markdown table, the largest part first; the shares add up to 100 %. The last line leaves the profiler and the wait out."""
+    """A Markdown table, the largest part first; the shares add up to 100 %. The last line leaves the profiler and the waits out."""
     lines = ["| part of the round | seconds | share | calls |", "|---|---|---|---|"]
     for part, seconds in sorted(parts.items(), key=lambda entry: -entry[1]):
         lines.append(f"| {part} | {seconds:.3f} | {seconds / whole:.2%} | {calls.get(part, '')} |")
     plain = whole - parts.get(PROFILER, 0.0)
-    outside = plain - sum(parts.get(part, 0.0) for part in ("steps", "held-out loss", ROUND_PARTS["aggregate"]))
+    left_out = ("steps", "held-out loss", *(ROUND_PARTS[part] for part in WAITS))
+    outside = plain - sum(parts.get(part, 0.0) for part in left_out)
     return "\n".join(
         [*lines, f"| **work outside steps and held-out loss** | {outside:.3f} | {outside / plain:.2%} | |"]
     )

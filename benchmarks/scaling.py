@@ -79,11 +79,8 @@ def main() -> None:
     found = {e.title: [run(e, args.output, repeat) for repeat in range(args.repeats)] for e in EXPERIMENTS}
     costs_apply = [found[e.title] for e in EXPERIMENTS if e.axis not in OTHER_COSTS]
     pool = [point for repeats in costs_apply for repeat in repeats for point in repeat]
-    print(
-        "\n| | | ranks | s a round | tokens/s | times the first | measured / predicted by the others |\n"
-        + "|---" * 7
-        + "|"
-    )
+    print("\n| | | ranks | s a round | tokens/s | times the first | measured / predicted by the others |")
+    print("|---" * 7 + "|")
     for experiment in EXPERIMENTS:
         print("\n".join(rows(experiment, found[experiment.title], pool)))
     costs = fit(pool)
@@ -94,7 +91,7 @@ def main() -> None:
 
 
 def run(experiment: Experiment, output: Path, repeat: int) -> list[Point]:
-    """One repeat of one experiment; what the runs say goes to a file."""
+    """One repeat of one experiment, as far as it is not done yet."""
     values = experiment.values
     models = output / "models"
     if experiment.axis == "model.path":

@@ -51,9 +51,8 @@ class CompressedAverage:
         numbers = torch.where(step > 0, wanted / step, 0.0).round_()
         buffer = torch.cat([_pack(numbers.int()), own_weight.int().view(1)])
         federation.all_reduce_(buffer, "update")
-        arrived = float(
-            buffer[-1]
-        )  # less than in the header if a rank group with a launcher of its own was lost meanwhile
+        # Less than in the header if a rank group with a launcher of its own was lost meanwhile.
+        arrived = float(buffer[-1])
         if arrived == 0:
             return current
         self.carried = unflatten_state(wanted.sub_(numbers * step), current.adapter)

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.launch
 def test_a_step_is_that_of_the_trainer(model: Path, federation: Path, tmp_path: Path) -> None:
     found, picture = tmp_path / "found.json", tmp_path / "found.png"
     words = (
-        f"--model {model} --data {federation} --client 2 --batch_size 4 --steps 1 --repeats 2 --threads 1 --clock cpu"
+        f"--model {model} --data {federation} --client 1 --batch_size 4 --steps 1 --repeats 2 --threads 1 --clock cpu"
     )
     words += f" --trainer_batch 2 4 --floor_tokens 128 --device cpu --json {found} --picture {picture}"
     ended = run([PYTHON, "benchmarks/train_step.py", *words.split()], 240.0)

@@ -3,7 +3,7 @@
     python benchmarks/scaling.py --output runs/scaling --repeats 3
 
 Real runs of two rank groups at most, on small random Llamas with the demo's tokenizer and table (make demo). Interrupted, the same
-command goes on. The model of the round is fitted to all points but one, and predicts that one.
+command goes on. The model of the round, fitted to all runs of other work, predicts each.
 """
 
 import argparse
@@ -109,8 +109,8 @@ def rows(experiment: Experiment, repeats: list[list[Point]], pool: list[Point]) 
     for number, value in enumerate(experiment.values):
         points = [repeat[number] for repeat in repeats]
         ranks = points[0].ranks * len(points[0].groups)
-        rates = [tokens(point) / point.seconds for point in points]
-        first = [tokens(repeat[0]) / repeat[0].seconds for repeat in repeats]
+        rates = [point.tokens / point.seconds for point in points]
+        first = [repeat[0].tokens / repeat[0].seconds for repeat in repeats]
         gains = [rate / one for rate, one in zip(rates, first, strict=True)]
         figures = [spread([p.seconds for p in points]), spread(rates, ".0f"), spread(gains)]
         predicted = predict_alike(points[0], pool)
@@ -124,11 +124,6 @@ def predict_alike(point: Point, pool: list[Point]) -> float:
     """Seconds of `point` by the costs that all points of other work give."""
     others = [other for other in pool if (other.groups, other.ranks) != (point.groups, point.ranks)]
     return simulate(point.groups, point.ranks, fit(others)).seconds
-
-
-def tokens(point: Point) -> float:
-    """Of a round, padding included."""
-    return sum(one.tokens for group in point.groups for one in group)
 
 
 def draw(found: dict[str, list[list[Point]]], pool: list[Point], path: Path) -> None:

@@ -158,7 +158,7 @@ def report(plan: Plan, points: Sequence[Point]) -> str:
         f"| {plan.axis} | ranks | groups | clients | s a round | tokens/s | efficiency | predicted by the others | ratio |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    rates = [_tokens(point) / point.seconds for point in points]
+    rates = [point.tokens / point.seconds for point in points]
     for number, (value, point) in enumerate(zip(plan.values, points, strict=True)):
         ranks = point.ranks * len(point.groups)
         share = rates[number] / ranks / (rates[0] / points[0].ranks / len(points[0].groups))
@@ -191,10 +191,6 @@ def predict(points: Sequence[Point], ranks: int, clients: int, adapter_bytes: fl
         f"{ranks} ranks, {clients} clients in {num_groups} groups of {size}: {found.seconds:.2f} s a round, of it "
         f"{found.reduce:.3f} s all-reduce; groups wait {found.waiting:.0%} of the time. By costs fitted to this machine"
     )
-
-
-def _tokens(point: Point) -> float:
-    return sum(one.tokens for group in point.groups for one in group)
 
 
 def _draw(plan: Plan, points: Sequence[Point], rates: Sequence[float]) -> None:

@@ -59,6 +59,11 @@ class Point:
     """Of a group."""
     seconds: float
 
+    @property
+    def tokens(self) -> float:
+        """Of all clients, padding included."""
+        return sum(one.tokens for group in self.groups for one in group)
+
 
 def simulate(
     groups: Sequence[Sequence[Work]], ranks: int, costs: Costs, adapter_bytes: float = 0.0, net: float = float("inf")

@@ -6,7 +6,7 @@ import torch
 
 from dpa_ds.config import RunConfig
 from dpa_ds.config_loader import load_deepspeed_json
-from dpa_ds.data.batches import StepBatch, build_step
+from dpa_ds.data.batches import Batching, StepBatch, build_step
 from dpa_ds.data.prompts import TokenizedExamples
 from dpa_ds.distributed.federation_group import AdapterState
 from dpa_ds.distributed.job import Job
@@ -34,12 +34,13 @@ class DpaEngine:
         world = build_world(job, Topology((1,), 1), config.cluster, config.federation.timeout_seconds)
         ds_json = build_deepspeed_json(load_deepspeed_json(config.engine.deepspeed_config), config, 1)
         self._engine = AdapterEngine(adapters, world, config.train, ds_json)
-        self._train, self._examples, self._states, self._pad_id = config.train, examples, states, pad_id
+        self._train, self._examples, self._states = config.train, examples, states
+        self._batching = Batching(config.train.micro_batch_tokens, pad_id, self._engine.packing.takes_prefix)
         self._clock = clock
 
     def build(self, step: Sequence[int]) -> StepBatch:
         """Tensors of one step."""
-        return build_step(self._examples, step, 0, 1, self._train.micro_batch_tokens, self._pad_id)
+        return build_step(self._examples, step, 0, 1, self._batching)
 
     def run(self, phase: Phase, steps: Sequence[Sequence[int]]) -> tuple[float, list[float]]:
         """Seconds of a phase from the starting weights, the building of its batches included; losses of its steps."""

@@ -41,7 +41,7 @@ class Floor:
             inputs_embeds=inputs,
             position_ids=one.position_ids[None].to(device),
             use_cache=False,
-            **self._packing.arguments(one.pieces, device),
+            **self._packing.arguments(one, device),
         ).last_hidden_state
         labelled = (one.targets != IGNORE_INDEX).nonzero().flatten()
         logits = self._base.get_output_embeddings()(hidden[0][labelled.to(device)])

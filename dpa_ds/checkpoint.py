@@ -14,7 +14,7 @@ import hashlib
 import importlib.metadata
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -232,13 +232,16 @@ class RunFolder:
         for path in older:
             shutil.rmtree(path, ignore_errors=True)
 
-    def load_progress(self, server_round: int, client: int) -> SavedFolder | None:
-        """The newest whole progress of a client in a round, if there is one."""
+    def load_progress(
+        self, server_round: int, client: int, on_damage: Callable[[CheckpointError], None]
+    ) -> SavedFolder | None:
+        """The newest whole progress of a client in a round, if there is one; `on_damage` is told what was passed over."""
         for folder in sorted(self._progress(server_round, client).glob("[0-9]*"), reverse=True):
-            try:
-                return read_folder(folder, "not used")
-            except CheckpointError:  # the write that was interrupted
-                continue
+            if (folder / STATE).exists():  # else the write was interrupted
+                try:
+                    return read_folder(folder, "what came before it is used")
+                except CheckpointError as error:
+                    on_damage(error)
         return None
 
     def remove_leftovers(self, completed: int) -> None:

@@ -53,9 +53,8 @@ def write_folder(folder: Path, tensors: Mapping[str, AdapterState], info: Mappin
             "info": dict(info),
             "info_sha256": _digest(dict(info)),
         }
-        write_text(folder / STATE, json.dumps(content, indent=1))
-        for directory in (folder, folder.parent):  # the names of the files, too, must survive a power cut
-            fsync(directory)
+        write_file(folder / STATE, json.dumps(content, indent=1))
+        fsync(folder.parent)  # the names of the files, too, must survive a power cut
 
 
 def read_folder(folder: Path, remedy: str) -> SavedFolder:

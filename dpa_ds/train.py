@@ -12,6 +12,7 @@ import torch
 from dpa_ds.checkpoint import MODEL, RunFolder, write_file
 from dpa_ds.config import RunConfig
 from dpa_ds.config_loader import load_deepspeed_json, to_yaml
+from dpa_ds.data.batches import Batching
 from dpa_ds.distributed.job import Job
 from dpa_ds.distributed.topology import Topology, plan_one_group, plan_topology
 from dpa_ds.distributed.world import World, build_world, join_federation
@@ -62,6 +63,7 @@ def train(config: RunConfig, job: Job) -> None:
     adapters = DualAdapter(load_base(config.model, directory, ds_json), config.lora)
     clients = host_clients(config, schedule, world, tokenizer, adapters, completed)
     engine = AdapterEngine(adapters, world, config.train, ds_json)
+    batching = Batching(config.train.micro_batch_tokens, pad_id, share_prefix=engine.packing.takes_prefix)
     profile = Profile(config.run_dir / "profile", world) if config.tracking.profile else None
     if profile is not None:
         engine = profile.watch(engine)
@@ -80,7 +82,7 @@ def train(config: RunConfig, job: Job) -> None:
         federation = Federation(
             config=config,
             world=join_federation(config, job, world),
-            trainer=ClientTrainer(engine, world, config, schedule, tracker, pad_id, job, keeper),
+            trainer=ClientTrainer(engine, world, config, schedule, tracker, batching, job, keeper),
             aggregator=build_aggregator(config, clients),
             clients=clients,
             labels=labels,

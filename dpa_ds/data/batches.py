@@ -23,16 +23,32 @@ PIECE_OVERHEAD_TOKENS = 8
 # Labels with this value do not count in the loss (torch's default ignore_index).
 IGNORE_INDEX = -100
 
+# A prefix that all examples of a step share is laid once if that saves at least this share of its tokens: attention copies it for
+# every example.
+WORTH_SHARING = 1 / 32
+
 # Length of a dummy: two positions, because the loss compares position t with token t + 1.
 _DUMMY_LENGTH = 2
+
+
+@dataclass(frozen=True)
+class Batching:
+    """How the examples of a step become passes; of no consequence for what is computed."""
+
+    token_budget: int
+    """Most tokens of one pass, with padding; a longer example is passed alone."""
+    pad_id: int
+    share_prefix: bool
+    """Lay what all prompts of a step begin with once a pass. The model's attention must know (`model/packing.py`)."""
 
 
 @dataclass(frozen=True)
 class MicroBatch:
     """One forward pass: examples laid end to end in one row of int64 tensors, shape (tokens,).
 
-    Examples of similar length form a piece, in which all are padded on the right to the longest. Attention stays inside an
-    example because it is computed piece by piece; all else of a transformer works token by token.
+    First the prefix that all examples share, then the rest of each. Rests of similar length form a piece, in which all are padded
+    on the right to the longest. Attention stays inside an example because it is computed piece by piece; all else of a
+    transformer works token by token.
     """
 
     input_ids: torch.Tensor
@@ -42,7 +58,9 @@ class MicroBatch:
     targets: torch.Tensor
     """The token that is to be predicted at a position; IGNORE_INDEX where none counts: prompt, padding, last token."""
     pieces: tuple[tuple[int, int], ...]
-    """(examples, padded length) of the pieces, in their order in the row."""
+    """(examples, padded length without the prefix) of the pieces, in their order in the row."""
+    prefix: int = 0
+    """Tokens that all examples share."""
 
 
 @dataclass(frozen=True)
@@ -56,9 +74,9 @@ class StepBatch:
     num_examples: int
     """Examples of the step."""
     real_tokens: int
-    """Tokens without padding."""
+    """Tokens of the examples."""
     computed_tokens: int
-    """Tokens with padding and dummies."""
+    """Tokens of all passes: with padding and dummies, a shared prefix once a pass."""
 
 
 def num_steps(num_examples: int, batch_size: int, local_epochs: float, max_steps: int | None) -> int:
@@ -97,6 +115,7 @@ def plan_step(lengths: Sequence[int], world_size: int, token_budget: int) -> lis
     assert min(len(lengths), world_size) >= 1, (len(lengths), world_size)
     ranks = [sorted(rows, key=lambda row: (lengths[row], row)) for rows in _share_out(lengths, world_size)]
     count = max(1, math.ceil(max(sum(lengths[row] for row in rows) for rows in ranks) / token_budget))
+    count = min(count, max(map(len, ranks)))  # then every row is alone
     while True:
         plan = [[_cut_with_least_padding(run, lengths) for run in _cut_evenly(rows, lengths, count)] for rows in ranks]
         if all(_fits(pieces, lengths, token_budget) for micro_batches in plan for pieces in micro_batches):
@@ -112,21 +131,34 @@ def dummy_micro_batch(pad_id: int) -> MicroBatch:
 
 
 def build_step(
-    examples: TokenizedExamples, indices: Sequence[int], rank: int, world_size: int, token_budget: int, pad_id: int
+    examples: TokenizedExamples, indices: Sequence[int], rank: int, world_size: int, batching: Batching
 ) -> StepBatch:
     """Tensors of one rank (within its rank group) for the step that trains on `indices`, and the step's totals."""
-    lengths = [examples.length(index) for index in indices]
-    plan = plan_step(lengths, world_size, token_budget)
-    computed = sum(_padded(pieces, lengths) or _DUMMY_LENGTH for micro_batches in plan for pieces in micro_batches)
+    prefix = _shared_prefix(examples, indices) if batching.share_prefix else 0
+    lengths = [examples.length(index) - prefix for index in indices]
+    plan = plan_step(lengths, world_size, max(1, batching.token_budget - prefix))
+    passes = [pieces for micro_batches in plan for pieces in micro_batches]
     return StepBatch(
         micro_batches=[
-            _collate(examples, [[indices[row] for row in rows] for rows in pieces], pad_id) for pieces in plan[rank]
+            _collate(examples, [[indices[row] for row in rows] for rows in pieces], prefix, batching.pad_id)
+            for pieces in plan[rank]
         ],
         num_label_tokens=sum(examples.num_label_tokens(index) for index in indices),
         num_examples=len(indices),
-        real_tokens=sum(lengths),
-        computed_tokens=computed,
+        real_tokens=sum(examples.length(index) for index in indices),
+        computed_tokens=sum(prefix + _padded(pieces, lengths) if pieces else _DUMMY_LENGTH for pieces in passes),
     )
+
+
+def _shared_prefix(examples: TokenizedExamples, indices: Sequence[int]) -> int:
+    """Tokens that all prompts begin with; 0 where sharing them is not worth it. At least a prompt's last token stays out
+    of it: the first token of the answer is predicted there, another one for each example."""
+    longest = max(0, min(int(examples.prompt_lengths[index]) for index in indices) - 1)
+    rows = np.stack([examples.input_ids(index)[:longest] for index in indices])
+    same = (rows == rows[0]).all(axis=0)
+    prefix = longest if same.all() else int(np.argmin(same))
+    total = sum(examples.length(index) for index in indices)
+    return prefix if prefix * (len(indices) - 1) >= WORTH_SHARING * total else 0
 
 
 def _steps_per_epoch(num_examples: int, batch_size: int) -> int:
@@ -182,19 +214,21 @@ def _fits(pieces: Sequence[Sequence[int]], lengths: Sequence[int], token_budget:
     return sum(map(len, pieces)) <= 1 or _padded(pieces, lengths) <= token_budget
 
 
-def _collate(examples: TokenizedExamples, pieces: Sequence[Sequence[int]], pad_id: int) -> MicroBatch:
+def _collate(examples: TokenizedExamples, pieces: Sequence[Sequence[int]], prefix: int, pad_id: int) -> MicroBatch:
     if not pieces:
         return dummy_micro_batch(pad_id)
-    shapes = tuple((len(indices), max(map(examples.length, indices))) for indices in pieces)
-    input_ids, targets = [], []
+    shapes = tuple((len(indices), max(map(examples.length, indices)) - prefix) for indices in pieces)
+    input_ids = [examples.input_ids(pieces[0][0])[:prefix].astype(np.int64)]
+    targets = [np.full(prefix, IGNORE_INDEX, dtype=np.int64)]
     for indices, shape in zip(pieces, shapes, strict=True):
         ids, wanted = np.full(shape, pad_id, dtype=np.int64), np.full(shape, IGNORE_INDEX, dtype=np.int64)
         for row, index in enumerate(indices):
-            length, first = examples.length(index), max(1, int(examples.prompt_lengths[index]))
-            ids[row, :length] = examples.input_ids(index)
+            own = examples.input_ids(index)[prefix:]
+            length, first = len(own), max(1, int(examples.prompt_lengths[index]) - prefix)
+            ids[row, :length] = own
             wanted[row, first - 1 : length - 1] = ids[row, first:length]
         input_ids.append(ids.reshape(-1))
         targets.append(wanted.reshape(-1))
-    positions = [np.tile(np.arange(length), rows) for rows, length in shapes]
+    positions = [np.arange(prefix), *(np.tile(np.arange(prefix, prefix + length), rows) for rows, length in shapes)]
     tokens, places, wanted_tokens = (torch.from_numpy(np.concatenate(p)) for p in (input_ids, positions, targets))
-    return MicroBatch(tokens, places, wanted_tokens, shapes)
+    return MicroBatch(tokens, places, wanted_tokens, shapes, prefix)

@@ -39,7 +39,7 @@ def write_report(run_dir: Path, num_groups: int, seconds: float) -> str:
     crossing = "between leaders" if num_groups > 1 else "(one group: nothing crossed a network)"
     lines += [
         f"sent per round and leader: {_size(update)} of global adapter, {_size(metrics)} of metrics {crossing}",
-        f"last round: {last['tokens_per_second']:.0f} tokens/s, padding {last['padding_share']:.0%} of computed tokens",
+        f"last round: {last['tokens_per_second']:.0f} tokens/s, computed {last['computed_share']:.0%} of the examples' tokens",
         f"adapters (PEFT format): {run_dir / 'adapters'}/global and /local/client_NN",
         f"numbers: {run_dir / 'metrics.jsonl'}, {run_dir / 'results.json'}",
         *([f"picture: {run_dir / 'held_out_loss.png'}"] if evaluated else []),

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from dpa_ds.config import RunConfig
-from dpa_ds.data.batches import build_step, num_steps, step_indices
+from dpa_ds.data.batches import Batching, build_step, num_steps, step_indices
 from dpa_ds.data.prompts import TokenizedExamples
 from dpa_ds.data.references import References
 from dpa_ds.distributed.federation_group import AdapterState
@@ -56,11 +56,11 @@ class ClientTrainer:
         config: RunConfig,
         schedule: Schedule,
         tracker: Tracker,
-        pad_id: int,
+        batching: Batching,
         job: Job,
         keeper: ProgressKeeper,
     ) -> None:
-        self.engine, self.schedule, self.pad_id = engine, schedule, pad_id
+        self.engine, self.schedule, self.batching = engine, schedule, batching
         self._world, self._config, self._tracker, self._job, self._keeper = world, config, tracker, job, keeper
         self._helm = Helm(job, world, config.checkpoint.every_minutes)
         self.progress: dict[int, RoundProgress] = {}
@@ -222,7 +222,7 @@ class ClientTrainer:
                 self._keeper.wait()
                 self._job.preempt()
             torch.manual_seed(_fold(*words, k, world.rank))  # dropout needs no state of its own to resume
-            step = build_step(examples, indices[k], world.rank, world.world_size, train.micro_batch_tokens, self.pad_id)
+            step = build_step(examples, indices[k], world.rank, world.world_size, self.batching)
             share, norm, applied = self.engine.train_step(step, rates[k])
             shares.append(share)
             norms.append(norm)

@@ -6,6 +6,7 @@ from typing import Any
 
 from dpa_ds.checkpoint import RunFolder
 from dpa_ds.distributed.federation_group import AdapterState
+from dpa_ds.errors import CheckpointError
 from dpa_ds.storage import BackgroundWriter, SavedFolder
 from dpa_ds.tracking import logger
 
@@ -100,7 +101,7 @@ class ProgressKeeper:
 
     def find(self, server_round: int, client: int) -> tuple[RoundProgress, SavedFolder] | None:
         """The progress of a client in `server_round`, and what was saved with it; None: the round starts anew."""
-        saved = self._folder.load_progress(server_round, client)
+        saved = self._folder.load_progress(server_round, client, self._warn)
         if saved is None:
             return None
         if saved.info.get("layout") != self._layout:
@@ -120,6 +121,10 @@ class ProgressKeeper:
             tensors.get("optimizer"),
         )
         return progress, saved
+
+    def _warn(self, damage: CheckpointError) -> None:
+        if self._is_leader:
+            logger.warning(damage)
 
     def wait(self) -> None:
         """Until everything is on disk."""

@@ -60,7 +60,7 @@ def track(federation: Federation, server_round: int, table: Sequence[dict[str, f
         "seconds/save_inside_phases": federation.trainer.seconds_saving,  # a part of seconds/train
         **{f"bytes_handed/{purpose}": n for purpose, n in world.federation.bytes_handed.items()},
         "tokens_per_second": totals["real_tokens"] / max(federation.seconds["train"], 1e-9),
-        "padding_share": 1 - totals["real_tokens"] / max(totals["computed_tokens"], 1.0),
+        "computed_share": totals["computed_tokens"] / max(totals["real_tokens"], 1.0),
     }
     for name in EVALUATED:
         values = [row[name] for row in present.values() if row[name] == row[name]]

@@ -167,8 +167,7 @@ def evaluate(federation: Federation) -> dict[int, dict[str, float]]:
                 client.held_out,
                 federation.trainer.schedule.inference_alpha if client.steps_taken["local"] else 0.0,
                 config.evaluation.max_examples,
-                config.train.micro_batch_tokens,
-                federation.trainer.pad_id,
+                federation.trainer.batching,
             )
             losses[client.client_id] = {"held_out_loss": loss}
     return losses

@@ -3,8 +3,7 @@
     h = W0 x + (1 - alpha) * s * B_g A_g x + alpha * s * B_l A_l x        s = lora.alpha / lora.rank
 
 alpha weights the LOCAL adapter (FedDPA, section 3; the published code reverses it at inference). PEFT is used
-unforked: a LoRA layer sums its active adapters, each times its own `scaling`, which may be a tensor with one
-weight per instance (peft 0.21, tuners/lora/layer.py).
+unforked; its LoRA layers compute both adapters at once (`mixed_lora.py`).
 """
 
 import hashlib
@@ -16,12 +15,12 @@ from typing import Literal
 
 import peft
 import torch
-from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedModel
 
 from dpa_ds.config import LoraConfig
 from dpa_ds.distributed.federation_group import AdapterState
 from dpa_ds.errors import ModelError
+from dpa_ds.model.mixed_lora import MixedLora, with_mixed_layers
 
 Adapter = Literal["global", "local"]
 ADAPTERS: tuple[Adapter, Adapter] = ("global", "local")
@@ -54,7 +53,7 @@ class DualAdapter:
         )
         self.peft_model.add_adapter("local", _peft_config(config, "local"), autocast_adapter_dtype=False)
         self.scale = config.alpha / config.rank
-        self._layers = [module for module in self.peft_model.modules() if isinstance(module, LoraLayer)]
+        self.layers = [module for module in self.peft_model.modules() if isinstance(module, MixedLora)]
         self.parameters = {adapter: _adapter_parameters(self.peft_model, adapter) for adapter in ADAPTERS}
         """Per adapter: PEFT's adapter-less key -> parameter, in a fixed order."""
         # Before DeepSpeed takes over both must be trainable: it only manages what then requires gradients.
@@ -64,6 +63,7 @@ class DualAdapter:
         self.shapes = {
             adapter: {key: tuple(p.shape) for key, p in self.parameters[adapter].items()} for adapter in ADAPTERS
         }
+        self.set_mix(0.0)
 
     @property
     def device(self) -> torch.device:
@@ -98,17 +98,18 @@ class DualAdapter:
             alpha: one weight in [0, 1], or one per instance, shape (batch,). At exactly 0.0 or 1.0 (as a float)
                 the other adapter is not computed at all. None: neither is, the frozen base answers alone.
         """
-        active: list[str] = list(ADAPTERS)
         if alpha is None:
-            active, alpha = [], 0.0
-        elif isinstance(alpha, torch.Tensor):
-            alpha = alpha.reshape(-1, 1, 1)  # (batch, 1, 1) against (batch, seq_len, out_features)
-        elif alpha in (0.0, 1.0):
+            active: list[Adapter] = []
+        elif isinstance(alpha, torch.Tensor) or 0 < alpha < 1:
+            active = list(ADAPTERS)
+        else:
             active = ["local"] if alpha else ["global"]
-        for layer in self._layers:
-            layer._active_adapter = active  # set_adapter() would switch requires_grad as well
-            layer.scaling["global"] = (1 - alpha) * self.scale
-            layer.scaling["local"] = alpha * self.scale
+        local = torch.as_tensor(0.0 if alpha is None else alpha, dtype=torch.float32, device=self.device)
+        if local.dim():
+            local = local.reshape(-1, 1, 1)  # (batch, 1, 1) against (batch, seq_len, ranks)
+        shares: dict[Adapter, torch.Tensor] = {"global": 1 - local, "local": local}
+        for layer in self.layers:
+            layer.mix({adapter: shares[adapter] * self.scale for adapter in active})
 
     def set_trainable(self, adapter: Adapter, trainable: bool) -> None:
         """Freeze or free the parameters of `adapter`. Its branch stays in the graph: gradients still flow through."""
@@ -155,7 +156,7 @@ def _initial_tensor(key: str, shape: Sequence[int], seed: Sequence[int]) -> torc
 
 def _peft_config(config: LoraConfig, adapter: Adapter) -> peft.LoraConfig:
     rank = config.local_rank if adapter == "local" and config.local_rank else config.rank
-    return peft.LoraConfig(
+    made = peft.LoraConfig(
         r=rank,
         lora_alpha=config.alpha * rank / config.rank,  # type: ignore[arg-type]  # alpha / rank is the scale of both
         lora_dropout=config.dropout,
@@ -163,6 +164,7 @@ def _peft_config(config: LoraConfig, adapter: Adapter) -> peft.LoraConfig:
         bias="none",
         task_type="CAUSAL_LM",
     )
+    return with_mixed_layers(made)
 
 
 def _adapter_parameters(model: peft.PeftModel, adapter: Adapter) -> dict[str, torch.nn.Parameter]:

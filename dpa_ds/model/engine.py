@@ -72,7 +72,7 @@ class AdapterEngine:
 
     def __init__(self, adapters: DualAdapter, world: World, train: TrainConfig, ds_json: dict[str, Any]) -> None:
         self.adapters, self.world, self._train = adapters, world, train
-        self._packing = Packing(adapters.base_model)
+        self.packing = Packing(adapters.base_model)
         groups = [
             {"params": list(adapters.parameters[a].values()), "name": a, "lr": 0.0, "weight_decay": 0.0}
             for a in ADAPTERS
@@ -82,6 +82,8 @@ class AdapterEngine:
             model=adapters.peft_model, optimizer=optimizer, config=ds_json, dist_init_required=False
         )
         self.stage = int(self.engine.zero_optimization_stage())
+        for layer in adapters.layers if self.stage == 3 else ():
+            layer.fetch_with_zero_3()
         self._inner = getattr(self.optimizer, "optimizer", self.optimizer)
         self._fragments = {
             adapter: locate_masters(self.optimizer, self.stage, world.rank, adapters.parameters[adapter])
@@ -138,7 +140,7 @@ class AdapterEngine:
         share = torch.zeros((), device=self.world.device)
         for i, micro_batch in enumerate(step.micro_batches):
             self.engine.set_gradient_accumulation_boundary(i == len(step.micro_batches) - 1)
-            with self._packing:
+            with self.packing:
                 loss = self._loss_sum(micro_batch) / step.num_label_tokens
                 share += loss.detach()
                 # DeepSpeed averages gradients over the ranks; ours are to be summed.
@@ -147,11 +149,8 @@ class AdapterEngine:
         self.engine.step()
         if norm is None:
             norm = self.engine.get_global_grad_norm()
-        return (
-            share,
-            torch.as_tensor(0.0 if norm is None else norm, device=self.world.device).float(),
-            bool(self.engine.was_step_applied()),
-        )
+        norm = torch.as_tensor(0.0 if norm is None else norm, device=self.world.device).float()
+        return share, norm, bool(self.engine.was_step_applied())
 
     def _gradient_norm_of_stage_zero(self) -> torch.Tensor:
         """DeepSpeed does not keep the norm of an fp32 step without ZeRO. Gradients are already averaged over ranks."""
@@ -166,7 +165,7 @@ class AdapterEngine:
         total = torch.zeros(2, dtype=torch.float64)
         for step in steps:
             for micro_batch in step.micro_batches:
-                with self._packing:
+                with self.packing:
                     total[0] += float(self._loss_sum(micro_batch))
             total[1] += step.num_label_tokens / self.world.world_size
         self.world.all_reduce_(total)
@@ -184,7 +183,7 @@ class AdapterEngine:
             input_ids=micro_batch.input_ids[None].to(device),
             position_ids=micro_batch.position_ids[None].to(device),
             use_cache=False,
-            **self._packing.arguments(micro_batch.pieces, device),
+            **self.packing.arguments(micro_batch, device),
         ).logits
         return F.cross_entropy(
             logits[0].float(), micro_batch.targets[positions].to(device), ignore_index=IGNORE_INDEX, reduction="sum"

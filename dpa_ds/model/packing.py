@@ -2,17 +2,18 @@
 
 transformers (5.24) hands the keyword arguments of a forward pass on to the attention function that its config names. For
 `sdpa` that is one of ours, which calls transformers' own for each piece of equal rows: there is no mask, and no work
-between examples. `flash_attention_2` takes the borders of the rows itself; for `eager` transformers finds them in the
+between examples. A prefix that all examples share lies in the row once; each example's attention is given a copy of its queries, keys and values,
+so that it computes what it would alone. `flash_attention_2` takes the borders of the rows itself; for `eager` transformers finds them in the
 position ids and makes a mask.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from dpa_ds.data.batches import MicroBatch
 from dpa_ds.errors import ModelError
 
 PIECES = "sdpa_of_pieces"
@@ -41,13 +42,19 @@ class Packing:
     def __exit__(self, *_: object) -> None:
         self._config._attn_implementation = self._chosen
 
-    def arguments(self, pieces: Sequence[tuple[int, int]], device: torch.device) -> dict[str, Any]:
-        """What a forward pass of `pieces`, (rows, length) each, takes beside tokens and positions."""
+    @property
+    def takes_prefix(self) -> bool:
+        """Whether a pass may begin with a prefix that its examples share."""
+        return self._chosen == "sdpa"
+
+    def arguments(self, micro_batch: MicroBatch, device: torch.device) -> dict[str, Any]:
+        """What the forward pass of `micro_batch` takes beside tokens and positions."""
         if self._chosen == "sdpa":
-            return {"pieces": pieces}
+            return {"micro_batch": micro_batch}
+        assert micro_batch.prefix == 0, self._chosen
         if self._chosen != "flash_attention_2":
             return {}
-        lengths = torch.tensor([0, *(length for rows, length in pieces for _ in range(rows))])
+        lengths = torch.tensor([0, *(length for rows, length in micro_batch.pieces for _ in range(rows))])
         borders, longest = lengths.cumsum(0).to(device, torch.int32), int(lengths.max())
         return {
             "cu_seq_lens_q": borders,
@@ -64,23 +71,32 @@ def attend_to_pieces(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    pieces: Sequence[tuple[int, int]],
+    micro_batch: MicroBatch,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention inside each row of each piece; query, key, value of shape (1, heads, tokens, head_dim).
+    """Causal attention inside each row of each piece of `micro_batch`, after its prefix.
+
+    Args:
+        query, key, value: shape (1, heads, tokens, head_dim).
 
     Returns:
         the output, shape (1, tokens, heads, head_dim), and no weights.
     """
     assert attention_mask is None, "rows of examples have no mask"
-    sizes = [rows * length for rows, length in pieces]
-    outputs = []
-    parts = zip(*(torch.split(tensor[0], sizes, dim=1) for tensor in (query, key, value)), strict=True)
+    pieces, prefix = micro_batch.pieces, micro_batch.prefix
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        mask = _window_mask(q.shape[2], kwargs.get("sliding_window"), query.device)
+        return sdpa_attention_forward(module, q, k, v, mask, **kwargs)[0]
+
+    sizes = [prefix, *(rows * length for rows, length in pieces)]
+    first, *parts = zip(*(torch.split(tensor, sizes, dim=2) for tensor in (query, key, value)), strict=True)
+    outputs = [attend(*first)[0]] if prefix else []
     for (rows, length), part in zip(pieces, parts, strict=True):
-        q, k, v = (tensor.unflatten(1, (rows, length)).transpose(0, 1) for tensor in part)
-        mask = _window_mask(length, kwargs.get("sliding_window"), query.device)
-        output, _ = sdpa_attention_forward(module, q, k, v, mask, **kwargs)
-        outputs.append(output.flatten(0, 1))
+        own = [tensor[0].unflatten(1, (rows, length)).transpose(0, 1) for tensor in part]
+        if prefix:
+            own = [torch.cat([a.expand(rows, -1, -1, -1), b], dim=2) for a, b in zip(first, own, strict=True)]
+        outputs.append(attend(*own)[:, prefix:].flatten(0, 1))
     return torch.cat(outputs).unsqueeze(0), None
 
 
@@ -92,4 +108,5 @@ def _window_mask(length: int, window: int | None, device: torch.device) -> torch
     return ((distance >= 0) & (distance < window))[None, None]
 
 
-AttentionInterface.register(PIECES, attend_to_pieces)
+# Not compiled with the rest by torch.compile: pieces differ in every step, and each would be compiled anew.
+AttentionInterface.register(PIECES, torch.compiler.disable(attend_to_pieces))  # type: ignore[no-untyped-call]

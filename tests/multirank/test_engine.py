@@ -30,7 +30,7 @@ def argv(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 def build(job: Any, argv: Sequence[str], stage: str = "zero1", precision: str = "fp32", **json: Any) -> tuple[Any, Any]:
     """The engine of one rank group that holds all ranks of `job`, and a function that makes training steps."""
-    from dpa_ds.data.batches import build_step
+    from dpa_ds.data.batches import Batching, build_step
     from dpa_ds.data.prompts import load_or_tokenize
     from dpa_ds.data.sources import read_client
     from dpa_ds.distributed.topology import plan_topology
@@ -52,7 +52,7 @@ def build(job: Any, argv: Sequence[str], stage: str = "zero1", precision: str = 
     tokens = load_or_tokenize(read_client(config.data, 0, 0).train, load_tokenizer(directory), config.data, "client")
 
     def step(k: int) -> Any:
-        return build_step(tokens, [(k + j) % len(tokens) for j in range(3)], world.rank, size, 64, 0)
+        return build_step(tokens, [(k + j) % len(tokens) for j in range(3)], world.rank, size, Batching(64, 0, True))
 
     return engine, step
 

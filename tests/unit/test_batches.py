@@ -17,6 +17,8 @@ from dpa_ds.config import DataConfig
 from dpa_ds.data.batches import (
     IGNORE_INDEX,
     PIECE_OVERHEAD_TOKENS,
+    Batching,
+    MicroBatch,
     build_step,
     dummy_micro_batch,
     num_steps,
@@ -164,7 +166,7 @@ def test_planning_is_fast() -> None:
 
 def test_build_step_lays_examples_end_to_end() -> None:
     examples = make_examples([3, 5, 40], [2, 2, 39])
-    step = build_step(examples, [1, 0, 2], rank=0, world_size=1, token_budget=100, pad_id=7)
+    step = build_step(examples, [1, 0, 2], rank=0, world_size=1, batching=Batching(100, 7, True))
     (micro_batch,) = step.micro_batches
     assert micro_batch.pieces == ((2, 5), (1, 40))
     assert micro_batch.input_ids.tolist() == [10, 11, 12, 7, 7, 13, 14, 15, 16, 17, *range(18, 58)]
@@ -176,7 +178,7 @@ def test_build_step_lays_examples_end_to_end() -> None:
 
 
 def test_the_first_token_of_an_example_is_never_a_label_token() -> None:
-    step = build_step(make_examples([4], [0]), [0], rank=0, world_size=1, token_budget=100, pad_id=0)
+    step = build_step(make_examples([4], [0]), [0], rank=0, world_size=1, batching=Batching(100, 0, True))
     assert step.num_label_tokens == 3
 
 
@@ -187,18 +189,29 @@ def test_dummy_has_no_label() -> None:
     assert dummy.pieces == ((1, 2),)
 
 
+def rows_of(batch: MicroBatch) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Tokens, positions and targets of each example of a pass, the shared prefix put back before it."""
+    sizes = [batch.prefix, *(length for count, length in batch.pieces for _ in range(count))]
+    parts = [tensor.split(sizes) for tensor in (batch.input_ids, batch.position_ids, batch.targets)]
+    before = [first for first, *_ in parts]
+    return [
+        tuple(torch.cat([a, b]) for a, b in zip(before, row, strict=True))  # type: ignore[misc]
+        for row in zip(*(rest for _, *rest in parts), strict=True)
+    ]
+
+
 def labelled_rows(
-    examples: TokenizedExamples, indices: list[int], world_size: int, budget: int
+    examples: TokenizedExamples, indices: list[int], world_size: int, batching: Batching
 ) -> Counter[tuple[int, ...]]:
     """What all ranks together train on: (token, target) sequences without padding, and the step's totals."""
     rows: Counter[tuple[int, ...]] = Counter()
     totals = set()
     for rank in range(world_size):
-        step = build_step(examples, indices, rank, world_size, budget, PAD_ID)
+        step = build_step(examples, indices, rank, world_size, batching)
         totals.add((step.num_label_tokens, step.num_examples, step.real_tokens))
         for batch in step.micro_batches:
-            sizes = [length for count, length in batch.pieces for _ in range(count)]
-            for ids, targets in zip(batch.input_ids.split(sizes), batch.targets.split(sizes), strict=True):
+            for ids, positions, targets in rows_of(batch):
+                assert positions.tolist() == list(range(len(ids)))
                 if (targets != IGNORE_INDEX).any():
                     is_token = ids != PAD_ID
                     rows[(*ids[is_token].tolist(), *targets[is_token].tolist())] += 1
@@ -208,23 +221,68 @@ def labelled_rows(
     return rows
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=150)
 @given(
     lengths=st.lists(st.integers(2, 40), min_size=1, max_size=20),
+    shared=st.integers(0, 25),
     world_size=st.integers(1, 5),
     budget=st.integers(1, 400),
 )
-def test_ranks_and_budget_do_not_change_what_is_trained(lengths: list[int], world_size: int, budget: int) -> None:
+def test_ranks_budget_and_sharing_do_not_change_what_is_trained(
+    lengths: list[int], shared: int, world_size: int, budget: int
+) -> None:
     examples = make_examples(lengths, [length // 2 for length in lengths])
+    for index in range(len(lengths)):
+        beginning = examples.input_ids(index)[:shared]
+        beginning[:] = np.arange(1000, 1000 + len(beginning))
     indices = list(range(len(lengths)))
-    assert labelled_rows(examples, indices, world_size, budget) == labelled_rows(examples, indices, 1, 10**6)
+    trained = labelled_rows(examples, indices, world_size, Batching(budget, PAD_ID, True))
+    assert trained == labelled_rows(examples, indices, 1, Batching(10**6, PAD_ID, False))
+
+
+@pytest.mark.parametrize(
+    ("prompt_lengths", "same", "prefix"),
+    [
+        ([6, 5, 7], 4, 4),
+        ([6, 5, 7], 5, 4),  # the last token of the shortest prompt predicts an answer's first
+        ([6, 1, 7], 9, 0),
+        ([6, 0, 7], 9, 0),
+        ([6, 5, 7], 0, 0),
+    ],
+)
+def test_what_prompts_begin_with_is_laid_once(prompt_lengths: list[int], same: int, prefix: int) -> None:
+    examples = make_examples([10, 10, 10], prompt_lengths)
+    for index in range(3):
+        examples.input_ids(index)[:same] = np.arange(1000, 1000 + same)
+    step = build_step(examples, [0, 1, 2], 0, 1, Batching(100, PAD_ID, True))
+    (batch,) = step.micro_batches
+    assert (batch.prefix, step.real_tokens, step.computed_tokens) == (prefix, 30, 30 - 2 * prefix)
+    assert batch.pieces == ((3, 10 - prefix),)
+    assert batch.input_ids[:prefix].tolist() == list(range(1000, 1000 + prefix))
+
+
+def test_a_prefix_that_saves_next_to_nothing_is_not_shared() -> None:
+    examples = make_examples([100] * 4, [50] * 4)
+    for shared, prefix in ((4, 0), (5, 5)):  # of 400 tokens 12 and 15; a 32nd is 12.5
+        for index in range(4):
+            examples.input_ids(index)[:shared] = np.arange(1, 1 + shared)
+        (batch,) = build_step(examples, range(4), 0, 1, Batching(500, 0, True)).micro_batches
+        assert batch.prefix == prefix
+
+
+def test_examples_longer_than_the_budget_make_no_dummies() -> None:
+    step = build_step(make_examples([400, 300], [5, 5]), [0, 1], 0, 1, Batching(50, 0, True))
+    assert [batch.pieces for batch in step.micro_batches] == [((1, 300),), ((1, 400),)]
 
 
 @settings(deadline=None, max_examples=60)
 @given(lengths=st.lists(st.integers(2, 40), min_size=1, max_size=20), world_size=st.integers(1, 5))
 def test_totals_count_what_the_tensors_hold(lengths: list[int], world_size: int) -> None:
     examples = make_examples(lengths, [1] * len(lengths))
-    steps = [build_step(examples, range(len(lengths)), rank, world_size, 100, 0) for rank in range(world_size)]
+    steps = [
+        build_step(examples, range(len(lengths)), rank, world_size, Batching(100, 0, True))
+        for rank in range(world_size)
+    ]
     batches = [batch for step in steps for batch in step.micro_batches]
     assert steps[0].computed_tokens == sum(batch.input_ids.numel() for batch in batches)
     assert steps[0].num_label_tokens == sum(int((batch.targets != IGNORE_INDEX).sum()) for batch in batches)
@@ -240,6 +298,6 @@ def test_padding_is_below_five_percent_on_the_authors_data() -> None:
         real = computed = 0
         for client_id, examples in enumerate(tokenized):
             for indices in step_indices(len(examples), batch_size, 10, (0, 1, client_id, 0)):
-                step = build_step(examples, indices, 0, world_size, budget, pad_id=0)
+                step = build_step(examples, indices, 0, world_size, Batching(budget, 0, False))
                 real, computed = real + step.real_tokens, computed + step.computed_tokens
         assert real / computed >= 0.95

@@ -16,6 +16,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from dpa_ds.data.batches import MicroBatch
 from dpa_ds.errors import ModelError
 from dpa_ds.model.packing import Packing
 
@@ -41,6 +42,23 @@ PIECES = ((3, 5), (1, 2), (2, 9))
 """Two rows of the last piece are 9 and 7 tokens long: the second is padded."""
 
 
+def micro_batch(row: torch.Tensor, pieces: tuple[tuple[int, int], ...], prefix: int = 0) -> MicroBatch:
+    sizes = [length for rows, length in pieces for _ in range(rows)]
+    positions = [torch.arange(prefix), *(torch.arange(prefix, prefix + length) for length in sizes)]
+    return MicroBatch(row, torch.cat(positions), row, pieces, prefix)
+
+
+def run(model: PreTrainedModel, batch: MicroBatch) -> torch.Tensor:
+    packing = Packing(model)
+    with packing:
+        return model(
+            input_ids=batch.input_ids[None],
+            position_ids=batch.position_ids[None],
+            use_cache=False,
+            **packing.arguments(batch, torch.device("cpu")),
+        ).logits[0]
+
+
 def build(name: str, attention: str) -> PreTrainedModel:
     torch.manual_seed(0)
     return MODELS[name](attention).eval()
@@ -58,23 +76,50 @@ def test_examples_in_a_row_do_not_see_one_another(name: str, attention: str) -> 
     model = build(name, attention)
     lengths = [length for rows, length in PIECES for _ in range(rows)]
     row = torch.randint(50, (sum(lengths),), generator=torch.Generator().manual_seed(1))
-    positions = torch.cat([torch.arange(length) for length in lengths])
     real = torch.ones(len(row), dtype=torch.bool)
     real[-2:] = False
-    packing = Packing(model)
-    with packing:
-        output = model(
-            input_ids=row[None],
-            position_ids=positions[None],
-            use_cache=False,
-            **packing.arguments(PIECES, torch.device("cpu")),
-        )
-        packed = output.logits[0][real]
-        packed_gradient = gradient(model, packed)
+    packed = run(model, micro_batch(row, PIECES))[real]
+    packed_gradient = gradient(model, packed)
     examples = [*row.split(lengths)[:-1], row[-9:-2]]
     alone = torch.cat([model(input_ids=one[None], use_cache=False).logits[0] for one in examples])
     torch.testing.assert_close(packed, alone, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(packed_gradient, gradient(model, alone), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_shared_prefix_is_before_every_example(name: str) -> None:
+    """Logits of the examples, and gradients of all that they depend on; window 4 is shorter than the prefix."""
+    model, prefix = build(name, "sdpa"), 6
+    assert Packing(model).takes_prefix
+    lengths = [length for rows, length in PIECES for _ in range(rows)]
+    row = torch.randint(50, (prefix + sum(lengths),), generator=torch.Generator().manual_seed(2))
+    together = run(model, micro_batch(row, PIECES, prefix))[prefix:]
+    gradient_together = gradient(model, together)
+    examples = [torch.cat([row[:prefix], own]) for own in row[prefix:].split(lengths)]
+    alone = torch.cat([model(input_ids=one[None], use_cache=False).logits[0, prefix:] for one in examples])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(gradient_together, gradient(model, alone), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("attention", ["eager", "flash_attention_2"])
+def test_other_attention_takes_no_prefix(attention: str) -> None:
+    model = build("llama", "eager")
+    model.config._attn_implementation = attention  # flash_attention_2 cannot run here
+    assert not Packing(model).takes_prefix
+    with pytest.raises(AssertionError):
+        Packing(model).arguments(micro_batch(torch.arange(41), PIECES, 6), torch.device("cpu"))
+
+
+def test_compiled_layers_are_not_compiled_anew_for_other_pieces() -> None:
+    model, plain = build("llama", "sdpa"), build("llama", "sdpa")
+    for layer in model.model.layers:
+        layer.compile(backend="eager", dynamic=True)
+    for pieces, prefix in ((PIECES, 0), (((2, 7),), 3), (((1, 4), (2, 6), (3, 5)), 2), (((4, 3),), 0)):
+        row = torch.randint(50, (prefix + sum(rows * length for rows, length in pieces),))
+        batch = micro_batch(row, pieces, prefix)
+        with torch._dynamo.config.patch(error_on_recompile=pieces != PIECES):
+            compiled = run(model, batch)
+        torch.testing.assert_close(compiled, run(plain, batch), rtol=1e-4, atol=1e-5)
 
 
 def test_outside_the_context_the_model_answers_as_before() -> None:
@@ -90,7 +135,7 @@ def test_outside_the_context_the_model_answers_as_before() -> None:
 def test_flash_attention_gets_the_borders_of_rows() -> None:
     model = build("llama", "sdpa")
     model.config._attn_implementation = "flash_attention_2"  # it cannot run here
-    given = Packing(model).arguments(PIECES, torch.device("cpu"))
+    given = Packing(model).arguments(micro_batch(torch.arange(35), PIECES), torch.device("cpu"))
     assert given["cu_seq_lens_q"].tolist() == [0, 5, 10, 15, 17, 26, 35]
     assert (given["cu_seq_lens_k"].dtype, given["max_length_q"]) == (torch.int32, 9)
 

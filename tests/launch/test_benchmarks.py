@@ -33,7 +33,8 @@ def test_a_step_is_that_of_the_trainer(model: Path, federation: Path, tmp_path: 
     assert losses["ours", "global"] != losses["ours", "local"]
     for variant in result["variants"]:
         assert len(variant["seconds"]) == 2
-        assert 0 < variant["real_over_computed"] <= 1
+        # what the prompts begin with is computed once by ours
+        assert 0 < variant["real_over_computed"] <= (2 if variant["name"] == "ours" else 1)
         for median, lowest, highest in variant["ours_over_this"].values():
             assert 0 < lowest <= median <= highest
     assert picture.read_bytes().startswith(b"\x89PNG")

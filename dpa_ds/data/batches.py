@@ -33,10 +33,10 @@ _DUMMY_LENGTH = 2
 
 @dataclass(frozen=True)
 class Batching:
-    """How the examples of a step become passes; of no consequence for what is computed."""
+    """How the examples of a step become passes. Of no consequence for what is computed, but for dropout's noise."""
 
     token_budget: int
-    """Most tokens of one pass, with padding; a longer example is passed alone."""
+    """Most tokens of a pass's examples, with padding; a longer example is passed alone."""
     pad_id: int
     share_prefix: bool
     """Lay what all prompts of a step begin with once a pass. The model's attention must know (`model/packing.py`)."""
@@ -135,8 +135,11 @@ def build_step(
 ) -> StepBatch:
     """Tensors of one rank (within its rank group) for the step that trains on `indices`, and the step's totals."""
     prefix = _shared_prefix(examples, indices) if batching.share_prefix else 0
-    lengths = [examples.length(index) - prefix for index in indices]
-    plan = plan_step(lengths, world_size, max(1, batching.token_budget - prefix))
+    lengths = [examples.length(index) for index in indices]
+    plan = plan_step(
+        lengths, world_size, batching.token_budget
+    )  # with the prefix, which attention copies for each example
+    rests = [length - prefix for length in lengths]
     passes = [pieces for micro_batches in plan for pieces in micro_batches]
     return StepBatch(
         micro_batches=[
@@ -145,8 +148,8 @@ def build_step(
         ],
         num_label_tokens=sum(examples.num_label_tokens(index) for index in indices),
         num_examples=len(indices),
-        real_tokens=sum(examples.length(index) for index in indices),
-        computed_tokens=sum(prefix + _padded(pieces, lengths) if pieces else _DUMMY_LENGTH for pieces in passes),
+        real_tokens=sum(lengths),
+        computed_tokens=sum(prefix + _padded(pieces, rests) if pieces else _DUMMY_LENGTH for pieces in passes),
     )
 
 

@@ -3,6 +3,7 @@
 import json
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -176,7 +177,11 @@ def aggregate_identical(job: Any) -> tuple[float, bool]:
     state = Shared(adapter, torch.full((2, 3), 0.3), states_weight=2.0)
     update = ClientUpdate(0, 5 + job.launch.global_rank, adapter, state.mean_states)
     mine = [update] if job.launch.global_rank != 1 else []
-    same = WeightedAverage(by_num_examples=True).aggregate(mine, state, group)
+    rule = WeightedAverage(by_num_examples=True)
+    same = rule.aggregate(mine, state, group)
+    before = same.flatten()
+    rule.aggregate([replace(one, adapter={key: 2 * t for key, t in adapter.items()}) for one in mine], same, group)
+    assert torch.equal(same.flatten(), before), "the buffer that travelled again belongs to nobody"
     nobody = WeightedAverage(by_num_examples=False).aggregate([], state, group)
     assert same.states_weight == 2.0 + 5 + 7  # leaders 0 and 2 have one client each
     error = float((same.flatten()[:-1] - state.flatten()[:-1]).abs().max())

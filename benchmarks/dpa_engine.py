@@ -1,7 +1,10 @@
 """This project's engine, as a benchmark drives it: a job of one rank, phases that start from given weights."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 
+import peft
 import torch
 
 from dpa_ds.config import RunConfig
@@ -16,6 +19,7 @@ from dpa_ds.distributed.world import build_world
 from dpa_ds.federation.client import learning_rate
 from dpa_ds.model.dual_adapter import ADAPTERS, Adapter, DualAdapter, Phase
 from dpa_ds.model.engine import AdapterEngine, build_deepspeed_json
+from dpa_ds.model.mixed_lora import MixedLora
 
 
 class DpaEngine:
@@ -38,22 +42,47 @@ class DpaEngine:
         self._batching = Batching(config.train.micro_batch_tokens, pad_id, self._engine.packing.takes_prefix)
         self._clock = clock
 
-    def build(self, step: Sequence[int]) -> StepBatch:
+    def build(self, step: Sequence[int], share_prefix: bool = True) -> StepBatch:
         """Tensors of one step."""
-        return build_step(self._examples, step, 0, 1, self._batching)
+        batching = replace(self._batching, share_prefix=share_prefix and self._batching.share_prefix)
+        return build_step(self._examples, step, 0, 1, batching)
 
-    def run(self, phase: Phase, steps: Sequence[Sequence[int]]) -> tuple[float, list[float]]:
-        """Seconds of a phase from the starting weights, the building of its batches included; losses of its steps."""
+    def run(
+        self, phase: Phase, steps: Sequence[Sequence[int]], share_prefix: bool = True, peft_layers: bool = False
+    ) -> tuple[float, list[float]]:
+        """Seconds of a phase from the starting weights, the building of its batches included; losses of its steps.
+
+        Without a shared prefix, or with PEFT's own LoRA layers, it is what came before these; the losses are the same.
+        """
+        with _peft_layers(self._engine.adapters, phase.alpha) if peft_layers else nullcontext():
+            return self._run(phase, steps, share_prefix)
+
+    def _run(self, phase: Phase, steps: Sequence[Sequence[int]], share_prefix: bool) -> tuple[float, list[float]]:
         for adapter in ADAPTERS:
             self._engine.write_state(adapter, self._states[adapter])
         started = self._clock()
         self._engine.activate(phase)
         shares = []
         for k, indices in enumerate(steps):
-            share, _, _ = self._engine.train_step(self.build(indices), learning_rate(self._train, k, len(steps)))
+            share, _, _ = self._engine.train_step(
+                self.build(indices, share_prefix), learning_rate(self._train, k, len(steps))
+            )
             shares.append(share)
         losses = torch.stack(shares).tolist()  # waits for the device
         return self._clock() - started, losses
+
+
+@contextmanager
+def _peft_layers(adapters: DualAdapter, alpha: float) -> Iterator[None]:
+    """Have PEFT's own layers compute, for timing."""
+    ours = MixedLora.forward
+    MixedLora.forward = peft.tuners.lora.Linear.forward  # type: ignore[method-assign]
+    for layer in adapters.layers:
+        layer.scaling = {"global": (1 - alpha) * adapters.scale, "local": alpha * adapters.scale}
+    try:
+        yield
+    finally:
+        MixedLora.forward = ours  # type: ignore[method-assign]
 
 
 def random_state(adapters: DualAdapter, adapter: Adapter) -> AdapterState:

@@ -52,7 +52,7 @@ def render(result: dict[str, Any]) -> str:
     lines = [
         result["where"],
         f"{result['model']}, {result['data']}: {mean} tokens an example ({shortest} to {longest}); {result['setting']}",
-        f"first loss, ours against Trainer: {result['first_loss_relative_difference']:.1e} relative",
+        f"first loss, ours against others: {result['first_loss_relative_difference']:.1e} relative",
         f"large matrix product: {result['matmul_peak_flops_per_second'] / 1e9:.1f} GFLOP/s",
         "",
         f"{'phase':8}{'variant':20}{'examples/s':>11}{'tokens/s':>10}{'real/computed':>14}{'GFLOP/s':>9}{'of peak':>9}"

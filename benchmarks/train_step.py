@@ -36,6 +36,15 @@ CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 LOSS_TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
 
 
+# Ours, and ours without one of its parts: how much each gains.
+PARTS = {
+    "ours": {},
+    "ours, no prefix": {"share_prefix": False},
+    "ours, PEFT layers": {"peft_layers": True},
+    "ours, neither": {"share_prefix": False, "peft_layers": True},
+}
+
+
 def main() -> None:
     """Entry point."""
     args = _parse()
@@ -112,8 +121,10 @@ def _stacks(
     ours = DpaEngine(adapters, config, examples, states, int(tokenizer.pad_token_id), CLOCKS[args.clock])
     variants = []
     for phase in (Phase("global", 0.0), Phase("local", config.method.alpha)):
-        run = lambda chosen, phase=phase: ours.run(phase, chosen)  # noqa: E731
-        variants.append(Variant("ours", phase.trains, sum(s.computed_tokens for s in map(ours.build, steps)), run))
+        for name, how in PARTS.items() if args.parts else [("ours", {})]:
+            run = lambda chosen, phase=phase, how=how: ours.run(phase, chosen, **how)  # noqa: E731
+            computed = sum(ours.build(step, how.get("share_prefix", True)).computed_tokens for step in steps)
+            variants.append(Variant(name, phase.trains, computed, run))
         for size in args.trainer_batch:
             run = lambda chosen, phase=phase, size=size: plain.run(phase, states, examples, chosen, size)  # noqa: E731
             computed = sum(plain.computed_tokens(examples, step, size) for step in steps)
@@ -132,9 +143,10 @@ def _floors(base: Any, args: argparse.Namespace, examples: TokenizedExamples, st
 
 
 def _check_losses(variants: Sequence[Variant], tolerance: float) -> float:
-    """Largest relative difference between the first losses of ours and of the Trainer in the same phase; NaN without one."""
+    """Largest relative difference between the first losses of ours and of others in the same phase; NaN without others."""
     first = {v.phase: v.losses[0] for v in variants if v.name == "ours"}
-    worst = max((abs(v.losses[0] / first[v.phase] - 1) for v in variants if v.name.startswith("Trainer")), default=nan)
+    others = (v for v in variants if v.losses and v.name != "ours")
+    worst = max((abs(v.losses[0] / first[v.phase] - 1) for v in others), default=nan)
     assert not worst > tolerance, [(v.phase, v.name, v.losses) for v in variants]
     assert len(set(first.values())) == len(first), f"the phases have the same loss, so alpha has no effect: {first}"
     return worst
@@ -185,6 +197,7 @@ def _parse() -> argparse.Namespace:
         nargs="*",
         help="the Trainer's batch sizes to try (default: 4, 8, the whole step); no number: without the Trainer",
     )
+    parser.add_argument("--parts", action="store_true", help="also time ours without each of its parts")
     parser.add_argument(
         "--floor_tokens", type=int, nargs="+", default=[1024, 4096], help="the floor's pass sizes (default: 1024 4096)"
     )

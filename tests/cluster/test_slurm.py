@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests import tiny
@@ -155,6 +156,18 @@ def test_a_lost_node_is_not_the_end_of_train_groups(machines: Machines, argument
     assert "group 1: of its nodes n2 one is lost" in job.output
 
 
+def assert_nothing_is_left(folder: Path) -> None:
+    """No process of a job over the recipe in `folder`, on any host: the rendezvous, which waits for ever, either."""
+    deadline = time.monotonic() + 10
+    while left := [p.info["cmdline"] for p in psutil.process_iter(["cmdline"]) if mentions(p.info["cmdline"], folder)]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.2)
+
+
+def mentions(command: list[str] | None, folder: Path) -> bool:
+    return any(word.startswith(str(folder)) for word in command or ())
+
+
 def test_groups_of_unequal_size(machines: Machines, arguments: Arguments, tmp_path: Path) -> None:
     """A group over two nodes would need more ranks than there are cores here: two ranks on n1, one on n2."""
     options = ["--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-task=1"]
@@ -164,6 +177,7 @@ def test_groups_of_unequal_size(machines: Machines, arguments: Arguments, tmp_pa
     assert "group 0: 2 ranks on n1; clients 0" in output
     assert "group 1: 1 rank on n2; clients 1" in output
     assert presence(tmp_path / "runs" / "tiny") == {r: [0, 1] for r in range(4)}
+    assert_nothing_is_left(tmp_path)
 
 
 def test_groups_of_a_heterogeneous_job(machines: Machines, arguments: Arguments, tmp_path: Path) -> None:
@@ -176,6 +190,7 @@ def test_groups_of_a_heterogeneous_job(machines: Machines, arguments: Arguments,
     assert re.search("group 0: 2 ranks on n[12]; clients 0", output), output
     assert re.search("group 1: 1 rank on n[12]; clients 1", output), output
     assert presence(tmp_path / "runs" / "tiny") == {r: [0, 1] for r in range(4)}
+    assert_nothing_is_left(tmp_path)
 
 
 def test_train_then_evaluate_then_compare(machines: Machines, arguments: Arguments, tmp_path: Path) -> None:

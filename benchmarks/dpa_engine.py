@@ -54,7 +54,7 @@ class DpaEngine:
 
         Without a shared prefix, or with PEFT's own LoRA layers, it is what came before these; the losses are the same.
         """
-        with peft_layers(self._engine.adapters, phase.alpha) if peft_layers else nullcontext():
+        with computed_by_peft(self._engine.adapters, phase.alpha) if peft_layers else nullcontext():
             return self._run(phase, steps, share_prefix)
 
     def _run(self, phase: Phase, steps: Sequence[Sequence[int]], share_prefix: bool) -> tuple[float, list[float]]:
@@ -73,7 +73,7 @@ class DpaEngine:
 
 
 @contextmanager
-def peft_layers(adapters: DualAdapter, alpha: float) -> Iterator[None]:
+def computed_by_peft(adapters: DualAdapter, alpha: float) -> Iterator[None]:
     """Have PEFT's own layers compute, for timing; `alpha` as in `set_mix`."""
     ours = MixedLora.forward
     MixedLora.forward = peft.tuners.lora.Linear.forward  # type: ignore[method-assign]

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from dpa_engine import peft_layers, random_state
+from dpa_engine import computed_by_peft, random_state
 from table import spread, where_and_when
 
 from dpa_ds.config import LoraConfig, ModelConfig
@@ -73,7 +73,7 @@ def _measure(
     for _ in range(repeats + 1):
         alone, _ = timed(layer.base_layer)
         ours, found = timed(layer)
-        with peft_layers(adapters, alpha):
+        with computed_by_peft(adapters, alpha):
             theirs, expected = timed(layer)
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
         rows.append((alone, ours, theirs))

@@ -108,8 +108,9 @@ class DualAdapter:
         if local.dim():
             local = local.reshape(-1, 1, 1)  # (batch, 1, 1) against (batch, seq_len, ranks)
         shares: dict[Adapter, torch.Tensor] = {"global": 1 - local, "local": local}
+        weights: dict[str, torch.Tensor] = {adapter: shares[adapter] * self.scale for adapter in active}
         for layer in self.layers:
-            layer.mix({adapter: shares[adapter] * self.scale for adapter in active})
+            layer.mix(weights)
 
     def set_trainable(self, adapter: Adapter, trainable: bool) -> None:
         """Freeze or free the parameters of `adapter`. Its branch stays in the graph: gradients still flow through."""

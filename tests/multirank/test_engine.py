@@ -202,6 +202,19 @@ def two_steps(job: Any, argv: Sequence[str], stage: str) -> tuple[Any, int]:
     return flatten_state(engine.read_state("local")).numpy(), len(calls)
 
 
+def norms_with_threshold(job: Any, argv: Sequence[str], threshold: int) -> list[float]:
+    zero = {"stage": 3, "stage3_param_persistence_threshold": threshold}
+    engine, step = build(job, argv, "zero3", zero_optimization=zero)
+    engine.activate(LOCAL)
+    return [float(engine.train_step(step(k), 1e-3)[1]) for k in range(3)]
+
+
+def test_adapters_too_large_to_stay_gathered_give_the_same_gradients(argv: list[str], tmp_path: Path) -> None:
+    """ZeRO-3 gathers them for each layer; below DeepSpeed's threshold, as everywhere else in these tests, they stay."""
+    kept, gathered = (run_on_ranks(norms_with_threshold, 2, tmp_path, argv, threshold) for threshold in (100_000, 0))
+    assert np.allclose(kept, gathered, rtol=1e-5)
+
+
 @pytest.mark.parametrize("stage", ["zero1", "zero3"])
 def test_gradient_checkpointing_recomputes_and_changes_nothing(argv: list[str], tmp_path: Path, stage: str) -> None:
     plain = run_on_ranks(two_steps, 2, tmp_path, argv, stage)

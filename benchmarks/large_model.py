@@ -22,7 +22,7 @@ from typing import Any
 from table import where_and_when
 
 from dpa_ds.planning.hardware import GPUS, parse_cluster
-from dpa_ds.planning.shapes import PRESETS, Shape
+from dpa_ds.planning.shapes import PRESETS, Shape, read_shape
 
 
 def main() -> None:
@@ -30,7 +30,7 @@ def main() -> None:
     args = _parse()
     if args.gpu == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed chooses when it is first imported
-    shape = PRESETS[args.model]
+    shape = read_shape(args.model, args.model if args.model in PRESETS else None)
     shape = replace(shape, layers=args.layers) if args.layers else shape
     where = where_and_when(args.gpu, ("torch", "deepspeed", "transformers"))
     print(f"{where}; {shape.parameters / 1e9:.2f} G parameters")
@@ -90,14 +90,21 @@ def measure_answers(adapters: Any, args: argparse.Namespace) -> None:
     def answer() -> Any:  # no token ends an answer: all are of full length
         return generate(adapters, prompts, alphas, config, pad_id=0, eos_id=-1)
 
-    answer()
-    weighted = [_seconds(answer, on_gpu) for _ in range(args.repeats)]
-    adapters.set_mix(0.0)
-    adapters.peft_model.merge_adapter(["global"])
-    answer()
-    merged = [_seconds(answer, on_gpu) for _ in range(args.repeats)]
-    ratios = sorted(m / w for m, w in zip(merged, weighted, strict=True))
-    rate = args.answers * args.new_tokens / statistics.median(weighted)
+    model, ids = adapters.base_model, torch.tensor(prompts, device=adapters.device)
+    words = {"max_new_tokens": args.new_tokens, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
+
+    def answer_merged() -> Any:  # by transformers alone
+        return model.generate(ids, attention_mask=torch.ones_like(ids), **words)
+
+    weighted, merged = [], []
+    for _ in range(args.repeats + 1):
+        weighted.append(_seconds(answer, on_gpu))
+        adapters.set_mix(None)
+        adapters.peft_model.merge_adapter(["global"])
+        merged.append(_seconds(answer_merged, on_gpu))
+        adapters.peft_model.unmerge_adapter()
+    ratios = sorted(m / w for m, w in zip(merged[1:], weighted[1:], strict=True))
+    rate = args.answers * args.new_tokens / statistics.median(weighted[1:])
     print(
         f"{args.answers} answers of {args.new_tokens} tokens: {rate:.0f} tokens/s, {statistics.median(ratios):.2f} "
         f"({ratios[0]:.2f} to {ratios[-1]:.2f}) times one merged adapter"
@@ -168,7 +175,9 @@ def _seconds(work: Callable[[], Any], on_gpu: bool) -> float:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=PRESETS, default="llama-7b", help="(%(default)s)")
+    parser.add_argument(
+        "--model", default="llama-7b", help=f"{', '.join(PRESETS)}, or a directory with a config.json (%(default)s)"
+    )
     parser.add_argument("--layers", type=int, help="only so many of its layers")
     parser.add_argument("--gpu", choices=GPUS, default="h100-80g", help="whose peak is meant (%(default)s)")
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")

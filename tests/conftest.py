@@ -25,7 +25,7 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained(model: Path, federation: Path, tmp_path_factory: pytest.TempPathFactory) -> Place:
     """A run of two rounds beside its model and data."""
     place = make_place(tmp_path_factory.mktemp("trained"), model, federation)
-    ended = run_forked(["--config", str(place.recipe)], place.root / "output.txt")
+    ended = run_forked(["--config", str(place.recipe)])
     assert ended.returncode == 0, ended.output
-    remove("output.txt", "cache")(place)
+    remove("cache")(place)
     return place

@@ -12,7 +12,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-PRELOADED = ["torch", "deepspeed", "transformers", "peft", "datasets", "dpa_ds.train"]
+PRELOADED = [
+    "datasets",
+    "dpa_ds.config_loader",
+    "dpa_ds.train",
+    "matplotlib.figure",
+    # What these would import when they are first used, half of a small run's time:
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # deepspeed.initialize: torch.compile, and with it torch._inductor
+    "transformers.models.llama.modeling_llama",
+]
 
 
 def run_on_ranks(

@@ -86,13 +86,11 @@ class WeightedAverage:
     def __init__(self, by_num_examples: bool) -> None:
         self.by_num_examples = by_num_examples
         self.carried: AdapterState | None = None
-        self._buffer = torch.zeros(0)
-        """Travels. Kept, because the first touch of fresh memory costs more than adding up."""
 
     def aggregate(self, updates: Sequence[ClientUpdate], current: Shared, federation: FederationGroup) -> Shared:
         """See `Aggregator.aggregate`."""
         num_states = current.mean_states.numel()
-        total = self._buffer.resize_(sum(t.numel() for t in current.adapter.values()) + num_states + 2).zero_()
+        total = torch.zeros(sum(t.numel() for t in current.adapter.values()) + num_states + 2)
         adapter, states, weights = torch.split(total, [len(total) - num_states - 2, num_states, 2])
         sums = unflatten_state(adapter, current.adapter)
         for update in updates:
@@ -106,5 +104,5 @@ class WeightedAverage:
         federation.all_reduce_(total, "update")
         if weights[0] == 0:  # no client took part
             return current
-        mean = unflatten_state(adapter / weights[0], current.adapter)
-        return current.counting(mean, states, float(weights[1]))
+        adapter.div_(weights[0])  # in place: the pages of a fresh tensor cost more than the division
+        return current.counting(sums, states, float(weights[1]))

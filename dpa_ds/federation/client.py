@@ -77,6 +77,7 @@ class ClientTrainer:
         progress = self._open(client)
         if found is not None:
             progress, saved = found
+            progress.metrics.tokens_taken_up = progress.metrics.real_tokens
             self.progress[client.client_id] = progress
             client.local_state, client.local_optimizer = saved.tensors["local"], saved.tensors.get("local_optimizer")
             client.steps_taken = dict(saved.info["steps_taken"])

@@ -18,6 +18,8 @@ class RoundMetrics:
     num_steps: int = 0
     seconds: float = 0.0
     real_tokens: int = 0
+    tokens_taken_up: int = 0
+    """Of `real_tokens`: those of an earlier process that was interrupted in this round."""
     computed_tokens: int = 0
     global_loss: float = 0.0
     """Mean training loss of the global phase's steps."""

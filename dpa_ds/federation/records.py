@@ -53,13 +53,15 @@ def track(federation: Federation, server_round: int, table: Sequence[dict[str, f
         tagged = {tag: row[name] for name, tag in EVALUATED.items() if name in known}
         tracker.scalars(f"client_{client_id:02d}", tagged, server_round)
     totals = {
-        name: sum(row[name] for row in present.values()) for name in ("seconds", "real_tokens", "computed_tokens")
+        name: sum(row[name] for row in present.values())
+        for name in ("real_tokens", "tokens_taken_up", "computed_tokens")
     }
+    own_tokens = totals["real_tokens"] - totals["tokens_taken_up"]  # of this process, as its seconds
     summary = {
         **{f"seconds/{part}": value for part, value in federation.seconds.items()},
         "seconds/save_inside_phases": federation.trainer.seconds_saving,  # a part of seconds/train
         **{f"bytes_handed/{purpose}": n for purpose, n in world.federation.bytes_handed.items()},
-        "tokens_per_second": totals["real_tokens"] / max(federation.seconds["train"], 1e-9),
+        "tokens_per_second": own_tokens / max(federation.seconds["train"], 1e-9),
         "computed_share": totals["computed_tokens"] / max(totals["real_tokens"], 1.0),
     }
     for name in EVALUATED:

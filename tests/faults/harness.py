@@ -203,6 +203,6 @@ def _all_gone(running: Running) -> None:
 
 def _records(run_dir: Path) -> list[dict[str, object]]:
     """metrics.jsonl without times, and without bytes, which are counted by process."""
-    leave_out = ("seconds", "tokens_per_second", "bytes_handed")
+    leave_out = ("seconds", "tokens_per_second", "tokens_taken_up", "bytes_handed")
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in record.items() if not key.startswith(leave_out)} for record in records]

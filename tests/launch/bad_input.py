@@ -112,9 +112,7 @@ def refuse(case: Case, place: Place) -> None:
     has_recipe = case.program in ("launch/run.py", "launch/compare.py")
     argv = [*(["--config", str(place.recipe)] if has_recipe else []), *map(place.fill, case.arguments)]
     before = checksums(place.root)
-    output = place.root / "output.txt"
-    ended = run_forked(argv, output, DEADLINE_SECONDS, case.program, **case.variables)
-    output.unlink()
+    ended = run_forked(argv, DEADLINE_SECONDS, case.program, **case.variables)
     shutil.rmtree(place.root / "cache", ignore_errors=True)  # tokens, and converted models
     assert ended.returncode == case.exit_code, ended.output
     assert ended.num_tracebacks == 0, ended.output

@@ -6,6 +6,7 @@ the environment, which every descendant inherits, does.
 
 import os
 import runpy
+import signal
 import socket
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -116,16 +118,79 @@ class Running:
         return self._output.read()
 
 
+class Forked(Running):
+    """`python launch/PROGRAM ARGV` in a process forked from one that has imported everything: no start of 5 s and more.
+
+    The process as such is as good as a started one; what the start itself does is for tests with a launcher to show.
+    """
+
+    def __init__(self, command: Sequence[str], **variables: str) -> None:
+        assert command[0] == PYTHON, command
+        self._output = tempfile.NamedTemporaryFile("w+")  # noqa: SIM115
+        self._started = time.monotonic()
+        self.command = list(command)
+        work = (command[1], list(command[2:]), self._output.name, {**own_environment(), **variables})
+        self.process = ForkedProcess(_forkserver().Process(target=_run_program, args=work, daemon=True))
+
+    def remaining(self) -> list[psutil.Process]:
+        """Processes of its session that still run."""
+        found = []
+        for process in psutil.process_iter():
+            with suppress(psutil.Error, ProcessLookupError):  # ended meanwhile
+                is_own = self.process.pid in (process.pid, os.getsid(process.pid))
+                if is_own and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+        return found
+
+
+class ForkedProcess:
+    """What tests use of `subprocess.Popen`, of a process that another one has forked; it starts here."""
+
+    def __init__(self, process: Any) -> None:
+        self._process = process
+        process.start()
+        self.pid: int = process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        """Less than 0: the signal that ended it."""
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        """Its `returncode`, None while it runs."""
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Until its end."""
+        self._process.join(timeout)
+        if self.returncode is None:
+            raise subprocess.TimeoutExpired(str(self.pid), timeout or 0.0)
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        """Unless it has ended."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        """SIGTERM."""
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        self.send_signal(signal.SIGKILL)
+
+
 def run(command: Sequence[str], deadline_seconds: float = 120.0, cwd: Path = REPOSITORY, **variables: str) -> Ended:
     """Start `command` with `variables` in its environment and wait for its end."""
     with Running(command, cwd, **variables) as running:
         return running.wait(deadline_seconds)
 
 
-def start_by_hand(command: Sequence[str], num_ranks: int) -> list[Running]:
+def start_by_hand(command: Sequence[str], num_ranks: int) -> list[Forked]:
     """A process for each rank, without a launcher that would end the others if one fails: srun without --kill-on-bad-exit."""
     common = {"WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    return [Running(command, **common, RANK=str(i), LOCAL_RANK=str(i)) for i in range(num_ranks)]
+    return [Forked(command, **common, RANK=str(i), LOCAL_RANK=str(i)) for i in range(num_ranks)]
 
 
 def wait_for(folder: Path, pattern: str, running: Sequence[Running], deadline_seconds: float) -> None:
@@ -148,27 +213,11 @@ def run_by_hand(ranks: Sequence[Running], deadline_seconds: float = 120.0) -> li
 
 
 def run_forked(
-    argv: Sequence[str],
-    output: Path,
-    deadline_seconds: float = 120.0,
-    program: str = "launch/run.py",
-    **variables: str,
+    argv: Sequence[str], deadline_seconds: float = 120.0, program: str = "launch/run.py", **variables: str
 ) -> Ended:
-    """`python PROGRAM ARGV` in a process of its own, forked from one that has imported everything: no 5 s start.
-
-    `variables` are added to its environment. Its standard input is empty.
-    """
-    started = time.monotonic()
-    process = _forkserver().Process(
-        target=_run_program, args=(program, list(argv), str(output), variables), daemon=True
-    )
-    process.start()
-    process.join(deadline_seconds)
-    hung = process.is_alive()
-    process.kill()
-    process.join()
-    assert not hung, f"{argv} hung for {deadline_seconds:g} s:\n{output.read_text()}"
-    return Ended(process.exitcode, output.read_text(), time.monotonic() - started)
+    """`python PROGRAM ARGV`, `Forked`, until its end."""
+    with Forked([PYTHON, program, *argv], **variables) as running:
+        return running.wait(deadline_seconds)
 
 
 def adapters(run_dir: Path, server_round: int | None = None) -> dict[str, torch.Tensor]:
@@ -216,14 +265,14 @@ def own_environment() -> dict[str, str]:
     return {**kept, "PATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
-def _run_program(program: str, argv: list[str], output: str, variables: dict[str, str]) -> None:
+def _run_program(program: str, argv: list[str], output: str, environment: dict[str, str]) -> None:
     """Body of the forked process."""
-    file = os.open(output, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+    os.setsid()
+    file = os.open(output, os.O_WRONLY)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(file, 1)
     os.dup2(file, 2)
     os.chdir(REPOSITORY)
-    environment = {**own_environment(), **variables}
     os.environ.clear()
     os.environ.update(environment)
     sys.argv = [program, *argv]

@@ -16,6 +16,7 @@ from tests import tiny
 from tests.launch.processes import (
     PYTHON,
     RUN,
+    Forked,
     Running,
     adapters,
     assert_same_adapters,
@@ -53,7 +54,7 @@ def arguments(model: Path, federation: Path) -> Arguments:
 def rendezvous(argv: Sequence[str]) -> Iterator[tuple[str, Running]]:
     """host:port of a running launch/rendezvous.py."""
     port = free_port()
-    with Running([PYTHON, "launch/rendezvous.py", *argv, "--port", str(port)]) as running:
+    with Forked([PYTHON, "launch/rendezvous.py", *argv, "--port", str(port)]) as running:
         deadline = time.monotonic() + 60
         while "rendezvous for tiny at" not in running.output():
             assert running.process.poll() is None, running.output()
@@ -64,7 +65,7 @@ def rendezvous(argv: Sequence[str]) -> Iterator[tuple[str, Running]]:
 
 def start(argv: Sequence[str], group: int, meeting: str) -> Running:
     own = ["--cluster.group", str(group), "--cluster.rendezvous", meeting]
-    return Running([*RUN, *argv, *own], DS_ACCELERATOR="cpu")
+    return Forked([*RUN, *argv, *own], DS_ACCELERATOR="cpu")
 
 
 def finished(groups: Sequence[Running]) -> list[str]:

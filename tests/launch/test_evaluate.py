@@ -59,12 +59,12 @@ class Place:
 
     def evaluate(self, *options: str) -> Ended:
         """On one rank."""
-        return run_forked(["--run", str(self.run), *options], self.root / "output.txt", program=PROGRAM)
+        return run_forked(["--run", str(self.run), *options], program=PROGRAM)
 
     def refuse(self, options: list[str], exit_code: int) -> str:
         """The one line of an evaluation that fails; it must leave the run as it was."""
         before = checksums(self.root / "runs")
-        ended = run_forked(options, self.root / "output.txt", program=PROGRAM)
+        ended = run_forked(options, program=PROGRAM)
         assert ended.returncode == exit_code, ended.output
         assert ended.num_tracebacks == 0, ended.output
         assert len(ended.errors) == 1, ended.output
@@ -111,7 +111,7 @@ def train(place: Place, model: Path, federation: Path, **overrides: Any) -> None
     data = shutil.copytree(federation, place.root / "data")
     settings = {"federation__num_rounds": 1, "generation__num_beams": 1, "generation__max_new_tokens": 8}
     settings |= {"data__cache_dir": place.root / "cache", **overrides}
-    ended = run_forked(tiny.recipe(base, data, place.root / "runs", **settings), place.root / "output.txt")
+    ended = run_forked(tiny.recipe(base, data, place.root / "runs", **settings))
     assert ended.returncode == 0, ended.output
 
 

@@ -46,7 +46,7 @@ def test_recipe_trains_a_step(path: Path, tmp_path: Path, model: Path, federatio
         "evaluation.max_examples": 2,
     }
     argv = ["--config", str(path), *(f"--{key}={value}" for key, value in changes.items())]
-    ended = run_forked(argv, tmp_path / "output.txt")
+    ended = run_forked(argv)
     assert ended.returncode == 0, ended.output
     run_dir = tmp_path / "runs" / config.name
     assert adapters(run_dir)
@@ -74,7 +74,7 @@ def test_what_a_cpu_lacks_is_one_error(name: str, tmp_path: Path, model: Path, f
     if name == "zero3_offload_nvme" and Path("/usr/include/libaio.h").exists():
         pytest.skip("libaio is installed: nothing is missing")
     argv = tiny.recipe(model, federation, tmp_path / "runs", engine__deepspeed_config=f"ds_configs/{name}.json")
-    ended = run_forked(argv, tmp_path / "output.txt")
+    ended = run_forked(argv)
     assert ended.returncode == 2, ended.output
     assert len(ended.errors) == 1, ended.output
     assert NEVER_RUN[name] in ended.errors[0]

@@ -8,6 +8,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,7 +16,7 @@ from tests import tiny
 from tests.launch.processes import (
     RUN,
     Ended,
-    Running,
+    Forked,
     adapters,
     assert_same_adapters,
     run,
@@ -43,15 +44,14 @@ def arguments(model: Path, federation: Path, tmp_path_factory: pytest.TempPathFa
 def uninterrupted(arguments: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a run of three rounds that nothing disturbed."""
     folder = tmp_path_factory.mktemp("uninterrupted")
-    ended = run_forked([*arguments(folder), "--federation.num_rounds", "3"], folder / "output.txt")
+    ended = run_forked([*arguments(folder), "--federation.num_rounds", "3"])
     assert ended.returncode == 0, ended.output
     return folder / "runs" / "tiny"
 
 
 def records_of_clients(run_dir: Path) -> list[tuple[int, int]]:
     """(round, client) of every client's record, in the order of the file."""
-    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [(record["round"], record["client"]) for record in records if record["kind"] == "client"]
+    return [(record["round"], record["client"]) for record in records(run_dir) if record["kind"] == "client"]
 
 
 def each_once(num_rounds: int) -> list[tuple[int, int]]:
@@ -60,7 +60,7 @@ def each_once(num_rounds: int) -> list[tuple[int, int]]:
 
 def kill_when(command: list[str], *files: Path) -> None:
     """Start `command`, and SIGKILL all of it as soon as one of the files is there."""
-    with Running(command) as running:
+    with Forked(command) as running:
         deadline = time.monotonic() + 60
         while not any(file.exists() for file in files):
             assert running.process.poll() is None, running.output()
@@ -75,15 +75,14 @@ def test_killed_resumed_repeated_and_extended(
     argv, run_dir = arguments(tmp_path), tmp_path / "runs" / "tiny"
 
     def again(*more: str) -> Ended:
-        ended = run_forked([*argv, *more], tmp_path / "output.txt")
+        ended = run_forked([*argv, *more])
         assert ended.returncode == 0, ended.output
         return ended
 
     kill_when([*RUN, *argv], run_dir / "rounds" / "round_000001" / "meta.json")
     assert not (run_dir / "rounds" / "round_000002").exists(), "killed too late to tell anything"
 
-    ended = run([*RUN, *argv])
-    assert ended.returncode == 0, ended.output
+    ended = again()
     assert "continues after round 1 of 2" in ended.output
     assert_same_adapters(adapters(run_dir), adapters(uninterrupted, 2), tolerance=0.0)
     assert records_of_clients(run_dir) == each_once(2)
@@ -112,7 +111,7 @@ def test_killed_before_the_first_round_is_complete(
     leftover.mkdir(parents=True, exist_ok=True)
     (leftover / "half").write_text("")
 
-    ended = run_forked(argv, tmp_path / "output.txt")
+    ended = run_forked(argv)
     assert ended.returncode == 0, ended.output
     assert "continues" not in ended.output
     assert_same_adapters(adapters(run_dir), adapters(uninterrupted, 2), tolerance=0.0)
@@ -133,19 +132,26 @@ def test_killed_inside_a_phase(
     info = json.loads(next(saved.glob("*/state.json")).read_text())["info"]
     assert info["inside"]["step"] > 0 or info["phase"] > 0, "nothing to take up again"
 
-    ended = run_forked(argv, tmp_path / "output.txt")
+    ended = run_forked(argv)
     assert ended.returncode == 0, ended.output
     assert "continues after round 1 of 2" in ended.output
     assert_same_adapters(adapters(run_dir), adapters(uninterrupted, 2), tolerance=0.0)
     assert not list(run_dir.glob("rounds/**/progress"))
     assert metrics(run_dir) == [record for record in metrics(uninterrupted) if record["round"] <= 2]
+    *clients, whole = [record for record in records(run_dir) if record["round"] == 2]
+    own_tokens = sum(client["real_tokens"] - client["tokens_taken_up"] for client in clients)
+    assert 0 < own_tokens < sum(client["real_tokens"] for client in clients), "those of the second process"
+    assert whole["tokens_per_second"] * whole["seconds/train"] == pytest.approx(own_tokens)
 
 
-def metrics(run_dir: Path) -> list[dict[str, object]]:
-    """Records of clients and rounds without times."""
-    timed = ("seconds", "tokens_per_second")
-    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in record.items() if not key.startswith(timed)} for record in records]
+def metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """Records of clients and rounds without times, and without what tells of an interruption."""
+    timed = ("seconds", "tokens_per_second", "tokens_taken_up")
+    return [{key: value for key, value in record.items() if not key.startswith(timed)} for record in records(run_dir)]
+
+
+def records(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_damaged_round_is_set_aside(tmp_path: Path, arguments: Callable[..., list[str]], uninterrupted: Path) -> None:
@@ -155,7 +161,7 @@ def test_damaged_round_is_set_aside(tmp_path: Path, arguments: Callable[..., lis
     spoil(damaged)
     more = ["--federation.num_rounds", "3"]
 
-    ended = run_forked([*argv, *more], tmp_path / "output.txt")
+    ended = run_forked([*argv, *more])
     assert ended.returncode == 0, ended.output
     aside = run_dir / "rounds" / "round_000003.damaged"
     assert f"round 3 is damaged and set aside as {aside}: {damaged} is damaged (checksum differs)" in ended.output
@@ -171,7 +177,7 @@ def test_no_whole_round_is_left(tmp_path: Path, arguments: Callable[..., list[st
     shutil.copytree(uninterrupted, run_dir, symlinks=True)
     for path in run_dir.glob("rounds/*/global/adapter_model.safetensors"):
         spoil(path)
-    ended = run_forked([*argv, "--federation.num_rounds", "3"], tmp_path / "output.txt")
+    ended = run_forked([*argv, "--federation.num_rounds", "3"])
     assert ended.returncode == 4, ended.output
     (error,) = ended.errors
     assert f"no complete round of {run_dir} is whole: restore one, or delete the folder" in error
@@ -196,7 +202,7 @@ def test_resume_can_be_forbidden_or_demanded(
     argv, run_dir = arguments(tmp_path), tmp_path / "runs" / "tiny"
     if there:
         shutil.copytree(uninterrupted, run_dir, symlinks=True)
-    ended = run_forked([*argv, "--resume", resume, "--federation.num_rounds", "3"], tmp_path / "output.txt")
+    ended = run_forked([*argv, "--resume", resume, "--federation.num_rounds", "3"])
     assert ended.returncode == 4, ended.output
     (error,) = ended.errors
     assert message in error
@@ -223,7 +229,7 @@ def test_another_layout_begins_the_round_anew(
     run_dir = tmp_path / "runs" / "tiny"
     saved = run_dir / "rounds" / "round_000002.tmp" / "progress" / "client_01"
     kill_when([*RUN, *argv], saved / "000001" / "state.json", saved / "000002" / "state.json")
-    ended = run_forked([*argv, "--train.micro_batch_tokens", "64"], tmp_path / "output.txt")
+    ended = run_forked([*argv, "--train.micro_batch_tokens", "64"])
     assert ended.returncode == 0, ended.output
     assert "client 1 begins round 2 anew: what it had done of it was done with another layout" in ended.output
 
@@ -239,9 +245,7 @@ def test_resumed_on_other_layouts_at_the_border_of_rounds(tmp_path: Path, argume
     )
     (tmp_path / "one").mkdir()
     (tmp_path / "many").mkdir()
-    ended = run_forked(
-        [*arguments(tmp_path / "one", **settings), "--federation.num_rounds", "4"], tmp_path / "output.txt"
-    )
+    ended = run_forked([*arguments(tmp_path / "one", **settings), "--federation.num_rounds", "4"])
     assert ended.returncode == 0, ended.output
     argv = arguments(tmp_path / "many", **settings)
     for num_rounds, (num_ranks, stage, ranks_per_group) in enumerate(layouts, 1):
@@ -286,7 +290,7 @@ def test_a_full_disk_is_one_error_and_earlier_rounds_are_intact(
     assert "make room or choose another output_dir, then run the same command again" in ended.errors[0]
 
     shutil.copytree(saved, runs, symlinks=True, dirs_exist_ok=True)
-    ended = run_forked(argv, tmp_path / "output.txt")
+    ended = run_forked(argv)
     assert ended.returncode == 0, ended.output
     assert re.search(r"continues after round [12] of 3", ended.output)
     assert_same_adapters(adapters(runs / "tiny"), adapters(uninterrupted), tolerance=0.0)
@@ -296,9 +300,9 @@ def test_a_full_disk_is_one_error_and_earlier_rounds_are_intact(
 def test_two_jobs_at_once_on_one_run_are_refused(tmp_path: Path, arguments: Callable[..., list[str]]) -> None:
     argv = arguments(tmp_path, federation__num_rounds=500, checkpoint__grace_seconds=2)
     run_dir = tmp_path / "runs" / "tiny"
-    with Running([*RUN, *argv]) as first:
+    with Forked([*RUN, *argv]) as first:
         wait_for(run_dir, "rounds/round_000001/meta.json", [first], 60.0)
-        ended = run_forked(argv, tmp_path / "output.txt")
+        ended = run_forked(argv)
         assert ended.returncode == 4, ended.output
         (error,) = ended.errors
         assert f"another job works on {run_dir} (it holds lock): wait for its end or stop it" in error

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests import tiny
-from tests.launch.processes import PYTHON, run
+from tests.launch.processes import PYTHON, run, run_forked
 
 pytestmark = pytest.mark.launch
 main = runpy.run_path("launch/scale.py")["main"]
@@ -17,9 +17,8 @@ def test_two_sizes_and_a_prediction(tmp_path: Path) -> None:
     model, data = tiny.make_model(tmp_path / "model"), tiny.make_federation(tmp_path / "data")
     recipe = tiny.recipe(model, data, tmp_path / "unused", train__max_steps=4)
     folder = tmp_path / "scale"
-    command = [PYTHON, "launch/scale.py", *recipe, "--over", "groups=1,2", "--output", str(folder)]
-    command += ["--predict", "ranks=1024,clients=1000,net=100Gb"]
-    ended = run(command, 240.0)
+    argv = [*recipe, "--over", "groups=1,2", "--output", str(folder), "--predict", "ranks=1024,clients=1000,net=100Gb"]
+    ended = run([PYTHON, "launch/scale.py", *argv], 240.0)
     assert ended.returncode == 0, ended.output
     found = json.loads((folder / "points.json").read_text())
     assert [len(point["groups"]) for point in found["points"]] == [1, 2]
@@ -35,7 +34,7 @@ def test_two_sizes_and_a_prediction(tmp_path: Path) -> None:
     assert (folder / "scale.png").read_bytes().startswith(b"\x89PNG")
     times = {path: path.stat().st_mtime_ns for path in (folder / "runs").rglob("results.json")}
     assert len(times) == 2
-    again = run(command, 120.0)
+    again = run_forked(argv, program="launch/scale.py")
     assert again.returncode == 0, again.output
     assert {path: path.stat().st_mtime_ns for path in times} == times, "a run that was done ran again"
     for words, told in (
@@ -43,7 +42,7 @@ def test_two_sizes_and_a_prediction(tmp_path: Path) -> None:
         (["--train.micro_batch_tokens", "77"], "(train.micro_batch_tokens: "),
         (["--ranks_per_group", "2"], "(--ranks_per_group: 1 -> 2)"),
     ):
-        other = run([*command, *words], 120.0)
+        other = run_forked([*argv, *words], program="launch/scale.py")
         assert other.returncode == 2, other.output
         assert f"error: {folder} holds the runs of another experiment {told}" in other.output
     assert (folder / "scale.md").read_text() == table
@@ -53,8 +52,8 @@ def test_a_field_that_the_recipe_itself_lacks(tmp_path: Path) -> None:
     model, data = tiny.make_model(tmp_path / "model"), tiny.make_federation(tmp_path / "data")
     recipe = tiny.recipe(model, data / "test.jsonl", tmp_path / "unused", data__format="table", train__max_steps=2)
     recipe += ["--data.partition.kind=iid", "--data.task_column=null"]
-    command = [PYTHON, "launch/scale.py", *recipe, "--over", "data.partition.num_clients=2,3", "--output"]
-    ended = run([*command, str(tmp_path / "scale")], 240.0)
+    argv = [*recipe, "--over", "data.partition.num_clients=2,3", "--output", str(tmp_path / "scale")]
+    ended = run_forked(argv, 240.0, "launch/scale.py")
     assert ended.returncode == 0, ended.output
     found = json.loads((tmp_path / "scale" / "points.json").read_text())
     assert [[len(group) for group in point["groups"]] for point in found["points"]] == [[2], [3]]

@@ -179,7 +179,7 @@ def test_a_signal_to_mpirun(
         ended = running.wait(DEADLINE_SECONDS)
     assert ended.returncode == PREEMPTED, ended.output
     assert "all is saved" in ended.output
-    ended = run_forked([*argv, "--resume", "must"], tmp_path / "output.txt")
+    ended = run_forked([*argv, "--resume", "must"])
     assert ended.returncode == 0, ended.output
     assert_same_adapters(adapters(run_dir), adapters(uninterrupted[1]), tolerance=0.0)
 

@@ -181,7 +181,7 @@ def aggregate_identical(job: Any) -> tuple[float, bool]:
     same = rule.aggregate(mine, state, group)
     before = same.flatten()
     rule.aggregate([replace(one, adapter={key: 2 * t for key, t in adapter.items()}) for one in mine], same, group)
-    assert torch.equal(same.flatten(), before), "the buffer that travelled again belongs to nobody"
+    assert torch.equal(same.flatten(), before), "an average changes with the next one"
     nobody = WeightedAverage(by_num_examples=False).aggregate([], state, group)
     assert same.states_weight == 2.0 + 5 + 7  # leaders 0 and 2 have one client each
     error = float((same.flatten()[:-1] - state.flatten()[:-1]).abs().max())

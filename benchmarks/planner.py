@@ -5,12 +5,14 @@ global phase, then a local one, so that both adapters have their optimizer state
 before the last step, plus the high-water mark of torch's allocator inside it, as torch.profiler records it. Rows are of
 equal length, and every row has the same share of labels, as the plan assumes. Seconds, in fp32: the median of more such
 steps, beside the plan for all FLOP/s of a large matrix product and all bandwidth of an all-gather in the same call.
+ZeRO-3's gathers: bytes that a rank receives in a step, beside the plan and the floor, which is the base once.
 """
 
 import argparse
 import datetime
 import gc
 import json
+import math
 import os
 import statistics
 import tempfile
@@ -88,7 +90,8 @@ def main() -> None:
     os.environ.update(OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu", TOKENIZERS_PARALLELISM="false")
     print(f"{datetime.date.today()}; {options.ranks} ranks of one thread; fp32: {LARGE}; bf16: {SMALL}")
     print(
-        f"{'':52}{'MB measured':>12}{'planned':>9}{'ratio':>7}{'s a step':>11}{'planned':>9}{'ratio':>7}{'of peak':>9}"
+        f"{'':52}{'MB measured':>12}{'planned':>9}{'ratio':>7}{'s a step':>11}{'planned':>9}{'ratio':>7}"
+        f"{'MB gathered':>13}{'planned':>9}{'ratio':>7}{'to floor':>10}"
     )
     with tempfile.TemporaryDirectory() as folder:
         for number in options.cases if options.cases else range(len(CASES)):
@@ -143,6 +146,7 @@ def measure(job: Any, setting: Setting, argv: list[str], timed: bool = False) ->
 
     Returns:
         resting: bytes of live tensor storages before the step; peak: these and the allocator's high-water mark on top;
+        gathered: bytes that the step's all-gathers received;
         if `timed`, seconds: median of steps; flops: FLOP/s of a large fp32 matrix product; bandwidth: bytes/s received in an
         all-gather.
     """
@@ -160,14 +164,15 @@ def measure(job: Any, setting: Setting, argv: list[str], timed: bool = False) ->
             engine.train_step(step, 1e-3)
     gc.collect()
     resting = sum(_live_storages().values())
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=cpu, profile_memory=True, record_shapes=True) as profiler:
         engine.train_step(step, 1e-3)
-    peak = resting + _high_water_mark(profiler)
+    found = {"resting": resting, "peak": resting + _high_water_mark(profiler), "gathered": _gathered(profiler)}
     if not timed:
-        return {"resting": resting, "peak": peak}
+        return found
     seconds = statistics.median(_seconds(lambda: engine.train_step(step, 1e-3)) for _ in range(REPEATS))
     flops = matmul_flops_per_second(torch.float32, torch.device("cpu"), time.perf_counter)
-    return {"resting": resting, "peak": peak, "seconds": seconds, "flops": flops, "bandwidth": _bandwidth(engine.world)}
+    return {**found, "seconds": seconds, "flops": flops, "bandwidth": _bandwidth(engine.world)}
 
 
 def write_model(folder: Path, setting: Setting) -> Path:
@@ -242,10 +247,17 @@ def _line(case: Case, setting: Setting, argv: list[str], found: dict[str, float]
     plan = planned(argv, setting, found.get("flops", 1.0), found.get("bandwidth", 1.0), ranks)
     memory = plan.total - OVERHEAD
     line = f"{case.name:52}{found['peak'] / 1e6:>12.1f}{memory / 1e6:>9.1f}{found['peak'] / memory:>7.3f}"
-    if "seconds" not in found:
-        return line
-    ratio = found["seconds"] / plan.step_seconds
-    return f"{line}{found['seconds']:>11.3f}{plan.step_seconds:>9.3f}{ratio:>7.2f}"
+    if "seconds" in found:
+        ratio = found["seconds"] / plan.step_seconds
+        line += f"{found['seconds']:>11.3f}{plan.step_seconds:>9.3f}{ratio:>7.2f}"
+    if case.stage == 3:
+        gathered, floor = (
+            found["gathered"],
+            plan.memory["base"] * (ranks - 1),
+        )  # of the base a rank has 1 / ranks itself
+        line += f"{'':{27 * ('seconds' not in found)}}{gathered / 1e6:>13.1f}{plan.gather_bytes / 1e6:>9.1f}"
+        line += f"{gathered / plan.gather_bytes:>7.2f}{gathered / floor:>10.2f}"
+    return line
 
 
 def _step(setting: Setting, world_size: int) -> Any:
@@ -282,6 +294,14 @@ def _high_water_mark(profiler: Any) -> int:
         live += event.nbytes()
         highest = max(highest, live)
     return highest
+
+
+def _gathered(profiler: Any) -> int:
+    """Bytes that all-gathers received: what came out, without the rank's own share."""
+    size = {"float": 4, "c10::BFloat16": 2}
+    found = [e for e in profiler.profiler.kineto_results.events() if e.name() == "c10d::_allgather_base_"]
+    numels = ([math.prod(shape) for shape in event.shapes()[:2]] for event in found)
+    return sum((whole - own) * size[e.dtypes()[0]] for e, (whole, own) in zip(found, numels, strict=True))
 
 
 if __name__ == "__main__":

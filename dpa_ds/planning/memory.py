@@ -45,8 +45,8 @@ class Layout:
     """The base's share lies in the host's memory (ZeRO-3)."""
 
 
-def model_bytes(shape: Shape, layout: Layout) -> dict[str, float]:
-    """The frozen base: all of it below stage 3, else 1/ranks of it and what is gathered at once.
+def model_bytes(shape: Shape, lora: Lora, layout: Layout) -> dict[str, float]:
+    """The frozen base: all of it below stage 3, else 1/ranks of it and what is gathered at once, of the adapters too.
 
     DeepSpeed 0.19.8 keeps a gathered parameter while it is used again within `reuse_distance` elements of its trace.
     At the turn from forward to backward these are the last reuse_distance / 2, a single layer at least, and `prefetch`
@@ -60,11 +60,32 @@ def model_bytes(shape: Shape, layout: Layout) -> dict[str, float]:
     small = shape.layers * sum(i * o for i, o in shape.linears.values() if i * o <= layout.persistence)
     small += shape.vocab * shape.hidden
     share = 0.0 if layout.offload_params else shape.parameters * b / layout.ranks
+    whole = _divided_parameters(shape, lora, layout)
     if layout.checkpointing:
-        kept = min(shape.parameters, max(layout.reuse_distance, layout.max_live) + small)
-        return {"base": share, "gathered": (kept + min(shape.parameters // 2, 2 * layout.prefetch)) * b}
-    kept = max(layout.reuse_distance // 2, shape.layer_parameters, shape.vocab * shape.hidden)
-    return {"base": share, "gathered": min(shape.parameters, kept + layout.prefetch + small) * b}
+        kept = min(whole, max(layout.reuse_distance, layout.max_live) + small)
+        return {"base": share, "gathered": (kept + min(whole // 2, 2 * layout.prefetch)) * b}
+    return {"base": share, "gathered": min(whole, _kept_at_the_turn(shape, layout) + small) * b}
+
+
+def gathered_parameters(shape: Shape, lora: Lora, layout: Layout) -> int:
+    """Elements that a group gathers in one forward and backward pass under ZeRO-3. The floor: the base once.
+
+    Anew what was released before the backward pass reads it: not the embedding, whose gradient nobody needs, and not what lies
+    at the turn. Recomputation reads a layer twice in a row: gathered once.
+    """
+    whole = _divided_parameters(shape, lora, layout)
+    unread = 0 if shape.tied else shape.vocab * shape.hidden
+    return max(whole, 2 * whole - unread - _kept_at_the_turn(shape, layout))
+
+
+def _divided_parameters(shape: Shape, lora: Lora, layout: Layout) -> int:
+    """The base, and the A and B of more than `persistence` elements."""
+    parts = [r * size for r in (lora.rank, lora.local_rank) for name in lora.targets for size in shape.linears[name]]
+    return shape.parameters + shape.layers * sum(part for part in parts if part > layout.persistence)
+
+
+def _kept_at_the_turn(shape: Shape, layout: Layout) -> int:
+    return max(layout.reuse_distance // 2, shape.layer_parameters, shape.vocab * shape.hidden) + layout.prefetch
 
 
 def adapter_bytes(global_parameters: int, local_parameters: int, layout: Layout) -> dict[str, float]:
@@ -88,6 +109,7 @@ def activation_bytes(shape: Shape, lora: Lora, layout: Layout) -> dict[str, floa
     gate, its activation and up (3 b f). A frozen linear layer keeps none of its inputs, but under ZeRO-3 DeepSpeed's
     own linear function does; an adapter in training keeps those of its layers, and b x rank in its middle. Layers with
     the same input share it; that of o_proj is a copy of the attention's output (`model/packing.py`).
+    Where both adapters take part it keeps both once more, laid together (`model/mixed_lora.py`).
     With dropout an adapted layer keeps an input of its own, and a mask for each of two adapters in the same width.
     With checkpointing a layer keeps its input, b h, and one layer at a time all of the above.
     The loss holds three fp32 tensors at label positions: 12 x labels x vocab.
@@ -104,11 +126,12 @@ def activation_bytes(shape: Shape, lora: Lora, layout: Layout) -> dict[str, floa
     layer += b * len(lora.targets) * max(lora.rank, lora.local_rank)
     if lora.dropout:
         layer += 3 * b * sum(shape.linears[name][0] for name in lora.targets)
+    one_layer = float(layer * layout.tokens + b * sum(lora.parameters(shape)) // shape.layers)
     logits = 12.0 * layout.labels * shape.vocab
     if not layout.checkpointing:
-        return {"activations": float(shape.layers * layer * layout.tokens), "logits": logits}
+        return {"activations": shape.layers * one_layer, "logits": logits}
     inputs_of_layers = float(shape.layers * b * h * layout.tokens)
-    return {"activations": inputs_of_layers + max(0.0, layer * layout.tokens - logits), "logits": logits}
+    return {"activations": inputs_of_layers + max(0.0, one_layer - logits), "logits": logits}
 
 
 def buffer_bytes(layout: Layout) -> dict[str, float]:
@@ -125,4 +148,4 @@ def buffer_bytes(layout: Layout) -> dict[str, float]:
 def step_bytes(shape: Shape, lora: Lora, layout: Layout) -> dict[str, float]:
     """All parts, in bytes per rank. ModelError: a target that the model lacks."""
     adapters = adapter_bytes(*lora.parameters(shape), layout)
-    return model_bytes(shape, layout) | adapters | activation_bytes(shape, lora, layout) | buffer_bytes(layout)
+    return model_bytes(shape, lora, layout) | adapters | activation_bytes(shape, lora, layout) | buffer_bytes(layout)

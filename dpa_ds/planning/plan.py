@@ -8,7 +8,7 @@ from typing import Any
 from dpa_ds.config import RunConfig
 from dpa_ds.errors import ClusterError
 from dpa_ds.planning.hardware import Cluster
-from dpa_ds.planning.memory import BYTES, Layout, Lora, step_bytes
+from dpa_ds.planning.memory import BYTES, Layout, Lora, gathered_parameters, step_bytes
 from dpa_ds.planning.shapes import Shape
 
 LINK_EFFICIENCY, OVERHEAD, LABEL_SHARE = 0.7, 2e9, 0.25
@@ -104,10 +104,10 @@ def judge(shape: Shape, config: RunConfig, cluster: Cluster, layout: Layout, wor
     """Memory and time of one layout.
 
     FLOPs per token: 2 N forward, 2 N for the gradient of the inputs (frozen weights need none), 2 N more with recomputation;
-    attention and adapters are left out; but no pass takes less than reading all weights once. ZeRO-3 gathers the base in
-    forward and backward (and recomputation) of every micro-batch; a rank receives (ranks - 1) / ranks of it, and with
-    offload brings its own share from the host each time; the gradients of the adapter go around a ring twice. Compute and
-    communication are taken not to overlap. With fewer groups than clients these take turns.
+    attention and adapters are left out; but no pass takes less than reading all weights once. ZeRO-3 gathers the base up to
+    twice for every micro-batch (`gathered_parameters`); a rank receives (ranks - 1) / ranks of it, and with offload brings
+    its own share from the host each time; the gradients of the adapter go around a ring twice. Compute and communication
+    are taken not to overlap. With fewer groups than clients these take turns.
     """
     passes = 3 if layout.checkpointing else 2
     lora = lora_of(config)
@@ -115,14 +115,15 @@ def judge(shape: Shape, config: RunConfig, cluster: Cluster, layout: Layout, wor
     step_tokens = config.train.batch_size * work.tokens / layout.ranks
     micro_batches = math.ceil(step_tokens / layout.tokens)
     base = shape.parameters * BYTES[layout.precision]
-    gathered = passes * micro_batches * base * (layout.ranks - 1) / layout.ranks if layout.stage == 3 else 0.0
+    gathers = micro_batches * gathered_parameters(shape, lora, layout) / shape.parameters if layout.stage == 3 else 0.0
+    gathered = gathers * base * (layout.ranks - 1) / layout.ranks
     host_bytes = base / layout.ranks if layout.offload_params else 0.0
     bandwidth = cluster.link / 2 if layout.ranks <= cluster.gpus else cluster.net
     arithmetic = 2 * shape.parameters * step_tokens / micro_batches / (cluster.mfu * cluster.flops)
     seconds = passes * micro_batches * max(arithmetic, base / cluster.memory_bandwidth)
     reduced = 2 * 4 * max(lora.parameters(shape)) * (layout.ranks - 1) / layout.ranks
     seconds += (gathered + reduced) / (LINK_EFFICIENCY * bandwidth)
-    seconds += passes * micro_batches * host_bytes / (LINK_EFFICIENCY * cluster.host_link)
+    seconds += gathers * host_bytes / (LINK_EFFICIENCY * cluster.host_link)
     clients = clients_of(config, work)
     examples = work.examples * work.clients / clients
     steps = config.train.max_steps or math.ceil(

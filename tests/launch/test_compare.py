@@ -155,7 +155,8 @@ def test_two_ranks_of_a_launcher_compare_as_one(tmp_path: Path, model: Path, fed
         (path,) = (tmp_path / name).glob("cmp/comparisons/*/comparison.json")
         found.append(json.loads(path.read_text()))
         files = {path.name for path in (tmp_path / name).glob("cmp/*/evaluations/*/answers/*")}
-        assert files == {f"rank_{rank:04d}.jsonl" for rank in range(num_ranks)}
+        assert files, "each rank writes its own; one that starts late may find all pieces taken"
+        assert files <= {f"rank_{rank:04d}.jsonl" for rank in range(num_ranks)}
     one, two = (
         [{q: (m["weighting"], m[q]["mean"]) for q in ("P", "TTP")} for m in whole["methods"]] for whole in found
     )

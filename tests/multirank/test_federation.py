@@ -63,7 +63,7 @@ def test_only_the_global_adapter_the_mean_states_and_the_metrics_cross(
     parameters = sum(t.numel() for t in load_file(run_dir / "adapters/global/adapter_model.safetensors").values())
     shared = parameters + 2 * 32  # fp32 parameters, and the mean state in two representations of hidden size 32
     update = (shared + 2, 4 * (shared + 2))  # with a header of two fp32 weight sums
-    metrics = (4 * 14, 4 * 14 * 8)  # 4 clients x 14 columns of fp64
+    metrics = (4 * 15, 4 * 15 * 8)  # 4 clients x 15 columns of fp64
     leader = [metrics, update, metrics, update, metrics]  # before training, round 1, round 2
     assert per_rank == [leader, [], leader, []]
     rounds = [r for r in read_records(run_dir / "metrics.jsonl") if r["kind"] == "round"]

@@ -72,9 +72,6 @@ def only_open_rows(
     try:
         yield
     finally:
-        for name in (
-            "forward",
-            "_check_early_stop_heuristic",
-        ):  # methods of the class, unless somebody else had replaced them
+        for name in ("forward", "_check_early_stop_heuristic"):  # the class has them, unless somebody had replaced them
             vars(model).pop(name)
             vars(model).update({name: before[name]} if name in before else {})

@@ -251,10 +251,8 @@ def _line(case: Case, setting: Setting, argv: list[str], found: dict[str, float]
         ratio = found["seconds"] / plan.step_seconds
         line += f"{found['seconds']:>11.3f}{plan.step_seconds:>9.3f}{ratio:>7.2f}"
     if case.stage == 3:
-        gathered, floor = (
-            found["gathered"],
-            plan.memory["base"] * (ranks - 1),
-        )  # of the base a rank has 1 / ranks itself
+        gathered = found["gathered"]
+        floor = plan.memory["base"] * (ranks - 1)  # the shares of the others
         line += f"{'':{27 * ('seconds' not in found)}}{gathered / 1e6:>13.1f}{plan.gather_bytes / 1e6:>9.1f}"
         line += f"{gathered / plan.gather_bytes:>7.2f}{gathered / floor:>10.2f}"
     return line

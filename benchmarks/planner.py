@@ -15,6 +15,7 @@ import json
 import math
 import os
 import statistics
+import sys
 import tempfile
 import time
 from dataclasses import dataclass, replace
@@ -87,6 +88,7 @@ def main() -> None:
     )
     parser.add_argument("--ranks", type=int, default=RANKS)
     options = parser.parse_args()
+    sys.path.insert(0, str(Path(__file__).parents[1]))  # tests import this file as benchmarks.planner
     os.environ.update(OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu", TOKENIZERS_PARALLELISM="false")
     print(f"{datetime.date.today()}; {options.ranks} ranks of one thread; fp32: {LARGE}; bf16: {SMALL}")
     print(

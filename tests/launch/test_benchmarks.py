@@ -48,3 +48,16 @@ def test_what_a_round_costs_beside_its_steps() -> None:
     )
     assert [name for name, *_ in ratios] == ["aggregation / bare all-reduce", "large base / small base"]
     assert all(0 < float(low) <= float(median) <= float(high) for _, median, low, high in ratios)
+
+
+def test_a_step_beside_its_plan() -> None:
+    """Case 7: ZeRO 3 in bf16. Bytes are counted, and equal the plan on any machine."""
+    ended = run([PYTHON, "benchmarks/planner.py", "--cases", "7"], 240.0, PYTHONPATH="")
+    assert ended.returncode == 0, ended.output
+    (line,) = (line for line in ended.output.splitlines() if line.startswith("ZeRO 3, bf16"))
+    measured, planned, ratio, gathered, gathers_planned, gather_ratio, to_floor = map(float, line[52:].split())
+    assert ratio == pytest.approx(measured / planned, abs=0.01)
+    assert ratio == pytest.approx(1.0, abs=0.1)
+    assert gather_ratio == pytest.approx(gathered / gathers_planned, abs=0.02)
+    assert gather_ratio == pytest.approx(1.0, abs=0.1)
+    assert to_floor >= 1.0

@@ -104,5 +104,5 @@ class WeightedAverage:
         federation.all_reduce_(total, "update")
         if weights[0] == 0:  # no client took part
             return current
-        adapter.div_(weights[0])  # in place: the pages of a fresh tensor cost more than the division
+        adapter.div_(weights[0])  # and with it `sums`
         return current.counting(sums, states, float(weights[1]))

@@ -59,13 +59,17 @@ class Running:
     def __init__(self, command: Sequence[str], cwd: Path = REPOSITORY, **variables: str) -> None:
         self._mark = uuid.uuid4().hex
         # Not a pipe: nobody needs to read it for the ranks to go on.
-        self._output = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self._output = tempfile.NamedTemporaryFile("w+")  # noqa: SIM115
         self._started = time.monotonic()
         self.command = list(command)
-        self.process = subprocess.Popen(
+        self.process = self._start(cwd, {**own_environment(), MARK: self._mark, **variables})
+
+    def _start(self, cwd: Path, environment: dict[str, str]) -> Any:
+        """The process, in a session of its own."""
+        return subprocess.Popen(
             self.command,
             cwd=cwd,
-            env={**own_environment(), MARK: self._mark, **variables},
+            env=environment,
             stdin=subprocess.DEVNULL,
             stdout=self._output,
             stderr=subprocess.STDOUT,
@@ -94,9 +98,12 @@ class Running:
         found = []
         for process in psutil.process_iter():
             with suppress(psutil.Error):  # ended meanwhile, or belongs to another user
-                if process.status() != psutil.STATUS_ZOMBIE and process.environ().get(MARK) == self._mark:
+                if process.status() != psutil.STATUS_ZOMBIE and self._owns(process):
                     found.append(process)
         return found
+
+    def _owns(self, process: psutil.Process) -> bool:
+        return process.environ().get(MARK) == self._mark
 
     def wait(self, deadline_seconds: float) -> Ended:
         """Wait until the command has ended, and every rank with it (some launchers leave ranks behind)."""
@@ -124,23 +131,16 @@ class Forked(Running):
     The process as such is as good as a started one; what the start itself does is for tests with a launcher to show.
     """
 
-    def __init__(self, command: Sequence[str], **variables: str) -> None:
-        assert command[0] == PYTHON, command
-        self._output = tempfile.NamedTemporaryFile("w+")  # noqa: SIM115
-        self._started = time.monotonic()
-        self.command = list(command)
-        work = (command[1], list(command[2:]), self._output.name, {**own_environment(), **variables})
-        self.process = ForkedProcess(_forkserver().Process(target=_run_program, args=work, daemon=True))
+    def _start(self, cwd: Path, environment: dict[str, str]) -> "ForkedProcess":
+        assert self.command[0] == PYTHON, self.command
+        work = (self.command[1:], cwd, self._output.name, environment)
+        return ForkedProcess(_forkserver().Process(target=_run_program, args=work, daemon=True))
 
-    def remaining(self) -> list[psutil.Process]:
-        """Processes of its session that still run."""
-        found = []
-        for process in psutil.process_iter():
-            with suppress(psutil.Error, ProcessLookupError):  # ended meanwhile
-                is_own = self.process.pid in (process.pid, os.getsid(process.pid))
-                if is_own and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
-        return found
+    def _owns(self, process: psutil.Process) -> bool:
+        """It, its session, and what these have started: the mark is seen in programs only, not in a process that was forked."""
+        with suppress(ProcessLookupError):
+            return self.process.pid in (process.pid, os.getsid(process.pid)) or super()._owns(process)
+        return False
 
 
 class ForkedProcess:
@@ -265,15 +265,15 @@ def own_environment() -> dict[str, str]:
     return {**kept, "PATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
-def _run_program(program: str, argv: list[str], output: str, environment: dict[str, str]) -> None:
+def _run_program(argv: list[str], cwd: Path, output: str, environment: dict[str, str]) -> None:
     """Body of the forked process."""
     os.setsid()
     file = os.open(output, os.O_WRONLY)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(file, 1)
     os.dup2(file, 2)
-    os.chdir(REPOSITORY)
+    os.chdir(cwd)
     os.environ.clear()
     os.environ.update(environment)
-    sys.argv = [program, *argv]
-    runpy.run_path(program, run_name="__main__")
+    sys.argv = argv
+    runpy.run_path(argv[0], run_name="__main__")

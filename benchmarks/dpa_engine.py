@@ -7,19 +7,20 @@ from dataclasses import replace
 import peft
 import torch
 
-from dpa_ds.config import RunConfig
-from dpa_ds.config_loader import load_deepspeed_json
-from dpa_ds.data.batches import Batching, StepBatch, build_step
-from dpa_ds.data.prompts import TokenizedExamples
-from dpa_ds.distributed.federation_group import AdapterState
-from dpa_ds.distributed.job import Job
+from dpa_ds.adapters.dual_lora import ADAPTERS, Adapter, DualAdapter
+from dpa_ds.adapters.methods import Phase
+from dpa_ds.adapters.mixed_lora import MixedLora
+from dpa_ds.adapters.state import AdapterState
+from dpa_ds.config.deepspeed_json import load_deepspeed_json
+from dpa_ds.config.schema import RunConfig
+from dpa_ds.data.batching import BatchingConfig, StepBatch, build_step
+from dpa_ds.data.tokenize import TokenizedExamples
+from dpa_ds.distributed.job_store import JobStore
 from dpa_ds.distributed.launchers import Launch
 from dpa_ds.distributed.topology import Topology
 from dpa_ds.distributed.world import build_world
-from dpa_ds.federation.client import learning_rate
-from dpa_ds.model.dual_adapter import ADAPTERS, Adapter, DualAdapter, Phase
-from dpa_ds.model.engine import AdapterEngine, build_deepspeed_json
-from dpa_ds.model.mixed_lora import MixedLora
+from dpa_ds.engine.engine import AdapterEngine, build_deepspeed_json
+from dpa_ds.federation.trainer import learning_rate
 
 
 class DpaEngine:
@@ -34,30 +35,30 @@ class DpaEngine:
         pad_id: int,
         clock: Callable[[], float],
     ) -> None:
-        job = Job(Launch("single", 0, 1, 0, "127.0.0.1", 0))
+        job = JobStore(Launch("single", 0, 1, 0, "127.0.0.1", 0))
         world = build_world(job, Topology((1,), 1), config.cluster, config.federation.timeout_seconds)
         ds_json = build_deepspeed_json(load_deepspeed_json(config.engine.deepspeed_config), config, 1)
         self._engine = AdapterEngine(adapters, world, config.train, ds_json)
         self._train, self._examples, self._states = config.train, examples, states
-        self._batching = Batching(config.train.micro_batch_tokens, pad_id, self._engine.packing.takes_prefix)
+        self._batching = BatchingConfig(config.train.micro_batch_tokens, pad_id, self._engine.packing.supports_prefix)
         self._clock = clock
 
-    def build(self, step: Sequence[int], share_prefix: bool = True) -> StepBatch:
+    def build(self, step: Sequence[int], prefix_sharing: bool = True) -> StepBatch:
         """Tensors of one step."""
-        batching = replace(self._batching, share_prefix=share_prefix and self._batching.share_prefix)
+        batching = replace(self._batching, prefix_sharing=prefix_sharing and self._batching.prefix_sharing)
         return build_step(self._examples, step, 0, 1, batching)
 
     def run(
-        self, phase: Phase, steps: Sequence[Sequence[int]], share_prefix: bool = True, peft_layers: bool = False
+        self, phase: Phase, steps: Sequence[Sequence[int]], prefix_sharing: bool = True, peft_layers: bool = False
     ) -> tuple[float, list[float]]:
         """Seconds of a phase from the starting weights, the building of its batches included; losses of its steps.
 
         Without a shared prefix, or with PEFT's own LoRA layers, it is what came before these; the losses are the same.
         """
         with computed_by_peft(self._engine.adapters, phase.alpha) if peft_layers else nullcontext():
-            return self._run(phase, steps, share_prefix)
+            return self._run(phase, steps, prefix_sharing)
 
-    def _run(self, phase: Phase, steps: Sequence[Sequence[int]], share_prefix: bool) -> tuple[float, list[float]]:
+    def _run(self, phase: Phase, steps: Sequence[Sequence[int]], prefix_sharing: bool) -> tuple[float, list[float]]:
         for adapter in ADAPTERS:
             self._engine.write_state(adapter, self._states[adapter])
         started = self._clock()
@@ -65,7 +66,7 @@ class DpaEngine:
         shares = []
         for k, indices in enumerate(steps):
             share, _, _ = self._engine.train_step(
-                self.build(indices, share_prefix), learning_rate(self._train, k, len(steps))
+                self.build(indices, prefix_sharing), learning_rate(self._train, k, len(steps))
             )
             shares.append(share)
         losses = torch.stack(shares).tolist()  # waits for the device

@@ -1,6 +1,6 @@
 """What a phase cannot avoid: the frozen base forward and backward to its inputs, on real tokens only.
 
-No adapters, no optimizer, no padding: the tokens of a step are laid end to end, and attention sees rows of the step's mean
+No adapters, no optimizer, no padding: the tokens of a step are packed, and attention sees rows of the step's mean
 length. The output head runs at label positions only.
 """
 
@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
-from dpa_ds.data.batches import IGNORE_INDEX, MicroBatch
-from dpa_ds.data.prompts import TokenizedExamples
-from dpa_ds.model.packing import Packing
+from dpa_ds.data.batching import IGNORE_INDEX, MicroBatch
+from dpa_ds.data.tokenize import TokenizedExamples
+from dpa_ds.engine.packed_attention import PackedAttention
 
 
 class Floor:
@@ -21,7 +21,7 @@ class Floor:
 
     def __init__(self, base: PreTrainedModel, micro_batch_tokens: int, clock: Callable[[], float]) -> None:
         self._base, self._budget, self._clock = base.requires_grad_(False), micro_batch_tokens, clock
-        self._packing = Packing(base)
+        self._packing = PackedAttention(base)
 
     def run(self, examples: TokenizedExamples, steps: Sequence[Sequence[int]]) -> float:
         """Seconds of one pass over `steps`."""
@@ -56,9 +56,9 @@ class Floor:
         for start in range(0, len(tokens), width):
             ids = torch.from_numpy(tokens[start : start + width])
             rows, rest = divmod(len(ids), length)
-            pieces = ((rows, length),) * (rows > 0) + ((1, rest),) * (rest > 0)
+            segments = ((rows, length),) * (rows > 0) + ((1, rest),) * (rest > 0)
             positions = torch.arange(length).repeat(rows + 1)[: len(ids)]
-            passes.append(MicroBatch(ids, positions, torch.from_numpy(targets[start : start + width]), pieces))
+            passes.append(MicroBatch(ids, positions, torch.from_numpy(targets[start : start + width]), segments))
         return passes
 
 

@@ -17,7 +17,7 @@ from planner import Setting, write_model
 from table import spread, where_and_when
 from transformers import AutoTokenizer
 
-from dpa_ds.scaling import read_point
+from dpa_ds.experiments.scaling_study import read_point
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DEMO = REPOSITORY / ".cache" / "demo"

@@ -24,19 +24,19 @@ import torch
 from one_by_one import OneByOne
 from table import processor, spread, where_and_when
 
-from dpa_ds.checkpoint import RunFolder
-from dpa_ds.config import RunConfig
-from dpa_ds.distributed.job import Job
+from dpa_ds.adapters.methods import build_schedule
+from dpa_ds.cli.args import load_run_config
+from dpa_ds.config.schema import RunConfig
+from dpa_ds.distributed.job_store import JobStore
 from dpa_ds.distributed.launchers import Launch
 from dpa_ds.distributed.world import World
-from dpa_ds.evaluation.answering import Answerer, Personality, load_personality
 from dpa_ds.evaluation.answers import Answer, Instance
-from dpa_ds.evaluation.instances import choose_instances, read_instances, tokenize_instances
-from dpa_ds.evaluation.loading import build_answerer, place_base
-from dpa_ds.evaluation.weighting import resolve_weighting
-from dpa_ds.evaluation.work import Questions, answer_piece
-from dpa_ds.federation.methods import build_schedule
-from dpa_ds.run_arguments import load_run_config
+from dpa_ds.evaluation.dataset import choose_instances, read_instances, tokenize_instances
+from dpa_ds.evaluation.runner import EvaluationSet, answer_work_item
+from dpa_ds.inference.client_model import ClientModel, Predictor, load_client_model
+from dpa_ds.inference.loading import build_predictor, place_base
+from dpa_ds.inference.weighting import resolve_weighting
+from dpa_ds.runs.folder import RunFolder
 
 # cpu: CPU time of this process, which other programs on the machine lengthen far less than wall time.
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -46,35 +46,35 @@ CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 class Batched:
     """Our way: all instances for all clients, and how much of the time went into weights."""
 
-    answerer: Answerer
+    predictor: Predictor
     world: World
-    questions: Questions
+    questions: EvaluationSet
     clock: Callable[[], float]
 
     def run(self, kind: str, config: RunConfig) -> tuple[float, float, list[Answer]]:
         """Seconds, seconds spent on weights, answers."""
         weighting = replace(config.weighting, kind=kind, scale=None, encoder="auto")  # type: ignore[arg-type]
-        answerer = self.answerer
-        clients = len(self.questions.personalities)
-        answerer.weighting = resolve_weighting(
+        predictor = self.predictor
+        clients = len(self.questions.client_models)
+        predictor.weighting = resolve_weighting(
             replace(config, weighting=weighting), build_schedule(config.method), clients
         )
-        answerer.forget()
+        predictor.forget()
         answers: list[Answer] = []
-        with _timed(answerer, self.clock) as on_weights:
+        with _timed(predictor, self.clock) as on_weights:
             started = self.clock()
-            for piece in self.questions.plan(config.generation, num_groups=1):
-                for batch in answer_piece(piece, self.questions, answerer, self.world, frozenset()):
+            for item in self.questions.plan(config.generation, num_groups=1):
+                for batch in answer_work_item(item, self.questions, predictor, self.world, frozenset()):
                     answers += batch
             seconds = self.clock() - started
         return seconds, on_weights[0], answers
 
 
 @contextmanager
-def _timed(answerer: Answerer, clock: Callable[[], float]) -> Any:
+def _timed(predictor: Predictor, clock: Callable[[], float]) -> Any:
     """Seconds inside `encode`, and inside `weights` where that does not encode."""
     spent, depth = [0.0], [0]
-    originals = {name: getattr(answerer, name) for name in ("encode", "weights")}
+    originals = {name: getattr(predictor, name) for name in ("encode", "weights")}
 
     def wrap(function: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*args: Any) -> Any:
@@ -88,10 +88,10 @@ def _timed(answerer: Answerer, clock: Callable[[], float]) -> Any:
         return timed
 
     for name, function in originals.items():
-        setattr(answerer, name, wrap(function))
+        setattr(predictor, name, wrap(function))
     yield spent
     for name in originals:
-        delattr(answerer, name)
+        delattr(predictor, name)
 
 
 def main() -> None:
@@ -112,20 +112,20 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     options += [f"--instances={args.instances}", f"--generation.batch_tokens={args.batch_tokens}"]
     config = load_run_config(options, __doc__ or "")
     clock = CLOCKS[args.clock]
-    job = Job(Launch("single", 0, 1, 0, "127.0.0.1", 0))
+    job = JobStore(Launch("single", 0, 1, 0, "127.0.0.1", 0))
     folder = RunFolder(config.run_dir)
     server_round = folder.trained_round()
     directory, world, _ = place_base(config, job, 1)
-    answerer = build_answerer(config, folder, server_round, directory, world, partitioned=False)
-    clients = {client: load_personality(folder, server_round, client) for client in folder.clients(server_round)}
+    predictor = build_predictor(config, folder, server_round, directory, world, partitioned=False)
+    clients = {client: load_client_model(folder, server_round, client) for client in folder.clients(server_round)}
     instances = choose_instances(config, read_instances(config))
-    prompts = tokenize_instances(config, instances, answerer)
-    ours = Batched(answerer, world, Questions(instances, prompts, clients), clock)
+    prompts = tokenize_instances(config, instances, predictor)
+    ours = Batched(predictor, world, EvaluationSet(instances, prompts, clients), clock)
     theirs = OneByOne(directory, config.run_dir / "adapters", args.beams, args.max_new_tokens)
     first = [i for i, instance in enumerate(instances) if instance.row == 0]
     some = dict(list(clients.items())[: args.sample_clients])
     sample = [(client, i) for client in some for i in first]
-    asked = Questions([instances[i] for i in first], [prompts[i] for i in first], some)
+    asked = EvaluationSet([instances[i] for i in first], [prompts[i] for i in first], some)
     check = replace(ours, questions=asked)
     _, _, expected = check.run("cosine", config)
 
@@ -155,7 +155,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 def _run_one_by_one(
     theirs: OneByOne,
     sample: Sequence[tuple[int, int]],
-    clients: dict[int, Personality],
+    clients: dict[int, ClientModel],
     prompts: Sequence[Sequence[int]],
     clock: Callable[[], float],
     expected: Sequence[Answer],
@@ -166,7 +166,7 @@ def _run_one_by_one(
     seconds, installed = 0.0, None
     for client, i in sample:
         if client != installed:
-            theirs.become(client)
+            theirs.load_client(client)
             installed = client
         references = clients[client].references
         assert references is not None

@@ -45,7 +45,7 @@ def measure_steps(engine: Any, config: Any, shape: Shape, args: argparse.Namespa
     import torch
     from planner import Setting, _step
 
-    from dpa_ds.model.dual_adapter import Phase
+    from dpa_ds.adapters.methods import Phase
     from dpa_ds.planning.plan import OVERHEAD, Workload, judge, layout_of
 
     setting = Setting(vocab_size=shape.vocab, rows=args.rows, length=args.length, label_share=args.label_share)
@@ -77,8 +77,8 @@ def measure_answers(adapters: Any, args: argparse.Namespace) -> None:
     """Print new tokens/s with a weight for each row, and the ratio to one adapter merged into the base."""
     import torch
 
-    from dpa_ds.config import GenerationConfig
-    from dpa_ds.model.generation import generate
+    from dpa_ds.config.schema import GenerationConfig
+    from dpa_ds.inference.generation import generate
 
     adapters.base_model.gradient_checkpointing_disable()
     draw = torch.Generator().manual_seed(0)
@@ -116,14 +116,14 @@ def _build(shape: Shape, args: argparse.Namespace) -> tuple[Any, Any]:
     import transformers
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from dpa_ds.config_loader import load_config
-    from dpa_ds.distributed.job import Job
+    from dpa_ds.adapters.dual_lora import DualAdapter
+    from dpa_ds.config.load import load_config
+    from dpa_ds.distributed.job_store import JobStore
     from dpa_ds.distributed.launchers import Launch
     from dpa_ds.distributed.topology import Topology
     from dpa_ds.distributed.world import build_world
+    from dpa_ds.engine.engine import AdapterEngine, build_deepspeed_json
     from dpa_ds.model.base import DTYPES, load_base
-    from dpa_ds.model.dual_adapter import DualAdapter
-    from dpa_ds.model.engine import AdapterEngine, build_deepspeed_json
 
     transformers.utils.logging.set_verbosity_error()
     argv = [f"--config={Path(__file__).parents[1] / 'launch/recipes/paper.yaml'}", "--lora.dropout=0"]
@@ -141,7 +141,7 @@ def _build(shape: Shape, args: argparse.Namespace) -> tuple[Any, Any]:
         tie_word_embeddings=shape.tied,
         max_position_embeddings=args.length,
     )
-    world = build_world(Job(Launch("single", 0, 1, 0, "127.0.0.1", 0)), Topology((1,), 1), config.cluster, 600.0)
+    world = build_world(JobStore(Launch("single", 0, 1, 0, "127.0.0.1", 0)), Topology((1,), 1), config.cluster, 600.0)
     ds_json = build_deepspeed_json({"zero_optimization": _zero(config)}, config, 1)
     torch.set_default_dtype(DTYPES[args.precision])
     with tempfile.TemporaryDirectory() as folder, torch.device(world.device):
@@ -158,7 +158,7 @@ def _build(shape: Shape, args: argparse.Namespace) -> tuple[Any, Any]:
 
 
 def _zero(config: Any) -> Any:
-    from dpa_ds.config_loader import load_deepspeed_json
+    from dpa_ds.config.deepspeed_json import load_deepspeed_json
 
     return load_deepspeed_json(config.engine.deepspeed_config)["zero_optimization"]
 

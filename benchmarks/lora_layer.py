@@ -16,10 +16,10 @@ import torch
 from dpa_engine import computed_by_peft, random_state
 from table import spread, where_and_when
 
-from dpa_ds.config import LoraConfig, ModelConfig
+from dpa_ds.adapters.dual_lora import ADAPTERS, DualAdapter
+from dpa_ds.adapters.mixed_lora import MixedLora
+from dpa_ds.config.schema import LoraConfig, ModelConfig
 from dpa_ds.model.base import load_base
-from dpa_ds.model.dual_adapter import ADAPTERS, DualAdapter
-from dpa_ds.model.mixed_lora import MixedLora
 
 
 def main() -> None:

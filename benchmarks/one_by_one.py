@@ -1,6 +1,6 @@
 """The procedure of FedDPA's published code, on plain transformers and PEFT: one instance at a time.
 
-For every instance S references and the prompt are encoded anew with the local adapter, with all hidden states kept; then the
+For every instance S references and the prompt are encoded again with the local adapter, with all hidden states kept; then the
 one weight is set in every layer, and the prompt is decoded alone. Of its faults (see docs/architecture.md) only those
 that cost time are kept: the references are fixed, and the weight is that of the local adapter, so that answers can be compared.
 """
@@ -31,7 +31,7 @@ class OneByOne:
             eos_token_id=self._tokenizer.eos_token_id,
         )
 
-    def become(self, client: int) -> None:
+    def load_client(self, client: int) -> None:
         """Load the client's local adapter."""
         if "local" in self._model.peft_config:
             self._model.delete_adapter("local")

@@ -7,11 +7,11 @@ import argparse
 import itertools
 from pathlib import Path
 
-from dpa_ds.config import DataConfig
-from dpa_ds.data.batches import Batching, build_step, num_steps, step_indices
-from dpa_ds.data.prompts import TokenizedExamples, tokenize_examples
+from dpa_ds.config.schema import DataConfig
+from dpa_ds.data.batching import BatchingConfig, build_step, num_steps, step_indices
 from dpa_ds.data.sources import list_clients, read_clients
-from dpa_ds.model.base import load_tokenizer
+from dpa_ds.data.tokenize import TokenizedExamples, tokenize_examples
+from dpa_ds.model.directory import load_tokenizer
 
 
 def main() -> None:
@@ -27,8 +27,8 @@ def main() -> None:
     print("batch  ranks   padded  shared prefix   (of the client with most)")
     for batch_size, world_size in itertools.product((16, 32, 64), (1, 2, 4)):
         print(f"{batch_size:5d}  {world_size:5d}", end="")
-        for share_prefix in (False, True):
-            batching = Batching(arguments.micro_batch_tokens, 0, share_prefix)
+        for prefix_sharing in (False, True):
+            batching = BatchingConfig(arguments.micro_batch_tokens, 0, prefix_sharing)
             counts = [
                 _count(examples, client, batch_size, world_size, batching) for client, examples in enumerate(tokens)
             ]
@@ -38,7 +38,7 @@ def main() -> None:
 
 
 def _count(
-    examples: TokenizedExamples, client: int, batch_size: int, world_size: int, batching: Batching
+    examples: TokenizedExamples, client: int, batch_size: int, world_size: int, batching: BatchingConfig
 ) -> tuple[int, int]:
     """Real and computed tokens of a client's epoch."""
     epoch = step_indices(len(examples), batch_size, num_steps(len(examples), batch_size, 1.0, None), (0, 1, client, 0))

@@ -23,11 +23,12 @@ from transformers import (
     TrainingArguments,
 )
 
-from dpa_ds.config import LoraConfig, TrainConfig
-from dpa_ds.data.batches import IGNORE_INDEX
-from dpa_ds.data.prompts import TokenizedExamples
-from dpa_ds.distributed.federation_group import AdapterState
-from dpa_ds.model.dual_adapter import ADAPTERS, Phase
+from dpa_ds.adapters.dual_lora import ADAPTERS
+from dpa_ds.adapters.methods import Phase
+from dpa_ds.adapters.state import AdapterState
+from dpa_ds.config.schema import LoraConfig, TrainConfig
+from dpa_ds.data.batching import IGNORE_INDEX
+from dpa_ds.data.tokenize import TokenizedExamples
 
 
 class PlainTrainer:
@@ -96,7 +97,7 @@ class PlainTrainer:
         weights = {"global": 1.0 - phase.alpha, "local": phase.alpha}
         self.model.base_model.set_adapter([adapter for adapter in ADAPTERS if weights[adapter] > 0])
         for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(f".{phase.trains}." in name)
+            parameter.requires_grad_(f".{phase.trainable}." in name)
         for layer in self.model.modules():
             if isinstance(layer, LoraLayer):
                 for adapter in ADAPTERS:

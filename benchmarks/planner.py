@@ -127,7 +127,8 @@ def write_recipe(folder: Path, model: Path, case: Case) -> list[str]:
 
 def planned(argv: list[str], setting: Setting, flops: float, bandwidth: float, ranks: int) -> Any:
     """The planner's judgement of that micro-batch, for measured FLOP/s and bytes/s, all of which it may use."""
-    from dpa_ds.config_loader import load_config, load_deepspeed_json
+    from dpa_ds.config.deepspeed_json import load_deepspeed_json
+    from dpa_ds.config.load import load_config
     from dpa_ds.planning.hardware import parse_cluster
     from dpa_ds.planning.plan import LINK_EFFICIENCY, Workload, judge, layout_of
     from dpa_ds.planning.shapes import read_shape
@@ -155,7 +156,7 @@ def measure(job: Any, setting: Setting, argv: list[str], timed: bool = False) ->
     import torch
 
     from benchmarks.floor import matmul_flops_per_second
-    from dpa_ds.model.dual_adapter import Phase
+    from dpa_ds.adapters.methods import Phase
 
     torch.set_num_threads(1)
     engine = _build(job, argv)
@@ -188,12 +189,13 @@ def write_model(folder: Path, setting: Setting) -> Path:
 
 
 def _build(job: Any, argv: list[str]) -> Any:
-    from dpa_ds.config_loader import load_config, load_deepspeed_json
+    from dpa_ds.adapters.dual_lora import DualAdapter
+    from dpa_ds.config.deepspeed_json import load_deepspeed_json
+    from dpa_ds.config.load import load_config
     from dpa_ds.distributed.topology import plan_topology
     from dpa_ds.distributed.world import build_world
+    from dpa_ds.engine.engine import AdapterEngine, build_deepspeed_json
     from dpa_ds.model.base import load_base
-    from dpa_ds.model.dual_adapter import DualAdapter
-    from dpa_ds.model.engine import AdapterEngine, build_deepspeed_json
 
     config, size = load_config(argv), job.launch.job_world_size
     world = build_world(job, plan_topology(size, 1, size), config.cluster, 60.0)
@@ -233,11 +235,11 @@ def _on_ranks(ranks: int, folder: Path, setting: Setting, argv: list[str], timed
 def _rank(rank: int, ranks: int, store: str, results: str, setting: Setting, argv: list[str], timed: bool) -> None:
     import torch.distributed as dist
 
-    from dpa_ds.distributed.job import Job
+    from dpa_ds.distributed.job_store import JobStore
     from dpa_ds.distributed.launchers import Launch
 
     launch = Launch("env", rank, ranks, rank, "127.0.0.1", 0)
-    job = Job(launch, dist.FileStore(store, ranks))
+    job = JobStore(launch, dist.FileStore(store, ranks))
     job.hosts = [launch.hostname] * ranks
     Path(f"{results}-{rank}.json").write_text(json.dumps(measure(job, setting, argv, timed)))
     os._exit(0)  # gloo's threads are not waited for
@@ -263,7 +265,7 @@ def _line(case: Case, setting: Setting, argv: list[str], found: dict[str, float]
 def _step(setting: Setting, world_size: int) -> Any:
     import torch
 
-    from dpa_ds.data.batches import IGNORE_INDEX, MicroBatch, StepBatch
+    from dpa_ds.data.batching import IGNORE_INDEX, MicroBatch, StepBatch
 
     shape = (setting.rows, setting.length)
     input_ids = torch.randint(setting.vocab_size, shape, generator=torch.Generator().manual_seed(0))
@@ -273,7 +275,7 @@ def _step(setting: Setting, world_size: int) -> Any:
     num_targets = int((targets != IGNORE_INDEX).sum()) * world_size
     tokens = input_ids.numel() * world_size
     row = (input_ids.flatten(), positions.flatten(), targets.flatten())
-    return StepBatch([MicroBatch(*row, pieces=(shape,))], num_targets, setting.rows * world_size, tokens, tokens)
+    return StepBatch([MicroBatch(*row, segments=(shape,))], num_targets, setting.rows * world_size, tokens, tokens)
 
 
 def _live_storages() -> dict[int, int]:

@@ -56,11 +56,11 @@ def _leader(rank: int, leaders: int, folder: str, model: str, repeats: int) -> N
     import torch
     import torch.distributed as dist
 
-    from dpa_ds.distributed.federation_group import FixedGroup
-    from dpa_ds.federation.aggregation import ClientUpdate, Shared, WeightedAverage
+    from dpa_ds.distributed.leaders import StaticGroup
+    from dpa_ds.federation.aggregation.mean import ClientUpdate, Shared, WeightedAverage
 
     torch.set_num_threads(1)
-    group = FixedGroup(dist.FileStore(f"{folder}/store", leaders), rank, leaders, 60.0)
+    group = StaticGroup(dist.FileStore(f"{folder}/store", leaders), rank, leaders, 60.0)
     shape = PRESETS[model]
     adapter = {
         f"{layer:02d}.{name}.{part}": torch.randn(*size)
@@ -69,7 +69,7 @@ def _leader(rank: int, leaders: int, folder: str, model: str, repeats: int) -> N
         for part, size in (("A", (8, shape.linears[name][0])), ("B", (shape.linears[name][1], 8)))
     }
     shared = Shared(adapter, torch.zeros(2, shape.hidden))
-    update = ClientUpdate(rank, 300, adapter, shared.mean_states)
+    update = ClientUpdate(rank, 300, adapter, shared.reference_mean)
     buffer = torch.zeros(sum(t.numel() for t in adapter.values()) + 2 * shape.hidden + 2)
     rule = WeightedAverage(by_num_examples=False)
     ours, bare = [], []
@@ -91,13 +91,14 @@ def _together(group: Any, work: Callable[[], Any]) -> float:
 
 
 def _switches(_: int, folder: str, name: str, stage: int, repeats: int) -> None:
-    from dpa_ds.distributed.job import Job
+    from dpa_ds.adapters.dual_lora import ADAPTERS
+    from dpa_ds.adapters.methods import Phase
+    from dpa_ds.distributed.job_store import JobStore
     from dpa_ds.distributed.launchers import Launch
-    from dpa_ds.model.dual_adapter import ADAPTERS, Phase
 
     model = write_model(Path(folder) / name, BASES[name])
     base_parameters = sum(file.stat().st_size for file in model.glob("*.safetensors")) // 4
-    job = Job(Launch("single", 0, 1, 0, "127.0.0.1", 0))
+    job = JobStore(Launch("single", 0, 1, 0, "127.0.0.1", 0))
     engine = _build(job, write_recipe(Path(folder), model, Case(stage)))
     states = {adapter: engine.adapters.initial_state(adapter, (0,)) for adapter in ADAPTERS}
 
@@ -106,7 +107,7 @@ def _switches(_: int, folder: str, name: str, stage: int, repeats: int) -> None:
             engine.write_state(adapter, states[adapter])
         for phase in (Phase("global", 0.0), Phase("local", 0.5)):
             engine.activate(phase)
-            engine.read_state(phase.trains)
+            engine.read_state(phase.trainable)
 
     switch()
     found = {"parameters": base_parameters, "seconds": [_seconds(switch) for _ in range(repeats)]}

@@ -1,9 +1,9 @@
-"""How a round scales, over eight axes of launch/scale.py, several times each: a table and a picture of docs/performance.md.
+"""How a round scales, over eight axes of launch/scaling_study.py, several times each: a table and a picture of docs/performance.md.
 
     python benchmarks/scaling.py --output runs/scaling --repeats 3
 
 Real runs of two rank groups at most, on small random Llamas with the demo's tokenizer and table (make demo). Interrupted, the same
-command goes on. The model of the round, fitted to all runs of other work, predicts each.
+command continues. The model of the round, fitted to all runs of other work, predicts each.
 """
 
 import argparse
@@ -16,8 +16,8 @@ from planner import Setting, write_model
 from table import spread, where_and_when
 from transformers import AutoTokenizer
 
+from dpa_ds.experiments.scaling_study import Plan, predict, run_points
 from dpa_ds.planning.round_model import Point, fit, simulate
-from dpa_ds.scaling import Plan, predict, run_points
 
 DEMO = Path(".cache/demo")
 MODELS = {

@@ -22,12 +22,14 @@ import torch
 from floor import Floor, matmul_flops_per_second, phase_flops
 from table import Steps, Variant, draw, processor, render, summarize, where_and_when
 
-from dpa_ds.config import DataConfig, EngineConfig, LoraConfig, ModelConfig, RunConfig, TrainConfig
-from dpa_ds.data.batches import step_indices
-from dpa_ds.data.prompts import TokenizedExamples, tokenize_examples
+from dpa_ds.adapters.dual_lora import ADAPTERS, DualAdapter
+from dpa_ds.adapters.methods import Phase
+from dpa_ds.config.schema import DataConfig, EngineConfig, LoraConfig, ModelConfig, RunConfig, TrainConfig
+from dpa_ds.data.batching import step_indices
 from dpa_ds.data.sources import read_client
-from dpa_ds.model.base import DTYPES, load_base, load_tokenizer
-from dpa_ds.model.dual_adapter import ADAPTERS, DualAdapter, Phase
+from dpa_ds.data.tokenize import TokenizedExamples, tokenize_examples
+from dpa_ds.model.base import DTYPES, load_base
+from dpa_ds.model.directory import load_tokenizer
 
 # cpu: CPU time of this process, which other programs on the machine lengthen far less than wall time.
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -39,9 +41,9 @@ LOSS_TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
 # Ours, and ours without one of its parts: how much each gains.
 PARTS = {
     "ours": {},
-    "ours, no prefix": {"share_prefix": False},
+    "ours, no prefix": {"prefix_sharing": False},
     "ours, PEFT layers": {"peft_layers": True},
-    "ours, neither": {"share_prefix": False, "peft_layers": True},
+    "ours, neither": {"prefix_sharing": False, "peft_layers": True},
 }
 
 
@@ -123,12 +125,12 @@ def _stacks(
     for phase in (Phase("global", 0.0), Phase("local", config.method.alpha)):
         for name, how in PARTS.items() if args.parts else [("ours", {})]:
             run = lambda chosen, phase=phase, how=how: ours.run(phase, chosen, **how)  # noqa: E731
-            computed = sum(ours.build(step, how.get("share_prefix", True)).computed_tokens for step in steps)
-            variants.append(Variant(name, phase.trains, computed, run))
+            computed = sum(ours.build(step, how.get("prefix_sharing", True)).computed_tokens for step in steps)
+            variants.append(Variant(name, phase.trainable, computed, run))
         for size in args.trainer_batch:
             run = lambda chosen, phase=phase, size=size: plain.run(phase, states, examples, chosen, size)  # noqa: E731
             computed = sum(plain.computed_tokens(examples, step, size) for step in steps)
-            variants.append(Variant(f"Trainer, batch {size}", phase.trains, computed, run))
+            variants.append(Variant(f"Trainer, batch {size}", phase.trainable, computed, run))
     return variants
 
 

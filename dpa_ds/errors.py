@@ -43,7 +43,7 @@ class CheckpointError(DpaError):
 
 
 class Preempted(DpaError):
-    """Asked to stop by a signal: everything is saved, and the same command goes on."""
+    """Asked to stop by a signal: everything is saved, and the same command resumes."""
 
     exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again later
 

@@ -9,12 +9,12 @@ usage: deepspeed launch/compare.py --config RECIPE [--methods A,B] [--seeds 0,1,
 Trains every method with every seed (launch/run.py), evaluates each (launch/evaluate.py), and writes tables: P and TTP as
 mean +- standard error over seeds, their differences to fedit and between weightings, paired by seed and test instance, with
 95 % intervals, the weight of the local adapter on own and other tasks, and the convergence curves. What is done already is
-not done again: interrupted, the same command goes on. All runs lie in <output_dir>/<name>, the tables below
+not done again: interrupted, the same command resumes. All runs lie in <output_dir>/<name>, the tables below
 <output_dir>/<name>/comparisons, for each plan a folder of its own. feddpa_f, fedlora and fedit share their federated rounds,
 which are trained once.
 
   --config RECIPE          as for launch/run.py; method.name, seed and weighting.* of the recipe are set by this program, and
-                           method.phase_order and method.local_partner are for feddpa_t
+                           method.phase_order and method.global_source are for feddpa_t
   --methods LIST           of feddpa_t, feddpa_f, fedit, fedlora, local, centralized (default: all)
   --seeds LIST             (default: 0)
   --weightings LIST        for feddpa_t and feddpa_f (default: cosine,centred_cosine). KIND, KIND:LAMBDA, or
@@ -39,9 +39,9 @@ DEFAULTS = {
 def main() -> None:
     """Entry point under every launcher: deepspeed, torchrun, srun, mpirun, python."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is first imported; see run.py
-    from dpa_ds.config_loader import load_config
-    from dpa_ds.run_arguments import take_options
-    from dpa_ds.start import run_job
+    from dpa_ds.cli.args import take_options
+    from dpa_ds.cli.bootstrap import run_job
+    from dpa_ds.config.load import load_config
 
     own, recipe_arguments = dict(DEFAULTS), []
 
@@ -55,7 +55,7 @@ def main() -> None:
         return load_config(others)
 
     def work(config, job):  # type: ignore[no-untyped-def]
-        from dpa_ds.compare import build_plan, compare
+        from dpa_ds.experiments.compare import build_plan, compare
 
         plan = build_plan(own["methods"], own["seeds"], own.get("weightings"), own["tuning_instances"])
         compare(config, job, plan, recipe_arguments)

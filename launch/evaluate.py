@@ -36,11 +36,11 @@ examples
 def main() -> None:
     """Entry point under every launcher: deepspeed, torchrun, srun, mpirun, python."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is first imported; see run.py
-    from dpa_ds.run_arguments import load_run_config
-    from dpa_ds.start import run_job
+    from dpa_ds.cli.args import load_run_config
+    from dpa_ds.cli.bootstrap import run_job
 
     def work(config, job):  # type: ignore[no-untyped-def]
-        from dpa_ds.evaluate import evaluate
+        from dpa_ds.cli.evaluate import evaluate
 
         evaluate(config, job)
 

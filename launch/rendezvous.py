@@ -13,21 +13,21 @@ recipe of the run; then start each group with a launcher of its own, in any orde
   deepspeed launch/run.py --config RECIPE --cluster.group 0 --cluster.rendezvous HOST:29600
   deepspeed launch/run.py --config RECIPE --cluster.group 1 --cluster.rendezvous HOST:29600
 
-A group that dies, hangs (cluster.silence_seconds) or does not finish its round in time (federation.timeout_seconds) is left out, and
-the others go on as long as they host federation.min_clients clients; started again, it joins at the next round. This process is the one
+A group that dies, hangs (cluster.heartbeat_timeout_seconds) or does not finish its round in time (federation.timeout_seconds) is left out, and
+the others continue as long as they host federation.min_clients clients; started again, it joins at the next round. This process is the one
 thing that must not be lost: without it every group stops, with all rounds saved. It holds nothing: start it again, then the groups. It
 ends with SIGTERM or Ctrl-C. More: docs/reliability.md.
 
   --port PORT              to listen on (default: 29600)
-  --config RECIPE          the run's recipe: its cluster.silence_seconds and federation.timeout_seconds are used
+  --config RECIPE          the run's recipe: its cluster.heartbeat_timeout_seconds and federation.timeout_seconds are used
 """
 
 
 def main() -> None:
     """Entry point; one process, no launcher."""
-    from dpa_ds.config_loader import load_config
+    from dpa_ds.cli.args import take_options
+    from dpa_ds.config.load import load_config
     from dpa_ds.errors import DpaError
-    from dpa_ds.run_arguments import take_options
 
     if any(word in ("-h", "--help") for word in sys.argv[1:]):
         sys.stdout.write(USAGE)
@@ -56,7 +56,7 @@ def serve(config, port):  # type: ignore[no-untyped-def]
             min_replicas=1,
             join_timeout_ms=round(config.federation.timeout_seconds * 1000),
             quorum_tick_ms=50,
-            heartbeat_timeout_ms=round(config.cluster.silence_seconds * 1000),
+            heartbeat_timeout_ms=round(config.cluster.heartbeat_timeout_seconds * 1000),
         )
     except RuntimeError as error:
         raise ClusterError(f"cannot listen on port {port} ({error}): choose another with --port") from error

@@ -9,10 +9,10 @@ def main() -> None:
 
     # torch reads it when it is first imported. Below ERROR each rank adds 40 lines of C++ stack to a peer's one line.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    from dpa_ds.start import run_job
+    from dpa_ds.cli.bootstrap import run_job
 
     def work(config, job):  # type: ignore[no-untyped-def]
-        from dpa_ds.train import train  # imports DeepSpeed: only once config and ranks are in order
+        from dpa_ds.cli.train import train  # imports DeepSpeed: only once config and ranks are in order
 
         train(config, job)
 

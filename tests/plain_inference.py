@@ -35,7 +35,7 @@ class PlainClient:
         self.references = [part.tolist() for part in stored["tokens"].split(stored["lengths"].tolist())]
         self.stored_states = torch.stack([stored[f"states.{name}"] for name in REPRESENTATIONS])
         """(representations, references, hidden size)."""
-        self.mean_states = load_file(adapters / "global" / "mean_states.safetensors")["mean_states"]
+        self.reference_mean = load_file(adapters / "global" / "reference_mean.safetensors")["reference_mean"]
         """(representations, hidden size)."""
 
     def tokens(self, prompt: str) -> list[int]:
@@ -51,7 +51,7 @@ class PlainClient:
     def alpha(self, prompt: str, kind: str, scale: float, representation: str) -> float:
         """Weight of the local adapter: cosine by the local adapter, centred_cosine by the base."""
         encoder, row = ("local" if kind == "cosine" else "none"), REPRESENTATIONS.index(representation)
-        centre = self.mean_states[row] if kind == "centred_cosine" else 0.0
+        centre = self.reference_mean[row] if kind == "centred_cosine" else 0.0
         state = self.states(self.tokens(prompt), encoder)[row] - centre
         cosines = [
             float(torch.cosine_similarity(state, self.states(tokens, encoder)[row] - centre, dim=0))

@@ -14,8 +14,8 @@ from typing import Any
 
 PRELOADED = [
     "datasets",
-    "dpa_ds.config_loader",
-    "dpa_ds.train",
+    "dpa_ds.config.load",
+    "dpa_ds.cli.train",
     "matplotlib.figure",
     # What these would import when they are first used, half of a small run's time:
     "deepspeed.runtime.zero.muon.muon_optimizer",  # deepspeed.initialize: torch.compile, and with it torch._inductor
@@ -64,8 +64,8 @@ def run_on_ranks(
 
 def train_on_rank(job: Any, argv: Sequence[str]) -> None:
     """For `run_on_ranks`: the training that `launch/run.py` starts with the arguments `argv`."""
-    from dpa_ds.config_loader import load_config
-    from dpa_ds.train import train
+    from dpa_ds.cli.train import train
+    from dpa_ds.config.load import load_config
 
     train(load_config(argv), job)
 
@@ -82,12 +82,12 @@ def _run(
 ) -> None:
     import torch.distributed as dist
 
-    from dpa_ds.distributed.job import Job
+    from dpa_ds.distributed.job_store import JobStore
     from dpa_ds.distributed.launchers import Launch
 
     try:
         launch = Launch("env", rank, num_ranks, rank, "127.0.0.1", 0)
-        job = Job(launch, dist.FileStore(store_file, num_ranks))
+        job = JobStore(launch, dist.FileStore(store_file, num_ranks))
         job.hosts = [launch.hostname] * num_ranks
         pipe.send((True, function(job, *args)))
     except BaseException:

@@ -11,11 +11,11 @@ from typing import Literal
 import numpy as np
 import torch
 
-from dpa_ds.data.prompts import TokenizedExamples
+from dpa_ds.data.tokenize import TokenizedExamples
 
 Representation = Literal["last_token", "mean"]
 REPRESENTATIONS: tuple[Representation, Representation] = ("last_token", "mean")
-States = dict[Representation, torch.Tensor]
+Embeddings = dict[Representation, torch.Tensor]
 """Representation -> (number of prompts, hidden size), fp32 on CPU."""
 
 # Second word of the seed, as in partition.py: the draw of references has its own random stream.
@@ -28,10 +28,10 @@ class References:
 
     prompts: list[list[int]]
     """Tokens of each prompt."""
-    states: States
+    states: Embeddings
 
     @property
-    def mean_states(self) -> torch.Tensor:
+    def reference_mean(self) -> torch.Tensor:
         """(number of representations, hidden size): what the client adds to the federation's mean."""
         return torch.stack([self.states[name].mean(dim=0) for name in REPRESENTATIONS])
 

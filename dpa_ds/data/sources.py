@@ -12,13 +12,16 @@ from typing import Literal
 
 import numpy as np
 
-from dpa_ds.config import DataConfig
+from dpa_ds.config.schema import DataConfig
 from dpa_ds.data.partition import partition_by_column, partition_dirichlet, partition_iid
 from dpa_ds.data.tables import Row, read_rows, read_table, reading
 from dpa_ds.errors import ConfigError, DataError
 
 # Second word of the seed, as in partition.py: the split of held-out examples has its own random stream.
 _HELD_OUT_TAG = 103
+
+NO_TASK = "all"
+"""The one task of data that names none."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,16 @@ class ClientData:
     name: str
     train: tuple[Example, ...]
     held_out: tuple[Example, ...]
+
+
+@dataclass(frozen=True)
+class ClientInfo:
+    """A client as the report names it."""
+
+    client: int
+    label: str
+    own_tasks: tuple[str, ...]
+    """Tasks that it trained on."""
 
 
 def list_clients(config: DataConfig, seed: int) -> list[str]:

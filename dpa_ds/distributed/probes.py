@@ -13,8 +13,8 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from dpa_ds.distributed.federation_group import FederationGroup
-from dpa_ds.distributed.job import Job
+from dpa_ds.distributed.job_store import JobStore
+from dpa_ds.distributed.leaders import LeaderGroup
 from dpa_ds.distributed.world import World
 from dpa_ds.errors import storage_errors
 
@@ -80,7 +80,7 @@ def gather_speed(world: World) -> tuple[float, float]:
     return share * (world.world_size - 1) / seconds, _median_seconds(gather(1), NUM_PINGS)
 
 
-def exchange_speed(group: FederationGroup, num_bytes: int) -> tuple[float, float]:
+def exchange_speed(group: LeaderGroup, num_bytes: int) -> tuple[float, float]:
     """Seconds of one exchange of `num_bytes` among the leaders, and of one that is empty. Collective: all leaders."""
     buffer, nothing = torch.zeros(num_bytes // 4), torch.zeros(1)
     seconds = _median_seconds(lambda: group.all_reduce_(buffer, "check"), NUM_REPEATS)
@@ -97,7 +97,7 @@ def _median_seconds(work: Callable[[], None], num_repeats: int) -> float:
     return statistics.median(times)
 
 
-def clock_offset(job: Job) -> float:
+def clock_offset(job: JobStore) -> float:
     """Seconds by which this rank's clock is before rank 0's, to half of a question's way there and back.
 
     One rank after the other, so that none waits while it is timed. Collective: every rank of the job.
@@ -116,7 +116,7 @@ def clock_offset(job: Job) -> float:
     return (asked + time.time()) / 2 - answer
 
 
-def sees_token(job: Job, folder: Path, patience_seconds: float = 5.0) -> bool:
+def sees_token(job: JobStore, folder: Path, patience_seconds: float = 5.0) -> bool:
     """Whether a file that rank 0 writes into `folder` is there for this rank, too. Collective: every rank of the job.
 
     Args:
@@ -133,7 +133,7 @@ def sees_token(job: Job, folder: Path, patience_seconds: float = 5.0) -> bool:
             path.touch()
         return str(path)
 
-    token = Path(job.decide("token", write))
+    token = Path(job.broadcast_from_rank_zero("token", write))
     deadline = time.monotonic() + patience_seconds
     while not (seen := token.exists()) and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -168,7 +168,7 @@ def free_host_memory() -> int:
 
 
 def own_address() -> str:
-    """Address that this host's own name leads to, and its network interface: what gloo uses unless told otherwise."""
+    """Address that this host's own name leads to, and its network interface: what gloo uses by default."""
     try:
         address = socket.gethostbyname(socket.gethostname())
     except OSError:

@@ -13,10 +13,10 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from dpa_ds.config import ClusterConfig, RunConfig
-from dpa_ds.distributed.elastic_group import ElasticGroup
-from dpa_ds.distributed.federation_group import FederationGroup, FixedGroup
-from dpa_ds.distributed.job import Job
+from dpa_ds.config.schema import ClusterConfig, RunConfig
+from dpa_ds.distributed.elastic import ElasticGroup
+from dpa_ds.distributed.job_store import JobStore
+from dpa_ds.distributed.leaders import LeaderGroup, StaticGroup
 from dpa_ds.distributed.topology import Topology
 from dpa_ds.errors import ClusterError, Preempted
 
@@ -33,7 +33,7 @@ class World:
     world_size: int
     """Ranks of the group."""
     device: torch.device
-    federation: FederationGroup | None
+    leaders: LeaderGroup | None
     """Set on the leader only; where groups come and go, once the leader has joined (`elastic_group`)."""
 
     @property
@@ -42,7 +42,7 @@ class World:
         return self.rank == 0
 
     @property
-    def is_main(self) -> bool:
+    def is_coordinator(self) -> bool:
         """Leader of the job's first group: the one that reports."""
         return self.rank == 0 and self.group == self.topology.first_group
 
@@ -96,14 +96,14 @@ class World:
 
     def close(self) -> None:
         """Tear down the group's world. Collective: all ranks of the group."""
-        if isinstance(self.federation, ElasticGroup):
-            self.federation.close()
+        if isinstance(self.leaders, ElasticGroup):
+            self.leaders.close()
         self.barrier()  # NCCL wants all ranks to leave at about the same time, and the leader has files to write
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-def build_world(job: Job, topology: Topology, cluster: ClusterConfig, federation_timeout_seconds: float) -> World:
+def build_world(job: JobStore, topology: Topology, cluster: ClusterConfig, federation_timeout_seconds: float) -> World:
     """Build this rank's group world (torch.distributed and DeepSpeed) and, among leaders, the federation group.
 
     Collective: every rank of the job.
@@ -133,16 +133,16 @@ def build_world(job: Job, topology: Topology, cluster: ClusterConfig, federation
         backend, store=dist.PrefixStore(f"group/{group}", job.store), rank=rank, world_size=size, timeout=timeout
     )
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
-    federation = None
+    leaders = None
     if rank == 0 and not topology.num_groups_elsewhere:
-        federation = FixedGroup(
+        leaders = StaticGroup(
             job.store, group, topology.num_groups, federation_timeout_seconds, lambda: job.stop_requested
         )
     device = torch.device(accelerator.current_device_name())
-    return World(topology, group, rank, size, device, federation)
+    return World(topology, group, rank, size, device, leaders)
 
 
-def join_federation(config: RunConfig, job: Job, world: World) -> World:
+def join_leaders(config: RunConfig, job: JobStore, world: World) -> World:
     """`world`, where the groups have launchers of their own with the leader joined to the others.
 
     Late, when everything is loaded: from then on the others wait for this group. Collective: all ranks of the group.
@@ -152,7 +152,7 @@ def join_federation(config: RunConfig, job: Job, world: World) -> World:
     """
     topology, cluster = world.topology, config.cluster
     if cluster.rendezvous is not None and topology.num_groups_elsewhere and world.is_leader:
-        world.federation = ElasticGroup(
+        world.leaders = ElasticGroup(
             group=world.group,
             rendezvous=cluster.rendezvous,
             num_groups=topology.num_groups,

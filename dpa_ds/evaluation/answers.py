@@ -8,8 +8,6 @@ from pathlib import Path
 from dpa_ds.errors import storage_errors
 
 _KEPT = "those written so far are kept: make room, then run the same command again"
-NO_TASK = "all"
-"""The one task of data that names none."""
 
 
 @dataclass(frozen=True)
@@ -45,16 +43,6 @@ class Answer:
         """False for what a damaged file gives."""
         has_numbers = isinstance(self.client, int) and isinstance(self.row, int) and isinstance(self.alpha, int | float)
         return has_numbers and 0 <= self.alpha <= 1 and isinstance(self.task, str) and isinstance(self.text, str)
-
-
-@dataclass(frozen=True)
-class ClientInfo:
-    """A client as the report names it."""
-
-    client: int
-    label: str
-    own_tasks: tuple[str, ...]
-    """Tasks that it trained on."""
 
 
 def append_answers(path: Path, answers: list[Answer]) -> None:

@@ -1,4 +1,4 @@
-"""Text laid out: columns of equal width, Markdown tables, names cut short, and labels that keep clear of each other."""
+"""Text placed out: columns of equal width, Markdown tables, names cut short, and labels that keep clear of each other."""
 
 import itertools
 import re

@@ -5,17 +5,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dpa_ds.checkpoint import write_file
-from dpa_ds.evaluation.answers import Answer, ClientInfo, Instance
-from dpa_ds.evaluation.cells import overall_floor
-from dpa_ds.evaluation.pictures import HELD_OUT_LOSS, alpha_histograms, curves, heat_map, p_against_ttp
-from dpa_ds.evaluation.summary import summarize
-from dpa_ds.evaluation.tables import markdown_report, terminal_table
-from dpa_ds.tracking import read_records
+from dpa_ds.data.sources import ClientInfo
+from dpa_ds.evaluation.answers import Answer, Instance
+from dpa_ds.evaluation.figures import HELD_OUT_LOSS, alpha_histograms, curves, heat_map, p_against_ttp
+from dpa_ds.evaluation.statistics import summarize
+from dpa_ds.evaluation.tables import markdown_report, overall_floor, terminal_table
+from dpa_ds.runs.storage import write_file
+from dpa_ds.runs.tracking import read_records
 
 
 def write_report(run_dir: Path, num_groups: int, seconds: float) -> str:
-    """Write results.json and held_out_loss.png into `run_dir`; returns the table as text. Main leader only."""
+    """Write results.json and held_out_loss.png into `run_dir`; returns the table as text. Coordinator only."""
     records = read_records(run_dir / "metrics.jsonl")
     rows = _held_out_by_client(records)
     rounds = [record for record in records if record["kind"] == "round" and record["round"] > 0]
@@ -56,7 +56,7 @@ def write_evaluation(
     clients: Sequence[ClientInfo],
     settings: Mapping[str, Any],
 ) -> str:
-    """Write summary.json, report.md and three pictures into `folder`; returns the table as text. Main leader only.
+    """Write summary.json, report.md and three pictures into `folder`; returns the table as text. Coordinator only.
 
     Args:
         answers: one to each of `instances` from every client that was asked.

@@ -5,15 +5,15 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from dpa_ds.config import RunConfig
+from dpa_ds.adapters.methods import Schedule
+from dpa_ds.config.schema import RunConfig
 from dpa_ds.distributed.world import World
-from dpa_ds.evaluation.answering import Answerer, Personality
-from dpa_ds.evaluation.instances import choose_instances, read_instances, tokenize_instances
-from dpa_ds.evaluation.scores import score_answer
-from dpa_ds.evaluation.weighting import resolve_weighting
-from dpa_ds.evaluation.work import Questions, answer_piece
-from dpa_ds.federation.methods import Schedule
-from dpa_ds.model.engine import AdapterEngine
+from dpa_ds.engine.engine import AdapterEngine
+from dpa_ds.evaluation.dataset import choose_instances, read_instances, tokenize_instances
+from dpa_ds.evaluation.metrics import score_answer
+from dpa_ds.evaluation.runner import EvaluationSet, answer_work_item
+from dpa_ds.inference.client_model import ClientModel, Predictor
+from dpa_ds.inference.weighting import resolve_weighting
 
 DEFAULT_INSTANCES = 4
 
@@ -40,28 +40,28 @@ class Scorer:
         chosen = choose_instances(config, read_instances(config))
         self._instances = [i for i in chosen if i.task in trained and i.row < limit]
 
-    def score(self, client: Personality, mean_states: torch.Tensor) -> dict[str, float]:
+    def score(self, client: ClientModel, reference_mean: torch.Tensor) -> dict[str, float]:
         """Mean ROUGE-1 by task, 0 to 100. The global adapter must be installed. Collective: all ranks of the group."""
         if not self._instances:
             return {}
         world = self._world
-        answerer = Answerer(
+        predictor = Predictor(
             self._engine.adapters,
             self._tokenizer,
             self._weighting,
             self._config.generation,
-            mean_states,
+            reference_mean,
             self._engine.write_state,
             partitioned=world.world_size > 1,
         )
         me = client.info.client
-        prompts = tokenize_instances(self._config, self._instances, answerer)
-        questions = Questions(self._instances, prompts, {me: client})
+        prompts = tokenize_instances(self._config, self._instances, predictor)
+        evaluation_set = EvaluationSet(self._instances, prompts, {me: client})
         references = {(i.task, i.row): i.reference for i in self._instances}
         tasks = sorted({instance.task for instance in self._instances})
         total = torch.zeros(len(tasks), 2, dtype=torch.float64)  # sum of scores, number of answers
-        for piece in questions.plan(self._config.generation, num_groups=1):
-            for batch in answer_piece(piece, questions, answerer, world, frozenset()):
+        for item in evaluation_set.plan(self._config.generation, num_groups=1):
+            for batch in answer_work_item(item, evaluation_set, predictor, world, frozenset()):
                 for answer in batch:
                     score = score_answer(answer.text, references[answer.task, answer.row])["rouge1"]
                     total[tasks.index(answer.task)] += torch.tensor([score, 1.0])

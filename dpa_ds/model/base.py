@@ -5,6 +5,7 @@ communication; the whole model never exists on one rank.
 """
 
 import hashlib
+import logging
 import os
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -17,12 +18,11 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from dpa_ds.config import ModelConfig
+from dpa_ds.config.schema import ModelConfig
 from dpa_ds.errors import ConfigError, ModelError
 from dpa_ds.model.directory import check_directory, tensor_files
-from dpa_ds.model.directory import load_tokenizer as load_tokenizer
-from dpa_ds.model.directory import model_fingerprint as model_fingerprint
-from dpa_ds.tracking import logger
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -55,7 +55,7 @@ def resolve_model(config: ModelConfig, cache_dir: str) -> Path:
     """
     path = Path(config.path).expanduser()
     if path.is_file():
-        from dpa_ds.model.gguf import convert_gguf
+        from dpa_ds.model.gguf.convert import convert_gguf
 
         stat = path.stat()
         key = hashlib.sha256(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:16]
@@ -168,7 +168,7 @@ def _load_partitioned(config: ModelConfig, directory: Path, deepspeed_json: Mapp
 
 
 def _restore_computed_buffers(model: PreTrainedModel) -> None:
-    """Compute rotary frequencies and the like anew in fp32.
+    """Compute rotary frequencies and the like again in fp32.
 
     Inside `zero.Init` DeepSpeed makes every new float tensor in the training precision (0.19.8,
     zero/partition_parameters.py): in bf16 the frequencies of a rotary embedding would be off by up to 0.4 %.

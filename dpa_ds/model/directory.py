@@ -10,9 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
+from dpa_ds.config.schema import LoraConfig
 from dpa_ds.errors import DpaError, ModelError
 
 IDENTITY_FILES = (
@@ -118,6 +120,24 @@ def tensor_files(directory: Path) -> dict[str, Path]:
     return dict.fromkeys(_names(single), single)
 
 
+def count_parameters(directory: Path, lora: LoraConfig) -> tuple[int, int, int]:
+    """Parameters of the base, of the global adapter, and of a local adapter.
+
+    Raises:
+        ModelError: `config.json` describes no model.
+    """
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(read_config(directory))
+    # A LoRA of rank r on a layer of n inputs and m outputs: A is (r, n), B is (m, r).
+    widths = sum(
+        sum(module.weight.shape)
+        for name, module in base.named_modules()
+        if name.rsplit(".", 1)[-1] in lora.target_modules and hasattr(module, "weight")
+    )
+    num_base = sum(parameter.numel() for parameter in base.parameters())
+    return num_base, lora.rank * widths, (lora.local_rank or lora.rank) * widths
+
+
 def _weight_map(index: Path) -> dict[str, str]:
     try:
         found: Any = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
@@ -141,7 +161,7 @@ def _names(path: Path) -> list[str]:
 
 
 @contextlib.contextmanager
-def _library_errors(told: str, remedy: str) -> Iterator[None]:
+def _library_errors(reported: str, remedy: str) -> Iterator[None]:
     """Whatever a library raises at a damaged file becomes one line: tokenizers raises bare Exception."""
     try:
         yield
@@ -149,4 +169,4 @@ def _library_errors(told: str, remedy: str) -> Iterator[None]:
         raise
     except Exception as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise ModelError(f"{told} ({' '.join(lines[:2])[:300]}): {remedy}") from error
+        raise ModelError(f"{reported} ({' '.join(lines[:2])[:300]}): {remedy}") from error

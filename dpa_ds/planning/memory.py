@@ -109,7 +109,7 @@ def activation_bytes(shape: Shape, lora: Lora, layout: Layout) -> dict[str, floa
     gate, its activation and up (3 b f). A frozen linear layer keeps none of its inputs, but under ZeRO-3 DeepSpeed's
     own linear function does; an adapter in training keeps those of its layers, and b x rank in its middle. Layers with
     the same input share it; that of o_proj is a copy of the attention's output (`model/packing.py`).
-    Where both adapters take part it keeps both once more, laid together (`model/mixed_lora.py`).
+    Where both adapters take part it keeps both once more, stacked (`model/mixed_lora.py`).
     With dropout an adapted layer keeps an input of its own, and a mask for each of two adapters in the same width.
     With checkpointing a layer keeps its input, b h, and one layer at a time all of the above.
     The loss holds three fp32 tensors at label positions: 12 x labels x vocab.

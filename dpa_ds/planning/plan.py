@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dpa_ds.config import RunConfig
+from dpa_ds.config.schema import RunConfig
 from dpa_ds.errors import ClusterError
 from dpa_ds.planning.hardware import Cluster
 from dpa_ds.planning.memory import BYTES, Layout, Lora, gathered_parameters, step_bytes

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dpa_ds.config_checks import read_text
+from dpa_ds.config.validate import read_text
 from dpa_ds.errors import ModelError
 
 

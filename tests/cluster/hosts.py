@@ -73,7 +73,7 @@ class Hosts:
         return ["ip", "netns", "exec", self._netns(f"n{number}"), *alone, "sh", "-c", IN_HOST, f"n{number}", *command]
 
     def unplug(self, number: int) -> None:
-        """Pull the cable of host `number`: packets are lost, and nobody is told."""
+        """Pull the cable of host `number`: packets are lost, and nobody is reported."""
         _ip("-n", self._netns("sw"), "link", "set", f"p{number}", "down")
 
     def plug(self, number: int) -> None:

@@ -62,7 +62,7 @@ def deepspeed_mpich(machines: Machines, folder: Path, argv: Sequence[str]) -> li
 
 
 def deepspeed_openmpi(machines: Machines, folder: Path, argv: Sequence[str]) -> list[Running]:
-    """`deepspeed --launcher openmpi`, with the system's Open MPI. It must be told that root may do this."""
+    """`deepspeed --launcher openmpi`, with the system's Open MPI. It must be reported that root may do this."""
     if shutil.which("mpirun.openmpi") is None:
         pytest.skip("not installed: openmpi-bin")
     (folder / "bin").mkdir()
@@ -138,7 +138,7 @@ def test_the_adapters_are_those_of_one_host(
 def test_no_launcher_calls_a_failure_a_success(
     launcher: Launcher, machines: Machines, federation: Path, tmp_path: Path
 ) -> None:
-    """The recipe's model is not there: told once, whatever the number of hosts."""
+    """The recipe's model is not there: reported once, whatever the number of hosts."""
     argv = tiny.recipe(tmp_path / "no_model", federation, tmp_path / "runs")
     ended = run_by_hand(launcher(machines, tmp_path, argv), DEADLINE_SECONDS)
     assert all(one.returncode != 0 for one in ended), ended

@@ -1,4 +1,4 @@
-"""Faults of a real network between hosts: found within their bounds, survived, and taken up again exactly."""
+"""Faults of a real network between hosts: found within their bounds, survived, and restored exactly."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -54,7 +54,7 @@ def arguments(model: Path, federation: Path) -> Arguments:
             "train__max_steps": 100,
             "lora__dropout": 0.1,
             "checkpoint__every_steps": 20,
-            "cluster__silence_seconds": SILENCE_SECONDS,
+            "cluster__heartbeat_timeout_seconds": SILENCE_SECONDS,
             "federation__timeout_seconds": TIMEOUT_SECONDS,
         }
         return tiny.recipe(model, federation, folder / "runs", **{**settings, **overrides})
@@ -72,7 +72,7 @@ def start_job(hosts: Hosts, argv: Sequence[str]) -> list[Running]:
 def test_a_cut_link_stops_one_job_on_both_sides_in_time(
     ranks_per_group: int, hosts: Hosts, tmp_path: Path, arguments: Arguments
 ) -> None:
-    """Two groups, and one group across the hosts. Once the link is back the same command goes on, exact to the bit."""
+    """Two groups, and one group across the hosts. Once the link is back the same command resumes, exact to the bit."""
     (tmp_path / "undisturbed").mkdir()
     layout = ["--cluster.ranks_per_group", str(ranks_per_group)]
     ended = run_by_hand(start_by_hand([*RUN, *arguments(tmp_path / "undisturbed"), *layout], 2), DEADLINE_SECONDS)
@@ -92,7 +92,7 @@ def test_a_cut_link_stops_one_job_on_both_sides_in_time(
     assert [one.returncode for one in ended] == [3, 3], "\n\n".join(one.output for one in ended)
     assert all(one.num_tracebacks == 0 for one in ended)
     (here,), (there,) = (one.errors for one in ended)
-    assert f"nothing heard for {SILENCE_SECONDS:g} s (cluster.silence_seconds) of rank 1 (n2, group" in here
+    assert f"nothing heard for {SILENCE_SECONDS:g} s (cluster.heartbeat_timeout_seconds) of rank 1 (n2, group" in here
     assert "n2 has lost rank 0 (n1, group 0, clients 0" in there
 
     ended = run_by_hand(start_job(hosts, argv), DEADLINE_SECONDS)
@@ -111,7 +111,7 @@ def start_group(hosts: Hosts, argv: Sequence[str], group: int) -> Running:
 def test_a_group_whose_host_is_cut_off_is_left_out_and_joins_again(
     dies: bool, hosts: Hosts, tmp_path: Path, arguments: Arguments
 ) -> None:
-    """The host of one group loses its link, or its power; the other goes on, and the group joins when the host is back."""
+    """The host of one group loses its link, or its power; the other continues, and the group joins when the host is back."""
     argv = arguments(tmp_path, federation__num_rounds=500, train__max_steps=40)
     run_dir = tmp_path / "runs" / "tiny"
     rendezvous = Running(hosts.on(1, [PYTHON, "launch/rendezvous.py", *argv, "--port", PORT]))

@@ -22,7 +22,7 @@ ONE_TASK = ["--nodes=1", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per
 Arguments = Callable[..., list[str]]
 
 
-class Job:
+class JobStore:
     """A script of launch/slurm that was submitted."""
 
     def __init__(
@@ -66,7 +66,7 @@ def arguments(model: Path, federation: Path, tmp_path: Path) -> Arguments:
             "train__max_steps": 100,
             "lora__dropout": 0.1,
             "checkpoint__every_steps": 20,
-            "cluster__silence_seconds": SILENCE_SECONDS,
+            "cluster__heartbeat_timeout_seconds": SILENCE_SECONDS,
             "federation__timeout_seconds": 20,
         }
         return tiny.recipe(model, federation, tmp_path / "runs", **{**settings, **overrides})
@@ -86,7 +86,7 @@ def test_train_goes_on_by_itself(
 ) -> None:
     """The job starts again, inside the round where it was, and ends with the bits of a run on one host."""
     argv, run_dir = arguments(), tmp_path / "runs" / "tiny"
-    job = Job(machines, tmp_path / "job.out", "train", TWO_NODES, argv)
+    job = JobStore(machines, tmp_path / "job.out", "train", TWO_NODES, argv)
     job.wait_for(lambda: list(run_dir.glob("rounds/round_000002.tmp/progress/*/*/state.json")))
     match how:
         case "preempted":
@@ -115,7 +115,7 @@ def test_train_goes_on_by_itself(
 def test_the_end_of_its_time_is_not_the_end(machines: Machines, arguments: Arguments, tmp_path: Path) -> None:
     """USR1 before the time limit, which Slurm keeps to the half minute: the job saves, and starts again with new time."""
     argv, run_dir = arguments(federation__num_rounds=1000, checkpoint__keep_rounds=1000), tmp_path / "runs" / "tiny"
-    job = Job(machines, tmp_path / "job.out", "train", [*TWO_NODES, "--time=2", "--signal=USR1@60"], argv)
+    job = JobStore(machines, tmp_path / "job.out", "train", [*TWO_NODES, "--time=2", "--signal=USR1@60"], argv)
     try:
         job.wait_for(lambda: "start 2, on n[1-2]" in job.output)
         done = last_round(run_dir)
@@ -133,11 +133,11 @@ def test_the_end_of_its_time_is_not_the_end(machines: Machines, arguments: Argum
 
 
 def test_a_lost_node_is_not_the_end_of_train_groups(machines: Machines, arguments: Arguments, tmp_path: Path) -> None:
-    """The other group goes on alone; once the node is back, the lost one runs there as a job of its own, and joins."""
+    """The other group continues alone; once the node is back, the lost one runs there as a job of its own, and joins."""
     run_dir = tmp_path / "runs" / "tiny"
     argv = arguments(federation__num_rounds=500, train__max_steps=30, checkpoint__keep_rounds=500)
     whole_node = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", f"--cpus-per-task={NUM_CPUS}"]
-    job = Job(machines, tmp_path / "job.out", "train_groups", whole_node, argv, RANKS="1 1")
+    job = JobStore(machines, tmp_path / "job.out", "train_groups", whole_node, argv, RANKS="1 1")
     try:
         job.wait_for((run_dir / "rounds/round_000002/meta.json").exists)
         machines.crash(2)
@@ -171,7 +171,7 @@ def mentions(command: list[str] | None, folder: Path) -> bool:
 def test_groups_of_unequal_size(machines: Machines, arguments: Arguments, tmp_path: Path) -> None:
     """A group over two nodes would need more ranks than there are cores here: two ranks on n1, one on n2."""
     options = ["--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-task=1"]
-    output = Job(
+    output = JobStore(
         machines, tmp_path / "job.out", "train_groups", options, arguments(train__max_steps=30), RANKS="2 1"
     ).wait()
     assert "group 0: 2 ranks on n1; clients 0" in output
@@ -184,7 +184,7 @@ def test_groups_of_a_heterogeneous_job(machines: Machines, arguments: Arguments,
     """A component for each group, of other nodes and sizes."""
     first = ["--nodes=1", "--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-task=1"]
     second = [":", "--nodes=1", "--ntasks-per-node=1", "--gpus-per-node=1", f"--cpus-per-task={NUM_CPUS}"]
-    output = Job(
+    output = JobStore(
         machines, tmp_path / "job.out", "train_groups", [*first, *second], arguments(train__max_steps=30)
     ).wait()
     assert re.search("group 0: 2 ranks on n[12]; clients 0", output), output
@@ -196,14 +196,14 @@ def test_groups_of_a_heterogeneous_job(machines: Machines, arguments: Arguments,
 def test_train_then_evaluate_then_compare(machines: Machines, arguments: Arguments, tmp_path: Path) -> None:
     """A chain of jobs, each behind the one before; a sweep's tasks train one method each, and the last job makes the table."""
     argv = arguments(train__max_steps=2, federation__num_rounds=1, generation__max_new_tokens=4)
-    trained = Job(machines, tmp_path / "train.out", "train", ONE_TASK, argv)
+    trained = JobStore(machines, tmp_path / "train.out", "train", ONE_TASK, argv)
     run_dir = tmp_path / "runs" / "tiny"
     behind = [*ONE_TASK, f"--dependency=afterok:{trained.number}"]
-    evaluated = Job(machines, tmp_path / "evaluate.out", "evaluate", behind, ["--run", str(run_dir)])
+    evaluated = JobStore(machines, tmp_path / "evaluate.out", "evaluate", behind, ["--run", str(run_dir)])
     sweep = {"METHODS": "fedit local", "SEEDS": "0"}
     compared = [*argv, "--name", "sweep"]
-    pairs = Job(machines, tmp_path / "sweep-%a.out", "sweep", [*ONE_TASK, "--array=0-1"], compared, **sweep)
-    table = Job(
+    pairs = JobStore(machines, tmp_path / "sweep-%a.out", "sweep", [*ONE_TASK, "--array=0-1"], compared, **sweep)
+    table = JobStore(
         machines,
         tmp_path / "sweep.out",
         "sweep",

@@ -136,7 +136,7 @@ class Harness:
             checkpoint__every_steps=2,
             checkpoint__grace_seconds=30,
             cluster__ranks_per_group=layout.ranks_per_group,
-            cluster__silence_seconds=8,
+            cluster__heartbeat_timeout_seconds=8,
             engine__deepspeed_config=f"ds_configs/zero{layout.zero_stage}.json",
         )
         return argv, folder / "runs" / "tiny"
@@ -203,6 +203,6 @@ def _all_gone(running: Running) -> None:
 
 def _records(run_dir: Path) -> list[dict[str, object]]:
     """metrics.jsonl without times, and without bytes, which are counted by process."""
-    leave_out = ("seconds", "tokens_per_second", "tokens_taken_up", "bytes_handed")
+    leave_out = ("seconds", "tokens_per_second", "restored_tokens", "bytes_handed")
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in record.items() if not key.startswith(leave_out)} for record in records]

@@ -7,16 +7,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from dpa_ds import checkpoint
-from dpa_ds.federation import client, progress
-from dpa_ds.model import engine
+from dpa_ds.engine import engine
+from dpa_ds.federation import round_state, trainer
+from dpa_ds.runs import folder
 
 REPOSITORY = Path(__file__).parents[2]
 
 
 def random_state() -> None:
     """The random numbers of a resumed phase are others than before."""
-    find, fold = progress.ProgressKeeper.find, client._fold
+    find, fold = round_state.ProgressKeeper.find, trainer._fold
     resumed = False
 
     def find_and_note(*args: Any) -> Any:
@@ -25,8 +25,8 @@ def random_state() -> None:
         resumed |= found is not None
         return found
 
-    progress.ProgressKeeper.find = find_and_note  # type: ignore[method-assign]
-    client._fold = lambda *words: fold(*words) + resumed
+    round_state.ProgressKeeper.find = find_and_note  # type: ignore[method-assign]
+    trainer._fold = lambda *words: fold(*words) + resumed
 
 
 def optimizer() -> None:
@@ -36,7 +36,7 @@ def optimizer() -> None:
 
 def data_position() -> None:
     """A resumed phase does its last step again."""
-    find = progress.ProgressKeeper.find
+    find = round_state.ProgressKeeper.find
 
     def find_a_step_before(*args: Any) -> Any:
         found = find(*args)
@@ -44,21 +44,21 @@ def data_position() -> None:
             found[0].inside.step -= 1
         return found
 
-    progress.ProgressKeeper.find = find_a_step_before  # type: ignore[method-assign]
+    round_state.ProgressKeeper.find = find_a_step_before  # type: ignore[method-assign]
 
 
 def stale_adapter() -> None:
     """A resumed client has the local adapter of a round before."""
-    load = checkpoint.RunFolder.load_adapter
+    load = folder.RunFolder.load_adapter
 
-    def load_older(self: checkpoint.RunFolder, server_round: int, name: str) -> Any:
+    def load_older(self: folder.RunFolder, server_round: int, name: str) -> Any:
         saved = load(self, server_round, name)
         older = self.round_dir(server_round - 1) / name
         if name.startswith("local") and older.is_dir():
             saved = dataclasses.replace(saved, weights=load(self, server_round - 1, name).weights)
         return saved
 
-    checkpoint.RunFolder.load_adapter = load_older  # type: ignore[method-assign]
+    folder.RunFolder.load_adapter = load_older  # type: ignore[method-assign]
 
 
 BUGS = {f.__name__: f for f in (random_state, optimizer, data_position, stale_adapter)}

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from dpa_ds.storage import sha256_of
+from dpa_ds.runs.storage import sha256_of
 from tests import tiny
 from tests.launch.processes import run_forked
 
@@ -117,10 +117,10 @@ def refuse(case: Case, place: Place) -> None:
     assert ended.returncode == case.exit_code, ended.output
     assert ended.num_tracebacks == 0, ended.output
     assert len(ended.errors) == 1, ended.output
-    told = ended.output[ended.output.index("error: ") :]
+    reported = ended.output[ended.output.index("error: ") :]
     for words in [case.says] if isinstance(case.says, str) else case.says:
-        assert place.fill(words) in told
-    assert len(told) < 2000, "nobody reads that"
+        assert place.fill(words) in reported
+    assert len(reported) < 2000, "nobody reads that"
     assert checksums(place.root) == before
 
 

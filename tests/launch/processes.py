@@ -58,7 +58,7 @@ class Running:
 
     def __init__(self, command: Sequence[str], cwd: Path = REPOSITORY, **variables: str) -> None:
         self._mark = uuid.uuid4().hex
-        # Not a pipe: nobody needs to read it for the ranks to go on.
+        # Not a pipe: nobody needs to read it for the ranks to continue.
         self._output = tempfile.NamedTemporaryFile("w+")  # noqa: SIM115
         self._started = time.monotonic()
         self.command = list(command)
@@ -194,7 +194,7 @@ def start_by_hand(command: Sequence[str], num_ranks: int) -> list[Forked]:
 
 
 def wait_for(folder: Path, pattern: str, running: Sequence[Running], deadline_seconds: float) -> None:
-    """Until a file of `folder` is there, while all of `running` go on."""
+    """Until a file of `folder` is there, while all of `running` continue."""
     deadline = time.monotonic() + deadline_seconds
     while not list(folder.glob(pattern)):
         assert all(one.process.poll() is None for one in running), "\n\n".join(one.output() for one in running)

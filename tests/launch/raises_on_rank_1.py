@@ -7,28 +7,28 @@ import os
 import signal
 import sys
 
-from dpa_ds.config import RunConfig
-from dpa_ds.distributed.job import Job
+from dpa_ds.cli.bootstrap import run_job
+from dpa_ds.config.schema import RunConfig
+from dpa_ds.distributed.job_store import JobStore
 from dpa_ds.distributed.topology import Topology
 from dpa_ds.distributed.world import build_world
-from dpa_ds.start import run_job
 
 
-def wait_for_each_other(config: RunConfig, job: Job) -> None:
+def wait_for_each_other(config: RunConfig, job: JobStore) -> None:
     """Rank 0 waits for a rank 1 that never comes."""
     import torch
 
     where = sys.argv[1]
     world = build_world(job, Topology((1, 1), 2), config.cluster, config.federation.timeout_seconds)
-    assert world.federation is not None
-    world.federation.all_reduce_(torch.ones(3), "metrics")  # both are here
+    assert world.leaders is not None
+    world.leaders.all_reduce_(torch.ones(3), "metrics")  # both are here
     if job.launch.global_rank == 1:
         if where == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
         raise ZeroDivisionError("a fault of the programmer")
     if where == "store":
         job.lookup("never published")
-    world.federation.all_reduce_(torch.ones(3), "update")
+    world.leaders.all_reduce_(torch.ones(3), "update")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.launch
 
 
 def resumed(name: str, says: str | tuple[str, ...], spoil: Callable[[Place], object], *arguments: str) -> Case:
-    """A row on a run that is to go on."""
+    """A row on a run that is to continue."""
     more = ("--federation.num_rounds", "3", "--resume", "must")
     return Case(name, says, (*more, *arguments), spoil, exit_code=4)
 
@@ -49,7 +49,9 @@ RESUMED = [
     ),
     resumed("state.json of zero bytes", WHOLE, each(lambda path: write(f"{path}/global/state.json", ""))),
     resumed(
-        "no rounds", ("{run} holds nothing to go on from, and resume is must", "output_dir"), remove("runs/tiny/rounds")
+        "no rounds",
+        ("{run} holds nothing to resume from, and resume is must", "output_dir"),
+        remove("runs/tiny/rounds"),
     ),
     resumed(
         "NaN in an adapter",

@@ -119,14 +119,14 @@ def test_the_order_of_phases_is_for_feddpa_t_and_rounds_cannot_shrink(
     tmp_path: Path, model: Path, federation: Path
 ) -> None:
     settings = {"generation__num_beams": 1, "generation__max_new_tokens": 4, "evaluation__instances_per_task": 1}
-    argv = tiny.recipe(model, federation, tmp_path / "runs", name="cmp", method__local_partner="aggregated", **settings)
+    argv = tiny.recipe(model, federation, tmp_path / "runs", name="cmp", method__global_source="aggregated", **settings)
     ended = compare(argv, "--methods", "feddpa_t,fedit", "--weightings", "global")
     assert ended.returncode == 0, ended.output
     recipes = {
         method: (tmp_path / f"runs/cmp/{method}-seed0/config.yaml").read_text() for method in ("feddpa_t", "fedit")
     }
-    assert "local_partner: aggregated" in recipes["feddpa_t"]
-    assert "local_partner: own" in recipes["fedit"]
+    assert "global_source: aggregated" in recipes["feddpa_t"]
+    assert "global_source: own" in recipes["fedit"]
 
     ended = compare(argv, "--methods", "feddpa_t,fedit", "--federation.num_rounds", "1")
     assert ended.returncode == 2, ended.output
@@ -167,7 +167,7 @@ def test_two_ranks_of_a_launcher_compare_as_one(tmp_path: Path, model: Path, fed
 def test_a_signal_stops_what_the_comparison_runs(
     number: signal.Signals, tmp_path: Path, model: Path, federation: Path
 ) -> None:
-    """The training saves and ends (`Running.wait` asserts that nothing is left); the same command goes on from there."""
+    """The training saves and ends (`Running.wait` asserts that nothing is left); the same command resumes from there."""
     argv = tiny.recipe(model, federation, tmp_path / "runs", name="cmp", federation__num_rounds=40)
     command = [PYTHON, "launch/compare.py", *argv, "--methods", "fedit"]
     with Running(command) as running:

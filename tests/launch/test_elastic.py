@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dpa_ds.tracking import read_records
+from dpa_ds.runs.tracking import read_records
 from tests import tiny
 from tests.launch.processes import (
     PYTHON,
@@ -42,7 +42,7 @@ def arguments(model: Path, federation: Path) -> Arguments:
         settings = {
             "federation__num_rounds": 3,
             "train__max_steps": 60,
-            "cluster__silence_seconds": SILENCE_SECONDS,
+            "cluster__heartbeat_timeout_seconds": SILENCE_SECONDS,
             "federation__timeout_seconds": 40,
         }
         return tiny.recipe(model, federation, folder / "runs", **{**settings, **overrides})
@@ -107,11 +107,11 @@ def test_it_equals_the_run_under_one_launcher(tmp_path: Path, arguments: Argumen
 
 
 def test_groups_of_unequal_size(tmp_path: Path, arguments: Arguments) -> None:
-    """With updates in 16 bits, whose two exchanges a round and carried rests are the same here and there."""
+    """With updates in 16 bits, whose two exchanges a round and carried suffix_lengths are the same here and there."""
     fixed, elastic = tmp_path / "fixed", tmp_path / "elastic"
     fixed.mkdir()
     elastic.mkdir()
-    short = {"federation__upload": "int16"}
+    short = {"federation__compression": "int16"}
     under_one_launcher([*arguments(fixed, **short), "--cluster.ranks_per_group", "[2, 1]"], 3)
     argv = arguments(elastic, **short)
     with rendezvous(argv) as (meeting, _):
@@ -130,17 +130,17 @@ def test_a_lost_group_is_left_out_and_joins_again(how: signal.Signals, tmp_path:
     argv, run_dir = arguments(tmp_path, **settings), tmp_path / "runs" / "tiny"
     with rendezvous(argv) as (meeting, _), start(argv, 0, meeting) as survivor:
         with start(argv, 1, meeting) as lost:
-            # Inside a phase: a group that wakes between two rounds has missed nothing, and goes on without a new start.
+            # Inside a phase: a group that wakes between two rounds has missed nothing, and continues without a new start.
             wait_for(run_dir, "rounds/round_000002.tmp/progress/client_01/*", [survivor, lost], DEADLINE_SECONDS)
             lost.process.send_signal(how)
-            # Two rounds: a group that missed the last exchange of one only would be given its result, and go on.
+            # Two rounds: a group that missed the last exchange of one only would be given its result, and continue.
             wait_until(lambda: [presence(run_dir).get(last_round(run_dir) - k) for k in (0, 1)] == [[0], [0]], survivor)
             if how == signal.SIGSTOP:
                 lost.process.send_signal(signal.SIGCONT)
                 ended = lost.wait(DEADLINE_SECONDS)
                 assert ended.returncode == 3, ended.output
                 (error,) = ended.errors
-                assert "they went on without this one (it was silent for" in error
+                assert "they continued without this one (it was silent for" in error
         alone = last_round(run_dir)
         with start(argv, 1, meeting) as back:
             wait_until(
@@ -160,7 +160,7 @@ def test_a_lost_group_is_left_out_and_joins_again(how: signal.Signals, tmp_path:
     for before, after in itertools.pairwise(shared):
         assert not equal(before, after), "the survivor's updates count"
     assert all(equal(kept[0], later) for later in kept[1:]), "an absent client keeps its local adapter"
-    assert not equal(kept[0], round_of(run_dir, away[-1] + 1, "local/client_01")), "and goes on with it"
+    assert not equal(kept[0], round_of(run_dir, away[-1] + 1, "local/client_01")), "and continues with it"
 
     rounds = last_round(run_dir) + 1
     with rendezvous(argv) as (meeting, _):
@@ -170,7 +170,7 @@ def test_a_lost_group_is_left_out_and_joins_again(how: signal.Signals, tmp_path:
 
 
 def wait_until(condition: Callable[[], bool], *running: Running) -> None:
-    """While all of `running` go on."""
+    """While all of `running` continue."""
     deadline = time.monotonic() + DEADLINE_SECONDS
     while not condition():
         outputs = "\n\n".join(one.output()[-2000:] for one in running)

@@ -1,4 +1,4 @@
-"""The evaluation as a user starts it: what it prints and writes, that it goes on after a kill, and what it refuses."""
+"""The evaluation as a user starts it: what it prints and writes, that it continues after a kill, and what it refuses."""
 
 import hashlib
 import json
@@ -205,7 +205,7 @@ def test_help_is_quick_and_starts_nothing() -> None:
     assert ended.returncode == 0, ended.output
     assert "usage: deepspeed launch/evaluate.py --run runs/NAME [--option VALUE ...]" in ended.output
     imported = re.findall(r"^import time:.*\| +(\S+)$", ended.output, re.M)
-    assert "dpa_ds.run_arguments" in imported
+    assert "dpa_ds.cli.args" in imported
     assert not {"torch", "transformers", "deepspeed"} & set(imported)
 
 
@@ -235,13 +235,13 @@ OPTIONS = {
 
 @pytest.mark.parametrize("options", OPTIONS)
 def test_options(options: str, trained: Place) -> None:
-    told = trained.refuse(["--run", str(trained.run), *options.format(run=trained.run).split()], exit_code=2)
-    assert told == OPTIONS[options].format(run=trained.run)
+    reported = trained.refuse(["--run", str(trained.run), *options.format(run=trained.run).split()], exit_code=2)
+    assert reported == OPTIONS[options].format(run=trained.run)
 
 
 def test_no_run_and_no_such_run(place: Place) -> None:
-    told = place.refuse([], exit_code=2)
-    assert told == "no run: give one with --run runs/NAME (a folder that launch/run.py wrote; see --help)"
+    reported = place.refuse([], exit_code=2)
+    assert reported == "no run: give one with --run runs/NAME (a folder that launch/run.py wrote; see --help)"
     shutil.copytree(place.run, place.run.with_name("second"))
     other = place.run.with_name("tin")
     assert place.refuse(["--run", str(other)], exit_code=2) == (

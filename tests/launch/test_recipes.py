@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from dpa_ds.config import DataConfig
-from dpa_ds.config_loader import load_config
+from dpa_ds.config.load import load_config
+from dpa_ds.config.schema import DataConfig
 from tests import tiny
 from tests.launch.processes import REPOSITORY, adapters, run_forked
 

@@ -1,4 +1,4 @@
-"""A run that was killed goes on where it was; one that is over is told again; one that is raised goes further."""
+"""A run that was killed continues where it was; one that is over is reported again; one that is raised goes further."""
 
 import json
 import re
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.launch
 
 @pytest.fixture(scope="module")
 def arguments(model: Path, federation: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[str]]:
-    """The recipe: rounds of about a second, dropout and optimizer state that must be taken up again too."""
+    """The recipe: rounds of about a second, dropout and optimizer state that must be restored too."""
 
     def arguments(folder: Path, **overrides: object) -> list[str]:
         settings = {"train__local_epochs": 5.0, "lora__dropout": 0.1, "train__keep_optimizer_state": True}
@@ -130,7 +130,7 @@ def test_killed_inside_a_phase(
     number = 1 if every[0] == "steps" else 3  # by time also before the first step
     kill_when([*RUN, *argv], *(saved / f"{n:06d}" / "state.json" for n in (number, number + 1)))
     info = json.loads(next(saved.glob("*/state.json")).read_text())["info"]
-    assert info["inside"]["step"] > 0 or info["phase"] > 0, "nothing to take up again"
+    assert info["inside"]["step"] > 0 or info["phase"] > 0, "nothing to restore"
 
     ended = run_forked(argv)
     assert ended.returncode == 0, ended.output
@@ -139,14 +139,14 @@ def test_killed_inside_a_phase(
     assert not list(run_dir.glob("rounds/**/progress"))
     assert metrics(run_dir) == [record for record in metrics(uninterrupted) if record["round"] <= 2]
     *clients, whole = [record for record in records(run_dir) if record["round"] == 2]
-    own_tokens = sum(client["real_tokens"] - client["tokens_taken_up"] for client in clients)
+    own_tokens = sum(client["real_tokens"] - client["restored_tokens"] for client in clients)
     assert 0 < own_tokens < sum(client["real_tokens"] for client in clients), "those of the second process"
     assert whole["tokens_per_second"] * whole["seconds/train"] == pytest.approx(own_tokens)
 
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:
     """Records of clients and rounds without times, and without what tells of an interruption."""
-    timed = ("seconds", "tokens_per_second", "tokens_taken_up")
+    timed = ("seconds", "tokens_per_second", "restored_tokens")
     return [{key: value for key, value in record.items() if not key.startswith(timed)} for record in records(run_dir)]
 
 
@@ -163,8 +163,8 @@ def test_damaged_round_is_set_aside(tmp_path: Path, arguments: Callable[..., lis
 
     ended = run_forked([*argv, *more])
     assert ended.returncode == 0, ended.output
-    aside = run_dir / "rounds" / "round_000003.damaged"
-    assert f"round 3 is damaged and set aside as {aside}: {damaged} is damaged (checksum differs)" in ended.output
+    aside = run_dir / "rounds" / "round_000003\.damaged"
+    assert f"round 3 is damaged and quarantined as {aside}: {damaged} is damaged (checksum differs)" in ended.output
     assert "continues after round 2 of 3" in ended.output
     assert_same_adapters(adapters(run_dir), adapters(uninterrupted), tolerance=0.0)
     assert records_of_clients(run_dir) == each_once(3)
@@ -193,7 +193,7 @@ def spoil(path: Path) -> None:
     ("resume", "there", "message"),
     [
         ("never", True, "holds results (up to round 3), and resume is never"),
-        ("must", False, "holds nothing to go on from, and resume is must"),
+        ("must", False, "holds nothing to resume from, and resume is must"),
     ],
 )
 def test_resume_can_be_forbidden_or_demanded(
@@ -224,14 +224,14 @@ def test_files_of_a_round(uninterrupted: Path) -> None:
 def test_another_layout_begins_the_round_anew(
     tmp_path: Path, arguments: Callable[..., list[str]], uninterrupted: Path
 ) -> None:
-    """Work inside a round is only taken up by the same layout, because only then is it exact to the bit."""
+    """Work inside a round is only restored by the same layout, because only then is it exact to the bit."""
     argv = [*arguments(tmp_path), "--checkpoint.every_steps", "1"]
     run_dir = tmp_path / "runs" / "tiny"
     saved = run_dir / "rounds" / "round_000002.tmp" / "progress" / "client_01"
     kill_when([*RUN, *argv], saved / "000001" / "state.json", saved / "000002" / "state.json")
     ended = run_forked([*argv, "--train.micro_batch_tokens", "64"])
     assert ended.returncode == 0, ended.output
-    assert "client 1 begins round 2 anew: what it had done of it was done with another layout" in ended.output
+    assert "client 1 starts round 2 from scratch: what it had done of it was done with another layout" in ended.output
 
 
 def test_resumed_on_other_layouts_at_the_border_of_rounds(tmp_path: Path, arguments: Callable[..., list[str]]) -> None:

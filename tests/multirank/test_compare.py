@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from dpa_ds.errors import ConfigError
-from dpa_ds.evaluation.comparison import Candidate, parse_weightings, plan_entries
+from dpa_ds.experiments.comparison import Candidate, parse_weightings, plan_entries
 from tests import tiny
 from tests.launch.processes import adapters, assert_same_adapters
 from tests.ranks import run_on_ranks, train_on_rank

@@ -1,4 +1,4 @@
-"""`federation.upload: int16`: half of the bytes, nothing lost for good, and a run that was stopped goes on with the same bits."""
+"""`federation.compression: int16`: half of the bytes, nothing lost for good, and a run that was stopped continues with the same bits."""
 
 from pathlib import Path
 from typing import Any
@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dpa_ds.federation.compression import _pack, _unpack
-from dpa_ds.tracking import read_records
+from dpa_ds.federation.aggregation.compression import _pack, _unpack
+from dpa_ds.runs.tracking import read_records
 from tests import tiny
 from tests.ranks import run_on_ranks, train_on_rank
 
@@ -32,12 +32,12 @@ def average_in_rounds(job: Any, feeds_back: bool) -> tuple[list[float], list[flo
     Returns:
         the final adapter's first tensor less what exact averages give, the whole adapter, and bytes handed over.
     """
-    from dpa_ds.distributed.federation_group import FixedGroup
-    from dpa_ds.federation.aggregation import ClientUpdate, Shared
-    from dpa_ds.federation.compression import CompressedAverage
+    from dpa_ds.distributed.leaders import StaticGroup
+    from dpa_ds.federation.aggregation.compression import CompressedAverage
+    from dpa_ds.federation.aggregation.mean import ClientUpdate, Shared
 
     rank = job.launch.global_rank
-    group = FixedGroup(job.store, rank, job.launch.job_world_size, 30.0)
+    group = StaticGroup(job.store, rank, job.launch.job_world_size, 30.0)
     rule, examples = CompressedAverage(by_num_examples=True), (3, 5, 7)
     shared = Shared({key: torch.zeros(*size) for key, size in SIZES.items()}, torch.zeros(2, 4))
     exact = {key: torch.zeros(*size, dtype=torch.float64) for key, size in SIZES.items()}
@@ -56,8 +56,8 @@ def average_in_rounds(job: Any, feeds_back: bool) -> tuple[list[float], list[flo
             rule.carried = None
         for key, value in exact.items():
             value.add_(sum(n * change(c, server_round)[key].double() for c, n in enumerate(examples)) / sum(examples))
-    assert shared.states_weight == 15.0
-    torch.testing.assert_close(shared.mean_states, torch.full((2, 4), (5 * 1 + 7 * 2) / 15))
+    assert shared.reference_weight == 15.0
+    torch.testing.assert_close(shared.reference_mean, torch.full((2, 4), (5 * 1 + 7 * 2) / 15))
     first = next(iter(SIZES))
     errors = (shared.adapter[first].double() - exact[first]).flatten()
     return errors.tolist(), shared.flatten().tolist(), group.bytes_handed["update"]
@@ -79,13 +79,13 @@ def test_rounding_is_made_up_for_and_all_leaders_have_the_same_bits(tmp_path: Pa
 
 def average_without_leader_1(job: Any, clients_of_0: tuple[int, ...]) -> list[float]:
     """One round in which leader 1, with client 2, is gone after the header: nothing of it is in the numbers."""
-    from dpa_ds.distributed.federation_group import FixedGroup
-    from dpa_ds.federation.aggregation import ClientUpdate, Shared
-    from dpa_ds.federation.compression import CompressedAverage
+    from dpa_ds.distributed.leaders import StaticGroup
+    from dpa_ds.federation.aggregation.compression import CompressedAverage
+    from dpa_ds.federation.aggregation.mean import ClientUpdate, Shared
 
     rank = job.launch.global_rank
 
-    class Losing(FixedGroup):
+    class Losing(StaticGroup):
         def all_reduce_(self, buffer: torch.Tensor, purpose: str) -> None:
             if rank == 1 and buffer.dtype == torch.int32:
                 buffer.zero_()
@@ -138,7 +138,7 @@ def results(folder: Path, server_round: int) -> dict[str, torch.Tensor]:
 
 def test_a_run_is_that_of_fp32_in_half_of_the_bytes(inputs: tuple[Path, Path], tmp_path: Path) -> None:
     train(tmp_path / "fp32", inputs, 3)
-    train(tmp_path / "int16", inputs, 3, federation__upload="int16")
+    train(tmp_path / "int16", inputs, 3, federation__compression="int16")
     expected, found = (results(tmp_path / name, 3) for name in ("fp32", "int16"))
     assert expected.keys() == found.keys()
     differ = [float((expected[key] - found[key]).norm() / expected[key].norm()) for key in expected]
@@ -153,18 +153,18 @@ def test_a_run_is_that_of_fp32_in_half_of_the_bytes(inputs: tuple[Path, Path], t
 
 
 def test_what_was_carried_outlives_the_process_and_another_layout(inputs: tuple[Path, Path], tmp_path: Path) -> None:
-    train(tmp_path / "whole", inputs, 4, federation__upload="int16")
-    train(tmp_path / "parts", inputs, 2, federation__upload="int16")
+    train(tmp_path / "whole", inputs, 4, federation__compression="int16")
+    train(tmp_path / "parts", inputs, 2, federation__compression="int16")
     carried = [
         load_file(path) for path in sorted((tmp_path / "parts").glob("tiny/adapters/local/*/carried.safetensors"))
     ]
     assert len(carried) == 2, "one a leader"
     assert all(any(bool(tensor.any()) for tensor in one.values()) for one in carried)
-    train(tmp_path / "parts", inputs, 3, federation__upload="int16")
+    train(tmp_path / "parts", inputs, 3, federation__compression="int16")
     whole, parts = (results(tmp_path / name, 3) for name in ("whole", "parts"))
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
 
-    train(tmp_path / "parts", inputs, 4, ranks=1, federation__upload="int16")
+    train(tmp_path / "parts", inputs, 4, ranks=1, federation__compression="int16")
     whole, parts = (results(tmp_path / name, 4) for name in ("whole", "parts"))
     assert all(float((whole[key] - parts[key]).norm() / whole[key].norm()) < 1e-4 for key in whole)
     left = list((tmp_path / "parts").glob("tiny/adapters/local/*/carried.safetensors"))

@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from dpa_ds.config_loader import load_config, load_deepspeed_json
-from dpa_ds.model.dual_adapter import ADAPTERS, Phase, flatten_state
+from dpa_ds.adapters.dual_lora import ADAPTERS
+from dpa_ds.adapters.methods import Phase
+from dpa_ds.adapters.state import flatten
+from dpa_ds.config.deepspeed_json import load_deepspeed_json
+from dpa_ds.config.load import load_config
 from tests import tiny
 from tests.ranks import run_on_ranks
 
@@ -30,14 +33,15 @@ def argv(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 def build(job: Any, argv: Sequence[str], stage: str = "zero1", precision: str = "fp32", **json: Any) -> tuple[Any, Any]:
     """The engine of one rank group that holds all ranks of `job`, and a function that makes training steps."""
-    from dpa_ds.data.batches import Batching, build_step
-    from dpa_ds.data.prompts import load_or_tokenize
+    from dpa_ds.adapters.dual_lora import DualAdapter
+    from dpa_ds.data.batching import BatchingConfig, build_step
     from dpa_ds.data.sources import read_client
+    from dpa_ds.data.tokenize import load_or_tokenize
     from dpa_ds.distributed.topology import plan_topology
     from dpa_ds.distributed.world import build_world
-    from dpa_ds.model.base import load_base, load_tokenizer, resolve_model
-    from dpa_ds.model.dual_adapter import DualAdapter
-    from dpa_ds.model.engine import AdapterEngine, build_deepspeed_json
+    from dpa_ds.engine.engine import AdapterEngine, build_deepspeed_json
+    from dpa_ds.model.base import load_base, resolve_model
+    from dpa_ds.model.directory import load_tokenizer
 
     stage_file = f"--engine.deepspeed_config=ds_configs/{stage}.json"
     config = load_config([*argv, stage_file, f"--model.precision={precision}"])
@@ -52,7 +56,9 @@ def build(job: Any, argv: Sequence[str], stage: str = "zero1", precision: str = 
     tokens = load_or_tokenize(read_client(config.data, 0, 0).train, load_tokenizer(directory), config.data, "client")
 
     def step(k: int) -> Any:
-        return build_step(tokens, [(k + j) % len(tokens) for j in range(3)], world.rank, size, Batching(64, 0, True))
+        return build_step(
+            tokens, [(k + j) % len(tokens) for j in range(3)], world.rank, size, BatchingConfig(64, 0, True)
+        )
 
     return engine, step
 
@@ -81,18 +87,18 @@ def idle_stays(job: Any, argv: Sequence[str], stage: str, precision: str) -> dic
     result = {}
     for phase, idle in ((GLOBAL, "local"), (LOCAL, "global"), (GLOBAL, "local")):
         master, copy = engine.read_state(idle), working_copy(engine, idle)
-        before = engine.read_state(phase.trains)
+        before = engine.read_state(phase.trainable)
         engine.activate(phase)
         for k in range(3):
             engine.train_step(step(k), 1e-2)
-        name = f"{phase.trains} {len(result)}"
+        name = f"{phase.trainable} {len(result)}"
         result[f"{name}: idle master"] = equal(engine.read_state(idle), master)
         result[f"{name}: idle copy"] = equal(working_copy(engine, idle), copy)
-        after = engine.read_state(phase.trains)
+        after = engine.read_state(phase.trainable)
         result[f"{name}: trained"] = all(not torch.equal(after[key], before[key]) for key in after)
         dtype = torch.float32 if precision == "fp32" else torch.bfloat16
         rounded = {key: value.to(dtype).float() for key, value in after.items()}
-        result[f"{name}: copy follows master"] = equal(working_copy(engine, phase.trains), rounded)
+        result[f"{name}: copy follows master"] = equal(working_copy(engine, phase.trainable), rounded)
     return result
 
 
@@ -185,10 +191,10 @@ def gradient_norms(job: Any, argv: Sequence[str], stage: str) -> list[tuple[floa
 
 def test_every_stage_tells_the_same_gradient_norm(argv: list[str], tmp_path: Path) -> None:
     stages = ("zero0", "zero1", "zero2", "zero3")
-    told = {stage: run_on_ranks(gradient_norms, 2, tmp_path, argv, stage)[0] for stage in stages}
-    assert all(applied for steps in told.values() for _, applied in steps)
+    reported = {stage: run_on_ranks(gradient_norms, 2, tmp_path, argv, stage)[0] for stage in stages}
+    assert all(applied for steps in reported.values() for _, applied in steps)
     for stage in stages[1:]:
-        assert [norm for norm, _ in told[stage]] == pytest.approx([norm for norm, _ in told["zero0"]], rel=1e-4)
+        assert [norm for norm, _ in reported[stage]] == pytest.approx([norm for norm, _ in reported["zero0"]], rel=1e-4)
 
 
 def two_steps(job: Any, argv: Sequence[str], stage: str) -> tuple[Any, int]:
@@ -199,7 +205,7 @@ def two_steps(job: Any, argv: Sequence[str], stage: str) -> tuple[Any, int]:
     engine.activate(LOCAL)
     for k in range(2):
         engine.train_step(step(k), 1e-2)
-    return flatten_state(engine.read_state("local")).numpy(), len(calls)
+    return flatten(engine.read_state("local")).numpy(), len(calls)
 
 
 def norms_with_threshold(job: Any, argv: Sequence[str], threshold: int) -> list[float]:

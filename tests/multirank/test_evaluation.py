@@ -25,8 +25,8 @@ TASKS, UNSEEN = ("animal2", "colour0", "count1", "verb3"), ("which cat sings", "
 
 def evaluate_on_rank(job: Any, argv: Sequence[str]) -> str:
     """The evaluation that `launch/evaluate.py` starts with the arguments `argv`; the folder of the report."""
-    from dpa_ds.evaluate import evaluate
-    from dpa_ds.run_arguments import load_run_config
+    from dpa_ds.cli.args import load_run_config
+    from dpa_ds.cli.evaluate import evaluate
 
     return str(evaluate(load_run_config(argv, ""), job))
 
@@ -72,7 +72,7 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
             "method__alpha": 0.4,
             "train__max_steps": 20,
             "train__learning_rate": 3e-2,
-            "federation__weighting": "num_examples",
+            "federation__aggregation_weights": "num_examples",
             "weighting__num_references": NUM_REFERENCES,
             "evaluation__every_rounds": 0,
         }
@@ -176,7 +176,7 @@ def test_references_and_the_federations_mean_state(run: Run) -> None:
         expected = torch.stack([plain.states(tokens, "none") for tokens in plain.references], dim=1)
         torch.testing.assert_close(plain.stored_states, expected, rtol=0, atol=1e-5)
         means.append(expected.mean(dim=1))
-    stored = plain_client(run, 0).mean_states
+    stored = plain_client(run, 0).reference_mean
     by_examples = sum(size * mean for size, mean in zip(SIZES, means, strict=True)) / sum(SIZES)
     torch.testing.assert_close(stored, by_examples, rtol=0, atol=1e-5)
     assert float((stored - sum(means) / len(means)).norm()) > 0.1, "not the mean over clients alike"
@@ -277,8 +277,8 @@ def test_unseen_tasks_count_apart(run: Run, greedy: Path, tmp_path: Path) -> Non
     assert without["TTP"]["rouge1"]["mean"] > 1.0, "else equal scores say nothing"
     assert without.get("UNSEEN") is None
     assert 0 <= with_unseen["UNSEEN"]["rouge1"]["mean"] <= 100
-    questions = answers(report).keys() - answers(greedy).keys()
-    assert questions == {(c, "riddle", row) for c in range(4) for row in range(len(UNSEEN))}
+    evaluation_set = answers(report).keys() - answers(greedy).keys()
+    assert evaluation_set == {(c, "riddle", row) for c in range(4) for row in range(len(UNSEEN))}
 
 
 def test_a_client_that_was_never_drawn_uses_the_global_adapter(train: Callable[..., Run], tmp_path: Path) -> None:

@@ -13,11 +13,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from dpa_ds.config_loader import load_config
+from dpa_ds.adapters.dual_lora import DualAdapter
+from dpa_ds.adapters.state import flatten
+from dpa_ds.config.load import load_config
 from dpa_ds.distributed.topology import Topology
 from dpa_ds.federation.sampling import sample_clients
-from dpa_ds.model.dual_adapter import DualAdapter, flatten_state
-from dpa_ds.tracking import read_records
+from dpa_ds.runs.tracking import read_records
 from tests import tiny
 from tests.ranks import run_on_ranks, train_on_rank
 
@@ -34,7 +35,7 @@ def train_and_count(job: Any, argv: Sequence[str]) -> list[tuple[int, int]]:
     """Train, and note every call of the process group that joins the leaders: (elements, bytes)."""
     import torch.distributed as dist
 
-    from dpa_ds.train import train
+    from dpa_ds.cli.train import train
 
     handed: list[tuple[int, int]] = []
 
@@ -73,12 +74,12 @@ def test_only_the_global_adapter_the_mean_states_and_the_metrics_cross(
 
 def train_and_hold_the_update_back(job: Any, argv: Sequence[str]) -> list[str]:
     """Train; the update travels only once this group's local phases are done. What happened, in order."""
-    from dpa_ds.distributed.federation_group import FixedGroup
-    from dpa_ds.federation.client import ClientTrainer
-    from dpa_ds.train import train
+    from dpa_ds.cli.train import train
+    from dpa_ds.distributed.leaders import StaticGroup
+    from dpa_ds.federation.trainer import ClientTrainer
 
     happened: list[str] = []
-    all_reduce, go_on = FixedGroup.all_reduce_, ClientTrainer.go_on
+    all_reduce, run_stage = StaticGroup.all_reduce_, ClientTrainer.run_stage
     locals_are_done = threading.Event()
 
     def held_back(group: Any, buffer: torch.Tensor, purpose: str) -> None:
@@ -89,13 +90,13 @@ def train_and_hold_the_update_back(job: Any, argv: Sequence[str]) -> list[str]:
         all_reduce(group, buffer, purpose)
 
     def noted(trainer: Any, client: Any, stage: Any, shared: Any, server_round: int) -> None:
-        go_on(trainer, client, stage, shared, server_round)
+        run_stage(trainer, client, stage, shared, server_round)
         if stage == "during":
             happened.append(f"{client.label} trained its local adapter")
             if client.client_id >= 2:  # the second of its group
                 locals_are_done.set()
 
-    FixedGroup.all_reduce_, ClientTrainer.go_on = held_back, noted  # type: ignore[method-assign]
+    StaticGroup.all_reduce_, ClientTrainer.run_stage = held_back, noted  # type: ignore[method-assign]
     train(load_config(argv), job)
     return happened
 
@@ -127,12 +128,12 @@ def test_absent_clients_keep_their_local_adapter(inputs: tuple[Path, Path], tmp_
         before, after = (adapter(run_dir, r, f"local/client_{client:02d}") for r in (1, 2))
         same = all(torch.equal(before[key], after[key]) for key in before)
         assert same == (client not in drawn), client
-    took_part = {
+    participated = {
         (r["round"], r["client"])
         for r in read_records(run_dir / "metrics.jsonl")
-        if r["kind"] == "client" and r["took_part"]
+        if r["kind"] == "client" and r["participated"]
     }
-    assert took_part == {
+    assert participated == {
         (r, c) for r in (1, 2) for c in sample_clients(Topology((1, 1), 4), 0.5, seed=0, server_round=r)
     }
 
@@ -145,14 +146,16 @@ def test_the_mean_state_is_that_of_all_clients_that_took_part_so_far(inputs: tup
     drawn = [sample_clients(Topology((1, 1), 4), 0.5, seed=0, server_round=r) for r in (1, 2, 3)]
     for server_round in (2, 3):
         folder = run_dir / f"rounds/round_{server_round:06d}"
-        took_part = sorted({client for of_round in drawn[:server_round] for client in of_round})
-        references = [load_file(folder / f"local/client_{client:02d}/references.safetensors") for client in took_part]
+        participated = sorted({client for of_round in drawn[:server_round] for client in of_round})
+        references = [
+            load_file(folder / f"local/client_{client:02d}/references.safetensors") for client in participated
+        ]
         expected = [
             torch.stack([r[f"states.{name}"].mean(0) for r in references]).mean(0) for name in ("last_token", "mean")
         ]
-        saved = load_file(folder / "global/mean_states.safetensors")
-        assert float(saved["weight"]) == len(took_part)
-        torch.testing.assert_close(saved["mean_states"], torch.stack(expected))
+        saved = load_file(folder / "global/reference_mean.safetensors")
+        assert float(saved["weight"]) == len(participated)
+        torch.testing.assert_close(saved["reference_mean"], torch.stack(expected))
     assert len({client for of_round in drawn for client in of_round}) > len(set(drawn[2])), "no one to forget"
 
 
@@ -169,13 +172,13 @@ def test_kept_optimizer_state_is_durable(inputs: tuple[Path, Path], tmp_path: Pa
 
 
 def aggregate_identical(job: Any) -> tuple[float, bool]:
-    from dpa_ds.distributed.federation_group import FixedGroup
-    from dpa_ds.federation.aggregation import ClientUpdate, Shared, WeightedAverage
+    from dpa_ds.distributed.leaders import StaticGroup
+    from dpa_ds.federation.aggregation.mean import ClientUpdate, Shared, WeightedAverage
 
-    group = FixedGroup(job.store, job.launch.global_rank, job.launch.job_world_size, 30.0)
+    group = StaticGroup(job.store, job.launch.global_rank, job.launch.job_world_size, 30.0)
     adapter = {"b": torch.randn(3, 4, generator=torch.Generator().manual_seed(0)), "a": torch.ones(2)}
-    state = Shared(adapter, torch.full((2, 3), 0.3), states_weight=2.0)
-    update = ClientUpdate(0, 5 + job.launch.global_rank, adapter, state.mean_states)
+    state = Shared(adapter, torch.full((2, 3), 0.3), reference_weight=2.0)
+    update = ClientUpdate(0, 5 + job.launch.global_rank, adapter, state.reference_mean)
     mine = [update] if job.launch.global_rank != 1 else []
     rule = WeightedAverage(by_num_examples=True)
     same = rule.aggregate(mine, state, group)
@@ -183,7 +186,7 @@ def aggregate_identical(job: Any) -> tuple[float, bool]:
     rule.aggregate([replace(one, adapter={key: 2 * t for key, t in adapter.items()}) for one in mine], same, group)
     assert torch.equal(same.flatten(), before), "an average changes with the next one"
     nobody = WeightedAverage(by_num_examples=False).aggregate([], state, group)
-    assert same.states_weight == 2.0 + 5 + 7  # leaders 0 and 2 have one client each
+    assert same.reference_weight == 2.0 + 5 + 7  # leaders 0 and 2 have one client each
     error = float((same.flatten()[:-1] - state.flatten()[:-1]).abs().max())
     return error, torch.equal(nobody.flatten(), state.flatten())
 
@@ -256,30 +259,30 @@ def test_a_diverging_client_is_named_and_never_averaged(inputs: tuple[Path, Path
         engine__deepspeed_config=f"ds_configs/{stage}.json",
         federation__on_bad_update="stop",
     )
-    (told,) = run_on_ranks(train_expecting_divergence, 1, tmp_path, argv)
-    assert told.startswith("client_0 colour0 diverged in round 1")
-    assert "lower train.learning_rate" in told
+    (reported,) = run_on_ranks(train_expecting_divergence, 1, tmp_path, argv)
+    assert reported.startswith("client_0 colour0 diverged in round 1")
+    assert "lower train.learning_rate" in reported
     assert not list((tmp_path / "runs/tiny").glob("rounds/round_??????"))
 
 
 def test_a_run_in_which_nobody_trains_stops(inputs: tuple[Path, Path], tmp_path: Path) -> None:
     argv = tiny.recipe(*inputs, tmp_path / "runs", train__learning_rate=1e30, train__local_epochs=3.0)
-    told = run_on_ranks(
+    reported = run_on_ranks(
         train_expecting_divergence, 2, tmp_path, [*argv, "--engine.deepspeed_config=ds_configs/zero0.json"]
     )
-    assert [one[:35] for one in told] == ["every client of round 1 diverged or"] * 2
+    assert [one[:35] for one in reported] == ["every client of round 1 diverged or"] * 2
 
 
 def train_with_bad_client(job: Any, argv: Sequence[str], bad: int, kind: str) -> list[list[float]]:
     """Train; the update of client `bad` in round 1 gets a NaN (kind `nan`). The update of every client, flat; [] if none."""
-    from dpa_ds.federation.client import ClientTrainer
-    from dpa_ds.model.engine import AdapterEngine
-    from dpa_ds.train import train
+    from dpa_ds.cli.train import train
+    from dpa_ds.engine.engine import AdapterEngine
+    from dpa_ds.federation.trainer import ClientTrainer
 
     updates: dict[int, list[float]] = {}
-    original, read_state = ClientTrainer.before_aggregation, AdapterEngine.read_state
+    original, read_state = ClientTrainer.local_update, AdapterEngine.read_state
 
-    def before_aggregation(trainer: Any, client: Any, shared: Any, server_round: int) -> Any:
+    def local_update(trainer: Any, client: Any, shared: Any, server_round: int) -> Any:
         if kind == "nan" and (client.client_id, server_round) == (bad, 1):
 
             def poisoned(engine: Any, adapter: Any) -> Any:
@@ -291,10 +294,10 @@ def train_with_bad_client(job: Any, argv: Sequence[str], bad: int, kind: str) ->
         update = original(trainer, client, shared, server_round)
         AdapterEngine.read_state = read_state  # type: ignore[method-assign]
         if server_round == 1:
-            updates[client.client_id] = [] if update is None else flatten_state(update.adapter).tolist()
+            updates[client.client_id] = [] if update is None else flatten(update.adapter).tolist()
         return update
 
-    ClientTrainer.before_aggregation = before_aggregation  # type: ignore[method-assign]
+    ClientTrainer.local_update = local_update  # type: ignore[method-assign]
     train(load_config(argv), job)
     return [updates[client] for client in sorted(updates)]
 
@@ -314,7 +317,7 @@ def test_a_bad_update_never_enters_the_average(inputs: tuple[Path, Path], tmp_pa
     (counted,) = run_on_ranks(train_with_bad_client, 1, tmp_path, argv, bad, kind)
     assert [bool(update) for update in counted] == [client != bad for client in range(4)]
     run_dir = tmp_path / "runs" / "tiny"
-    averaged = flatten_state(load_file(run_dir / "adapters/global/adapter_model.safetensors"))
+    averaged = flatten(load_file(run_dir / "adapters/global/adapter_model.safetensors"))
     others = torch.tensor([update for client, update in enumerate(updates) if client != bad])
     torch.testing.assert_close(averaged, others.mean(dim=0), rtol=1e-5, atol=1e-7)
     # Its round is undone: the local adapter is as it was drawn, with B zero, and no step of it counts.
@@ -329,14 +332,14 @@ def test_a_bad_update_never_enters_the_average(inputs: tuple[Path, Path], tmp_pa
 
 def train_with_bad_local_phases(job: Any, argv: Sequence[str], bad: Sequence[int]) -> str:
     """Train; in round 1 the local adapters of the clients `bad` get a NaN. The error, if there is one."""
+    from dpa_ds.cli.train import train
+    from dpa_ds.engine.engine import AdapterEngine
     from dpa_ds.errors import TrainingError
-    from dpa_ds.federation.client import ClientTrainer
-    from dpa_ds.model.engine import AdapterEngine
-    from dpa_ds.train import train
+    from dpa_ds.federation.trainer import ClientTrainer
 
-    original, read_state = ClientTrainer.go_on, AdapterEngine.read_state
+    original, read_state = ClientTrainer.run_stage, AdapterEngine.read_state
 
-    def go_on(trainer: Any, client: Any, stage: Any, shared: Any, server_round: int) -> None:
+    def run_stage(trainer: Any, client: Any, stage: Any, shared: Any, server_round: int) -> None:
         def poisoned(engine: Any, adapter: Any) -> Any:
             return {key: tensor * float("nan") for key, tensor in read_state(engine, adapter).items()}
 
@@ -345,7 +348,7 @@ def train_with_bad_local_phases(job: Any, argv: Sequence[str], bad: Sequence[int
         original(trainer, client, stage, shared, server_round)
         AdapterEngine.read_state = read_state  # type: ignore[method-assign]
 
-    ClientTrainer.go_on = go_on  # type: ignore[method-assign]
+    ClientTrainer.run_stage = run_stage  # type: ignore[method-assign]
     try:
         train(load_config(argv), job)
     except TrainingError as error:
@@ -369,18 +372,18 @@ def test_a_local_phase_that_diverges_while_the_update_travels_is_undone_alone(
     assert info["steps_taken"] == {"global": 3, "local": 0}
 
     everybody = tiny.recipe(*inputs, tmp_path / "all_bad", federation__num_rounds=1)
-    for told in run_on_ranks(train_with_bad_local_phases, 2, tmp_path, everybody, range(4)):
-        assert told.startswith("every client of round 1 diverged or changed the global adapter too much")
-        assert "lower train.learning_rate" in told
+    for reported in run_on_ranks(train_with_bad_local_phases, 2, tmp_path, everybody, range(4)):
+        assert reported.startswith("every client of round 1 diverged or changed the global adapter too much")
+        assert "lower train.learning_rate" in reported
 
 
 def flat_initial_adapter(argv: Sequence[str]) -> list[float]:
-    from dpa_ds.federation.hosting import GLOBAL_SEED
+    from dpa_ds.federation.clients import GLOBAL_SEED
 
     config = load_config(argv)
     base = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float32)
     state = DualAdapter(base, config.lora).initial_state("global", (config.seed, GLOBAL_SEED))
-    return list(flatten_state(state).tolist())
+    return list(flatten(state).tolist())
 
 
 def test_a_client_without_local_training_is_scored_with_the_global_adapter(

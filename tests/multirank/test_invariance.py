@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dpa_ds.config_loader import load_config
-from dpa_ds.data.batches import num_steps, step_indices
-from dpa_ds.data.prompts import load_or_tokenize
+from dpa_ds.config.load import load_config
+from dpa_ds.data.batching import num_steps, step_indices
 from dpa_ds.data.sources import list_clients, pool_clients, read_clients
+from dpa_ds.data.tokenize import load_or_tokenize
 from tests import plain, tiny
 from tests.ranks import run_on_ranks, train_on_rank
 
@@ -61,8 +61,8 @@ def start(inputs: tuple[Path, Path, Path], pooled: bool = False) -> tuple[plain.
     """The plain model, its clients and the initial global adapter, as the recipe of `run` describes them."""
     from transformers import AutoModelForCausalLM
 
-    from dpa_ds.federation.hosting import GLOBAL_SEED, LOCAL_SEED
-    from dpa_ds.model.dual_adapter import DualAdapter
+    from dpa_ds.adapters.dual_lora import DualAdapter
+    from dpa_ds.federation.clients import GLOBAL_SEED, LOCAL_SEED
 
     model, data, folder = inputs
     config = load_config(tiny.recipe(model, data, folder / "reference"))
@@ -139,10 +139,10 @@ def test_the_comparison_can_fail(inputs: Any, reference: Adapters, tmp_path: Pat
         result.assert_close(reference, TOLERANCE)
 
 
-def test_local_partner_aggregated(inputs: Any, tmp_path: Path) -> None:
+def test_global_source_aggregated(inputs: Any, tmp_path: Path) -> None:
     model, clients, initial = start(inputs)
     final = plain.feddpa_t(model, clients, initial, ROUNDS, ALPHA_MIX, partner="aggregated")
-    result = run(inputs, tmp_path, 2, method__local_partner="aggregated")
+    result = run(inputs, tmp_path, 2, method__global_source="aggregated")
     result.assert_close(Adapters(final, [client.local for client in clients]), TOLERANCE)
 
 
@@ -157,7 +157,7 @@ def test_weighting_by_num_examples(inputs: Any, tmp_path: Path) -> None:
     model, clients, initial = start(inputs)
     sizes = [float(len(client.examples)) for client in clients]
     final = plain.feddpa_t(model, clients, initial, ROUNDS, ALPHA_MIX, weights=sizes)
-    result = run(inputs, tmp_path, 2, federation__weighting="num_examples")
+    result = run(inputs, tmp_path, 2, federation__aggregation_weights="num_examples")
     result.assert_close(Adapters(final, [client.local for client in clients]), TOLERANCE)
 
 

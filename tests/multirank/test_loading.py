@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from dpa_ds.config_loader import load_config
+from dpa_ds.config.load import load_config
 from tests import tiny
 from tests.ranks import run_on_ranks
 

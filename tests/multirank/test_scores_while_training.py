@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from dpa_ds.tracking import read_records
+from dpa_ds.runs.tracking import read_records
 from tests import tiny
 from tests.ranks import run_on_ranks, train_on_rank
 
@@ -59,8 +59,8 @@ def train(inputs: tuple[Path, Path], folder: Path, num_ranks: int, **overrides: 
 
 
 def evaluate_on_rank(job: Any, argv: Sequence[str]) -> None:
-    from dpa_ds.evaluate import evaluate
-    from dpa_ds.run_arguments import load_run_config
+    from dpa_ds.cli.args import load_run_config
+    from dpa_ds.cli.evaluate import evaluate
 
     evaluate(load_run_config(argv, ""), job)
 

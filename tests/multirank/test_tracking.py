@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dpa_ds.tracking import read_records
+from dpa_ds.runs.tracking import read_records
 from tests import tiny
 from tests.ranks import run_on_ranks, train_on_rank
 

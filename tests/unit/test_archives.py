@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from dpa_ds.data import archives
-from dpa_ds.data.archives import Archive
+from dpa_ds.demo import archives
+from dpa_ds.demo.archives import Archive
 from dpa_ds.errors import DataError
 
 

@@ -6,13 +6,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dpa_ds.compare import build_plan
+from dpa_ds.data.sources import ClientInfo
 from dpa_ds.errors import ConfigError
-from dpa_ds.evaluation.answers import Answer, ClientInfo
-from dpa_ds.evaluation.comparison import Evaluated, compare_entries, describe_weights
-from dpa_ds.evaluation.comparison_tables import comparison_markdown, comparison_table
-from dpa_ds.evaluation.scores import METRICS
-from dpa_ds.evaluation.summary import ScoreTable
+from dpa_ds.evaluation.answers import Answer
+from dpa_ds.evaluation.metrics import METRICS
+from dpa_ds.evaluation.statistics import ScoreTable
+from dpa_ds.experiments.compare import build_plan
+from dpa_ds.experiments.comparison import Evaluated, compare_entries, describe_weights
+from dpa_ds.experiments.comparison_tables import comparison_markdown, comparison_table
 from tests.unit.test_evaluation_tables import shown, table_with
 
 UNWEIGHTED = {"P_to_cosine": None, "TTP_to_cosine": None, "weights": None}

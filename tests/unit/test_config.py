@@ -7,17 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from dpa_ds.config import ClusterConfig, DataConfig, LoraConfig, MethodConfig, ModelConfig, RunConfig, TrainConfig
-from dpa_ds.config_checks import flatten
-from dpa_ds.config_loader import (
-    check_deepspeed_owner,
-    diff_configs,
-    fingerprint_sections,
-    load_config,
-    load_deepspeed_json,
-    to_yaml,
-    validate,
+from dpa_ds.config.deepspeed_json import check_deepspeed_owner, load_deepspeed_json
+from dpa_ds.config.load import load_config, to_yaml
+from dpa_ds.config.schema import (
+    ClusterConfig,
+    DataConfig,
+    LoraConfig,
+    MethodConfig,
+    ModelConfig,
+    RunConfig,
+    TrainConfig,
 )
+from dpa_ds.config.validate import diff_configs, fingerprint_sections, flatten, validate
 from dpa_ds.errors import ConfigError
 
 BASE = "model: {path: m}\ndata: {path: d}\n"
@@ -134,8 +135,8 @@ BAD_OVERRIDES = [
     (["--name=a\\b"], "name must be a plain folder name"),
     (["--name=a\nb"], "name must be a plain folder name"),
     (["--method.name=fedit", "--method.phase_order=local_first"], "method.phase_order: local_first has no effect with"),
-    (["--method.name=feddpa_f", "--method.local_partner=aggregated"], "aggregated has no effect with method feddpa_f"),
-    (["--method.phase_order=local_first", "--method.local_partner=aggregated"], "contradicts method.phase_order"),
+    (["--method.name=feddpa_f", "--method.global_source=aggregated"], "aggregated has no effect with method feddpa_f"),
+    (["--method.phase_order=local_first", "--method.global_source=aggregated"], "contradicts method.phase_order"),
 ]
 
 # Whole recipes, and what the message must contain.
@@ -285,7 +286,7 @@ def test_help_teaches_every_field(capsys: pytest.CaptureFixture[str], monkeypatc
             load_config([flag])
         assert caught.value.code == 0
     text = capsys.readouterr().out
-    source = (Path(__file__).parents[2] / "dpa_ds" / "config.py").read_text()
+    source = (Path(__file__).parents[2] / "dpa_ds" / "config" / "schema.py").read_text()
     docstrings = re.findall(r'^    (\w+): (?!\w*Config = field).*\n    """(.*)"""$', source, flags=re.MULTILINE)
     assert len(docstrings) == len(flatten(RunConfig()))
     for (name, docstring), key in zip(sorted(docstrings), sorted(flatten(RunConfig()), key=leaf), strict=True):

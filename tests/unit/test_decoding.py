@@ -1,4 +1,4 @@
-"""States and answers of a batch with a weight per row, against one prompt at a time by plain transformers and PEFT."""
+"""Embeddings and answers of a batch with a weight per row, against one prompt at a time by plain transformers and PEFT."""
 
 import itertools
 from collections.abc import Sequence
@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM, GPT2Config, MistralConfig
 
-from dpa_ds.config import GenerationConfig, LoraConfig
+from dpa_ds.adapters.dual_lora import ADAPTERS, DualAdapter
+from dpa_ds.config.schema import GenerationConfig, LoraConfig
 from dpa_ds.data.references import REPRESENTATIONS
-from dpa_ds.model import open_rows
-from dpa_ds.model.dual_adapter import ADAPTERS, DualAdapter
-from dpa_ds.model.encoding import Encoder, batches, encode
-from dpa_ds.model.generation import generate
+from dpa_ds.inference import unfinished
+from dpa_ds.inference.embedding import Encoder, batches, embed
+from dpa_ds.inference.generation import generate
 from tests import plain, tiny
 
 TARGETS = ["q_proj", "v_proj"]
@@ -118,7 +118,7 @@ def test_states_equal_those_of_plain_models_one_by_one(models: Models, encoder: 
     assert [len(batch) for batch in batches(LENGTHS, 16)] == [1, 1, 2, 4], "several batches, and some with padding"
     models.dual.peft_model.train()  # dropout 0.1: encode must turn it off
     for batch_tokens in (16, 1, 1000):
-        states = encode(models.dual, encoder, prompts, PAD, batch_tokens)
+        states = embed(models.dual, encoder, prompts, PAD, batch_tokens)
         for i, prompt in enumerate(prompts):
             hidden = reference(input_ids=torch.tensor([prompt]), output_hidden_states=True).hidden_states[-1][0]
             expected = {"last_token": hidden[-1], "mean": hidden.mean(dim=0)}
@@ -130,10 +130,10 @@ def test_states_equal_those_of_plain_models_one_by_one(models: Models, encoder: 
 def test_encoders_differ(models: Models) -> None:
     """Else the comparison with plain models could not fail; and the state depends on the last token's place."""
     prompts = draw_prompts()
-    found = [encode(models.dual, e, prompts, PAD, 16)["last_token"] for e in ("none", "global", "local")]
+    found = [embed(models.dual, e, prompts, PAD, 16)["last_token"] for e in ("none", "global", "local")]
     for one, other in ((0, 1), (1, 2), (0, 2)):
         assert float((found[one] - found[other]).norm(dim=1).min()) > 0.1
-    backwards = encode(models.dual, "none", prompts[::-1], PAD, 16)["last_token"]
+    backwards = embed(models.dual, "none", prompts[::-1], PAD, 16)["last_token"]
     torch.testing.assert_close(backwards.flip(0), found[0], rtol=0, atol=1e-5)
 
 
@@ -206,7 +206,7 @@ def test_answers_end_before_the_end_token(models: Models, beams: int) -> None:
 @pytest.mark.parametrize("beams", [1, 4])
 def test_finished_rows_are_not_computed(models: Models, beams: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A batch computes as many rows as its prompts alone would, together: in a batch of 16, none for company."""
-    monkeypatch.setattr(open_rows, "WORTH_COPYING", 1.0)
+    monkeypatch.setattr(unfinished, "WORTH_COPYING", 1.0)
     prompts, alphas = draw_prompts([2, 5, 9, 3] * 4, seed=2), torch.linspace(0.1, 0.9, 16)
     base, rows = models.dual.base_model, list[int]()
 
@@ -239,9 +239,9 @@ def test_weights_change_answers(models: Models) -> None:
     answers = models.generate([prompt] * 5, alphas, 1)
     assert len({tuple(answer) for answer in answers}) >= 4
     models.dual.set_mix(0.5)  # what a batch leaves behind is overwritten by the next call, of any size
-    before = encode(models.dual, "local", [prompt], PAD, 100)["mean"]
+    before = embed(models.dual, "local", [prompt], PAD, 100)["mean"]
     assert models.generate([prompt] * 2, alphas[1:3], 4) != answers[1:3]
-    assert torch.equal(encode(models.dual, "local", [prompt], PAD, 100)["mean"], before)
+    assert torch.equal(embed(models.dual, "local", [prompt], PAD, 100)["mean"], before)
     assert models.generate([prompt] * 5, alphas, 1) == answers
 
 
@@ -271,7 +271,7 @@ def test_other_architectures(name: str, beams: int) -> None:
     draw_states(dual)
     prompts = draw_prompts()
     answers = generate(dual, prompts, ALPHAS, GenerationConfig(beams, NEW_TOKENS), PAD, EOS)
-    states = encode(dual, "none", prompts, PAD, 16)["last_token"]
+    states = embed(dual, "none", prompts, PAD, 16)["last_token"]
     assert len({tuple(answer) for answer in answers}) == len(prompts)
     for i, (prompt, alpha) in enumerate(zip(prompts, ALPHAS, strict=True)):
         dual.set_mix(alpha[None].repeat_interleave(beams))

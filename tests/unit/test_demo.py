@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from dpa_ds.data import demo
-from dpa_ds.data.archives import Archive, sha256_of, verified_manifest
-from dpa_ds.data.demo_pairs import Pair
-from dpa_ds.data.demo_tasks import Task
+from dpa_ds.demo import federation as demo
+from dpa_ds.demo.archives import Archive, sha256_of, verified_manifest
+from dpa_ds.demo.pairs import Pair
+from dpa_ds.demo.tasks import Task
 from dpa_ds.errors import DataError
 
 

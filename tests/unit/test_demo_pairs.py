@@ -3,8 +3,8 @@
 import json
 import struct
 
-from dpa_ds.data import demo_pairs
-from dpa_ds.data.demo_pairs import Pair
+from dpa_ds.demo import pairs as demo_pairs
+from dpa_ds.demo.pairs import Pair
 
 
 def samples(*pairs: Pair) -> list[bytes]:
@@ -86,7 +86,7 @@ def test_translation_pairs_take_singulars_and_drop_contexts() -> None:
 
 
 def test_summary_pairs_take_prose_of_public_functions() -> None:
-    prose = "It goes on and on about what " + "the function does " * 6 + "in the end."
+    prose = "It continues and on about what " + "the function does " * 6 + "in the end."
     source = f'''
 def kept():
     """Do one thing and do

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpa_ds.evaluation.answers import Answer, ClientInfo, Instance
-from dpa_ds.evaluation.cells import client_floor
+from dpa_ds.data.sources import ClientInfo
+from dpa_ds.evaluation.answers import Answer, Instance
 from dpa_ds.evaluation.layout import escape, markdown_table, place_labels, short_names
-from dpa_ds.evaluation.summary import summarize
-from dpa_ds.evaluation.tables import markdown_report, terminal_table
+from dpa_ds.evaluation.statistics import summarize
+from dpa_ds.evaluation.tables import client_floor, markdown_report, terminal_table
 
 METRICS = ("rouge1", "rougeL", "exact_match", "chrf")
 FLAN = (

@@ -24,35 +24,36 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dpa_ds.checkpoint import RunFolder
-from dpa_ds.compare import build_plan
-from dpa_ds.config import DataConfig, EngineConfig, ModelConfig, RunConfig, TrackingConfig
-from dpa_ds.config_loader import load_config, load_deepspeed_json, to_yaml
-from dpa_ds.config_schema import FIELDS
-from dpa_ds.data.archives import read_members, verified_manifest, write_manifest
-from dpa_ds.data.prompts import load_or_tokenize
-from dpa_ds.data.sources import Example, read_clients, read_test_rows
+from dpa_ds.cli.args import load_run_config
+from dpa_ds.config.deepspeed_json import load_deepspeed_json
+from dpa_ds.config.fields import FIELDS
+from dpa_ds.config.load import load_config, to_yaml
+from dpa_ds.config.schema import DataConfig, EngineConfig, ModelConfig, RunConfig, TrackingConfig
+from dpa_ds.data.sources import ClientInfo, Example, read_clients, read_test_rows
 from dpa_ds.data.tables import read_rows
+from dpa_ds.data.tokenize import load_or_tokenize
+from dpa_ds.demo.archives import read_members, verified_manifest, write_manifest
 from dpa_ds.distributed.launchers import (
     MPI_SIZE_VARIABLES,
     check_hostfile_of_launcher,
     discover_launch,
     expand_hostlist,
 )
+from dpa_ds.engine.engine import build_deepspeed_json
 from dpa_ds.errors import DpaError
-from dpa_ds.evaluation.answering import describe_client, load_personality
-from dpa_ds.evaluation.answers import Answer, ClientInfo, Instance, append_answers, read_answers
-from dpa_ds.evaluation.comparison import find_evaluation, held_out_curve, read_evaluation
-from dpa_ds.evaluation.summary import summarize
-from dpa_ds.federation.progress import PhaseProgress, ProgressKeeper, RoundMetrics, RoundProgress
+from dpa_ds.evaluation.answers import Answer, Instance, append_answers, read_answers
+from dpa_ds.evaluation.statistics import summarize
+from dpa_ds.experiments.compare import build_plan
+from dpa_ds.experiments.comparison import find_evaluation, held_out_curve, read_evaluation
+from dpa_ds.federation.round_state import PhaseProgress, ProgressKeeper, RoundMetrics, RoundProgress
+from dpa_ds.inference.client_model import describe_client, load_client_model
 from dpa_ds.model.base import resolve_model
 from dpa_ds.model.directory import load_tokenizer, model_fingerprint
-from dpa_ds.model.engine import build_deepspeed_json
-from dpa_ds.model.gguf import convert_gguf
-from dpa_ds.resuming import claim, resume
-from dpa_ds.run_arguments import load_run_config
-from dpa_ds.storage import BackgroundWriter
-from dpa_ds.tracking import Tracker
+from dpa_ds.model.gguf.convert import convert_gguf
+from dpa_ds.runs.folder import RunFolder
+from dpa_ds.runs.resume import find_resume_round, validate_run_dir
+from dpa_ds.runs.storage import BackgroundWriter
+from dpa_ds.runs.tracking import Tracker
 from tests import tiny
 from tests.unit.test_gguf import tiny_llama, write_gguf
 
@@ -298,11 +299,11 @@ def read_round(path: Path) -> None:
             folder.load_adapter(1, name)
     with suppress(DpaError):
         describe_client(folder, 1, 0)
-    load_personality(folder, 1, 0)
+    load_client_model(folder, 1, 0)
 
 
 def resume_run(path: Path) -> None:
-    resume(RunFolder(run_of(path)), config_of(run_of(path)))
+    find_resume_round(RunFolder(run_of(path)), config_of(run_of(path)))
 
 
 def read_progress(path: Path) -> None:
@@ -373,7 +374,9 @@ READERS = {
     "manifest of the demo": Reader(manifest, lambda path: verified_manifest(path.parent)),
     "cache of tokens": Reader(token_cache, read_tokens),
     "recipe of a run": Reader(run("config.yaml"), lambda path: load_run_config(["--run", str(path.parent)], ""), 20),
-    "run to claim": Reader(run("config.yaml"), lambda path: claim(RunFolder(path.parent), config_of(path.parent)), 20),
+    "run to claim": Reader(
+        run("config.yaml"), lambda path: validate_run_dir(RunFolder(path.parent), config_of(path.parent)), 20
+    ),
     "fingerprint": Reader(run("model.json"), lambda path: RunFolder(path.parent).check_model("abc")),
     "meta.json": Reader(run(f"{ROUND}/meta.json"), resume_run, 20),
     "state.json": Reader(run(f"{ROUND}/local/client_00/state.json"), read_round),
@@ -407,13 +410,15 @@ def test_file(name: str, tmp_path: Path) -> None:
     @given(spoilt(path.read_bytes()))
     def check(content: bytes) -> None:
         path.write_bytes(content)
-        told = ""
+        reported = ""
         try:
             reader.read(path)
         except DpaError as error:
-            told = str(error)
-        assert not told or str(tmp_path) in told or any(key in told for key in FIELDS), "names neither file nor key"
-        assert len(told) < 2000, "nobody reads that"
+            reported = str(error)
+        assert not reported or str(tmp_path) in reported or any(key in reported for key in FIELDS), (
+            "names neither file nor key"
+        )
+        assert len(reported) < 2000, "nobody reads that"
 
     check()
 

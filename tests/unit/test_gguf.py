@@ -12,8 +12,8 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from dpa_ds.errors import ModelError
-from dpa_ds.model import gguf_llama
-from dpa_ds.model.gguf import convert_gguf
+from dpa_ds.model.gguf import llama
+from dpa_ds.model.gguf.convert import convert_gguf
 
 CONTROL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 BYTE_TOKENS = sorted(ByteLevel.alphabet())
@@ -132,7 +132,7 @@ def test_converted_model_gives_the_same_logits(tmp_path: Path, tied: bool) -> No
 def test_several_shards_hold_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_llama(tied=True)
     write_gguf(tmp_path / "tiny.gguf", model)
-    monkeypatch.setattr(gguf_llama, "MAX_SHARD_BYTES", 20_000)
+    monkeypatch.setattr(llama, "MAX_SHARD_BYTES", 20_000)
     out_dir = convert_gguf(tmp_path / "tiny.gguf", tmp_path / "out", torch.bfloat16)
     assert len(list(out_dir.glob("model-*.safetensors"))) > 1
     converted = AutoModelForCausalLM.from_pretrained(out_dir)

@@ -10,9 +10,9 @@ PACKAGE = Path(__file__).parents[2] / "dpa_ds"
 
 OWNERS = {
     "torch.distributed": ("distributed/",),
-    "deepspeed": ("model/", "distributed/world.py"),
-    "tensorboard": ("tracking.py",),
-    "torch.utils.tensorboard": ("tracking.py",),
+    "deepspeed": ("engine/", "model/base.py", "distributed/world.py"),
+    "tensorboard": ("runs/tracking.py",),
+    "torch.utils.tensorboard": ("runs/tracking.py",),
     "mpi4py": ("distributed/launchers.py",),
     # Loading runs code from the file: weights are safetensors, state is JSON.
     "pickle": (),
@@ -21,7 +21,7 @@ OWNERS = {
 }
 """Dotted names, with all below them, and the only files and folders of dpa_ds that may use them."""
 
-LAST_RESORT = ("start.py", "model/directory.py")
+LAST_RESORT = ("cli/bootstrap.py", "model/directory.py")
 """Files that may catch everything: a rank that fails, whatever the reason, has to tell the others; and at a damaged file
 tokenizers raises bare Exception."""
 
@@ -77,18 +77,18 @@ def test_the_package_keeps_the_rules() -> None:
 @pytest.mark.parametrize(
     ("source", "file", "fault"),
     [
-        ("import torch.distributed as dist", "federation/rounds.py", "torch.distributed"),
-        ("from torch import distributed", "train.py", "torch.distributed"),
-        ("import torch; torch.distributed.barrier()", "model/engine.py", "torch.distributed"),
+        ("import torch.distributed as dist", "federation/loop.py", "torch.distributed"),
+        ("from torch import distributed", "cli/train.py", "torch.distributed"),
+        ("import torch; torch.distributed.barrier()", "engine/engine.py", "torch.distributed"),
         ("from deepspeed.accelerator import get_accelerator", "distributed/topology.py", "deepspeed"),
-        ("def f():\n import deepspeed", "train.py", "deepspeed"),
-        ("from torch.utils.tensorboard import SummaryWriter", "train.py", "torch.utils.tensorboard"),
-        ("import pickle", "tracking.py", "pickle"),
-        ("import torch as t\nt.load(p)", "checkpoint.py", "torch.load"),
-        ("print(1)", "tracking.py", "print"),
-        ("try: f()\nexcept: g()", "train.py", "blanket except"),
-        ("try: f()\nexcept BaseException: g()", "train.py", "blanket except"),
-        ("try: f()\nexcept (OSError, Exception): g()", "train.py", "blanket except"),
+        ("def f():\n import deepspeed", "cli/train.py", "deepspeed"),
+        ("from torch.utils.tensorboard import SummaryWriter", "cli/train.py", "torch.utils.tensorboard"),
+        ("import pickle", "runs/tracking.py", "pickle"),
+        ("import torch as t\nt.load(p)", "runs/folder.py", "torch.load"),
+        ("print(1)", "runs/tracking.py", "print"),
+        ("try: f()\nexcept: g()", "cli/train.py", "blanket except"),
+        ("try: f()\nexcept BaseException: g()", "cli/train.py", "blanket except"),
+        ("try: f()\nexcept (OSError, Exception): g()", "cli/train.py", "blanket except"),
     ],
 )
 def test_breaches_are_found(source: str, file: str, fault: str) -> None:
@@ -99,11 +99,11 @@ def test_breaches_are_found(source: str, file: str, fault: str) -> None:
     ("source", "file"),
     [
         ("import torch.distributed as dist\ndist.barrier()", "distributed/world.py"),
-        ("import deepspeed", "model/engine.py"),
-        ("import json\njson.load(f)", "checkpoint.py"),
-        ("try: f()\nexcept (OSError, ValueError): g()", "train.py"),
-        ("try: f()\nexcept BaseException: g()", "start.py"),
-        ("import torch.nn.functional as F\nF.relu(x)", "train.py"),
+        ("import deepspeed", "engine/engine.py"),
+        ("import json\njson.load(f)", "runs/folder.py"),
+        ("try: f()\nexcept (OSError, ValueError): g()", "cli/train.py"),
+        ("try: f()\nexcept BaseException: g()", "cli/bootstrap.py"),
+        ("import torch.nn.functional as F\nF.relu(x)", "cli/train.py"),
     ],
 )
 def test_owners_may(source: str, file: str) -> None:

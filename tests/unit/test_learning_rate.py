@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import get_scheduler
 
-from dpa_ds.config import TrainConfig
-from dpa_ds.federation.learning_rate import learning_rate
+from dpa_ds.config.schema import TrainConfig
+from dpa_ds.federation.trainer import learning_rate
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])

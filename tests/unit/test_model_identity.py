@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from dpa_ds.checkpoint import MODEL, RunFolder, write_file
 from dpa_ds.errors import CheckpointError
-from dpa_ds.model.base import fits_one_rank, model_fingerprint
+from dpa_ds.model.base import fits_one_rank
+from dpa_ds.model.directory import model_fingerprint
+from dpa_ds.runs.folder import MODEL, RunFolder
+from dpa_ds.runs.storage import write_file
 from tests import tiny
 
 

@@ -17,10 +17,11 @@ from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
 from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from dpa_ds.config import MethodConfig
-from dpa_ds.config_loader import load_config, load_deepspeed_json
+from dpa_ds.adapters.methods import build_schedule
+from dpa_ds.config.deepspeed_json import load_deepspeed_json
+from dpa_ds.config.load import load_config
+from dpa_ds.config.schema import MethodConfig
 from dpa_ds.errors import ModelError
-from dpa_ds.federation.methods import build_schedule
 from dpa_ds.planning.hardware import parse_cluster
 from dpa_ds.planning.memory import Layout, Lora, adapter_bytes, model_bytes
 from dpa_ds.planning.plan import PHASES, Plan, Workload, judge, layout_of, ranks_of_recipe
@@ -122,7 +123,7 @@ def test_the_command_ranks_layouts(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 @pytest.mark.parametrize(
-    ("changed", "told"),
+    ("changed", "reported"),
     [
         ({"--cluster": "gpus=8,gpu=h100"}, "unknown gpu h100"),
         ({"--cluster": "nodes=0"}, "every number must be > 0"),
@@ -139,12 +140,12 @@ def test_the_command_ranks_layouts(tmp_path: Path, capsys: pytest.CaptureFixture
         ({"--lora.target_modules": "[c_attn]"}, "c_attn"),
     ],
 )
-def test_bad_arguments_are_one_line(changed: dict[str, str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_arguments_are_one_line(changed: dict[str, str], reported: str, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = {**dict(zip(ARGUMENTS[::2], ARGUMENTS[1::2], strict=True)), "--model": "llama-7b", **changed}
     assert main([word for pair in arguments.items() for word in pair]) != 0
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
-    assert told in line
+    assert reported in line
 
 
 LLAMA, DATASET1 = PRESETS["llama-7b"], Workload()

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dpa_ds.config import DataConfig, PartitionConfig
+from dpa_ds.config.schema import DataConfig, PartitionConfig
 from dpa_ds.data.sources import (
     ClientData,
     Example,

@@ -9,18 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpa_ds.config import MethodConfig, RunConfig, WeightingConfig
-from dpa_ds.data.prompts import TokenizedExamples
+from dpa_ds.adapters.methods import build_schedule
+from dpa_ds.config.schema import MethodConfig, RunConfig, WeightingConfig
 from dpa_ds.data.references import REPRESENTATIONS, References, draw_references
+from dpa_ds.data.tokenize import TokenizedExamples
 from dpa_ds.errors import ConfigError
-from dpa_ds.evaluation.weighting import (
-    Weighting,
-    describe_weighting,
-    instance_weights,
-    mean_cosine,
-    resolve_weighting,
-)
-from dpa_ds.federation.methods import build_schedule
+from dpa_ds.inference.weighting import Weighting, describe_weighting, instance_weights, mean_cosine, resolve_weighting
 
 SIMILARITIES = ("cosine", "centred_cosine", "pearson", "l2", "swapped")
 
@@ -267,4 +261,4 @@ def test_references_survive_a_file_bit_by_bit(tmp_path: Any) -> None:
     assert found.states.keys() == states.keys()
     assert all(torch.equal(found.states[name], states[name]) for name in REPRESENTATIONS)
     by_hand = torch.stack([sum(states[name]) / 3 for name in ("last_token", "mean")])  # type: ignore[misc]
-    torch.testing.assert_close(references.mean_states, by_hand)
+    torch.testing.assert_close(references.reference_mean, by_hand)

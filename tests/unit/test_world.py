@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from dpa_ds.config import ClusterConfig
-from dpa_ds.distributed.job import Job, _first_disagreement
+from dpa_ds.config.schema import ClusterConfig
+from dpa_ds.distributed.job_store import JobStore, _first_disagreement
 from dpa_ds.distributed.topology import Topology
 from dpa_ds.distributed.world import build_world
 from dpa_ds.errors import ClusterError, ConfigError
@@ -30,10 +30,10 @@ def outcome(call: Any, *args: Any) -> str:
 # ---- agree -------------------------------------------------------------------------------------------------------
 
 
-def agree(job: Job, facts: list[dict[str, str]], errors: list[str | None], timeout_seconds: float = 30.0) -> str:
+def agree(job: JobStore, facts: list[dict[str, str]], errors: list[str | None], timeout_seconds: float = 30.0) -> str:
     rank = job.launch.global_rank
     error = ConfigError(errors[rank]) if errors[rank] else None  # type: ignore[arg-type]
-    return outcome(job.agree, facts[rank], error, timeout_seconds)
+    return outcome(job.check_consistency, facts[rank], error, timeout_seconds)
 
 
 def test_ranks_that_agree_learn_each_others_hosts(tmp_path: Path) -> None:
@@ -42,28 +42,28 @@ def test_ranks_that_agree_learn_each_others_hosts(tmp_path: Path) -> None:
     assert len({tuple(hosts) for hosts in results}) == 1
 
 
-def _hosts_after_agreement(job: Job) -> list[str]:
+def _hosts_after_agreement(job: JobStore) -> list[str]:
     job.hosts = []
-    job.agree({"code": "1"}, None, 30.0)
+    job.check_consistency({"code": "1"}, None, 30.0)
     return job.hosts
 
 
 def test_a_fact_that_differs_is_told_to_all(tmp_path: Path) -> None:
     facts = [{"code": "1", "config": "a"}, {"code": "1", "config": "b"}]
-    told = run_on_ranks(agree, 2, tmp_path, facts, [None, None])
-    assert told[0] == told[1]
-    assert told[0].startswith("ClusterError 3: hosts differ in config: a on ")
+    reported = run_on_ranks(agree, 2, tmp_path, facts, [None, None])
+    assert reported[0] == reported[1]
+    assert reported[0].startswith("ClusterError 3: hosts differ in config: a on ")
 
 
 def test_error_of_one_rank_reaches_all_with_its_host_and_exit_code(tmp_path: Path) -> None:
-    told = run_on_ranks(agree, 2, tmp_path, [{}, {}], [None, "no such recipe"])
-    assert told[0].startswith("ClusterError 2: no such recipe (only on ")
-    assert told[1] == "ConfigError 2: no such recipe"
+    reported = run_on_ranks(agree, 2, tmp_path, [{}, {}], [None, "no such recipe"])
+    assert reported[0].startswith("ClusterError 2: no such recipe (only on ")
+    assert reported[1] == "ConfigError 2: no such recipe"
 
 
 def test_error_of_all_ranks_is_each_ones_own(tmp_path: Path) -> None:
-    told = run_on_ranks(agree, 2, tmp_path, [{}, {}], ["unknown key"] * 2)
-    assert told == ["ConfigError 2: unknown key"] * 2
+    reported = run_on_ranks(agree, 2, tmp_path, [{}, {}], ["unknown key"] * 2)
+    assert reported == ["ConfigError 2: unknown key"] * 2
 
 
 def test_disagreement_names_every_host_and_value() -> None:
@@ -75,31 +75,31 @@ def test_disagreement_names_every_host_and_value() -> None:
     assert _first_disagreement(hellos[:2]) == {}
 
 
-def wait_for_absent(job: Job) -> tuple[str, float]:
+def wait_for_absent(job: JobStore) -> tuple[str, float]:
     started = time.monotonic()
     if job.launch.global_rank == 1:
         time.sleep(3)  # later than the bound
         return "", 0.0
-    return outcome(job.agree, {}, None, 0.5), time.monotonic() - started
+    return outcome(job.check_consistency, {}, None, 0.5), time.monotonic() - started
 
 
 def test_rank_that_does_not_arrive_is_named_in_time(tmp_path: Path) -> None:
-    told, seconds = run_on_ranks(wait_for_absent, 2, tmp_path)[0]
-    assert told.startswith("ClusterError 3: rank 0 of 2 waited 0.5 s (cluster.timeout_seconds) in vain for rank 1:")
+    reported, seconds = run_on_ranks(wait_for_absent, 2, tmp_path)[0]
+    assert reported.startswith("ClusterError 3: rank 0 of 2 waited 0.5 s (cluster.timeout_seconds) in vain for rank 1:")
     assert seconds < 2
 
 
 # ---- decide, publish, fail ----------------------------------------------------------------------------------------
 
 
-def decide(job: Job) -> tuple[list[Any], int]:
+def decide(job: JobStore) -> tuple[list[Any], int]:
     calls: list[int] = []
 
     def decision() -> Any:
         calls.append(1)
         return {"rounds": 3, "by": job.launch.global_rank}
 
-    answers = [job.decide(key, decision) for key in ("first", "second")]
+    answers = [job.broadcast_from_rank_zero(key, decision) for key in ("first", "second")]
     job.publish(f"from/{job.launch.global_rank}", job.launch.global_rank * 10)
     answers += [job.lookup(f"from/{rank}") for rank in range(job.launch.job_world_size)]
     job.finish()
@@ -113,12 +113,12 @@ def test_rank_0_decides_for_all(tmp_path: Path) -> None:
     assert [calls for _, calls in results] == [2, 0, 0]
 
 
-def fail_while_others_wait(job: Job) -> tuple[str, float]:
+def fail_while_others_wait(job: JobStore) -> tuple[str, float]:
     job.store.set_timeout(timedelta(seconds=30))
     started = time.monotonic()
     if job.launch.global_rank == 1:
         time.sleep(0.3)
-        job.store.compare_set("failure", "", "1 2")  # what Job.fail does before it ends the process
+        job.store.compare_set("failure", "", "1 2")  # what JobStore.fail does before it ends the process
         return "", 0.0
     waits = {0: job.finish, 2: lambda: job.lookup("never")}
     return outcome(waits[job.launch.global_rank]), time.monotonic() - started
@@ -126,12 +126,12 @@ def fail_while_others_wait(job: Job) -> tuple[str, float]:
 
 def test_failure_ends_every_wait(tmp_path: Path) -> None:
     results = run_on_ranks(fail_while_others_wait, 3, tmp_path)
-    for told, seconds in (results[0], results[2]):
-        assert told == "ClusterError 3: another rank of the job failed"
+    for reported, seconds in (results[0], results[2]):
+        assert reported == "ClusterError 3: another rank of the job failed"
         assert seconds < 5
 
 
-def fail(job: Job, folder: str, order: list[float]) -> None:
+def fail(job: JobStore, folder: str, order: list[float]) -> None:
     import os
     import sys
 
@@ -150,29 +150,29 @@ def fail(job: Job, folder: str, order: list[float]) -> None:
 def test_first_to_fail_speaks_and_gives_the_exit_code(tmp_path: Path) -> None:
     codes = run_on_ranks(fail, 3, tmp_path, str(tmp_path), [0.5, 0.0, 0.7])
     assert codes == [2, 2, 2]
-    told = [(tmp_path / f"{rank}.txt").read_text() for rank in range(3)]
-    assert told[1].startswith("[rank 1 on ")
-    assert told[1].endswith("] error: wrong\n")
-    assert told[0] == told[2] == ""
+    reported = [(tmp_path / f"{rank}.txt").read_text() for rank in range(3)]
+    assert reported[1].startswith("[rank 1 on ")
+    assert reported[1].endswith("] error: wrong\n")
+    assert reported[0] == reported[2] == ""
 
 
 # ---- worlds ------------------------------------------------------------------------------------------------------
 
 
-def exchange(job: Job, sizes: tuple[int, ...]) -> dict[str, Any]:
+def exchange(job: JobStore, sizes: tuple[int, ...]) -> dict[str, Any]:
     world = build_world(job, Topology(sizes, len(sizes)), CLUSTER, 30.0)
     mine = float(10 * world.group + world.rank)
     result: dict[str, Any] = {
-        "place": (world.group, world.rank, world.world_size, world.is_leader, world.is_main),
+        "place": (world.group, world.rank, world.world_size, world.is_leader, world.is_coordinator),
         "sum": world.all_reduce_(torch.tensor([mine])).item(),
         "from leader": world.broadcast_(torch.tensor([mine])).item(),
     }
-    if world.federation is not None:
+    if world.leaders is not None:
         buffer = torch.arange(5, dtype=torch.float32) * (world.group + 1)
-        world.federation.all_reduce_(buffer, "update")
-        world.federation.all_reduce_(torch.ones(3, dtype=torch.float64), "metrics")
-        world.federation.all_reduce_(torch.ones(2), "update")
-        result |= {"federation": buffer.tolist(), "bytes": dict(world.federation.bytes_handed)}
+        world.leaders.all_reduce_(buffer, "update")
+        world.leaders.all_reduce_(torch.ones(3, dtype=torch.float64), "metrics")
+        world.leaders.all_reduce_(torch.ones(2), "update")
+        result |= {"federation": buffer.tolist(), "bytes": dict(world.leaders.bytes_handed)}
     world.close()
     return result
 
@@ -188,23 +188,23 @@ def test_groups_are_worlds_of_their_own_and_leaders_meet(tmp_path: Path) -> None
         assert leader["bytes"] == {"update": 5 * 4 + 2 * 4, "metrics": 3 * 8}
 
 
-def lose_a_leader(job: Job) -> tuple[str, float]:
+def lose_a_leader(job: JobStore) -> tuple[str, float]:
     world = build_world(job, Topology((1, 1), 2), CLUSTER, 30.0)
-    assert world.federation is not None
-    world.federation.all_reduce_(torch.ones(1), "update")
+    assert world.leaders is not None
+    world.leaders.all_reduce_(torch.ones(1), "update")
     if world.group == 1:
         return "", 0.0  # this process ends
     started = time.monotonic()
-    return outcome(world.federation.all_reduce_, torch.ones(1), "update"), time.monotonic() - started
+    return outcome(world.leaders.all_reduce_, torch.ones(1), "update"), time.monotonic() - started
 
 
 def test_lost_leader_is_noticed_at_once(tmp_path: Path) -> None:
-    told, seconds = run_on_ranks(lose_a_leader, 2, tmp_path)[0]
-    assert told.startswith("ClusterError 3: leader 0 of 2 lost its peers in the update all-reduce")
+    reported, seconds = run_on_ranks(lose_a_leader, 2, tmp_path)[0]
+    assert reported.startswith("ClusterError 3: leader 0 of 2 lost its peers in the update all-reduce")
     assert seconds < 20
 
 
-def one_after_the_other(job: Job, folder: str) -> None:
+def one_after_the_other(job: JobStore, folder: str) -> None:
     world = build_world(job, Topology((3,), 1), CLUSTER, 30.0)
     cached = Path(folder) / "cached"
     with world.leader_first():

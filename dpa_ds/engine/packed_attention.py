@@ -1,0 +1,112 @@
+"""Attention over examples that are packed in one row: inside each, and nowhere else.
+
+transformers (5.24) hands the keyword arguments of a forward pass on to the attention function that its config names. For
+`sdpa` that is one of ours, which calls transformers' own for each segment of equal rows: there is no mask, and no work
+between examples. A prefix that all examples share lies in the row once; each example's attention is given a copy of its queries, keys and values,
+so that it computes what it would alone. `flash_attention_2` takes the borders of the rows itself; for `eager` transformers finds them in the
+position ids and makes a mask.
+"""
+
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from dpa_ds.data.batching import MicroBatch
+from dpa_ds.errors import ModelError
+
+SEGMENTS = "packed_sdpa"
+"""Name of our attention function in transformers' table."""
+
+
+class PackedAttention:
+    """A context in which `base` takes rows of several examples, in the forward and in the backward pass.
+
+    ModelError: the model's attention cannot be chosen, so that examples in one row would see one another.
+    """
+
+    def __init__(self, base: PreTrainedModel) -> None:
+        self._config = base.config.get_text_config()
+        self._chosen = str(self._config._attn_implementation)
+        if not base._supports_attention_backend:
+            raise ModelError(
+                f"{type(base).__name__} has attention of its own that transformers cannot replace: use a model whose class "
+                "supports attention backends (Llama, Mistral, Qwen, GPT-2, OPT and most others do)"
+            )
+
+    def __enter__(self) -> None:
+        if self._chosen == "sdpa":
+            self._config._attn_implementation = SEGMENTS
+
+    def __exit__(self, *_: object) -> None:
+        self._config._attn_implementation = self._chosen
+
+    @property
+    def supports_prefix(self) -> bool:
+        """Whether a pass may begin with a prefix that its examples share."""
+        return self._chosen == "sdpa"
+
+    def arguments(self, micro_batch: MicroBatch, device: torch.device) -> dict[str, Any]:
+        """What the forward pass of `micro_batch` takes beside tokens and positions."""
+        if self._chosen == "sdpa":
+            return {"micro_batch": micro_batch}
+        assert micro_batch.prefix == 0, self._chosen
+        if self._chosen != "flash_attention_2":
+            return {}
+        lengths = torch.tensor([0, *(length for rows, length in micro_batch.segments for _ in range(rows))])
+        borders, longest = lengths.cumsum(0).to(device, torch.int32), int(lengths.max())
+        return {
+            "cu_seq_lens_q": borders,
+            "cu_seq_lens_k": borders,
+            "max_length_q": longest,
+            "max_length_k": longest,
+        }
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    micro_batch: MicroBatch,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention inside each row of each segment of `micro_batch`, after its prefix.
+
+    Args:
+        query, key, value: shape (1, heads, tokens, head_dim).
+
+    Returns:
+        the output, shape (1, tokens, heads, head_dim), and no weights.
+    """
+    assert attention_mask is None, "rows of examples have no mask"
+    segments, prefix = micro_batch.segments, micro_batch.prefix
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        mask = _window_mask(q.shape[2], kwargs.get("sliding_window"), query.device)
+        return sdpa_attention_forward(module, q, k, v, mask, **kwargs)[0]
+
+    sizes = [prefix, *(rows * length for rows, length in segments)]
+    first, *parts = zip(*(torch.split(tensor, sizes, dim=2) for tensor in (query, key, value)), strict=True)
+    outputs = [attend(*first)[0]] if prefix else []
+    for (rows, length), part in zip(segments, parts, strict=True):
+        own = [tensor[0].unflatten(1, (rows, length)).transpose(0, 1) for tensor in part]
+        if prefix:
+            own = [torch.cat([a.expand(rows, -1, -1, -1), b], dim=2) for a, b in zip(first, own, strict=True)]
+        outputs.append(attend(*own)[:, prefix:].flatten(0, 1))
+    return torch.cat(outputs).unsqueeze(0), None
+
+
+def _window_mask(length: int, window: int | None, device: torch.device) -> torch.Tensor | None:
+    """True where a token attends: itself and the `window` - 1 before it. None where that is all before it."""
+    if window is None or length <= window:
+        return None
+    distance = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)
+    return ((distance >= 0) & (distance < window))[None, None]
+
+
+# Not compiled with the rest by torch.compile: segments differ in every step, and each would be compiled again.
+AttentionInterface.register(SEGMENTS, torch.compiler.disable(packed_attention))  # type: ignore[no-untyped-call]

@@ -1,0 +1,192 @@
+"""LLaMA files with a known GPT-2-type tokenizer, written as a Hugging Face directory without transformers' reader.
+
+Loading such a file with transformers gives the same weights, but (transformers 5.17) the wrong end token, no pad
+token, and a tokenizer that keeps numbers together.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import gguf
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import save_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
+
+from dpa_ds.errors import ModelError
+from dpa_ds.model.gguf.file import GgufFile, special_ids
+
+MAX_SHARD_BYTES = 4 * 1024**3
+WEIGHTS_NAME = "model.safetensors"
+WEIGHTS_INDEX_NAME = "model.safetensors.index.json"
+
+TOP_LEVEL_NAMES = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+LAYER_NAMES = {
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+SPLITS_DIGITS = {"smollm": True, "gpt-2": False, "default": False}
+"""Pre-tokenizers read directly (`tokenizer.ggml.pre`): is every digit a token of its own before GPT-2's regex?"""
+
+
+def is_readable(file: GgufFile) -> bool:
+    """Whether `write_llama` can read the file: known architecture and tokenizer, plain rotary embeddings."""
+    tokenizer_kind = (file.metadata.get("tokenizer.ggml.model"), file.metadata.get("tokenizer.ggml.pre", "default"))
+    is_known = tokenizer_kind[0] == "gpt2" and tokenizer_kind[1] in SPLITS_DIGITS
+    # Scaled rotary embeddings (Llama 3.1 onwards) come as a tensor of their own or as rope.scaling keys.
+    is_scaled = any(tensor.name == "rope_freqs.weight" for tensor in file.tensors) or any(
+        key.startswith("llama.rope.scaling.") for key in file.metadata
+    )
+    return file.require("general.architecture") == "llama" and is_known and not is_scaled
+
+
+def write_llama(file: GgufFile, out_dir: Path, dtype: torch.dtype) -> None:
+    """Fill the empty `out_dir` with config, tokenizer and weights in `dtype`. Raises ModelError for other files."""
+    config = _llama_config(file, dtype)
+    config.save_pretrained(out_dir)
+    GenerationConfig(
+        bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
+    ).save_pretrained(out_dir)
+    _gpt2_tokenizer(file).save_pretrained(out_dir)
+    _write_weights(file, config, out_dir, dtype)
+
+
+def _llama_config(file: GgufFile, dtype: torch.dtype) -> LlamaConfig:
+    """Config of a `llama` file; the vocabulary is the one of the tokens where the metadata do not say."""
+    num_heads = file.require("llama.attention.head_count")
+    hidden_size = file.require("llama.embedding_length")
+    _, bos, eos, pad = special_ids(file)
+    return LlamaConfig(
+        vocab_size=file.metadata.get("llama.vocab_size", len(file.require("tokenizer.ggml.tokens"))),
+        hidden_size=hidden_size,
+        intermediate_size=file.require("llama.feed_forward_length"),
+        num_hidden_layers=file.require("llama.block_count"),
+        num_attention_heads=num_heads,
+        num_key_value_heads=file.metadata.get("llama.attention.head_count_kv", num_heads),
+        head_dim=file.metadata.get("llama.rope.dimension_count", hidden_size // num_heads),
+        max_position_embeddings=file.require("llama.context_length"),
+        rms_norm_eps=_shortest_float(file.metadata.get("llama.attention.layer_norm_rms_epsilon", 1e-5)),
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": _shortest_float(file.metadata.get("llama.rope.freq_base", 10000.0)),
+        },
+        tie_word_embeddings=all(tensor.name != "output.weight" for tensor in file.tensors),
+        bos_token_id=bos,
+        eos_token_id=eos,
+        pad_token_id=pad,
+        architectures=["LlamaForCausalLM"],
+        dtype=dtype,
+    )
+
+
+def _shortest_float(value: float) -> float:
+    """The decimal number a float32 was written from: 9.999999747378752e-06 -> 1e-05."""
+    return float(str(np.float32(value)))
+
+
+def _gpt2_tokenizer(file: GgufFile) -> PreTrainedTokenizerFast:
+    """Byte-level BPE from the file's own tokens and merges."""
+    tokens: list[str] = file.require("tokenizer.ggml.tokens")
+    types: list[int] = file.metadata.get("tokenizer.ggml.token_type", [gguf.TokenType.NORMAL] * len(tokens))
+    merges = [(left, right) for left, right in (pair.split(" ", 1) for pair in file.require("tokenizer.ggml.merges"))]
+    tokenizer = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=merges))
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.pre_tokenizer = (
+        pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
+        if SPLITS_DIGITS[file.metadata.get("tokenizer.ggml.pre", "default")]
+        else byte_level
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    unknown, bos, eos, pad = special_ids(file)
+    tokenizer.post_processor = (
+        processors.TemplateProcessing(single=f"{tokens[bos]} $A", special_tokens=[(tokens[bos], bos)])
+        if bos is not None and file.metadata.get("tokenizer.ggml.add_bos_token", False)
+        else processors.ByteLevel(trim_offsets=True)
+    )
+    control = [token for token, kind in zip(tokens, types, strict=True) if kind == gguf.TokenType.CONTROL]
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
+    user_defined = [token for token, kind in zip(tokens, types, strict=True) if kind == gguf.TokenType.USER_DEFINED]
+    tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in user_defined])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token=None if unknown is None else tokens[unknown],
+        bos_token=None if bos is None else tokens[bos],
+        eos_token=tokens[eos],
+        pad_token=tokens[pad],
+        model_max_length=file.require("llama.context_length"),
+        clean_up_tokenization_spaces=False,
+    )
+    fast.chat_template = file.metadata.get("tokenizer.chat_template")
+    return fast
+
+
+def _write_weights(file: GgufFile, config: LlamaConfig, out_dir: Path, dtype: torch.dtype) -> None:
+    """De-quantise and write shard by shard, so that memory holds one; an index if there are several."""
+    shards = list(_shards(file.tensors, dtype.itemsize))
+    weight_map: dict[str, str] = {}
+    for index, tensors in enumerate(shards, start=1):
+        shard_name = WEIGHTS_NAME if len(shards) == 1 else f"model-{index:05d}-of-{len(shards):05d}.safetensors"
+        weights = {_hf_name(file, tensor.name): _weight(tensor, config).to(dtype) for tensor in tensors}
+        save_file(weights, out_dir / shard_name, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(weights, shard_name))
+    if len(shards) > 1:
+        num_bytes = sum(int(tensor.n_elements) for tensor in file.tensors) * dtype.itemsize
+        index_text = json.dumps({"metadata": {"total_size": num_bytes}, "weight_map": weight_map}, indent=2)
+        (out_dir / WEIGHTS_INDEX_NAME).write_text(index_text + "\n", encoding="utf-8")
+
+
+def _shards(tensors: Sequence[gguf.ReaderTensor], bytes_per_element: int) -> Iterator[list[gguf.ReaderTensor]]:
+    """Runs of tensors of at most MAX_SHARD_BYTES once de-quantised; a larger tensor is a shard of its own."""
+    shard: list[gguf.ReaderTensor] = []
+    shard_bytes = 0
+    for tensor in tensors:
+        num_bytes = int(tensor.n_elements) * bytes_per_element
+        if shard and shard_bytes + num_bytes > MAX_SHARD_BYTES:
+            yield shard
+            shard, shard_bytes = [], 0
+        shard.append(tensor)
+        shard_bytes += num_bytes
+    yield shard
+
+
+def _hf_name(file: GgufFile, name: str) -> str:
+    """blk.3.attn_q.weight -> model.layers.3.self_attn.q_proj.weight."""
+    if name in TOP_LEVEL_NAMES:
+        return TOP_LEVEL_NAMES[name]
+    match name.split("."):
+        case ["blk", layer, part, "weight"] if part in LAYER_NAMES:
+            return f"model.layers.{layer}.{LAYER_NAMES[part]}.weight"
+    raise ModelError(f"{file.path}: unexpected tensor {name} in a llama file: give a Hugging Face directory instead")
+
+
+def _weight(tensor: gguf.ReaderTensor, config: LlamaConfig) -> torch.Tensor:
+    """De-quantised float32 weight, (out_features, in_features) as in nn.Linear."""
+    weight: NDArray[np.float32] = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+    if tensor.name.endswith("attn_q.weight"):
+        weight = _unpermute(weight, config.num_attention_heads)
+    elif tensor.name.endswith("attn_k.weight"):
+        weight = _unpermute(weight, config.num_key_value_heads or config.num_attention_heads)
+    return torch.from_numpy(np.array(weight, dtype=np.float32))
+
+
+def _unpermute(weight: NDArray[np.float32], num_heads: int) -> NDArray[np.float32]:
+    """Undo llama.cpp's order of rotary pairs: per head, (pair, half) rows become transformers' (half, pair).
+
+    `weight`: (num_heads * head_dim, in_features), and so is the result.
+    """
+    num_pairs = weight.shape[0] // num_heads // 2
+    return weight.reshape(num_heads, num_pairs, 2, -1).swapaxes(1, 2).reshape(weight.shape)

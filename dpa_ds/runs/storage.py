@@ -1,0 +1,213 @@
+"""Files that are there whole or not at all: written under another name, fsynced, renamed; folders with their checksums.
+
+Only safetensors and JSON: nothing that is read from disk can run code.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import socket
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+from safetensors.torch import load_file, save_file
+
+from dpa_ds.adapters.state import AdapterState
+from dpa_ds.errors import CheckpointError, storage_errors
+
+STATE = "state.json"
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
+"""What reading a damaged JSON file, and looking into it, raises."""
+
+
+@dataclass(frozen=True)
+class SavedFolder:
+    """What `write_folder` wrote."""
+
+    tensors: dict[str, AdapterState]
+    """By the name of their file."""
+    info: dict[str, Any]
+
+
+def write_folder(folder: Path, tensors: Mapping[str, AdapterState], info: Mapping[str, Any]) -> None:
+    """Write `tensors` as <name>.safetensors beside what `folder` holds already, and last `state.json`: checksums and `info`.
+
+    Raises:
+        CheckpointError: the file system refuses.
+    """
+    with storage_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, state in tensors.items():
+            save_file(state, folder / f"{name}.safetensors", metadata={"format": "pt"})
+        files = [path for path in sorted(folder.iterdir()) if path.name != STATE]
+        for path in files:
+            fsync(path)
+        content = {
+            "sha256": {path.name: sha256_of(path) for path in files},
+            "info": dict(info),
+            "info_sha256": _digest(dict(info)),
+        }
+        write_file(folder / STATE, json.dumps(content, indent=1))
+        fsync(folder.parent)  # the names of the files, too, must survive a power cut
+
+
+def read_folder(folder: Path, remedy: str) -> SavedFolder:
+    """Read what `write_folder` wrote, checking its checksums.
+
+    Raises:
+        CheckpointError: a file is missing or damaged; it ends with `remedy`.
+    """
+    info = verify_folder(folder, remedy)
+    try:
+        tensors = {path.stem: load_file(path) for path in sorted(folder.glob("*.safetensors"))}
+    except (OSError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"{folder} cannot be read ({error}): {remedy}") from error
+    return SavedFolder(tensors, info)
+
+
+def verify_folder(folder: Path, remedy: str) -> dict[str, Any]:
+    """Compare every file of a folder with its checksum; the folder's `info`.
+
+    Raises:
+        CheckpointError: as `read_folder`.
+    """
+    try:
+        state = json.loads((folder / STATE).read_text())
+        checksums, info = dict(state["sha256"]), dict(state["info"])
+        damaged = next((file for file, expected in checksums.items() if sha256_of(folder / file) != expected), None)
+        if state.get("info_sha256", _digest(info)) != _digest(info):
+            damaged = STATE
+    except UNREADABLE as error:
+        raise CheckpointError(f"{folder} cannot be read ({error}): {remedy}") from error
+    if damaged is not None:
+        raise CheckpointError(f"{folder / damaged} is damaged (checksum differs): {remedy}")
+    return info
+
+
+def check_finite(folder: Path, state: AdapterState, remedy: str) -> None:
+    """Raise CheckpointError if a tensor has NaN or infinity; it ends with `remedy`."""
+    bad = [key for key, tensor in state.items() if not bool(tensor.isfinite().all())]
+    if bad:
+        more = f" and {len(bad) - 1} more tensors" if len(bad) > 1 else ""
+        raise CheckpointError(f"{folder} has NaN or infinity in {bad[0]}{more}: {remedy}")
+
+
+def write_file(path: Path, text: str) -> None:
+    """Write `text` to `path` whole or not at all.
+
+    Raises:
+        CheckpointError: the file system refuses.
+    """
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")  # leaders may write at once
+        write_text(temporary, text)
+        temporary.replace(path)
+        fsync(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to a new file and wait until it is on the disk."""
+    path.write_text(text)
+    fsync(path)
+
+
+def fsync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256_of(path: Path) -> str:
+    """Checksum of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digest(info: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(info, sort_keys=True).encode()).hexdigest()
+
+
+def lock_file(path: Path, wait_seconds: float, creates: bool) -> int | None:
+    """Hold `path` until this process ends, however it ends. Waits for another holder, which may just be saving its last step.
+
+    Args:
+        creates: make the file if it is not there; else there is nothing to hold.
+
+    Returns:
+        its descriptor, which must stay open; None where nothing is held, also on file systems without locks.
+
+    Raises:
+        CheckpointError: another process holds it for longer than `wait_seconds`, or the file system refuses.
+    """
+    if not creates and not path.exists():
+        return None
+    with storage_errors(path):
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    deadline = time.monotonic() + wait_seconds
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return descriptor
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                os.close(descriptor)
+                raise CheckpointError(
+                    f"another job works on {path.parent} (it holds {path.name}): wait for its end or stop it, or choose "
+                    "another name"
+                ) from None
+            time.sleep(0.1)
+        except OSError:
+            os.close(descriptor)
+            return None
+
+
+class BackgroundWriter:
+    """Writes one thing after the other beside the training. A context manager: leaving it waits for everything.
+
+    What is submitted must not change any more: pass tensors that nobody writes to again.
+    """
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: list[Future[None]] = []
+
+    def submit(self, write: Callable[[], None]) -> None:
+        """Do `write()` soon. Waits while two are unfinished, so that a slow disk cannot fill the memory.
+
+        Raises:
+            CheckpointError: an earlier write failed.
+        """
+        while len(self._pending) >= 2:
+            self._pending.pop(0).result()
+        self._pending.append(self._thread.submit(write))
+
+    def wait(self) -> None:
+        """Wait until everything is written.
+
+        Raises:
+            CheckpointError: a write failed.
+        """
+        while self._pending:
+            self._pending.pop(0).result()
+
+    def __enter__(self) -> "BackgroundWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            self.wait()
+        except CheckpointError:
+            if kind is None:  # else an earlier error is reported
+                raise
+        finally:
+            self._thread.shutdown(wait=False, cancel_futures=True)

@@ -1,6 +1,6 @@
 """FedDPA and its baselines as schedules of phases: data, not branches.
 
-A round of a client runs the phases `before` the aggregation, those that run `during` it because they need nothing of
+A round of a client runs the phases `before` the aggregation, those that `overlap` it because they need nothing of
 it, and those `after` it; when all rounds are over, those in `final` once. Source: FedDPA (arXiv 2403.19211) sections
 3.2 and 3.3; `local_first` is the order of the authors' published code.
 """
@@ -12,7 +12,10 @@ from typing import Literal, get_args
 from dpa_ds.adapters.dual_lora import Adapter
 from dpa_ds.config.schema import MethodConfig
 
-Stage = Literal["before", "during", "after", "final"]
+GLOBAL: Adapter = "global"
+LOCAL: Adapter = "local"
+
+Stage = Literal["before", "overlap", "after", "final"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 """In the order of a client's round."""
 
@@ -33,7 +36,7 @@ class Schedule:
 
     before: tuple[Phase, ...] = ()
     """Phases of every round, before this round's aggregation."""
-    during: tuple[Phase, ...] = ()
+    overlap: tuple[Phase, ...] = ()
     """Phases of every round, beside the client's own global adapter, while the leaders average."""
     after: tuple[Phase, ...] = ()
     """Phases of every round, beside this round's aggregated global adapter."""
@@ -68,7 +71,7 @@ def build_schedule(config: MethodConfig) -> Schedule:
         case "feddpa_t" if config.global_source == "aggregated":
             return dual((global_alone,), after=(local_beside,))
         case "feddpa_t":
-            return dual((global_alone,), during=(local_beside,))
+            return dual((global_alone,), overlap=(local_beside,))
         case "feddpa_f":
             return dual((global_alone,), final=(local_alone,))
         case "fedit":

@@ -133,6 +133,14 @@ class FederationConfig:
     """Weight of a client's update in the average."""
     compression: Literal["fp32", "int16"] = "fp32"
     """int16: updates travel in half of the bytes, for slow networks; what rounding leaves over goes with the next update."""
+    aggregation: Literal["mean"] = "mean"
+    """What the clients' updates amount to: their weighted mean."""
+    server_optimizer: Literal["sgd", "momentum"] = "sgd"
+    """What the server makes of it: sgd, with rate 1 FedAvg; momentum: FedAvgM."""
+    server_learning_rate: float = 1.0
+    """Rate eta of the server optimizer."""
+    server_momentum: float = 0.9
+    """Momentum b of the server optimizer momentum."""
     timeout_seconds: float = 3600.0
     """Bound on every wait among the leaders, in seconds: the slowest client's round must fit in."""
     min_clients: int = 1

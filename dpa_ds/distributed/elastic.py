@@ -110,7 +110,7 @@ class ElasticGroup:
         """Of the leaders present at the last exchange this is the one that writes what belongs to all."""
         return bool(self._manager.participating_rank() == 0)
 
-    def begin(self, mine: SyncState) -> tuple[SyncState, bool]:
+    def sync_round(self, mine: SyncState) -> tuple[SyncState, bool]:
         """Agree before a round on who is present, and on the round and shared state that it starts from.
 
         Args:

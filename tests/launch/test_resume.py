@@ -163,7 +163,7 @@ def test_damaged_round_is_set_aside(tmp_path: Path, arguments: Callable[..., lis
 
     ended = run_forked([*argv, *more])
     assert ended.returncode == 0, ended.output
-    aside = run_dir / "rounds" / "round_000003\.damaged"
+    aside = run_dir / "rounds" / "round_000003.damaged"
     assert f"round 3 is damaged and quarantined as {aside}: {damaged} is damaged (checksum differs)" in ended.output
     assert "continues after round 2 of 3" in ended.output
     assert_same_adapters(adapters(run_dir), adapters(uninterrupted), tolerance=0.0)

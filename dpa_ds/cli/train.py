@@ -108,7 +108,7 @@ def build_session(config: RunConfig, job: JobStore) -> Session:
     writer = BackgroundWriter()
     layout = describe_layout(config, world, engine)
     on_bad_update = config.federation.on_bad_update
-    round_state = RoundState(folder, writer, world, job, config.checkpoint, on_bad_update, layout)
+    round_state = RoundState(folder, writer, world, job, config.checkpoint, on_bad_update, layout, state, completed)
     trainer = Trainer(
         engine, world, schedule, config.train, config.seed, batching, aggregation.transforms, round_state, tracker
     )
@@ -129,8 +129,6 @@ def build_session(config: RunConfig, job: JobStore) -> Session:
         writer=writer,
         tracker=tracker,
         timer=RoundTimer(profile),
-        server_state=state,
-        completed_rounds=completed,
         started=started,
     )
 

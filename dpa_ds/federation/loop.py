@@ -8,7 +8,6 @@ import torch
 from dpa_ds.distributed.elastic import ElasticGroup, SyncState
 from dpa_ds.distributed.world import World
 from dpa_ds.errors import ClusterError, TrainingError
-from dpa_ds.federation.aggregation.base import ServerState
 from dpa_ds.federation.aggregation.pipeline import Accumulator, ReducedRound
 from dpa_ds.federation.clients import HostedClient
 from dpa_ds.federation.metrics import exchange_metrics, fill_row, record_round
@@ -29,62 +28,62 @@ class Cohort:
 
 def run_rounds(session: Session) -> None:
     """Run all rounds that are left. Collective: every rank of the job."""
-    state, completed = session.server_state, session.completed_rounds
+    rounds = session.round_state
     with session.tracker.progress(remaining_steps(session)):
-        state, completed = start_rounds(session, state, completed)
-        while completed < session.num_rounds:
-            state = run_round(session, state, completed + 1)
-            completed += 1
-            if completed < session.num_rounds:
-                state, completed, _ = sync_round(session, state, completed)
+        start_rounds(session)
+        while rounds.num_completed < session.num_rounds:
+            server_round = rounds.num_completed + 1
+            cohort = sample_cohort(session, server_round)
+            train_round(session, cohort, server_round)
+            finish_round(session, cohort, server_round)
+            if server_round < session.num_rounds:
+                sync_round(session)
 
 
-def run_round(session: Session, state: ServerState, server_round: int) -> ServerState:
-    """One round, from the server state that it starts from to the next. Collective: every rank of the job."""
-    trainer, aggregation, part = session.trainer, session.aggregation, session.timer.part
-    cohort = sample_cohort(session, server_round)
+def train_round(session: Session, cohort: Cohort, server_round: int) -> None:
+    """From the server state that a round starts from to the next one. Collective: every rank of the job."""
+    rounds, trainer, aggregation, part = session.round_state, session.trainer, session.aggregation, session.timer.part
     with part("train"):
-        accumulator = aggregation.accumulator(state)
+        accumulator = aggregation.accumulator(rounds.server_state)
         for client in cohort.hosted:
-            update = trainer.local_update(client, state, server_round)
+            update = trainer.local_update(client, rounds.server_state, server_round)
             if update is not None:
                 accumulator.add(update)
     with part("aggregate"):
         pending = start_reduce(session, accumulator)
     with part("train"):  # the updates travel meanwhile
-        trainer.run_stage("overlap", cohort.hosted, state, server_round)
+        trainer.run_stage("overlap", cohort.hosted, rounds.server_state, server_round)
     with part("aggregate"):
-        state = aggregation.step(state, pending.result(), server_round)
+        rounds.server_state = aggregation.step(rounds.server_state, pending.result(), server_round)
     with part("train"):
-        trainer.run_stage("after", cohort.hosted, state, server_round)
+        trainer.run_stage("after", cohort.hosted, rounds.server_state, server_round)
         if server_round == session.num_rounds:
-            trainer.finalize(session.clients, state, server_round)
-    finish_round(session, state, server_round, cohort)
-    return state
+            trainer.finalize(session.clients, rounds.server_state, server_round)
 
 
-def finish_round(session: Session, state: ServerState, server_round: int, cohort: Cohort) -> None:
+def finish_round(session: Session, cohort: Cohort, server_round: int) -> None:
     """Evaluate and commit a round. Round 0 is the state before training. Collective: every rank of the job."""
-    commit, part, world = session.commit, session.timer.part, session.world
+    rounds, commit, part = session.round_state, session.commit, session.timer.part
     with part("save"):
         if server_round > 0:  # before training there is nothing to save
-            commit.start(server_round, session.clients, state, session.aggregation.reduction.leader_state)
+            leader_state = session.aggregation.reduction.leader_state
+            commit.start(server_round, session.clients, rounds.server_state, leader_state)
     with part("evaluate"):
-        evaluated = session.evaluation.evaluate_if_due(session.clients, state, server_round)
+        evaluated = session.evaluation.evaluate_if_due(session.clients, rounds.server_state, server_round)
     with part("save"):
         commit.wait()
     with part("record"):
-        table = exchange_metrics(world, fill_rows(session, cohort, evaluated), session.labels)
+        table = exchange_metrics(session.world, fill_rows(session, cohort, evaluated), session.labels)
     if table.all_rejected(cohort.client_ids):
         raise TrainingError(
             f"every client of round {server_round} diverged or changed the global adapter too much (see above); lower "
             "train.learning_rate. Earlier rounds are intact"
         )
-    seconds = {**session.timer.seconds, "save_inside_phases": session.round_state.seconds_saving}
-    record_round(world, session.tracker, server_round, table, seconds)
+    seconds = {**session.timer.seconds, "save_inside_phases": rounds.seconds_saving}
+    record_round(session.world, session.tracker, server_round, table, seconds)
     if server_round > 0:
-        commit.finish(server_round, state, table)
-    session.round_state.end_round()
+        commit.finish(server_round, rounds.server_state, table)
+    rounds.end_round(server_round)
     session.timer.end_round(server_round)
 
 
@@ -142,7 +141,7 @@ def fill_rows(session: Session, cohort: Cohort, evaluated: Evaluated) -> dict[in
 def remaining_steps(session: Session) -> int:
     """Optimizer steps that this rank group has yet to take: exact, because sampling is a pure function."""
     schedule, total = session.trainer.schedule, 0
-    for server_round in range(session.completed_rounds + 1, session.num_rounds + 1):
+    for server_round in range(session.round_state.num_completed + 1, session.num_rounds + 1):
         sampled = sample_cohort(session, server_round).client_ids
         of_round = sum(len(schedule.phases(stage, server_round)) for stage in ("before", "overlap", "after"))
         for client in session.clients:
@@ -156,43 +155,40 @@ def remaining_steps(session: Session) -> int:
 # ---- who is present, and where everybody starts ---------------------------------------------------------------
 
 
-def start_rounds(session: Session, state: ServerState, completed: int) -> tuple[ServerState, int]:
+def start_rounds(session: Session) -> None:
     """Before the first round of this process: agree with the other groups, and resume what an earlier process left undone.
 
-    Returns:
-        the server state, and the number of complete rounds. Collective: every rank of the job.
+    Collective: every rank of the job.
     """
-    world = session.world
-    state, completed, was_running = sync_round(session, state, completed, is_starting=True)
-    if world.leaders is not None and world.leaders.is_coordinator and not was_running:
-        session.folder.remove_leftovers(completed)
-        session.tracker.drop_records_after(completed)
-    if completed == 0:
-        finish_round(session, state, 0, Cohort((), []))
-    session.round_state.restore_progress(session.clients, completed + 1)
-    return state, completed
+    rounds, leaders = session.round_state, session.world.leaders
+    was_running = sync_round(session, is_starting=True)
+    if leaders is not None and leaders.is_coordinator and not was_running:
+        session.folder.remove_leftovers(rounds.num_completed)
+        session.tracker.drop_records_after(rounds.num_completed)
+    if rounds.num_completed == 0:
+        finish_round(session, Cohort((), []), server_round=0)
+    rounds.restore_progress(session.clients, rounds.num_completed + 1)
 
 
-def sync_round(
-    session: Session, state: ServerState, completed: int, is_starting: bool = False
-) -> tuple[ServerState, int, bool]:
-    """Agree on who is present and on the state that the next round starts from. A group that was away learns it from the others.
+def sync_round(session: Session, is_starting: bool = False) -> bool:
+    """Agree on who is present, and on the server state that the next round starts from.
+
+    A group that was away learns the state from the others. Collective: every rank of the job.
 
     Args:
         is_starting: this process has run no round yet.
 
     Returns:
-        the server state, the number of complete rounds, and whether the others had been running before this group joined.
-
-    Collective: every rank of the job.
+        on leaders, whether the others had been running before this group joined.
     """
-    world = session.world
-    if not world.topology.num_groups_elsewhere:  # groups of one job start and end together
-        return state, completed, False
+    rounds, world = session.round_state, session.world
+    if not world.topology.num_groups_elsewhere:  # the groups of one job start and end together
+        return False
 
     def agree() -> tuple[SyncState, bool]:
         assert isinstance(world.leaders, ElasticGroup), "a leader"
-        agreed, was_running = world.leaders.sync_round(SyncState(completed, state.flatten()))
+        mine = SyncState(rounds.num_completed, rounds.server_state.flatten())
+        agreed, was_running = world.leaders.sync_round(mine)
         if is_starting and session.folder.latest_round() > agreed.completed_rounds:
             raise ClusterError("the other groups completed a round while this one was starting: start it again")
         return agreed, was_running
@@ -201,6 +197,7 @@ def sync_round(
     was_running = False
     if found is not None:
         agreed, was_running = found
-        state, completed = state.unflatten(agreed.shared), agreed.completed_rounds
-    completed = int(world.broadcast_(torch.tensor([completed])))
-    return state, completed, was_running
+        rounds.server_state = rounds.server_state.unflatten(agreed.shared)
+        rounds.num_completed = agreed.completed_rounds
+    rounds.num_completed = int(world.broadcast_(torch.tensor([rounds.num_completed])))
+    return was_running

@@ -26,9 +26,11 @@ from dpa_ds.runs.tracking import logger
 
 
 class RoundState:
-    """Progress of this group's clients in the current round: the hooks of the trainer.
+    """Where the run stands, and how far this group's clients have come in the current round: the hooks of the trainer.
 
     Args:
+        server_state: that the next round starts from; empty on ranks that are no leaders.
+        num_completed: complete rounds.
         layout: what must be equal for work inside a round to be resumed bit for bit: ranks, ZeRO stage, ...
     """
 
@@ -41,7 +43,11 @@ class RoundState:
         checkpoint: CheckpointConfig,
         on_bad_update: Literal["skip", "stop"],
         layout: Mapping[str, Any],
+        server_state: ServerState,
+        num_completed: int,
     ) -> None:
+        self.server_state = server_state
+        self.num_completed = num_completed
         self._folder = folder
         self._writer = writer
         self._world = world
@@ -80,8 +86,9 @@ class RoundState:
         if self._world.is_leader:
             logger.warning(f"{error}; its round is undone, and the others continue (federation.on_bad_update: skip)")
 
-    def end_round(self) -> None:
-        """Forget the round."""
+    def end_round(self, server_round: int) -> None:
+        """The round is complete: forget how far its clients had come."""
+        self.num_completed = server_round
         self._progress.clear()
         self.seconds_saving = 0.0
 

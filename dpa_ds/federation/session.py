@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from dpa_ds.config.schema import FederationConfig
 from dpa_ds.distributed.world import World
 from dpa_ds.engine.profiling import Profile
-from dpa_ds.federation.aggregation.base import ServerState
 from dpa_ds.federation.aggregation.pipeline import Aggregation
 from dpa_ds.federation.clients import HostedClient
 from dpa_ds.federation.round_evaluation import RoundEvaluation
@@ -68,9 +67,6 @@ class Session:
     writer: BackgroundWriter
     tracker: Tracker
     timer: RoundTimer
-    server_state: ServerState
-    """That the first round starts from; empty on ranks that are no leaders."""
-    completed_rounds: int
     started: float
     """When building began, by `time.monotonic`."""
 

@@ -62,7 +62,8 @@ def start(inputs: tuple[Path, Path, Path], pooled: bool = False) -> tuple[plain.
     from transformers import AutoModelForCausalLM
 
     from dpa_ds.adapters.dual_lora import DualAdapter
-    from dpa_ds.federation.clients import GLOBAL_SEED, LOCAL_SEED
+    from dpa_ds.cli.train import GLOBAL_SEED
+    from dpa_ds.federation.clients import LOCAL_SEED
 
     model, data, folder = inputs
     config = load_config(tiny.recipe(model, data, folder / "reference"))

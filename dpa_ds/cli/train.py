@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from dpa_ds.adapters.dual_lora import DualAdapter
-from dpa_ds.adapters.methods import build_schedule
+from dpa_ds.adapters.adapter_model import AdapterModel
+from dpa_ds.adapters.methods import adapter_table, build_schedule
 from dpa_ds.config.deepspeed_json import load_deepspeed_json
 from dpa_ds.config.load import to_yaml
 from dpa_ds.config.schema import RunConfig
@@ -62,7 +62,8 @@ def train(config: RunConfig, job: JobStore) -> None:
     tokenizer = load_tokenizer(directory)
     pad_id = int(tokenizer.pad_token_id)
     ds_json = build_deepspeed_json(file_json, config, world.world_size)
-    adapters = DualAdapter(load_base(config.model, directory, ds_json), config.lora)
+    base = load_base(config.model, directory, ds_json)
+    adapters = AdapterModel(base, adapter_table(config.lora), config.lora)
     clients = host_clients(config, schedule, world, tokenizer, adapters, completed)
     engine = AdapterEngine(adapters, world, config.train, ds_json)
     batching = BatchingConfig(config.train.micro_batch_tokens, pad_id, prefix_sharing=engine.packing.supports_prefix)

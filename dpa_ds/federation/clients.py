@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from dpa_ds.adapters.dual_lora import DualAdapter
+from dpa_ds.adapters.adapter_model import AdapterModel
 from dpa_ds.adapters.methods import Schedule
 from dpa_ds.config.schema import RunConfig
 from dpa_ds.data.references import REPRESENTATIONS, References, draw_references
@@ -32,7 +32,7 @@ def host_clients(
     schedule: Schedule,
     world: World,
     tokenizer: PreTrainedTokenizerBase,
-    adapters: DualAdapter,
+    adapters: AdapterModel,
     completed_rounds: int,
 ) -> list[HostedClient]:
     """Everything this group keeps for its clients after `completed_rounds`. Collective: all ranks of the group."""
@@ -56,7 +56,7 @@ def host_clients(
     return clients
 
 
-def restore_shared(config: RunConfig, schedule: Schedule, adapters: DualAdapter, completed_rounds: int) -> Shared:
+def restore_shared(config: RunConfig, schedule: Schedule, adapters: AdapterModel, completed_rounds: int) -> Shared:
     """The global adapter and mean states after `completed_rounds`, or fresh ones; the same on every rank."""
     hidden_size = int(adapters.base_model.config.get_text_config().hidden_size)
     fresh = torch.zeros((len(REPRESENTATIONS), hidden_size) if schedule.weighted_by_instance else (0, 0))
@@ -74,7 +74,7 @@ def restore_shared(config: RunConfig, schedule: Schedule, adapters: DualAdapter,
     return Shared(saved.weights, means["reference_mean"], float(means["weight"]))
 
 
-def embed_references(clients: Sequence[HostedClient], config: RunConfig, adapters: DualAdapter, pad_id: int) -> None:
+def embed_references(clients: Sequence[HostedClient], config: RunConfig, adapters: AdapterModel, pad_id: int) -> None:
     """Draw and encode the reference prompts of clients that have none yet. Collective: all ranks of the group."""
     for client in clients:
         if client.references is None:
@@ -110,7 +110,7 @@ def _tasks(data: ClientData) -> tuple[str, ...]:
     return tuple(sorted({example.task for example in data.train} - {""}))
 
 
-def _restore_local(client: HostedClient, config: RunConfig, adapters: DualAdapter, completed_rounds: int) -> None:
+def _restore_local(client: HostedClient, config: RunConfig, adapters: AdapterModel, completed_rounds: int) -> None:
     name, saved = f"local/client_{client.client_id:02d}", None
     if completed_rounds:
         saved = RunFolder(config.run_dir).load_newest(completed_rounds, name)

@@ -35,7 +35,7 @@ def run_rounds(federation: Federation, completed_rounds: int) -> None:
                 aggregated = begin_aggregation(federation, [update for update in trained if update is not None])
             with federation.timed("train"):
                 for client in mine:
-                    federation.trainer.run_stage(client, "during", federation.shared, server_round)
+                    federation.trainer.run_stage(client, "overlap", federation.shared, server_round)
             with federation.timed("aggregate"):
                 federation.shared = aggregated()
             with federation.timed("train"):
@@ -236,6 +236,6 @@ def remaining_steps(federation: Federation, completed_rounds: int) -> int:
         for client in federation.clients:
             phases = len(schedule.final) if is_last else 0
             if client.client_id in participants:
-                phases += sum(len(schedule.phases(stage, server_round)) for stage in ("before", "during", "after"))
+                phases += sum(len(schedule.phases(stage, server_round)) for stage in ("before", "overlap", "after"))
             total += phases * num_steps(len(client.examples), train.batch_size, train.local_epochs, train.max_steps)
     return total

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from dpa_ds.adapters.dual_lora import Adapter
+from dpa_ds.adapters.adapter_model import global_local_mix
 from dpa_ds.adapters.methods import STAGES, Phase, Schedule, Stage
 from dpa_ds.adapters.state import AdapterState
 from dpa_ds.config.schema import RunConfig, TrainConfig
@@ -167,7 +167,7 @@ class ClientTrainer:
         )
         if not todo:
             return
-        own = progress.update if stage in ("before", "during") else None
+        own = progress.update if stage in ("before", "overlap") else None
         self.engine.write_state("global", shared.adapter if own is None else own)
         if any(phase.trainable == "local" for phase in todo):
             self.engine.write_state("local", client.local_state)
@@ -254,7 +254,7 @@ class ClientTrainer:
 
     # ---- saving -----------------------------------------------------------------------------------------------
 
-    def _keep_state(self, client: HostedClient, adapter: Adapter, server_round: int) -> None:
+    def _keep_state(self, client: HostedClient, adapter: str, server_round: int) -> None:
         """Take the trained adapter out of the engine."""
         state = _finite(self.engine.read_state(adapter), client, server_round)
         if adapter == "local":
@@ -308,7 +308,7 @@ def held_out_loss(
     """
     indices = range(min(len(examples), max_examples))
     step = build_step(examples, indices, world.rank, world.world_size, batching)
-    return engine.loss([step], alpha)
+    return engine.loss([step], global_local_mix(alpha))
 
 
 def _finite(state: AdapterState, client: HostedClient, server_round: int) -> AdapterState:

@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from dpa_ds.adapters.dual_lora import DualAdapter
+from dpa_ds.adapters.adapter_model import AdapterModel
+from dpa_ds.adapters.methods import adapter_table
 from dpa_ds.adapters.state import flatten
 from dpa_ds.config.load import load_config
 from dpa_ds.distributed.topology import Topology
@@ -91,7 +92,7 @@ def train_and_hold_the_update_back(job: Any, argv: Sequence[str]) -> list[str]:
 
     def noted(trainer: Any, client: Any, stage: Any, shared: Any, server_round: int) -> None:
         run_stage(trainer, client, stage, shared, server_round)
-        if stage == "during":
+        if stage == "overlap":
             happened.append(f"{client.label} trained its local adapter")
             if client.client_id >= 2:  # the second of its group
                 locals_are_done.set()
@@ -382,7 +383,9 @@ def flat_initial_adapter(argv: Sequence[str]) -> list[float]:
 
     config = load_config(argv)
     base = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float32)
-    state = DualAdapter(base, config.lora).initial_state("global", (config.seed, GLOBAL_SEED))
+    state = AdapterModel(base, adapter_table(config.lora), config.lora).initial_state(
+        "global", (config.seed, GLOBAL_SEED)
+    )
     return list(flatten(state).tolist())
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from dpa_ds.adapters.dual_lora import DualAdapter
-from dpa_ds.adapters.methods import GLOBAL, LOCAL, Schedule, build_schedule
+from dpa_ds.adapters.adapter_model import AdapterModel
+from dpa_ds.adapters.methods import GLOBAL, LOCAL, Schedule, adapter_table, build_schedule
 from dpa_ds.config.deepspeed_json import load_deepspeed_json
 from dpa_ds.config.load import to_yaml
 from dpa_ds.config.schema import RunConfig
@@ -205,7 +205,7 @@ class LoadedModel:
     """The frozen base with its adapters, before there is an engine."""
 
     tokenizer: PreTrainedTokenizerBase
-    adapters: DualAdapter
+    adapters: AdapterModel
     deepspeed_json: dict[str, Any]
     """Under ZeRO-3 the base is partitioned by it already."""
     fingerprint: str
@@ -226,14 +226,15 @@ def load_model(config: RunConfig, world: World, folder: RunFolder) -> LoadedMode
     tokenizer = load_tokenizer(directory)
     file_json = load_deepspeed_json(config.engine.deepspeed_config)
     deepspeed_json = build_deepspeed_json(file_json, config, world.world_size)
-    adapters = DualAdapter(load_base(config.model, directory, deepspeed_json), config.lora)
+    base = load_base(config.model, directory, deepspeed_json)
+    adapters = AdapterModel(base, adapter_table(config.lora), config.lora)
     return LoadedModel(tokenizer, adapters, deepspeed_json, fingerprint)
 
 
 def restore_server_state(
     folder: RunFolder,
     schedule: Schedule,
-    adapters: DualAdapter,
+    adapters: AdapterModel,
     server_optimizer: ServerOptimizer,
     seed: int,
     completed_rounds: int,

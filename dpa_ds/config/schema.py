@@ -6,6 +6,9 @@ from typing import Literal
 
 WeightingKind = Literal["auto", "cosine", "centred_cosine", "pearson", "l2", "fixed", "global", "local", "swapped"]
 """pearson, l2: the paper's ablations; fixed: one weight for all; global, local: that adapter alone; swapped: 1 - alpha."""
+Encoder = Literal["none", "global", "local"]
+"""Adapter that is active while prompts are encoded; none: the frozen base alone."""
+MethodName = Literal["feddpa_t", "feddpa_f", "fedit", "fedlora", "local", "centralized"]
 RanksPerGroup = int | list[int] | Literal["auto"]
 
 
@@ -109,7 +112,7 @@ class DataConfig:
 class MethodConfig:
     """Which schedule of phases is trained."""
 
-    name: Literal["feddpa_t", "feddpa_f", "fedit", "fedlora", "local", "centralized"] = "feddpa_t"
+    name: MethodName = "feddpa_t"
     """feddpa_t / feddpa_f: the method; the others are baselines."""
     alpha: float = 0.5
     """Weight of the local adapter in the local phase, in [0, 1]; the global one has 1 - alpha."""
@@ -199,7 +202,7 @@ class WeightingConfig:
     """S, prompts of a client's own training data that a test prompt is compared with, drawn once per run."""
     representation: Literal["last_token", "mean"] = "last_token"
     """State of a prompt: the last layer's at its last token, or their mean over its tokens."""
-    encoder: Literal["auto", "none", "global", "local"] = "auto"
+    encoder: Literal["auto", Encoder] = "auto"
     """Adapter that is active, at full strength, while prompts are encoded. auto: local, for centred_cosine none."""
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from dpa_ds.adapters.methods import LOCAL
 from dpa_ds.config.schema import GenerationConfig
 from dpa_ds.distributed.world import World
 from dpa_ds.evaluation.answers import Answer, Instance
@@ -98,7 +99,7 @@ def answer_work_item(
         return
     position = {i: k for k, i in enumerate(rows)}
     weighting, states = predictor.weighting, None
-    if not weighting.is_constant and weighting.encoder != "local":
+    if not weighting.is_constant and weighting.encoder != LOCAL:
         states = predictor.embed([prompts[i] for i in rows], weighting.encoder)[weighting.representation]
     alphas: dict[int, torch.Tensor] = {}
     for client in item.clients:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dpa_ds.config.schema import WeightingKind
+from dpa_ds.adapters.methods import GLOBAL, LOCAL
+from dpa_ds.config.schema import MethodName, WeightingKind
 from dpa_ds.data.sources import ClientInfo
 from dpa_ds.errors import CheckpointError, ConfigError
 from dpa_ds.evaluation.answers import Answer, Instance, read_answers, select_answers
@@ -18,11 +19,11 @@ from dpa_ds.experiments.comparison_tables import comparison_markdown, comparison
 from dpa_ds.runs.storage import UNREADABLE, write_file
 from dpa_ds.runs.tracking import read_records
 
-METHODS = ("feddpa_t", "feddpa_f", "fedit", "fedlora", "local", "centralized")
+METHODS: tuple[MethodName, ...] = typing.get_args(MethodName)
 DUAL = ("feddpa_t", "feddpa_f")
 BASELINE = "fedit"
 QUANTITIES: tuple[Quantity, ...] = ("P", "TTP")
-_ALONE = {"fedit": "global", "fedlora": "local", "local": "local", "centralized": "global"}
+_ALONE = {"fedit": GLOBAL, "fedlora": LOCAL, LOCAL: LOCAL, "centralized": GLOBAL}
 _CONTAINED_IN = {"fedit": ("feddpa_f", "fedlora"), "fedlora": ("feddpa_f",)}
 """The rounds of FedIT are those of FedDPA-F and FedLoRA, whose last phases are the same: one run has the adapters of all
 three, bit for bit (tests/multirank/test_compare.py)."""
@@ -72,7 +73,7 @@ def parse_weightings(text: str) -> list[Candidate]:
         kind, _, scales = word.strip().partition(":")
         if kind not in kinds:
             raise ConfigError(f"--weightings {word.strip()} is unknown: choose among {', '.join(kinds)}")
-        if scales and kind in ("global", "local"):
+        if scales and kind in (GLOBAL, LOCAL):
             raise ConfigError(
                 f"--weightings {word.strip()}: {kind} is one adapter alone and takes no scale: leave it out"
             )
@@ -145,7 +146,7 @@ def compare_entries(
     """
     lines = {line: [evaluated.table for evaluated in of_seeds] for line, of_seeds in entries.items()}
     for method in dict.fromkeys(method for method, _ in entries):
-        alone = [lines.get((method, kind)) for kind in ("global", "local")]
+        alone = [lines.get((method, kind)) for kind in (GLOBAL, LOCAL)]
         if all(alone):
             pairs = zip(*(tables for tables in alone if tables), strict=True)
             lines[method, "oracle: better adapter per task"] = [oracle({"g": g, "l": l}) for g, l in pairs]  # noqa: E741

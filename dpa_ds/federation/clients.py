@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from dpa_ds.adapters.dual_lora import DualAdapter
+from dpa_ds.adapters.adapter_model import AdapterModel
 from dpa_ds.adapters.methods import GLOBAL, LOCAL
 from dpa_ds.adapters.state import AdapterState
 from dpa_ds.config.schema import DataConfig
@@ -67,7 +67,7 @@ class ClientBuilder:
     """All clients' data form a single client."""
     world: World
     tokenizer: PreTrainedTokenizerBase
-    adapters: DualAdapter
+    adapters: AdapterModel
     run_folder: RunFolder
 
     def build(self, completed_rounds: int) -> tuple[list[HostedClient], LeaderState]:
@@ -162,7 +162,7 @@ class _Restored:
 
 def embed_references(
     clients: Sequence[HostedClient],
-    adapters: DualAdapter,
+    adapters: AdapterModel,
     num_references: int,
     seed: int,
     pad_id: int,

@@ -12,6 +12,7 @@ from typing import Protocol, TypeVar
 
 import torch
 
+from dpa_ds.adapters.adapter_model import global_local_mix
 from dpa_ds.adapters.methods import GLOBAL, LOCAL, STAGES, Phase, Schedule, Stage
 from dpa_ds.adapters.state import AdapterState
 from dpa_ds.config.schema import TrainConfig
@@ -152,7 +153,7 @@ class Trainer:
         """
         indices = range(min(len(examples), max_examples))
         step = build_step(examples, indices, self._world.rank, self._world.world_size, self.batching)
-        return self.engine.loss([step], alpha)
+        return self.engine.loss([step], global_local_mix(alpha))
 
     # ---- stages -----------------------------------------------------------------------------------------------
 

@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from dpa_ds.adapters.dual_lora import DualAdapter
+from dpa_ds.adapters.adapter_model import AdapterModel
+from dpa_ds.adapters.methods import adapter_table
 from dpa_ds.adapters.state import flatten
 from dpa_ds.config.load import load_config
 from dpa_ds.config.schema import FederationConfig
@@ -398,7 +399,8 @@ def flat_initial_adapter(argv: Sequence[str]) -> list[float]:
 
     config = load_config(argv)
     base = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float32)
-    state = DualAdapter(base, config.lora).initial_state("global", (config.seed, GLOBAL_SEED))
+    adapters = AdapterModel(base, adapter_table(config.lora), config.lora)
+    state = adapters.initial_state("global", (config.seed, GLOBAL_SEED))
     return list(flatten(state).tolist())
 
 

@@ -60,7 +60,7 @@ def begin(federation: Federation, completed_rounds: int, is_coordinator: bool = 
     def agree() -> torch.Tensor:
         nonlocal was_running
         assert isinstance(world.leaders, ElasticGroup), "a leader"
-        agreed, was_running = world.leaders.begin(SyncState(completed_rounds, shared.flatten()))
+        agreed, was_running = world.leaders.sync_round(SyncState(completed_rounds, shared.flatten()))
         if is_coordinator and federation.folder.latest_round() > agreed.completed_rounds:
             raise ClusterError("the other groups completed a round while this one was starting: start it again")
         return torch.cat([torch.tensor([float(agreed.completed_rounds)]), agreed.shared])

@@ -220,10 +220,10 @@ OPTIONS = {
     "--weighting cosinus": "command line: weighting.kind must be one of auto, cosine, centred_cosine, pearson, l2, fixed, "
     'global, local, swapped, got "cosinus"',
     "--weighting centred_cosine --weighting.encoder local": "weighting.encoder local does not go with weighting.kind "
-    "centred_cosine: clients can share one mean state only of the encoder that all of them have and that never changes: "
+    "centred_cosine: clients can share one reference mean only of the encoder that all of them have and that never changes: "
     "use encoder none, or weighting.kind cosine",
     "--weighting auto --weighting.encoder global": "weighting.encoder global does not go with weighting.kind centred_cosine: "
-    "clients can share one mean state only of the encoder that all of them have and that never changes: use encoder none, or "
+    "clients can share one reference mean only of the encoder that all of them have and that never changes: use encoder none, or "
     "weighting.kind cosine",
     "--weighting fixed --alpha 2": "weighting.scale must be in [0, 1] with weighting.kind fixed, got 2.0",
     "--weighting cosine --alpha 0.3": "--alpha is the weight of --weighting fixed, but weighting.kind is cosine: add "

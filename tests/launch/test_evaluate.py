@@ -172,7 +172,7 @@ def test_a_signal_stops_an_evaluation_on_all_ranks(sharding: str, place: Place, 
     assert f"{len(known)} of 80 answers are there already" in ended.output
 
 
-def test_killed_evaluation_goes_on(place: Place, tmp_path: Path) -> None:
+def test_killed_evaluation_resumes(place: Place, tmp_path: Path) -> None:
     """On two ranks, then on one: answers that are there count, whoever gave them; a line that was cut off does not."""
     test = tiny.make_federation(tmp_path / "more", sizes=(1, 1), num_test=20) / "test.jsonl"
     options = ["--data.test_path", str(test), "--max_new_tokens", "24", "--generation.batch_tokens", "1"]

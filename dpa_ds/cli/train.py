@@ -61,15 +61,15 @@ def train(config: RunConfig, job: JobStore) -> None:
     folder.check_model(fingerprint)
     tokenizer = load_tokenizer(directory)
     pad_id = int(tokenizer.pad_token_id)
-    ds_json = build_deepspeed_json(file_json, config, world.world_size)
+    ds_json = build_deepspeed_json(
+        file_json, config.engine.deepspeed_config, config.train, config.model.precision, world.world_size
+    )
     base = load_base(config.model, directory, ds_json)
     adapters = AdapterModel(base, adapter_table(config.lora), config.lora)
     clients = host_clients(config, schedule, world, tokenizer, adapters, completed)
-    engine = AdapterEngine(adapters, world, config.train, ds_json)
+    profile = Profile(config.run_dir / "profile" if config.tracking.profile else None, world)
+    engine = AdapterEngine(adapters, world, config.train, ds_json, profile)
     batching = BatchingConfig(config.train.micro_batch_tokens, pad_id, prefix_sharing=engine.packing.supports_prefix)
-    profile = Profile(config.run_dir / "profile", world) if config.tracking.profile else None
-    if profile is not None:
-        engine = profile.watch(engine)
     if schedule.weighted_by_instance:
         embed_references(clients, config, adapters, pad_id)
 

@@ -35,8 +35,8 @@ class Federation:
     tracker: Tracker
     scorer: Scorer | None
     """Where `evaluation.scores_every_rounds` asks for answers while training."""
-    profile: Profile | None = None
-    """Where `--profile` asks for it."""
+    profile: Profile
+    """Watches the first round where `--profile` asks for it."""
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     """Time of each part of the current round."""
     round_began: float = field(default_factory=time.monotonic)
@@ -45,17 +45,14 @@ class Federation:
     def timed(self, part: str) -> Iterator[None]:
         """Add the block's duration to `seconds[part]`."""
         started = time.monotonic()
-        if self.profile is not None:
-            self.profile.enter(part)
+        self.profile.enter(part)
         yield
-        if self.profile is not None:
-            self.profile.enter("")
+        self.profile.enter("")
         self.seconds[part] += time.monotonic() - started
 
     def end_round(self, server_round: int) -> None:
         """Forget the round's times; with `--profile` tell those of the first."""
         now = time.monotonic()
-        if self.profile is not None:
-            self.profile.report(server_round, self.seconds, now - self.round_began)
+        self.profile.report(server_round, self.seconds, now - self.round_began)
         self.seconds.clear()
         self.round_began = now

@@ -17,7 +17,7 @@ from dpa_ds.data.tokenize import TokenizedExamples
 from dpa_ds.distributed.job_store import JobStore
 from dpa_ds.distributed.preemption import PreemptionSync
 from dpa_ds.distributed.world import World
-from dpa_ds.engine.engine import AdapterEngine
+from dpa_ds.engine.engine import MOMENTS, AdapterEngine
 from dpa_ds.errors import CheckpointError, TrainingError
 from dpa_ds.federation.aggregation.mean import ClientUpdate, Shared
 from dpa_ds.federation.round_state import PhaseProgress, ProgressKeeper, RoundProgress
@@ -190,7 +190,7 @@ class ClientTrainer:
         self._keep_state(client, phase.trainable, server_round)
         progress.optimizer = None
         if keeps:
-            client.local_optimizer = self.engine.read_optimizer_state("local")
+            client.local_optimizer = self._everywhere(self.engine.read_optimizer_state("local"), "local", *MOMENTS)
         inside, metrics = progress.inside, progress.metrics
         metrics.num_steps += len(inside.losses)
         metrics.skipped_steps += inside.num_skipped
@@ -256,18 +256,32 @@ class ClientTrainer:
 
     def _keep_state(self, client: HostedClient, adapter: str, server_round: int) -> None:
         """Take the trained adapter out of the engine."""
-        state = _finite(self.engine.read_state(adapter), client, server_round)
+        everywhere = self._everywhere(self.engine.read_state(adapter), adapter)
+        state = _finite(everywhere, client, server_round)
         if adapter == "local":
             client.local_state = state
         else:
             self.progress[client.client_id].update = state
+
+    def _everywhere(self, state: AdapterState | None, adapter: str, *moments: str) -> AdapterState:
+        """What the engine gave the leader, on every rank of the group: here still every rank keeps its clients' states."""
+        if state is None:
+            shapes = self.engine.adapters.shapes[adapter]
+            state = {"step": torch.empty(1)} if moments else {key: torch.empty(shape) for key, shape in shapes.items()}
+            for moment in moments:
+                state |= {f"{moment}.{key}": torch.empty(shape) for key, shape in shapes.items()}
+        for key in sorted(state):
+            self._world.broadcast_(state[key])
+        return state
 
     def _save_inside(self, client: HostedClient, phase: Phase, server_round: int) -> None:
         """Save in the middle of a phase: the adapter that it trains, and its optimizer state."""
         started = time.monotonic()
         progress = self.progress[client.client_id]
         self._keep_state(client, phase.trainable, server_round)
-        progress.optimizer = self.engine.read_optimizer_state(phase.trainable)
+        progress.optimizer = self._everywhere(
+            self.engine.read_optimizer_state(phase.trainable), phase.trainable, *MOMENTS
+        )
         progress.inside.scaler = self.engine.read_scaler()
         self.seconds_saving += time.monotonic() - started
         self._save(client, server_round)

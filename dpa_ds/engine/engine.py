@@ -1,11 +1,13 @@
 """One DeepSpeed engine that holds all adapters for the whole run.
 
-Each adapter is a named optimizer group. `activate` does everything a phase change needs in one call; nobody sets
-requires_grad, the mix or learning rates elsewhere. Why: under ZeRO 2 and 3 a frozen parameter still gets a zero gradient,
-and an idle group with a learning rate drifts as far as the active one.
+Each adapter is a named optimizer group. `activate` does everything a phase change needs in one
+call; nobody sets requires_grad, the mix or learning rates elsewhere. Why: under ZeRO 2 and 3 a
+frozen parameter still gets a zero gradient, and an idle group with a learning rate drifts as far as
+the active one.
 
-A full adapter state exists on the leader only: it is gathered there, and spread from there, in one flat buffer that is
-freed at once. Every other rank holds its working copy and its ZeRO share of the master.
+A full adapter state exists on the leader only: it is gathered there, and spread from there, in one
+flat buffer that is freed at once. Every other rank holds its working copy and its ZeRO share of the
+master.
 """
 
 import math
@@ -54,12 +56,13 @@ def build_deepspeed_json(
     offload = file_json.get("zero_optimization", {}).get("offload_optimizer", {})
     if offload.get("device") == "nvme":
         raise ConfigError(
-            f"{path}: offload_optimizer.device nvme is not supported: only the adapters have optimizer state, and it fits "
-            "in memory; use cpu, or offload_param for the frozen base"
+            f"{path}: offload_optimizer.device nvme is not supported: only the adapters have optimizer "
+            "state, and it fits in memory; use cpu, or offload_param for the frozen base"
         )
     _check_by_deepspeed(file_json, path)
     merged = dict(file_json)
-    # Gradient accumulation is driven by hand (one boundary per optimizer step): DeepSpeed sees micro-batches of 1.
+    # Gradient accumulation is driven by hand (one boundary per optimizer step): DeepSpeed sees
+    # micro-batches of 1.
     merged["train_batch_size"] = world_size
     merged["train_micro_batch_size_per_gpu"] = 1
     merged["gradient_accumulation_steps"] = 1
@@ -103,8 +106,9 @@ class AdapterEngine:
         )
         if self.engine.dp_world_size != world.world_size:
             raise ConfigError(
-                f"the DeepSpeed JSON divides the rank group ({self.engine.dp_world_size} of {world.world_size} ranks are "
-                "data-parallel): leave tensor, sequence and pipeline parallelism out"
+                f"the DeepSpeed JSON divides the rank group ({self.engine.dp_world_size} of "
+                f"{world.world_size} ranks are data-parallel): leave tensor, sequence and pipeline "
+                "parallelism out"
             )
         self.stage = int(self.engine.zero_optimization_stage())
         if self.stage == 3:
@@ -128,8 +132,8 @@ class AdapterEngine:
     def activate(self, phase: Phase) -> None:
         """Make `phase.trainable` trainable beside the other, frozen adapter, with `phase.alpha` as the mix.
 
-        Sets mix, requires_grad and every group's lr and weight decay, and resets the optimizer state of the adapter
-        that starts (both moments and the step count, in every ZeRO sub-group).
+        Sets mix, requires_grad and every group's lr and weight decay, and resets the optimizer
+        state of the adapter that starts (both moments and the step count, in every ZeRO sub-group).
         """
         self._profile.begin_phase(phase.trainable)
         with self._profile.region("phase switch"):
@@ -149,8 +153,8 @@ class AdapterEngine:
     def train_step(self, step: StepBatch, learning_rate: float) -> StepResult:
         """One optimizer step of the active phase on this rank's micro-batches.
 
-        The loss is the mean over the label tokens of the whole step, on all ranks: a mean of means would depend on
-        the rank count.
+        The loss is the mean over the label tokens of the whole step, on all ranks: a mean of means
+        would depend on the rank count.
         """
         assert self._trainable is not None, "activate(phase) first"
         with self._profile.region("steps"):
@@ -189,8 +193,8 @@ class AdapterEngine:
     def _apply_gradients(self) -> torch.Tensor:
         """Clip and step; the norm before clipping, a scalar on the device."""
         if self.optimizer is self._inner:
-            # DeepSpeed does not keep the norm of an fp32 step without ZeRO. Taken before the step, which clears the
-            # gradients; they are averaged over ranks by then.
+            # DeepSpeed does not keep the norm of an fp32 step without ZeRO. Taken before the step,
+            # which clears the gradients; they are averaged over ranks by then.
             norm = torch.nn.utils.get_total_norm(self._gradients())
             self.engine.step()
         else:
@@ -207,7 +211,8 @@ class AdapterEngine:
         return gradients
 
     def _loss_sum(self, micro_batch: MicroBatch) -> torch.Tensor:
-        """Cross-entropy summed over the label tokens, fp32. Logits are computed at labelled positions only."""
+        """Cross-entropy summed over the label tokens, fp32. Logits are computed at labelled
+        positions only."""
         # Found on the CPU, where targets are: on a GPU it would wait for the device.
         positions = (micro_batch.targets != IGNORE_INDEX).nonzero().flatten()
         if len(positions) == 0:  # a dummy, so that all ranks run the same collectives: one ignored position
@@ -259,7 +264,8 @@ class AdapterEngine:
                     if self.stage == 3:
                         partition = parameter.ds_tensor.view(-1)  # type: ignore[attr-defined]
                         partition[: fragment.numel].copy_(fragment.part_of(values))
-                if parameter.numel() == values.numel():  # ZeRO 0-2, and ZeRO-3's small parameters that stay gathered
+                # ZeRO 0 to 2, and ZeRO-3's small parameters that stay gathered.
+                if parameter.numel() == values.numel():
                     parameter.data.copy_(values.view_as(parameter))
 
     def read_optimizer_state(self, adapter: str) -> AdapterState | None:
@@ -358,7 +364,8 @@ class AdapterEngine:
         return self.world.broadcast_(flat)
 
     def _split(self, adapter: str, flat: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Views of the parameters in `flat`, each flat as well; `shapes` has the keys sorted, as `flatten` does."""
+        """Views of the parameters in `flat`, each flat as well; `shapes` has the keys sorted, as
+        `flatten` does."""
         sizes = {key: math.prod(shape) for key, shape in self.adapters.shapes[adapter].items()}
         return dict(zip(sizes, torch.split(flat, list(sizes.values())), strict=True))
 
@@ -371,10 +378,11 @@ def _master(fragment: Fragment) -> torch.Tensor:
 
 
 def _optimizer_groups(adapters: AdapterModel) -> list[dict[str, Any]]:
-    """A group named after each adapter, with the matrices that it trains, and one with what no adapter trains.
+    """A group named after each adapter, with the matrices that it trains, and one with what no
+    adapter trains.
 
-    What is never trained is in the optimizer too, so that its fp32 master is where the others are, but in a group whose
-    learning rate and weight decay stay 0.
+    What is never trained is in the optimizer too, so that its fp32 master is where the others are,
+    but in a group whose learning rate and weight decay stay 0.
     """
     members: dict[str, list[torch.nn.Parameter]] = defaultdict(list)
     for name, spec in adapters.table.items():
@@ -387,8 +395,8 @@ def _optimizer_groups(adapters: AdapterModel) -> list[dict[str, Any]]:
 def _register_weights_of_mixed_layers(adapters: AdapterModel) -> None:
     """Tell ZeRO-3 which weights a mixed layer reads.
 
-    DeepSpeed gathers a parameter when the module that owns it is called; a mixed layer reads the weights of modules that
-    it does not call.
+    DeepSpeed gathers a parameter when the module that owns it is called; a mixed layer reads the
+    weights of modules that it does not call.
     """
     for layer in adapters.layers:
         for weight in layer.adapter_weights():
@@ -405,5 +413,6 @@ def _check_by_deepspeed(file_json: Mapping[str, Any], path: str) -> None:
             first = error.errors()[0]
             key = ".".join(map(str, (section, *first["loc"])))[:200]
             raise ConfigError(
-                f"{path}: DeepSpeed refuses {key}: {first['msg']}, got {show(first['input'])}: correct it, or leave it out"
+                f"{path}: DeepSpeed refuses {key}: {first['msg']}, got {show(first['input'])}: correct it, "
+                "or leave it out"
             ) from error

@@ -1,8 +1,9 @@
 """Where DeepSpeed keeps the fp32 master of each adapter parameter on this rank, for every ZeRO stage.
 
-The one place that knows the insides of DeepSpeed's optimizers (0.19.8). Its own accessors do not serve: under ZeRO-3
-`safe_get_full_fp32_param` returns None for a frozen parameter, `safe_set_full_fp32_param` fails where the size is not a
-multiple of the ranks, and there is none that resets a step count.
+The one place that knows the insides of DeepSpeed's optimizers (0.19.8). Its own accessors do not
+serve: under ZeRO-3 `safe_get_full_fp32_param` returns None for a frozen parameter,
+`safe_set_full_fp32_param` fails where the size is not a multiple of the ranks, and there is none
+that resets a step count.
 """
 
 from collections.abc import Mapping

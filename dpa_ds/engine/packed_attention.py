@@ -1,10 +1,11 @@
 """Attention over examples that are packed in one row: inside each, and nowhere else.
 
-transformers (5.24) passes the keyword arguments of a forward pass to the attention function that its config names. For
-`sdpa` that is one of ours, which calls transformers' own for each segment of equal rows: there is no mask, and no work
-between examples. A prefix that all examples share is in the row once; each example's attention gets a copy of the prefix's
-queries, keys and values, so that it computes what it would alone. `flash_attention_2` takes the borders of the rows itself;
-for `eager` transformers finds them in the position ids and makes a mask.
+transformers (5.24) passes the keyword arguments of a forward pass to the attention function that
+its config names. For `sdpa` that is one of ours, which calls transformers' own for each segment of
+equal rows: there is no mask, and no work between examples. A prefix that all examples share is in
+the row once; each example's attention gets a copy of the prefix's queries, keys and values, so that
+it computes what it would alone. `flash_attention_2` takes the borders of the rows itself; for
+`eager` transformers finds them in the position ids and makes a mask.
 """
 
 from typing import Any
@@ -24,7 +25,8 @@ class PackedAttention:
     """A context in which `base` takes rows of several examples, in the forward and in the backward pass.
 
     Raises:
-        ModelError: the model's attention cannot be chosen, so that examples in one row would see one another.
+        ModelError: the model's attention cannot be chosen, so that examples in one row would see
+            one another.
     """
 
     def __init__(self, base: PreTrainedModel) -> None:
@@ -32,8 +34,9 @@ class PackedAttention:
         self._chosen = str(self._config._attn_implementation)
         if not base._supports_attention_backend:
             raise ModelError(
-                f"{type(base).__name__} has attention of its own that transformers cannot replace: use a model whose class "
-                "supports attention backends (Llama, Mistral, Qwen, GPT-2, OPT and most others do)"
+                f"{type(base).__name__} has attention of its own that transformers cannot replace: use a "
+                "model whose class supports attention backends (Llama, Mistral, Qwen, GPT-2, OPT and most "
+                "others do)"
             )
 
     def __enter__(self) -> None:
@@ -113,7 +116,11 @@ def packed_attention(
 
 
 def _rows_after_prefix(prefix: torch.Tensor, segment: torch.Tensor, rows: int, length: int) -> torch.Tensor:
-    """(1, heads, prefix, head_dim), (1, heads, rows * length, head_dim) -> (rows, heads, prefix + length, head_dim)."""
+    """Each row of a segment with a copy of the prefix before it.
+
+    (1, heads, prefix, head_dim), (1, heads, rows * length, head_dim)
+    -> (rows, heads, prefix + length, head_dim)
+    """
     own = torch.unflatten(segment[0], 1, (rows, length)).transpose(0, 1)
     if prefix.shape[2] == 0:
         return own
@@ -128,5 +135,6 @@ def _window_mask(length: int, window: int | None, device: torch.device) -> torch
     return ((distance >= 0) & (distance < window))[None, None]
 
 
-# Not compiled with the rest by torch.compile: segments differ in every step, and each would be compiled again.
+# Not compiled with the rest by torch.compile: segments differ in every step, and each would be
+# compiled again.
 AttentionInterface.register(SEGMENTS, torch.compiler.disable(packed_attention))  # type: ignore[no-untyped-call]

@@ -1,7 +1,7 @@
 """`--profile`: a trace of a few steps of each phase, and a table of what a round's time went into.
 
-The engine marks its work by regions, the round loop its parts. After the first round, and without `--profile`, a mark is
-a call that does nothing.
+The engine marks its work by regions, the round loop its parts. After the first round, and without
+`--profile`, a mark is a call that does nothing.
 """
 
 import json
@@ -41,8 +41,8 @@ class Profile:
     """Watches the first round of this process, on every rank; the leader of each group writes.
 
     Args:
-        folder: gets `<group>_<phase>.<time>.pt.trace.json.gz` (Perfetto, TensorBoard's profiler plugin), `round.json` and
-            `round.md`. None: nothing is watched.
+        folder: gets `<group>_<phase>.<time>.pt.trace.json.gz` (Perfetto, TensorBoard's profiler
+            plugin), `round.json` and `round.md`. None: nothing is watched.
     """
 
     def __init__(self, folder: Path | None, world: World) -> None:
@@ -162,7 +162,8 @@ class Profile:
 
 
 def render(parts: Mapping[str, float], calls: Mapping[str, int], whole: float) -> str:
-    """A Markdown table, the largest part first; the shares add up to 100 %. The last line leaves the profiler and the waits out."""
+    """A Markdown table, the largest part first; the shares add up to 100 %. The last line leaves
+    the profiler and the waits out."""
     lines = ["| part of the round | seconds | share | calls |", "|---|---|---|---|"]
     for part in sorted(parts, key=parts.__getitem__, reverse=True):
         lines.append(f"| {part} | {parts[part]:.3f} | {parts[part] / whole:.2%} | {calls.get(part, '')} |")

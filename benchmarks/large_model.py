@@ -143,7 +143,8 @@ def _build(shape: Shape, args: argparse.Namespace) -> tuple[Any, Any]:
         max_position_embeddings=args.length,
     )
     world = build_world(JobStore(Launch("single", 0, 1, 0, "127.0.0.1", 0)), Topology((1,), 1), config.cluster, 600.0)
-    ds_json = build_deepspeed_json({"zero_optimization": _zero(config)}, config, 1)
+    file_json = {"zero_optimization": _zero(config)}
+    ds_json = build_deepspeed_json(file_json, "benchmarks/large_model.py", config.train, config.model.precision, 1)
     torch.set_default_dtype(DTYPES[args.precision])
     with tempfile.TemporaryDirectory() as folder, torch.device(world.device):
         LlamaForCausalLM(llama).save_pretrained(folder)  # stage 3 reads its shares from files

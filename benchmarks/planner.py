@@ -200,7 +200,8 @@ def _build(job: Any, argv: list[str]) -> Any:
 
     config, size = load_config(argv), job.launch.job_world_size
     world = build_world(job, plan_topology(size, 1, size), config.cluster, 60.0)
-    ds_json = build_deepspeed_json(load_deepspeed_json(config.engine.deepspeed_config), config, size)
+    path = config.engine.deepspeed_config
+    ds_json = build_deepspeed_json(load_deepspeed_json(path), path, config.train, config.model.precision, size)
     base = load_base(config.model, Path(config.model.path), ds_json)
     adapters = AdapterModel(base, adapter_table(config.lora), config.lora)
     return AdapterEngine(adapters, world, config.train, ds_json)

@@ -84,8 +84,8 @@ def build_session(config: RunConfig, job: JobStore) -> Session:
     builder = ClientBuilder(config.data, config.seed, schedule.pooled, world, model.tokenizer, model.adapters, folder)
     clients, leader_state = builder.build(completed)
     # After the data: DeepSpeed's start takes seconds, and a wrong file is to be reported before.
-    engine = AdapterEngine(model.adapters, world, config.train, model.deepspeed_json)
-    profile = Profile(config.run_dir / "profile", world) if config.tracking.profile else None
+    profile = Profile(config.run_dir / "profile" if config.tracking.profile else None, world)
+    engine = AdapterEngine(model.adapters, world, config.train, model.deepspeed_json, profile)
     pad_id = int(model.tokenizer.pad_token_id)
     batching = BatchingConfig(config.train.micro_batch_tokens, pad_id, engine.packing.supports_prefix)
     if schedule.weighted_by_instance:
@@ -225,7 +225,9 @@ def load_model(config: RunConfig, world: World, folder: RunFolder) -> LoadedMode
     folder.check_model(fingerprint)
     tokenizer = load_tokenizer(directory)
     file_json = load_deepspeed_json(config.engine.deepspeed_config)
-    deepspeed_json = build_deepspeed_json(file_json, config, world.world_size)
+    deepspeed_json = build_deepspeed_json(
+        file_json, config.engine.deepspeed_config, config.train, config.model.precision, world.world_size
+    )
     base = load_base(config.model, directory, deepspeed_json)
     adapters = AdapterModel(base, adapter_table(config.lora), config.lora)
     return LoadedModel(tokenizer, adapters, deepspeed_json, fingerprint)

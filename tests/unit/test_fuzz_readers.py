@@ -28,7 +28,7 @@ from dpa_ds.cli.args import load_run_config
 from dpa_ds.config.deepspeed_json import load_deepspeed_json
 from dpa_ds.config.fields import FIELDS
 from dpa_ds.config.load import load_config, to_yaml
-from dpa_ds.config.schema import DataConfig, EngineConfig, ModelConfig, RunConfig, TrackingConfig
+from dpa_ds.config.schema import DataConfig, ModelConfig, RunConfig, TrackingConfig
 from dpa_ds.data.sources import ClientInfo, Example, read_clients, read_test_rows
 from dpa_ds.data.tables import read_rows
 from dpa_ds.data.tokenize import load_or_tokenize
@@ -153,8 +153,7 @@ def file(name: str, content: str | bytes) -> Callable[[Path], Path]:
 
 
 def read_deepspeed(path: Path) -> None:
-    config = replace(CONFIG, engine=EngineConfig(deepspeed_config=str(path)))
-    build_deepspeed_json(load_deepspeed_json(str(path)), config, 1)
+    build_deepspeed_json(load_deepspeed_json(str(path)), str(path), CONFIG.train, CONFIG.model.precision, 1)
 
 
 # ---- data --------------------------------------------------------------------------------------------------------

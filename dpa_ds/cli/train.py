@@ -22,7 +22,7 @@ from dpa_ds.distributed.world import World, build_world, join_leaders
 from dpa_ds.engine.engine import AdapterEngine, build_deepspeed_json
 from dpa_ds.engine.profiling import Profile
 from dpa_ds.evaluation.report import write_report
-from dpa_ds.evaluation.while_training import Scorer
+from dpa_ds.evaluation.while_training import Scorer, instances_to_score
 from dpa_ds.federation.aggregation.compression import CompressedAverage
 from dpa_ds.federation.aggregation.mean import Aggregator, WeightedAverage
 from dpa_ds.federation.clients import client_names, embed_references, host_clients, restore_shared
@@ -30,6 +30,7 @@ from dpa_ds.federation.loop import run_rounds
 from dpa_ds.federation.round_state import ProgressKeeper
 from dpa_ds.federation.session import Federation
 from dpa_ds.federation.trainer import ClientTrainer, HostedClient
+from dpa_ds.inference.weighting import resolve_weighting
 from dpa_ds.model.base import check_precision, load_base, resolve_model
 from dpa_ds.model.directory import load_tokenizer, model_fingerprint
 from dpa_ds.runs.folder import MODEL, RunFolder
@@ -79,6 +80,11 @@ def train(config: RunConfig, job: JobStore) -> None:
         acquire_run_lock(folder, config, creates=True)
         write_file(config.run_dir / MODEL, json.dumps({"fingerprint": fingerprint, "path": config.model.path}))
     tracker = Tracker(config.run_dir if world.is_leader else None, world.is_coordinator, config.tracking)
+    scorer = None
+    if config.evaluation.scores_every_rounds:
+        weighting = resolve_weighting(config, schedule, topology.num_clients)
+        instances = instances_to_score(config.data, config.seed, config.evaluation, trained)
+        scorer = Scorer(engine, world, tokenizer, weighting, config.generation, instances, config.data.template)
     with BackgroundWriter() as writer:
         keeper = ProgressKeeper(folder, writer, describe_layout(config, world, engine), world.is_leader)
         federation = Federation(
@@ -93,9 +99,7 @@ def train(config: RunConfig, job: JobStore) -> None:
             writer=writer,
             tracker=tracker,
             profile=profile,
-            scorer=Scorer(config, schedule, engine, world, tokenizer, trained)
-            if config.evaluation.scores_every_rounds
-            else None,
+            scorer=scorer,
         )
         run_rounds(federation, completed)
     tracker.close()

@@ -235,6 +235,7 @@ def p_against_ttp_figure(points: Sequence[Point]) -> "Figure":
     """TTP to the right, P up, with error bars and floors; the legend beside the plot names the points."""
     from matplotlib.figure import Figure
 
+    # The figure grows with its legend: the plot keeps its size.
     num_columns = 1
     if len(points) <= MAX_NUMBERED:
         num_columns = math.ceil(len(points) / _ROWS_OF_LEGEND)
@@ -249,7 +250,7 @@ def p_against_ttp_figure(points: Sequence[Point]) -> "Figure":
             label = _plain(name)
         axes.plot(x, y, linestyle="none", color=colour, label=label, **_marker(place, len(points)))
     _plot_floors(axes, points)
-    axes.margins(0.08)
+    axes.margins(0.08)  # markers and the ends of error bars keep clear of the frame
     axes.set(xlabel="TTP (all trained tasks)", ylabel="P (own tasks)", title="P against TTP")
     axes.grid(alpha=0.3)
     _legend_beside(axes, num_columns)
@@ -368,6 +369,7 @@ def _write(figure: "Figure", path: Path) -> None:
     Raises:
         CheckpointError: the file system refuses.
     """
+    # dpi: about 1200 x 700 pixels, so that numbers in cells can be read in a report.
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=120)
     temporary = path.with_name(path.name + ".tmp")

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from sacrebleu.metrics.chrf import CHRF
 
 METRICS = ("rouge1", "rougeL", "exact_match", "chrf")
-"""rouge1, rougeL: F1 of rouge-score, no stemmer. exact_match: equal but for outer blanks. chrf: of sacrebleu, per sentence."""
+"""rouge1, rougeL: F1 of rouge-score, no stemmer. exact_match: equal but for outer blanks. chrf: of sacrebleu, for each
+answer."""
 
 _FIRST_OPTION = re.compile(r"\bOPTIONS:[^\S\n]*\n\s*-[^\S\n]*(\S[^\n]*)")
 

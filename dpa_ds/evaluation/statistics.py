@@ -1,8 +1,8 @@
 """What the answers of an evaluation amount to: scores with intervals, floors beside them, and comparisons of runs.
 
-An interval is a 95 % percentile interval of the bootstrap over instances, which are resampled within each task. All clients
-answer the same instances, so one resample holds for all of them: what is hard for one client is hard for the others, and
-resampling for each client apart would make the mean over clients look more certain than it is.
+An interval is a 95 % percentile interval of the bootstrap over instances, which are resampled within each task. All
+clients answer the same instances, so one resample holds for all of them: what is hard for one client is hard for the
+others, and resampling for each client apart would make the mean over clients look more certain than it is.
 """
 
 import zlib
@@ -64,8 +64,10 @@ class ScoreTable:
             text_by_row[answer.row] = answer.text
         by_task = _group_by_task(instances)
         cells = {}
+        # Sorted: the order of the cells decides sums, and must not depend on which rank answered first.
         for (client, task), text_by_row in sorted(texts.items()):
             asked = by_task.get(task, [])
+            # A part of a cell would be a score of other instances than the other clients'.
             is_whole = sorted(text_by_row) == sorted(instance.row for instance in asked)
             assert is_whole, f"client {client}, task {task!r}: not one answer to each instance"
             scores = []
@@ -87,7 +89,8 @@ class ScoreTable:
     def resampled_means(self, seed: int) -> dict[Cell, FloatArray]:
         """Cell -> (1 + NUM_RESAMPLES, len(METRICS)): mean over all instances, then means over resampled instances.
 
-        A resample is the same for all clients of a task, and for all tables with as many instances of a task of that name.
+        A resample is the same for all clients of a task, and for all tables with as many instances of a task of that
+        name.
         """
         result: dict[Cell, FloatArray] = {}
         for task, num_instances in self.num_instances.items():
@@ -192,9 +195,9 @@ def paired_difference(
 ) -> dict[str, float]:
     """{"mean", "low", "high"} of `quantity` of a method minus that of a baseline, averaged over seeds.
 
-    `tables[k]` and `baselines[k]` are runs with seed k; all were evaluated on the same instances. The interval resamples
-    the instances within tasks, alike for all clients, seeds and both methods, and, where there are several, the seeds.
-    Few seeds make it too narrow: of the seeds' standard error, two give sqrt(1/2), three sqrt(2/3).
+    `tables[k]` and `baselines[k]` are runs with seed k; all were evaluated on the same instances. The interval
+    resamples the instances within tasks, alike for all clients, seeds and both methods, and, where there are several,
+    the seeds. Few seeds make it too narrow: of the seeds' standard error, two give sqrt(1/2), three sqrt(2/3).
     """
     num_seeds = len(tables)
     assert num_seeds == len(baselines) > 0, f"{num_seeds} runs against {len(baselines)}"
@@ -206,6 +209,7 @@ def paired_difference(
         values.append(average[:, METRICS.index(metric)])
     differences = np.stack(values[:num_seeds]) - np.stack(values[num_seeds:])  # (seeds, 1 + resamples)
     generator = np.random.Generator(np.random.PCG64([seed, num_seeds]))
+    # The same seeds for both methods of a pair: what they share cancels.
     counts_of_seeds = generator.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), NUM_RESAMPLES)
     resampled = (counts_of_seeds / num_seeds * differences[:, 1:].T).sum(axis=1)
     low, high = np.percentile(resampled, _INTERVAL).tolist()
@@ -217,6 +221,7 @@ def over_seeds(values: Sequence[float]) -> dict[str, float | None]:
     assert values
     error = None
     if len(values) > 1:
+        # ddof=1: the mean is estimated from the same few values.
         error = float(np.std(values, ddof=1) / np.sqrt(len(values)))
     return {"mean": float(np.mean(values)), "standard_error": error}
 
@@ -346,7 +351,7 @@ def _rouge1(example: Mapping[str, Any]) -> float:
 def _spread(examples: Sequence[dict[str, Any]], num_examples: int) -> list[dict[str, Any]]:
     """The first `num_examples`, of an instance one, and of each task the same number, rounded up."""
     num_tasks = len({example["task"] for example in examples})
-    quota = -(-num_examples // max(1, num_tasks))
+    quota = -(-num_examples // max(1, num_tasks))  # rounded up
     chosen: list[dict[str, Any]] = []
     rows_of_task: dict[str, set[int]] = defaultdict(set)
     for example in examples:

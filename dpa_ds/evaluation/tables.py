@@ -59,9 +59,9 @@ def _terminal_columns(summary: Json, metric: str, task_names: Sequence[str]) -> 
 
 
 def _terminal_score(score: "TaskScore | None") -> str:
-    """Two places for the marks in every cell, so that the numbers of a column stand one below the other."""
     if score is None:
         return "-  "
+    # Two places for the marks in every cell, so that the numbers of a column stand one below the other.
     marks = ""
     if score.own:
         marks += "*"
@@ -74,6 +74,7 @@ def _side_by_side(columns: Sequence[Sequence[str]]) -> list[str]:
     """Lines of one or more blocks that fit the terminal, each beginning with the first column."""
     first, *others = columns
     width = sum(_width(column) + 2 for column in others)
+    # The first column is repeated in every block; the others are spread evenly, not filled up one by one.
     num_blocks = math.ceil(width / (_TERMINAL_WIDTH - _width(first)))
     lines = []
     for block in range(num_blocks):
@@ -386,6 +387,7 @@ def overall_floor(summary: Json, measure: str, metric: str) -> float | None:
     """The mean floor over clients. The summary has none for unseen tasks: averaged here, as the scores are."""
     if measure in summary["floors"]:
         return float(summary["floors"][measure][metric])
+    # A client without unseen tasks has no score, and no floor, either.
     floors = []
     for client in summary["clients"]:
         floor = client_floor(summary, client, measure, metric)

@@ -1,8 +1,8 @@
 """The work of an evaluation in items: how it is divided, and how a rank group answers one item.
 
-Two laws keep it cheap and safe. An instance whose weight is 0 for several clients is answered once, by the global adapter
-alone, and the answer counts for all of them. Ranks that share one partitioned base divide every batch among them, and each
-takes part in every forward pass, also where it has nothing of its own to answer.
+Two laws keep it cheap and safe. An instance whose weight is 0 for several clients is answered once, by the global
+adapter alone, and the answer counts for all of them. Ranks that share one partitioned base divide every batch among
+them, and each takes part in every forward pass, also where it has nothing of its own to answer.
 """
 
 import math
@@ -61,9 +61,9 @@ def plan_work_items(
 ) -> list[WorkItem]:
     """All work items, in a fixed order; a pure function of its arguments.
 
-    A batch keeps to one task, whose prompts and answers are of similar length, and to `generation.batch_tokens` of prompt
-    and answer over all beams. One item has all clients, so that its prompts are embedded once for all of them, unless
-    there would be too few items for the groups.
+    A batch keeps to one task, whose prompts and answers are of similar length, and to `generation.batch_tokens` of
+    prompt and answer over all beams. One item has all clients, so that its prompts are embedded once for all of them,
+    unless there would be too few items for the groups.
 
     Args:
         lengths: tokens of each instance's prompt.
@@ -74,6 +74,7 @@ def plan_work_items(
         padded_lengths = [lengths[row] + generation.max_new_tokens for row in rows]
         for batch in batches(padded_lengths, token_budget):
             chunks.append(tuple(rows[position] for position in batch))
+    # Clients are divided only as far as there would be too few chunks to keep all groups busy.
     fewest_items = WORK_ITEMS_PER_GROUP * num_groups
     num_blocks = min(len(clients), math.ceil(fewest_items / max(1, len(chunks))))
     block_size = math.ceil(len(clients) / num_blocks)
@@ -121,7 +122,7 @@ class _Unanswered:
     """Client -> row -> weight of its local adapter."""
 
     def shared_rows(self) -> list[int]:
-        """Rows that at least one client answers with weight 0, ascending: the global adapter answers for all of them."""
+        """Rows that at least one client answers with weight 0, ascending: the global adapter answers for them all."""
         shared = set()
         for client, rows in self.missing.items():
             for row in rows:

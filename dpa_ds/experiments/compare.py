@@ -78,13 +78,15 @@ def build_plan(methods: str, seeds: str, weightings: str | None, tuning_instance
     Raises:
         ConfigError: an unknown method, something that is no number, or weightings for methods with one adapter.
     """
+    # dict.fromkeys keeps the order and drops what is named twice.
     named = tuple(dict.fromkeys(word.strip() for word in methods.split(",")))
     unknown = [method for method in named if method not in METHODS]
     if unknown:
         raise ConfigError(f"--methods {unknown} are unknown: choose among {', '.join(METHODS)}")
     if weightings is not None and not set(named) & set(DUAL):
         raise ConfigError(
-            f"--weightings is for methods with both adapters, {' and '.join(DUAL)}, but --methods has neither: leave it out"
+            f"--weightings is for methods with both adapters, {' and '.join(DUAL)}, but --methods has neither: "
+            "leave it out"
         )
     candidates = tuple(parse_weightings(weightings or DEFAULT_WEIGHTINGS))
     try:
@@ -111,6 +113,7 @@ def compare(config: RunConfig, job: JobStore, plan: Plan, recipe_arguments: Sequ
     # Whatever the recipe says of the split: what is compared are scores on test data.
     evaluation = replace(config.evaluation, split="test")
     instances = choose_instances(read_instances(config.data, config.seed, "test"), evaluation)
+    # On every rank, and before the first training: an error after hours would be a waste of them.
     check_before_training(plan, stages, config.data, evaluation)
     for seed in plan.seeds:
         for method in plan.trained_methods():
@@ -149,6 +152,7 @@ def check_before_training(plan: Plan, stages: Stages, data: DataConfig, evaluati
                 "--weightings with several scales chooses among them on held-out training data, but "
                 "data.held_out_fraction is 0: set it (0.1 keeps a tenth back), or give each weighting one scale"
             )
+        # The scale is chosen on data that no client trained on, but not on the test data that it is judged by.
         evaluations.append(replace(evaluation, split="held_out"))
     for entry in plan.entries():
         stages.resolve(entry.method, entry.candidate)

@@ -26,8 +26,8 @@ QUANTITIES: tuple[Quantity, ...] = ("P", "TTP")
 ORACLE = "oracle: better adapter per task"
 _ALONE = {"fedit": "global", "fedlora": "local", "local": "local", "centralized": "global"}
 _CONTAINED_IN = {"fedit": ("feddpa_f", "fedlora"), "fedlora": ("feddpa_f",)}
-"""The rounds of FedIT are those of FedDPA-F and FedLoRA, whose last phases are the same: one run has the adapters of all
-three, bit for bit (tests/multirank/test_compare.py)."""
+"""The rounds of FedIT are those of FedDPA-F and FedLoRA, whose last phases are the same: one run has the adapters of
+all three, bit for bit (tests/multirank/test_compare.py)."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,11 @@ def read_summary(path: Path) -> dict[str, Any]:
 
 
 def _has_what_is_used(summary: Mapping[str, Any]) -> bool:
-    """Whether the parts of a summary that a comparison uses have their types; any of UNREADABLE where one is missing."""
+    """Whether the parts of a summary that a comparison uses have their types.
+
+    Raises:
+        one of UNREADABLE: a part is missing.
+    """
     for client in summary["clients"]:
         if not isinstance(client["client"], int):
             return False
@@ -267,7 +271,10 @@ def _difference(line: Line, other: Line | None, quantity: Quantity) -> dict[str,
 
 
 def describe_weights(evaluations: Sequence[Evaluated]) -> dict[str, dict[str, float] | None]:
-    """Alpha of all answers of all seeds: `own` on tasks that the client trained on, `other` on the rest; None: no answers."""
+    """Alpha of all answers of all seeds: `own` on tasks that the client trained on, `other` on the rest.
+
+    None where there are no answers.
+    """
     own: list[float] = []
     other: list[float] = []
     for evaluated in evaluations:

@@ -82,12 +82,14 @@ class Plan:
         """Write to the folder what its runs are runs of.
 
         Raises:
-            ConfigError: a value has no run, two have the same, or the folder holds runs of something else; nothing is written.
+            ConfigError: a value has no run, two have the same, or the folder holds runs of something else; nothing is
+                written.
         """
         names = {Path(value).name for value in self.values}
         if len(names) < len(self.values):
             raise ConfigError(
-                f"--over {self.axis}={','.join(self.values)}: each run is called by its value's last part: two are alike"
+                f"--over {self.axis}={','.join(self.values)}: each run is called by its value's last part: "
+                "two are alike"
             )
         for value in self.values:
             self.point(value)
@@ -97,8 +99,8 @@ class Plan:
             changed = diff_configs(json.loads(record.read_text()), facts)
             if changed:
                 raise ConfigError(
-                    f"{self.folder} holds the runs of another experiment ({'; '.join(changed)}): give another --output, "
-                    "or delete it"
+                    f"{self.folder} holds the runs of another experiment ({'; '.join(changed)}): give another "
+                    "--output, or delete it"
                 )
         self.folder.mkdir(parents=True, exist_ok=True)
         write_file(record, json.dumps(facts, indent=1))
@@ -151,6 +153,7 @@ def run_points(plan: Plan) -> list[Point]:
     for number, value in enumerate(plan.values, 1):
         spec = plan.point(value)
         config = load_config(spec.arguments)
+        # Written last: a run without it was interrupted, and resumes.
         if not (config.run_dir / "results.json").exists():
             num_ranks = spec.ranks_per_group * spec.num_groups
             logger.info(f"\n=== {number} of {len(plan.values)}: {plan.axis} {value}, {num_ranks} ranks")
@@ -190,19 +193,18 @@ def _seconds_of(record: Mapping[str, Any]) -> float:
 
 def report(plan: Plan, points: Sequence[Point]) -> str:
     """Write points.json, scale.md and scale.png to the folder; the table."""
-    lines = [
-        f"{plan.mode} scaling over {plan.axis}",
-        "",
-        f"| {plan.axis} | ranks | groups | clients | s a round | tokens/s | efficiency | predicted by the others | ratio |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    columns = [plan.axis, "ranks", "groups", "clients", "s a round", "tokens/s", "efficiency"]
+    columns += ["predicted by the others", "ratio"]
+    lines = [f"{plan.mode} scaling over {plan.axis}", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     first = points[0]
     for number, (value, point) in enumerate(zip(plan.values, points, strict=True)):
         num_groups = len(point.groups)
         num_ranks = point.ranks * num_groups
         num_clients = sum(len(group) for group in point.groups)
         speed = _tokens_per_second(point)
+        # Of a rank, against a rank of the first point.
         efficiency = speed / num_ranks / (_tokens_per_second(first) / first.ranks / len(first.groups))
+        # Without the point itself: a model with three costs explains any three points that it is fitted to.
         predicted = predict_without(points, number)
         lines.append(
             f"| {value} | {num_ranks} | {num_groups} | {num_clients} | {point.seconds:.3f} | "
@@ -238,12 +240,13 @@ def predict(points: Sequence[Point], ranks: int, clients: int, adapter_bytes: fl
     mean = _mean_work(measured)
     groups = []
     for group in range(num_groups):
-        num_clients = len(range(group, clients, num_groups))
+        num_clients = len(range(group, clients, num_groups))  # as the topology deals them out
         groups.append([mean] * num_clients)
     found = simulate(groups, measured.ranks, fit(points), adapter_bytes, net)
     return (
-        f"{ranks} ranks, {clients} clients in {num_groups} groups of {measured.ranks}: {found.seconds:.2f} s a round, of it "
-        f"{found.reduce:.3f} s all-reduce; groups wait {found.waiting:.0%} of the time. By costs fitted to this machine"
+        f"{ranks} ranks, {clients} clients in {num_groups} groups of {measured.ranks}: {found.seconds:.2f} s a round, "
+        f"of it {found.reduce:.3f} s all-reduce; groups wait {found.waiting:.0%} of the time. By costs fitted to this "
+        "machine"
     )
 
 

@@ -1,7 +1,7 @@
 """The trainings and evaluations that a comparison is made of, each started once.
 
-Every training and every evaluation is a process of its own on each rank, joined by a port of its own: memory is freed in
-between, and a launcher is needed only once.
+Every training and every evaluation is a process of its own on each rank, joined by a port of its own: memory is freed
+in between, and a launcher is needed only once.
 """
 
 import json
@@ -170,6 +170,7 @@ class Stages:
         # Each start follows a decision: its number is new.
         port = int(self._job.broadcast_from_rank_zero(f"port/{self._num_decisions}", _free_port))
         logger.info(f"\n=== {what}")
+        # Else what is said here comes after what the program says, where the output is a file.
         sys.stdout.flush()
         command = [sys.executable, str(REPOSITORY / "launch" / program), *arguments]
         was_stopped = False
@@ -179,6 +180,7 @@ class Stages:
                     running.terminate()
                     was_stopped = True
                 time.sleep(POLL_SECONDS)
+        # Also where another rank alone was asked to stop: all programs of a stage end with this code then.
         if was_stopped or status == Preempted.exit_code:
             self._job.preempt()
         if status:

@@ -7,8 +7,8 @@ from dataclasses import replace
 import peft
 import torch
 
-from dpa_ds.adapters.dual_lora import ADAPTERS, Adapter, DualAdapter
-from dpa_ds.adapters.methods import Phase
+from dpa_ds.adapters.adapter_model import AdapterModel
+from dpa_ds.adapters.methods import GLOBAL, LOCAL, Phase
 from dpa_ds.adapters.mixed_lora import MixedLora
 from dpa_ds.adapters.state import AdapterState
 from dpa_ds.config.deepspeed_json import load_deepspeed_json
@@ -28,10 +28,10 @@ class DpaEngine:
 
     def __init__(
         self,
-        adapters: DualAdapter,
+        adapters: AdapterModel,
         config: RunConfig,
         examples: TokenizedExamples,
-        states: dict[Adapter, AdapterState],
+        states: dict[str, AdapterState],
         pad_id: int,
         clock: Callable[[], float],
     ) -> None:
@@ -59,8 +59,8 @@ class DpaEngine:
             return self._run(phase, steps, prefix_sharing)
 
     def _run(self, phase: Phase, steps: Sequence[Sequence[int]], prefix_sharing: bool) -> tuple[float, list[float]]:
-        for adapter in ADAPTERS:
-            self._engine.write_state(adapter, self._states[adapter])
+        for adapter, state in self._states.items():
+            self._engine.write_state(adapter, state)
         started = self._clock()
         self._engine.activate(phase)
         shares = []
@@ -74,22 +74,23 @@ class DpaEngine:
 
 
 @contextmanager
-def computed_by_peft(adapters: DualAdapter, alpha: float) -> Iterator[None]:
-    """Have PEFT's own layers compute, for timing; `alpha` as in `set_mix`."""
+def computed_by_peft(adapters: AdapterModel, alpha: float) -> Iterator[None]:
+    """Have PEFT's own layers compute, for timing; `alpha` is the local adapter's weight."""
     ours = MixedLora.forward
     MixedLora.forward = peft.tuners.lora.Linear.forward  # type: ignore[method-assign]
     for layer in adapters.layers:
-        layer.scaling = {"global": (1 - alpha) * adapters.scale, "local": alpha * adapters.scale}
+        layer.scaling = {GLOBAL: (1 - alpha) * adapters.scale, LOCAL: alpha * adapters.scale}
     try:
         yield
     finally:
         MixedLora.forward = ours  # type: ignore[method-assign]
 
 
-def random_state(adapters: DualAdapter, adapter: Adapter) -> AdapterState:
+def random_state(adapters: AdapterModel, adapter: str) -> AdapterState:
     """PEFT's initial weights, but with B not zero: with B = 0 the first loss would not tell whether A and alpha agree."""
-    state = adapters.initial_state(adapter, (0, ADAPTERS.index(adapter)))
-    generator = torch.Generator().manual_seed(ADAPTERS.index(adapter))
+    position = list(adapters.table).index(adapter)
+    state = adapters.initial_state(adapter, (0, position))
+    generator = torch.Generator().manual_seed(position)
     return {
         key: torch.randn(value.shape, generator=generator) * 0.02 if ".lora_B." in key else value
         for key, value in state.items()

@@ -99,7 +99,7 @@ def measure_answers(adapters: Any, args: argparse.Namespace) -> None:
     weighted, merged = [], []
     for _ in range(args.repeats + 1):
         weighted.append(_seconds(answer, on_gpu))
-        adapters.set_mix(None)
+        adapters.set_mix(adapters.no_mix)
         adapters.peft_model.merge_adapter(["global"])
         merged.append(_seconds(answer_merged, on_gpu))
         adapters.peft_model.unmerge_adapter()
@@ -116,7 +116,8 @@ def _build(shape: Shape, args: argparse.Namespace) -> tuple[Any, Any]:
     import transformers
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from dpa_ds.adapters.dual_lora import DualAdapter
+    from dpa_ds.adapters.adapter_model import AdapterModel
+    from dpa_ds.adapters.methods import adapter_table
     from dpa_ds.config.load import load_config
     from dpa_ds.distributed.job_store import JobStore
     from dpa_ds.distributed.launchers import Launch
@@ -154,7 +155,8 @@ def _build(shape: Shape, args: argparse.Namespace) -> tuple[Any, Any]:
     if args.compile:
         for layer in base.model.layers:
             layer.compile()
-    return AdapterEngine(DualAdapter(base, config.lora), world, config.train, ds_json), config
+    adapters = AdapterModel(base, adapter_table(config.lora), config.lora)
+    return AdapterEngine(adapters, world, config.train, ds_json), config
 
 
 def _zero(config: Any) -> Any:

@@ -16,7 +16,8 @@ import torch
 from dpa_engine import computed_by_peft, random_state
 from table import spread, where_and_when
 
-from dpa_ds.adapters.dual_lora import ADAPTERS, DualAdapter
+from dpa_ds.adapters.adapter_model import AdapterModel, global_local_mix
+from dpa_ds.adapters.methods import adapter_table
 from dpa_ds.adapters.mixed_lora import MixedLora
 from dpa_ds.config.schema import LoraConfig, ModelConfig
 from dpa_ds.model.base import load_base
@@ -32,8 +33,9 @@ def main() -> None:
     os.environ["DS_ACCELERATOR"] = "cpu"
     torch.set_num_threads(1)
     base = load_base(ModelConfig(path=args.model, precision="fp32"), Path(args.model), {})
-    adapters = DualAdapter(base, LoraConfig(dropout=0.0))
-    for adapter in ADAPTERS:
+    lora = LoraConfig(dropout=0.0)
+    adapters = AdapterModel(base, adapter_table(lora), lora)
+    for adapter in adapters.table:
         adapters.load_state(adapter, random_state(adapters, adapter))
     adapters.set_trainable("global", False)  # with both: the local phase
     print(where_and_when(packages=("torch", "peft")))
@@ -52,10 +54,10 @@ def main() -> None:
 
 
 def _measure(
-    adapters: DualAdapter, layer: MixedLora, alpha: float, tokens: int, repeats: int
+    adapters: AdapterModel, layer: MixedLora, alpha: float, tokens: int, repeats: int
 ) -> tuple[list[float], list[float], list[float]]:
     """Milliseconds of each repeat: the frozen layer alone, ours, PEFT's."""
-    adapters.set_mix(alpha)
+    adapters.set_mix(global_local_mix(alpha))
     x = torch.randn(1, tokens, layer.in_features, requires_grad=True)
     towards = torch.randn(1, tokens, layer.out_features)
 

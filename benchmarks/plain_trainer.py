@@ -23,8 +23,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from dpa_ds.adapters.dual_lora import ADAPTERS
-from dpa_ds.adapters.methods import Phase
+from dpa_ds.adapters.methods import GLOBAL, LOCAL, Phase
 from dpa_ds.adapters.state import AdapterState
 from dpa_ds.config.schema import LoraConfig, TrainConfig
 from dpa_ds.data.batching import IGNORE_INDEX
@@ -92,15 +91,15 @@ class PlainTrainer:
         return sum(len(batch) * max(examples.length(index) for index in batch) for batch in batches)
 
     def _activate(self, phase: Phase, states: dict[str, AdapterState]) -> None:
-        for adapter in ADAPTERS:
+        for adapter in (GLOBAL, LOCAL):
             peft.set_peft_model_state_dict(self.model, states[adapter], adapter_name=adapter)
-        weights = {"global": 1.0 - phase.alpha, "local": phase.alpha}
-        self.model.base_model.set_adapter([adapter for adapter in ADAPTERS if weights[adapter] > 0])
+        weights = {GLOBAL: 1.0 - phase.alpha, LOCAL: phase.alpha}
+        self.model.base_model.set_adapter([adapter for adapter in (GLOBAL, LOCAL) if weights[adapter] > 0])
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(f".{phase.trainable}." in name)
         for layer in self.model.modules():
             if isinstance(layer, LoraLayer):
-                for adapter in ADAPTERS:
+                for adapter in (GLOBAL, LOCAL):
                     layer.set_scale(adapter, weights[adapter])
 
     def _arguments(self, max_steps: int, device_batch_size: int) -> TrainingArguments:

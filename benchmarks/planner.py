@@ -189,7 +189,8 @@ def write_model(folder: Path, setting: Setting) -> Path:
 
 
 def _build(job: Any, argv: list[str]) -> Any:
-    from dpa_ds.adapters.dual_lora import DualAdapter
+    from dpa_ds.adapters.adapter_model import AdapterModel
+    from dpa_ds.adapters.methods import adapter_table
     from dpa_ds.config.deepspeed_json import load_deepspeed_json
     from dpa_ds.config.load import load_config
     from dpa_ds.distributed.topology import plan_topology
@@ -200,7 +201,8 @@ def _build(job: Any, argv: list[str]) -> Any:
     config, size = load_config(argv), job.launch.job_world_size
     world = build_world(job, plan_topology(size, 1, size), config.cluster, 60.0)
     ds_json = build_deepspeed_json(load_deepspeed_json(config.engine.deepspeed_config), config, size)
-    adapters = DualAdapter(load_base(config.model, Path(config.model.path), ds_json), config.lora)
+    base = load_base(config.model, Path(config.model.path), ds_json)
+    adapters = AdapterModel(base, adapter_table(config.lora), config.lora)
     return AdapterEngine(adapters, world, config.train, ds_json)
 
 

@@ -55,9 +55,9 @@ def main() -> None:
 def _leader(rank: int, leaders: int, folder: str, model: str, repeats: int) -> None:
     import torch
     import torch.distributed as dist
+    from dpa_ds.federation.aggregation.mean import ClientUpdate, Shared, WeightedAverage
 
     from dpa_ds.distributed.leaders import StaticGroup
-    from dpa_ds.federation.aggregation.mean import ClientUpdate, Shared, WeightedAverage
 
     torch.set_num_threads(1)
     group = StaticGroup(dist.FileStore(f"{folder}/store", leaders), rank, leaders, 60.0)
@@ -91,7 +91,6 @@ def _together(group: Any, work: Callable[[], Any]) -> float:
 
 
 def _switches(_: int, folder: str, name: str, stage: int, repeats: int) -> None:
-    from dpa_ds.adapters.dual_lora import ADAPTERS
     from dpa_ds.adapters.methods import Phase
     from dpa_ds.distributed.job_store import JobStore
     from dpa_ds.distributed.launchers import Launch
@@ -100,10 +99,10 @@ def _switches(_: int, folder: str, name: str, stage: int, repeats: int) -> None:
     base_parameters = sum(file.stat().st_size for file in model.glob("*.safetensors")) // 4
     job = JobStore(Launch("single", 0, 1, 0, "127.0.0.1", 0))
     engine = _build(job, write_recipe(Path(folder), model, Case(stage)))
-    states = {adapter: engine.adapters.initial_state(adapter, (0,)) for adapter in ADAPTERS}
+    states = {adapter: engine.adapters.initial_state(adapter, (0,)) for adapter in engine.adapters.table}
 
     def switch() -> None:
-        for adapter in ADAPTERS:
+        for adapter in engine.adapters.table:
             engine.write_state(adapter, states[adapter])
         for phase in (Phase("global", 0.0), Phase("local", 0.5)):
             engine.activate(phase)

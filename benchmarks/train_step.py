@@ -22,8 +22,8 @@ import torch
 from floor import Floor, matmul_flops_per_second, phase_flops
 from table import Steps, Variant, draw, processor, render, summarize, where_and_when
 
-from dpa_ds.adapters.dual_lora import ADAPTERS, DualAdapter
-from dpa_ds.adapters.methods import Phase
+from dpa_ds.adapters.adapter_model import AdapterModel
+from dpa_ds.adapters.methods import Phase, adapter_table
 from dpa_ds.config.schema import DataConfig, EngineConfig, LoraConfig, ModelConfig, RunConfig, TrainConfig
 from dpa_ds.data.batching import step_indices
 from dpa_ds.data.sources import read_client
@@ -118,8 +118,9 @@ def _stacks(
 
     model = load_base(config.model, Path(args.model), {}).to(device)
     plain = PlainTrainer(model, tokenizer, config.lora, config.train, device, CLOCKS[args.clock])
-    adapters = DualAdapter(load_base(config.model, Path(args.model), {}), config.lora)
-    states = {adapter: random_state(adapters, adapter) for adapter in ADAPTERS}
+    base = load_base(config.model, Path(args.model), {})
+    adapters = AdapterModel(base, adapter_table(config.lora), config.lora)
+    states = {adapter: random_state(adapters, adapter) for adapter in adapters.table}
     ours = DpaEngine(adapters, config, examples, states, int(tokenizer.pad_token_id), CLOCKS[args.clock])
     variants = []
     for phase in (Phase("global", 0.0), Phase("local", config.method.alpha)):

@@ -1,7 +1,7 @@
 """Errors that are the user's to mend: each message names the value, what is allowed, and the remedy."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from safetensors import SafetensorError
 
@@ -53,8 +53,16 @@ def storage_errors(
     what: object,
     remedy: str = "earlier rounds are intact: make room or choose another output_dir, then run the same command again",
 ) -> Iterator[None]:
-    """Turn a refusal of the file system, such as a full disk, into one CheckpointError: cannot write `what`, why, `remedy`."""
+    """Turn a refusal of the file system, such as a full disk, into one CheckpointError: `what`, why, `remedy`."""
     try:
         yield
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot write {what}: {error}; {remedy}") from error
+
+
+def list_some(names: Sequence[str]) -> str:
+    """The names with commas between them, for a message; of more than eight the first eight."""
+    text = ", ".join(names[:8])
+    if len(names) > 8:
+        text += ", ..."
+    return text

@@ -1,18 +1,58 @@
-"""FedDPA and its baselines as schedules of phases: data, not branches.
+"""The table of adapters, and FedDPA and its baselines as schedules of phases: data, not branches.
 
-A round of a client runs the phases `before` the aggregation, those that run `during` it because they need nothing of
-it, and those `after` it; when all rounds are over, those in `final` once. Source: FedDPA (arXiv 2403.19211) sections
-3.2 and 3.3; `local_first` is the order of the authors' published code.
+A round of a client runs the phases `before` the aggregation, those that `overlap` it because they need nothing of it, and
+those `after` it; when all rounds are over, those in `final` once. Source: FedDPA (arXiv 2403.19211) sections 3.2 and 3.3;
+`local_first` is the order of the authors' published code.
 """
 
-from dataclasses import dataclass
-from functools import partial
-from typing import Literal, get_args
+from dataclasses import dataclass, replace
+from typing import Final, Literal, get_args
 
-from dpa_ds.adapters.dual_lora import Adapter
-from dpa_ds.config.schema import MethodConfig
+from dpa_ds.config.schema import LoraConfig, MethodConfig
 
-Stage = Literal["before", "during", "after", "final"]
+GLOBAL: Final = "global"
+"""Name of the adapter that all clients share; also the encoder and the weighting that use it alone."""
+LOCAL: Final = "local"
+"""Name of the adapter that each client keeps; also the encoder, the weighting and the baseline that use it alone."""
+
+Matrix = Literal["A", "B"]
+BOTH: tuple[Matrix, ...] = get_args(Matrix)
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """One row of the table of adapters."""
+
+    name: str
+    rank: int
+    shared: tuple[Matrix, ...] = ()
+    """Matrices whose changes leave the client and are aggregated; empty: the client keeps the adapter to itself."""
+    trained: tuple[Matrix, ...] = BOTH
+    """Matrices that its phases train; the others keep their initial values."""
+
+    @property
+    def federated(self) -> bool:
+        """Whether anything of the adapter leaves the client."""
+        return bool(self.shared)
+
+    def shares(self, key: str) -> bool:
+        """Whether the parameter under PEFT's `key` leaves the client."""
+        return _matrix(key) in self.shared
+
+    def trains(self, key: str) -> bool:
+        """Whether the parameter under PEFT's `key` is trained in the adapter's phases."""
+        return _matrix(key) in self.trained
+
+
+def adapter_table(lora: LoraConfig) -> tuple[AdapterSpec, AdapterSpec]:
+    """The two adapters of FedDPA: the global one, of which all is shared, and the local one, of which nothing is."""
+    return (
+        AdapterSpec(GLOBAL, lora.rank, shared=BOTH),
+        AdapterSpec(LOCAL, lora.local_rank or lora.rank),
+    )
+
+
+Stage = Literal["before", "overlap", "after", "final"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 """In the order of a client's round."""
 
@@ -21,7 +61,7 @@ STAGES: tuple[Stage, ...] = get_args(Stage)
 class Phase:
     """One adapter being trained."""
 
-    trainable: Adapter
+    trainable: str
     """The trainable adapter; the other is frozen, but stays in the graph where it is mixed in."""
     alpha: float
     """Weight of the local adapter in the forward pass; the global one has 1 - alpha."""
@@ -33,7 +73,7 @@ class Schedule:
 
     before: tuple[Phase, ...] = ()
     """Phases of every round, before this round's aggregation."""
-    during: tuple[Phase, ...] = ()
+    overlap: tuple[Phase, ...] = ()
     """Phases of every round, beside the client's own global adapter, while the leaders average."""
     after: tuple[Phase, ...] = ()
     """Phases of every round, beside this round's aggregated global adapter."""
@@ -53,29 +93,36 @@ class Schedule:
     def phases(self, stage: Stage, server_round: int) -> tuple[Phase, ...]:
         """Phases of `stage` that run in `server_round`."""
         phases: tuple[Phase, ...] = getattr(self, stage)
-        return tuple(p for p in phases if p.trainable == "global" or server_round >= self.local_from_round)
+        if server_round >= self.local_from_round:
+            return phases
+        return tuple(phase for phase in phases if phase.trainable != LOCAL)
 
 
 def build_schedule(config: MethodConfig) -> Schedule:
     """The schedule of `method.name`."""
-    global_alone = Phase(trainable="global", alpha=0.0)
-    local_alone = Phase(trainable="local", alpha=1.0)
-    local_beside = Phase(trainable="local", alpha=config.alpha)
-    dual = partial(Schedule, weighted_by_instance=True, inference_alpha=config.alpha)
+    global_alone = Phase(GLOBAL, alpha=0.0)
+    local_alone = Phase(LOCAL, alpha=1.0)
+    local_beside = Phase(LOCAL, alpha=config.alpha)
     match config.name:
         case "feddpa_t" if config.phase_order == "local_first":
-            return dual((local_beside, global_alone), local_from_round=2)
+            schedule = Schedule(before=(local_beside, global_alone), local_from_round=2)
         case "feddpa_t" if config.global_source == "aggregated":
-            return dual((global_alone,), after=(local_beside,))
+            schedule = Schedule(before=(global_alone,), after=(local_beside,))
         case "feddpa_t":
-            return dual((global_alone,), during=(local_beside,))
+            schedule = Schedule(before=(global_alone,), overlap=(local_beside,))
         case "feddpa_f":
-            return dual((global_alone,), final=(local_alone,))
+            schedule = Schedule(before=(global_alone,), final=(local_alone,))
         case "fedit":
-            return Schedule((global_alone,))
+            return Schedule(before=(global_alone,))
         case "fedlora":
-            return Schedule((global_alone,), final=(local_alone,), inference_alpha=1.0)
+            return Schedule(before=(global_alone,), final=(local_alone,), inference_alpha=1.0)
         case "local":
-            return Schedule((local_alone,), federated=False, inference_alpha=1.0)
+            return Schedule(before=(local_alone,), federated=False, inference_alpha=1.0)
         case "centralized":
-            return Schedule((global_alone,), pooled=True)
+            return Schedule(before=(global_alone,), pooled=True)
+    return replace(schedule, weighted_by_instance=True, inference_alpha=config.alpha)
+
+
+def _matrix(key: str) -> str:
+    """`...q_proj.lora_A.weight` -> `A`."""
+    return key.rsplit(".lora_", 1)[1][0]

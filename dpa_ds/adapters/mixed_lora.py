@@ -1,14 +1,15 @@
 """A LoRA layer that computes all active adapters as one low-rank product.
 
 PEFT's own layer (0.21) computes each adapter for itself: A, B, scaling and sum, the last two in passes over
-(tokens, out_features). They cost more than the arithmetic, which is memory-bound. Here the A lie below one another, the B side by side:
+(tokens, out_features). They cost more than the arithmetic, which is memory-bound. Here the A lie below one another, the
+B side by side:
 
-    h = W0 x + [B_g B_l] diag(weights) [A_g; A_l] x
+    h = W0 x + [B_1 B_2 ...] diag(weights) [A_1; A_2; ...] x
 
 PEFT makes it by its documented way to register modules of one's own ("dynamic dispatch of custom modules").
 """
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 import peft
@@ -21,31 +22,45 @@ from transformers.pytorch_utils import Conv1D
 class MixedLora(lora.Linear):
     """`peft.tuners.lora.Linear` with another forward pass; neither merging nor PEFT's mixed batches are for it."""
 
-    def mix(self, weights: Mapping[str, torch.Tensor]) -> None:
-        """Have the adapters in `weights` take part, each times its weight: fp32, () or one per instance, (batch, 1, 1)."""
-        self._active_adapter = list(weights)  # set_adapter() would switch requires_grad as well
-        rows = [weight.expand(*weight.shape[:-1], self.r[name]) for name, weight in weights.items()]
-        self._weights = torch.cat(rows, dim=-1) if rows else None
+    def mix(self, names: Sequence[str], weights: torch.Tensor) -> None:
+        """Have the adapters `names` take part; with none the frozen layer answers alone.
+
+        Args:
+            weights: fp32 on the layer's device, shape (batch or 1, 1, sum of the adapters' ranks): an adapter's weight
+                stands once for each of its ranks.
+        """
+        self._active_adapter = list(names)  # set_adapter() would switch requires_grad as well
+        self._weights = weights
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """x of shape (..., in_features) -> (..., out_features)."""
         result: torch.Tensor = self.base_layer(x, *args, **kwargs)
         names = self._active_adapter
-        if self._weights is None:
+        if not names:
             return result
-        rows = [_weight(self.lora_A[name]) for name in names]
-        if self.training and isinstance(self.lora_dropout[names[0]], torch.nn.Dropout):  # each drops inputs of its own
-            inputs = (self.lora_dropout[name](x) for name in names)
-            low = torch.cat([F.linear(one, a) for one, a in zip(inputs, rows, strict=True)], dim=-1)
+        a_matrices = [_weight(self.lora_A[name]) for name in names]
+        b_matrices = [_weight(self.lora_B[name]) for name in names]
+        if self._drops_inputs(names[0]):
+            # Each adapter drops inputs of its own, as PEFT's layers do: there is no common input to multiply.
+            products = [F.linear(self.lora_dropout[name](x), a) for name, a in zip(names, a_matrices, strict=True)]
+            low = torch.cat(products, dim=-1)
         else:
-            low = F.linear(x, _cat(rows, 0))
+            low = F.linear(x, _cat(a_matrices, dim=0))
+        # Weighted in fp32, since the weights are: in bf16 a weight would be rounded to 8 bits.
         low = (low * self._weights).to(low.dtype)
-        columns = _cat([_weight(self.lora_B[name]) for name in names], 1)
-        return torch.addmm(result.flatten(0, -2), low.flatten(0, -2), columns.T).view_as(result)
+        # One pass over (tokens, out_features) adds the product to the frozen layer's output.
+        summed = torch.addmm(result.flatten(0, -2), low.flatten(0, -2), _cat(b_matrices, dim=1).T)
+        return summed.view_as(result)
 
     def adapter_weights(self) -> list[torch.Tensor]:
         """A and B of every adapter, which belong to modules that the forward pass does not call."""
-        return [_weight(half[name]) for name in self.lora_A for half in (self.lora_A, self.lora_B)]
+        weights = []
+        for name in self.lora_A:
+            weights += [_weight(self.lora_A[name]), _weight(self.lora_B[name])]
+        return weights
+
+    def _drops_inputs(self, name: str) -> bool:
+        return self.training and isinstance(self.lora_dropout[name], torch.nn.Dropout)
 
 
 def with_mixed_layers(config: peft.LoraConfig) -> peft.LoraConfig:
@@ -60,4 +75,6 @@ def _weight(linear: torch.nn.Module) -> torch.Tensor:
 
 
 def _cat(tensors: list[torch.Tensor], dim: int) -> torch.Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)
+    if len(tensors) == 1:  # torch.cat would copy it
+        return tensors[0]
+    return torch.cat(tensors, dim)

@@ -64,7 +64,7 @@ def check(config: RunConfig, job: JobStore, json_path: str | None = None) -> Non
     """
     job.start_watchdog(config.checkpoint.grace_seconds, config.cluster.heartbeat_timeout_seconds)
     setup_logging(is_coordinator=job.launch.global_rank == 0)
-    topology = place(config, job, len(client_names(config, build_schedule(config.method))))
+    topology = place(config, job, len(client_names(config.data, config.seed, build_schedule(config.method).pooled)))
     job.describe_rank = partial(describe_rank, topology, job)
     world = build_world(job, topology, config.cluster, config.federation.timeout_seconds)
     check_precision(config.model.precision)

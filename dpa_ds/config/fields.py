@@ -1,51 +1,93 @@
-"""The fields of a recipe as the dataclasses of config.py declare them: dotted keys, types in words, nearest names."""
+"""The fields of a recipe by their dotted keys: types in words, requirements, nearest names."""
 
 import difflib
 import typing
 from collections.abc import Iterator, Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Any, Literal, Union
 
+from dpa_ds.config.ranges import Requirement
 from dpa_ds.config.schema import RunConfig
 from dpa_ds.errors import ConfigError
 
+RENAMED = {
+    "cluster.silence_seconds": "cluster.heartbeat_timeout_seconds",
+    "federation.upload": "federation.compression",
+    "federation.weighting": "federation.aggregation_weights",
+    "method.local_partner": "method.global_source",
+}
+"""Keys of earlier versions, refused with their new name."""
 
-def _keys(kind: type[Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted key and annotation of every field and section."""
-    for name, annotation in typing.get_type_hints(kind).items():
-        yield prefix + name, annotation
-        if is_dataclass(annotation):
-            assert isinstance(annotation, type)
-            yield from _keys(annotation, f"{prefix}{name}.")
+_IN_WORDS: dict[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    bool: "true or false",
+    NoneType: "null",
+}
 
 
-SECTIONS = {key: annotation for key, annotation in _keys(RunConfig) if is_dataclass(annotation)}
-FIELDS = {key: annotation for key, annotation in _keys(RunConfig) if not is_dataclass(annotation)}
+@dataclass(frozen=True)
+class _Key:
+    """A field or a section, as schema.py declares it."""
+
+    name: str
+    """Dotted, such as `data.partition.kind`."""
+    annotation: Any
+    requirements: tuple[Requirement, ...]
+
+    @property
+    def is_section(self) -> bool:
+        return is_dataclass(self.annotation)
+
+
+def _keys(kind: type[Any], prefix: str = "") -> Iterator[_Key]:
+    """Every field and section, each section before its fields."""
+    annotations = typing.get_type_hints(kind)
+    for item in fields(kind):
+        key = _Key(prefix + item.name, annotations[item.name], item.metadata.get("checks", ()))
+        yield key
+        if key.is_section:
+            yield from _keys(key.annotation, f"{key.name}.")
+
+
+SECTIONS = {key.name: key.annotation for key in _keys(RunConfig) if key.is_section}
+FIELDS = {key.name: key.annotation for key in _keys(RunConfig) if not key.is_section}
+REQUIREMENTS = {key.name: key.requirements for key in _keys(RunConfig) if key.requirements}
 
 
 def check_key(key: str, given: str) -> None:
     """ConfigError that starts with `given` unless `key` is a field."""
+    if key in FIELDS:
+        return
     if key in SECTIONS:
         raise ConfigError(f"{given} is a section: give its fields, such as --{_fields_of(key)[0]} (see --help)")
-    if key not in FIELDS:
-        raise ConfigError(f"{given} is not a field of the recipe{_nearest(key)}")
+    if key in RENAMED:
+        raise ConfigError(f"{given} was renamed: write {RENAMED[key]} instead")
+    raise ConfigError(f"{given} is not a field of the recipe{_nearest(key)}")
 
 
 def describe(annotation: Any) -> str:
     """What a field takes, in words."""
-    plain = {int: "a whole number", float: "a number", str: "text", bool: "true or false", NoneType: "null"}
+    if annotation in _IN_WORDS:
+        return _IN_WORDS[annotation]
     arguments = typing.get_args(annotation)
     origin = typing.get_origin(annotation)
-    if annotation in plain:
-        return plain[annotation]
     if origin is Literal:
-        return ("one of " if len(arguments) > 1 else "") + ", ".join(arguments)
+        choices = ", ".join(arguments)
+        return f"one of {choices}" if len(arguments) > 1 else choices
+    if origin is list and arguments == (str,):
+        return "a list of names such as [q_proj]"
     if origin is list:
-        return f"a list of {describe(arguments[0]).removeprefix('a ')}s".replace("texts", "names such as [q_proj]")
+        return f"a list of {_plural(arguments[0])}"
     if origin is tuple:
-        return f"a list of {len(arguments)} {describe(arguments[0]).removeprefix('a ')}s"
-    return " or ".join(describe(argument) for argument in arguments)
+        return f"a list of {len(arguments)} {_plural(arguments[0])}"
+    return " or ".join(map(describe, arguments))
+
+
+def _plural(annotation: Any) -> str:
+    return describe(annotation).removeprefix("a ") + "s"
 
 
 def takes_scalar(annotation: Any, value: Any) -> bool:
@@ -53,41 +95,55 @@ def takes_scalar(annotation: Any, value: Any) -> bool:
     kinds = alternatives(annotation)
     if value is None:
         return NoneType in kinds
-    return not isinstance(value, str) or any(kind is str or value in typing.get_args(kind) for kind in kinds)
+    if not isinstance(value, str):
+        return True
+    return str in kinds or any(value in typing.get_args(kind) for kind in kinds)
 
 
 def alternatives(annotation: Any) -> tuple[Any, ...]:
     """The alternatives of a union, or the one type there is."""
-    return typing.get_args(annotation) if typing.get_origin(annotation) in (Union, UnionType) else (annotation,)
+    if typing.get_origin(annotation) in (Union, UnionType):
+        return typing.get_args(annotation)
+    return (annotation,)
 
 
 def construct(kind: type[Any], tree: Mapping[str, Any]) -> Any:
     """Nested dataclasses of a nested dict whose values jsonargparse has checked."""
-    hints = typing.get_type_hints(kind)
-    return kind(
-        **{
-            item.name: construct(hints[item.name], tree[item.name])
-            if is_dataclass(hints[item.name])
-            else tree[item.name]
-            for item in fields(kind)
-        }
-    )
+    annotations = typing.get_type_hints(kind)
+    values = {}
+    for name, annotation in annotations.items():
+        value = tree[name]
+        if is_dataclass(annotation):
+            assert isinstance(annotation, type)
+            value = construct(annotation, value)
+        values[name] = value
+    return kind(**values)
 
 
 def _nearest(key: str) -> str:
     """`: did you mean x?`, by likeness of the whole dotted key and of its last part."""
+    section = key.rpartition(".")[0]
+    candidates = list(FIELDS)
+    if not section:
+        candidates += SECTIONS
 
     def likeness(candidate: str) -> tuple[float, float]:
-        last = difflib.SequenceMatcher(None, key.rpartition(".")[2], candidate.rpartition(".")[2]).ratio()
-        whole = difflib.SequenceMatcher(None, key, candidate).ratio()
-        return max(last, whole), last + whole
+        whole = _ratio(key, candidate)
+        last = _ratio(key.rpartition(".")[2], candidate.rpartition(".")[2])
+        return max(whole, last), whole + last
 
-    section = key.rpartition(".")[0]
-    best = max([*FIELDS, *([] if section else SECTIONS)], key=lambda candidate: sum(likeness(candidate)))
+    # Both numbers choose: of fields with the same last part, the one in the section that was given wins.
+    best = max(candidates, key=lambda candidate: sum(likeness(candidate)))
     if likeness(best)[0] >= 0.7:
         return f": did you mean {best}?"
-    names = [field.rpartition(".")[2] for field in _fields_of(section)] if section in SECTIONS else []
-    return f": {section} has {', '.join(names)}" if names else ": see --help for all fields"
+    if section in SECTIONS:
+        names = [field.rpartition(".")[2] for field in _fields_of(section)]
+        return f": {section} has {', '.join(names)}"
+    return ": see --help for all fields"
+
+
+def _ratio(one: str, other: str) -> float:
+    return difflib.SequenceMatcher(None, one, other).ratio()
 
 
 def _fields_of(section: str) -> list[str]:

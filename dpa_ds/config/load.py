@@ -2,30 +2,19 @@
 
 import argparse
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import jsonargparse
 import yaml
 
-from dpa_ds.config.deepspeed_json import check_deepspeed_owner, load_deepspeed_json
 from dpa_ds.config.fields import FIELDS, SECTIONS, alternatives, check_key, construct, describe, takes_scalar
 from dpa_ds.config.recipe_yaml import RecipeLoader, dump_yaml, load_yaml
 from dpa_ds.config.schema import RunConfig
-from dpa_ds.config.validate import diff_configs, fingerprint_sections, flatten, read_text, show, validate
+from dpa_ds.config.validate import flatten, read_text, show, validate
 from dpa_ds.errors import ConfigError
-
-__all__ = [
-    "check_deepspeed_owner",
-    "diff_configs",
-    "fingerprint_sections",
-    "load_config",
-    "load_deepspeed_json",
-    "to_yaml",
-    "validate",
-]
 
 _USAGE = "deepspeed launch/run.py --config RECIPE [--section.field VALUE ...]"
 _INTRODUCTION = """\
@@ -34,27 +23,42 @@ Federated fine-tuning of two LoRA adapters per client (one shared, one private) 
 A recipe is a YAML file with the sections and fields below; launch/recipes/ holds several to start from. Any field can
 be overridden on the command line. Each line is one way to start:
 
-  deepspeed launch/run.py --config RECIPE                                   all accelerators of this host (on CPU: a rank per NUMA node)
-  deepspeed --hostfile hostfile launch/run.py --config RECIPE               several hosts
-  torchrun --nproc-per-node 4 launch/run.py --config RECIPE                 without the DeepSpeed launcher
-  srun --ntasks-per-node 4 python launch/run.py --config RECIPE             under Slurm, one task per rank
+  deepspeed launch/run.py --config RECIPE                              all accelerators of this host (on CPU: a rank
+                                                                       per NUMA node)
+  deepspeed --hostfile hostfile launch/run.py --config RECIPE          several hosts
+  torchrun --nproc-per-node 4 launch/run.py --config RECIPE            without the DeepSpeed launcher
+  srun --ntasks-per-node 4 python launch/run.py --config RECIPE        under Slurm, one task per rank
   deepspeed launch/run.py --config RECIPE --train.learning_rate 1e-3 --lora.target_modules="[q_proj, k_proj]"
-  deepspeed launch/run.py --config RECIPE --profile                         also a trace, and what a round's time went into
-  python launch/run.py --config RECIPE --print_config > complete.yaml       every field as it would run; starts nothing
+  deepspeed launch/run.py --config RECIPE --profile                    also a trace, and where a round's time went
+  python launch/run.py --config RECIPE --print_config > complete.yaml  every field as it would run; starts nothing
 """
 _COMMAND_LINE = "command line"
 
 
 @dataclass(frozen=True)
 class _Source:
-    """Where values come from: flat dotted keys, and for a file the line of each."""
+    """A recipe file or the command line: the values that it gives, by dotted key."""
 
     origin: str
-    values: dict[str, Any]
-    lines: dict[str, int]
+    """Path of the file, or `command line`."""
+    values: dict[str, Any] = field(default_factory=dict)
+    lines: dict[str, int] = field(default_factory=dict)
+    """Line of every field and section in a file, from 1; empty for the command line."""
 
     def place(self, key: str) -> str:
-        return f"{self.origin}, line {self.lines[key]}" if key in self.lines else self.origin
+        """Where a message says that `key` is wrong."""
+        if key in self.lines:
+            return f"{self.origin}, line {self.lines[key]}"
+        return self.origin
+
+
+@dataclass(frozen=True)
+class _CommandLine:
+    recipes: list[str]
+    overrides: list[tuple[str, str]]
+    """Dotted keys, all known, and what was given for them."""
+    flags: list[str]
+    """-h, --help and --print_config."""
 
 
 def load_config(argv: Sequence[str]) -> RunConfig:
@@ -62,19 +66,17 @@ def load_config(argv: Sequence[str]) -> RunConfig:
 
     ConfigError: any mistake of the user. SystemExit(0): --help and --print_config, printed on stdout.
     """
-    paths, overrides, flags = _split(argv)
+    given = _split(argv)
     parser = _build_parser()
-    if any(flag in ("-h", "--help") for flag in flags):
+    if "-h" in given.flags or "--help" in given.flags:
         parser.parse_args(["--help"])
-    if not paths and not flags:
+    if not given.recipes and not given.flags:
         raise ConfigError("no recipe: give one with --config RECIPE.yaml (recipes lie in launch/recipes/; see --help)")
+
     namespace = parser.get_defaults()
-    for path in paths:
-        recipe = _read_recipe(path)
-        namespace = _parse(parser, recipe, namespace, [])
-    command_line = _Source(_COMMAND_LINE, {key: _override(key, value) for key, value in overrides}, {})
-    arguments = [f"--{key}={value}" for key, value in overrides]
-    namespace = _parse(parser, command_line, namespace, [*arguments, *flags])
+    for path in given.recipes:
+        namespace = _parse_recipe(parser, _read_recipe(path), namespace)
+    namespace = _parse_command_line(parser, given, namespace)
     config: RunConfig = construct(RunConfig, namespace.as_dict())
     validate(config)
     return config
@@ -92,108 +94,110 @@ def to_yaml(config: RunConfig) -> str:
     return dump_yaml(tree)
 
 
-def _split(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]], list[str]]:
-    """Paths of recipes, overrides with their checked keys, and the flags -h, --help, --print_config."""
-    paths, overrides, flags = [], [], []
+def _split(argv: Sequence[str]) -> _CommandLine:
+    """The command line by kind of argument; ConfigError for what is no option, unknown or without its value."""
+    given = _CommandLine([], [], [])
     rest = list(argv)
     while rest:
         argument = rest.pop(0)
         name, has_value, value = argument.removeprefix("--").partition("=")
         if argument in ("-h", "--help") or (argument.startswith("--") and name == "print_config"):
-            flags.append(argument)
+            given.flags.append(argument)
             continue
         if argument == "--profile":
-            overrides.append(("tracking.profile", "true"))
+            given.overrides.append(("tracking.profile", "true"))
             continue
         if not argument.startswith("--") or not name:
             raise ConfigError(
                 f"unexpected argument {show(argument)}: options look like --section.field VALUE (see --help)"
             )
-        if name not in ("config", "local_rank", "local-rank"):
+        # The DeepSpeed launcher adds --local_rank; the environment says the same, so it is dropped.
+        of_launcher = name in ("local_rank", "local-rank")
+        if name != "config" and not of_launcher:
             check_key(name, f"{_COMMAND_LINE}: --{name}")
         if not has_value:
             if not rest or rest[0].startswith("--"):
                 raise ConfigError(f"--{name} needs a value: --{name} VALUE or --{name}=VALUE")
             value = rest.pop(0)
         if name == "config":
-            paths.append(value)
-        elif name not in ("local_rank", "local-rank"):  # the DeepSpeed launcher adds it; the environment says the same
-            overrides.append((name, value))
-    return paths, overrides, flags
+            given.recipes.append(value)
+        elif not of_launcher:
+            given.overrides.append((name, value))
+    return given
 
 
 def _read_recipe(path: str) -> _Source:
     """ConfigError for what cannot be read or is no plain YAML mapping of known keys."""
     text = read_text(Path(path).expanduser(), "--config", "give a recipe such as those in launch/recipes/")
-    source = _Source(path, {}, {})
+    source = _Source(path)
     try:
         loader = RecipeLoader(text)
         root = loader.get_single_node()
+        if root is None:
+            raise ConfigError(f"{path}: a recipe is a mapping of sections such as train:, got nothing")
         if not isinstance(root, yaml.MappingNode):
-            got = "nothing" if root is None else show(loader.construct_document(root))
+            got = show(loader.construct_document(root))
             raise ConfigError(f"{path}: a recipe is a mapping of sections such as train:, got {got}")
-        for key, line, value in _leaves(loader, root, source.lines, path):
-            source.values[key] = value
-            source.lines[key] = line
+        _collect(source, loader, root)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f"{path}, line {mark.line + 1}" if mark else path
-        reason = ", ".join(part for part in (error.context, error.problem) if part)
+        reason = ", ".join(filter(None, (error.context, error.problem)))
         raise ConfigError(f"{place}: not a YAML recipe: {reason}") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error).splitlines()[0]
-        raise ConfigError(f"{path}: not a YAML recipe: {reason}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{path}: not a YAML recipe: nested too deeply") from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"{path}: not a YAML recipe: {str(error).splitlines()[0]}") from error
     return source
 
 
-def _leaves(
-    loader: RecipeLoader, node: yaml.MappingNode, seen: dict[str, int], path: str, prefix: str = ""
-) -> Iterator[tuple[str, int, Any]]:
-    """Dotted key, line and value of every field; `seen` collects the lines of sections and refuses a key given twice."""
+def _collect(source: _Source, loader: RecipeLoader, node: yaml.MappingNode, prefix: str = "") -> None:
+    """Put the fields below `node` into `source`; ConfigError for a key that is unknown or given twice."""
     for key_node, value_node in node.value:
         line = key_node.start_mark.line + 1
-        key = prefix + str(key_node.value if isinstance(key_node, yaml.ScalarNode) else "?")
-        if key in seen:
-            raise ConfigError(f"{path}, line {line}: {key} is given twice (first in line {seen[key]}): keep one")
+        name = key_node.value if isinstance(key_node, yaml.ScalarNode) else "?"
+        key = f"{prefix}{name}"
+        if key in source.lines:
+            raise ConfigError(
+                f"{source.origin}, line {line}: {key} is given twice (first in line {source.lines[key]}): keep one"
+            )
+        source.lines[key] = line
         if key not in SECTIONS:
-            check_key(key, f"{path}, line {line}: {key}")
-            yield key, line, loader.construct_object(value_node, deep=True)
-            continue
-        seen[key] = line
-        if isinstance(value_node, yaml.MappingNode):
-            yield from _leaves(loader, value_node, seen, path, f"{key}.")
+            check_key(key, f"{source.place(key)}: {key}")
+            source.values[key] = loader.construct_object(value_node, deep=True)
+        elif isinstance(value_node, yaml.MappingNode):
+            _collect(source, loader, value_node, f"{key}.")
         elif value_node.tag != "tag:yaml.org,2002:null":  # a section whose fields are all commented out is no mistake
-            raise ConfigError(f"{path}, line {line}: {key} is a section: write its fields below it, indented")
+            raise ConfigError(f"{source.place(key)}: {key} is a section: write its fields below it, indented")
 
 
-def _parse(
-    parser: jsonargparse.ArgumentParser, source: _Source, namespace: jsonargparse.Namespace, arguments: list[str]
+def _parse_recipe(
+    parser: jsonargparse.ArgumentParser, recipe: _Source, namespace: jsonargparse.Namespace
 ) -> jsonargparse.Namespace:
-    """Types by jsonargparse; its error becomes one line with place, key, what is allowed and what was given."""
-    for key, value in source.values.items():
-        if not takes_scalar(FIELDS[key], value):
-            raise _type_error(source, key)
+    _check_scalars(recipe)
     try:
-        if source.origin == _COMMAND_LINE:
-            namespace = parser.parse_args(arguments, namespace=namespace)
-        else:
-            namespace = parser.parse_object(source.values, namespace=namespace)
+        parsed: jsonargparse.Namespace = parser.parse_object(recipe.values, namespace=namespace)
     except argparse.ArgumentError as error:
-        named = re.search(r'key "([^"]+)"', str(error))
-        if named and named.group(1) in FIELDS:
-            raise _type_error(source, named.group(1)) from error
-        raise ConfigError(f"{source.origin}: {' '.join(str(error).split())}") from error
-    return namespace
+        raise _in_one_line(error, recipe) from error
+    return parsed
 
 
-def _type_error(source: _Source, key: str) -> ConfigError:
-    value = source.values.get(key)
-    allowed = describe(FIELDS[key])
-    quote = " (put it in quotes)" if allowed.startswith("text") and isinstance(value, bool | int | float) else ""
-    return ConfigError(f"{source.place(key)}: {key} must be {allowed}, got {show(value)}{quote}")
+def _parse_command_line(
+    parser: jsonargparse.ArgumentParser, given: _CommandLine, namespace: jsonargparse.Namespace
+) -> jsonargparse.Namespace:
+    source = _Source(_COMMAND_LINE)
+    arguments = []
+    for key, text in given.overrides:
+        source.values[key] = _read_override(key, text)
+        arguments.append(f"--{key}={text}")
+    _check_scalars(source)
+    try:
+        return parser.parse_args([*arguments, *given.flags], namespace=namespace)
+    except argparse.ArgumentError as error:
+        raise _in_one_line(error, source) from error
 
 
-def _override(key: str, text: str) -> Any:
+def _read_override(key: str, text: str) -> Any:
     """Value as a recipe would read it, for checks and messages; what is no YAML is text."""
     if str in alternatives(FIELDS[key]):
         return text
@@ -201,6 +205,29 @@ def _override(key: str, text: str) -> Any:
         return load_yaml(text)
     except (yaml.YAMLError, ValueError, RecursionError):
         return text
+
+
+def _check_scalars(source: _Source) -> None:
+    for key, value in source.values.items():
+        if not takes_scalar(FIELDS[key], value):
+            raise _type_error(source, key)
+
+
+def _in_one_line(error: argparse.ArgumentError, source: _Source) -> ConfigError:
+    """jsonargparse's error as one line with place, key, what is allowed and what was given."""
+    named = re.search(r'key "([^"]+)"', str(error))
+    if named and named.group(1) in FIELDS:
+        return _type_error(source, named.group(1))
+    return ConfigError(f"{source.origin}: {' '.join(str(error).split())}")
+
+
+def _type_error(source: _Source, key: str) -> ConfigError:
+    value = source.values.get(key)
+    allowed = describe(FIELDS[key])
+    message = f"{source.place(key)}: {key} must be {allowed}, got {show(value)}"
+    if allowed.startswith("text") and isinstance(value, bool | int | float):
+        message += " (put it in quotes)"
+    return ConfigError(message)
 
 
 class _HelpFormatter(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):

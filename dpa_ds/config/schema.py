@@ -1,11 +1,36 @@
-"""The recipe: typed sections, one owner per number; `--help` prints the docstrings. The DeepSpeed JSON owns what is DeepSpeed's."""
+"""The recipe: typed sections whose fields carry their unit, their range and their help.
+
+`--help` prints the docstrings, and validate.py tests each value against what is written beside its field. Every
+number has one owner: what is DeepSpeed's alone stands in the DeepSpeed JSON (`engine.deepspeed_config`), not here.
+"""
 
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from dpa_ds.config.ranges import (
+    AT_MOST_A_YEAR,
+    CLIENT_IDS,
+    GROUP_SIZES,
+    LINEAR_LAYERS,
+    ONE_INSTRUCTION,
+    PATH,
+    PLAIN_NAME,
+    SHORT_NAME,
+    TASK_NAMES,
+    above,
+    all_of,
+    at_least,
+    each_within,
+    required_path,
+    within,
+)
+
 WeightingKind = Literal["auto", "cosine", "centred_cosine", "pearson", "l2", "fixed", "global", "local", "swapped"]
-"""pearson, l2: the paper's ablations; fixed: one weight for all; global, local: that adapter alone; swapped: 1 - alpha."""
+"""pearson, l2: the paper's ablations; fixed: one alpha for all; global, local: that adapter alone; swapped: 1-alpha."""
+Encoder = Literal["none", "global", "local"]
+"""Adapter that is active while prompts are embedded; none: the frozen base alone."""
+MethodName = Literal["feddpa_t", "feddpa_f", "fedit", "fedlora", "local", "centralized"]
 RanksPerGroup = int | list[int] | Literal["auto"]
 
 
@@ -13,15 +38,15 @@ RanksPerGroup = int | list[int] | Literal["auto"]
 class ClusterConfig:
     """How the ranks of the job are divided among the clients."""
 
-    ranks_per_group: RanksPerGroup = "auto"
+    ranks_per_group: RanksPerGroup = field(default="auto", metadata=GROUP_SIZES)
     """Ranks that train one client at a time: a number, a list (groups of unequal size), or auto."""
-    timeout_seconds: float = 1800.0
-    """Bound on every wait between ranks of one group and on the agreement at start, in seconds."""
-    heartbeat_timeout_seconds: float = 60.0
-    """A rank that has not been heard of for so long (stopped, cut off, host down) ends its job, in seconds."""
-    group: int | None = None
-    """This job is one rank group, number 0, 1, ...: each group has a launcher of its own; null: all groups in one job."""
-    num_groups: int | None = None
+    timeout_seconds: float = field(default=1800.0, metadata=all_of(above(0), AT_MOST_A_YEAR))
+    """Bound on every wait between ranks of one group and on the comparison of all ranks at start, in seconds."""
+    heartbeat_timeout_seconds: float = field(default=60.0, metadata=all_of(at_least(2), AT_MOST_A_YEAR))
+    """A rank that sends no heartbeat for so long (stopped, cut off, host down) ends its job, in seconds."""
+    group: int | None = field(default=None, metadata=at_least(0, or_null="for all groups in one job"))
+    """This job is one rank group, number 0, 1, ...: each group has its own launcher; null: all groups in one job."""
+    num_groups: int | None = field(default=None, metadata=at_least(1, or_null="for one group a client"))
     """With group: number of rank groups of the run; null: one for each client."""
     rendezvous: str | None = None
     """With group: host:port of launch/rendezvous.py, where the groups' leaders meet."""
@@ -33,10 +58,10 @@ class ClusterConfig:
 class ModelConfig:
     """The frozen causal LM that all clients share."""
 
-    path: str = ""
+    path: str = field(default="", metadata=required_path("give a model directory, a GGUF file or a hub id"))
     """Hugging Face model directory, GGUF file, or hub id where there is a hub."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
-    """Precision of base and activations; adapters keep an fp32 master. A CPU without native bf16 emulates it, slowly."""
+    """Precision of base and activations; adapters keep an fp32 master. Slow on a CPU without native bf16."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
@@ -45,17 +70,17 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Both adapters (PEFT LoRA, no bias): h = W0 x + sum of weight * (alpha / rank) * B A x."""
+    """Both adapters (PEFT LoRA, no bias): h = W0 x + sum of mix * (alpha / rank) * B A x."""
 
-    rank: int = 8
+    rank: int = field(default=8, metadata=at_least(1))
     """Rank r of the global adapter."""
-    alpha: float = 16.0
+    alpha: float = field(default=16.0, metadata=above(0))
     """LoRA alpha of both adapters; the scale is alpha / rank."""
-    dropout: float = 0.05
+    dropout: float = field(default=0.05, metadata=within("[0, 1)"))
     """Dropout on the adapter input while training, in [0, 1)."""
-    target_modules: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"])
+    target_modules: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"], metadata=LINEAR_LAYERS)
     """Names of the linear layers to adapt, matched at the end of the module path."""
-    local_rank: int | None = None
+    local_rank: int | None = field(default=None, metadata=at_least(1, or_null="for lora.rank"))
     """Rank of the local adapter, if it is to differ from `rank`. alpha / rank stays the scale of both."""
 
 
@@ -66,7 +91,7 @@ class PartitionConfig:
     kind: Literal["column", "iid", "dirichlet"] = "column"
     """column: one client per distinct value; iid: equal random parts; dirichlet: label-skewed parts."""
     column: str | None = None
-    """Column to group by (column) or whose label skew is drawn (dirichlet)."""
+    """Column to group by (column) or whose labels are skewed (dirichlet)."""
     num_clients: int | None = None
     """Number of clients, for iid and dirichlet."""
     concentration: float = 0.5
@@ -79,11 +104,11 @@ class DataConfig:
 
     format: Literal["feddpa", "table"] = "feddpa"
     """feddpa: <path>/<C>/local_training_<k>.json and one test *.jsonl; table: any data set with named columns."""
-    path: str = ""
+    path: str = field(default="", metadata=required_path("give the file or folder of the clients' data"))
     """Folder or file (JSON, JSONL, CSV, parquet, or a datasets folder saved on disk)."""
-    test_path: str | None = None
+    test_path: str | None = field(default=None, metadata=PATH)
     """Test data in the same format (table), or the test file (feddpa; default: the one *.jsonl in path)."""
-    num_clients: int | None = None
+    num_clients: int | None = field(default=None, metadata=at_least(1, or_null="for the only folder there is"))
     """feddpa: which <C> folder, when there are several."""
     instruction_column: str = "instruction"
     """Column with the instruction."""
@@ -95,13 +120,13 @@ class DataConfig:
     """Column naming the task: held-out rows of a task are scored with the clients that train on it."""
     partition: PartitionConfig = field(default_factory=PartitionConfig)
     """How one data set becomes clients (only for format: table)."""
-    held_out_fraction: float = 0.0
+    held_out_fraction: float = field(default=0.0, metadata=within("[0, 1)"))
     """Share of each client's examples kept from training, to tune on, in [0, 1); 0: the test data is held out."""
-    template: str = "### Instruction:\n{instruction}\n\n### Response:\n"
+    template: str = field(default="### Instruction:\n{instruction}\n\n### Response:\n", metadata=ONE_INSTRUCTION)
     """Prompt template; must contain {instruction} once. The answer and the end token are appended."""
-    max_length: int = 512
+    max_length: int = field(default=512, metadata=at_least(2))
     """Longest prompt + answer, in tokens; examples that do not fit are reported and left out."""
-    cache_dir: str = "~/.cache/dpa_ds"
+    cache_dir: str = field(default="~/.cache/dpa_ds", metadata=required_path())
     """Where tokenised data and converted models are kept."""
 
 
@@ -109,9 +134,9 @@ class DataConfig:
 class MethodConfig:
     """Which schedule of phases is trained."""
 
-    name: Literal["feddpa_t", "feddpa_f", "fedit", "fedlora", "local", "centralized"] = "feddpa_t"
+    name: MethodName = "feddpa_t"
     """feddpa_t / feddpa_f: the method; the others are baselines."""
-    alpha: float = 0.5
+    alpha: float = field(default=0.5, metadata=within("[0, 1]"))
     """Weight of the local adapter in the local phase, in [0, 1]; the global one has 1 - alpha."""
     phase_order: Literal["global_first", "local_first"] = "global_first"
     """feddpa_t: the paper's order, or that of its published code."""
@@ -121,23 +146,31 @@ class MethodConfig:
 
 @dataclass(frozen=True)
 class FederationConfig:
-    """Rounds, sampling of clients and aggregation."""
+    """Rounds, sampling of clients, aggregation and the server's step."""
 
-    num_rounds: int = 20
+    num_rounds: int = field(default=20, metadata=at_least(1))
     """Federated rounds; a finished run is extended by raising this."""
-    client_fraction: float = 1.0
-    """Share of the clients drawn in each round, in (0, 1]; at least one is drawn."""
+    client_fraction: float = field(default=1.0, metadata=within("(0, 1]"))
+    """Share of the clients sampled in each round, in (0, 1]; at least one is sampled."""
     stratify_by_group: bool = False
-    """Draw the same number of clients from every rank group, so that no group idles."""
+    """Sample the same number of clients from every rank group, so that no group idles."""
     aggregation_weights: Literal["uniform", "num_examples"] = "uniform"
     """Weight of a client's update in the average."""
+    aggregation: Literal["mean"] = "mean"
+    """Rule that turns the clients' updates into one pseudo-gradient; mean: their average by aggregation_weights."""
     compression: Literal["fp32", "int16"] = "fp32"
-    """int16: updates travel in half of the bytes, for slow networks; what rounding leaves over goes with the next update."""
-    timeout_seconds: float = 3600.0
+    """int16: updates travel in half of the bytes, for slow networks; rounding errors are added to the next update."""
+    server_optimizer: Literal["sgd", "momentum"] = "sgd"
+    """How the pseudo-gradient changes the global adapter: sgd (FedAvg at a learning rate of 1), momentum (FedAvgM)."""
+    server_learning_rate: float = field(default=1.0, metadata=above(0))
+    """Learning rate of the server optimizer; 1: the global adapter moves by the whole pseudo-gradient."""
+    server_momentum: float = field(default=0.9, metadata=within("[0, 1)"))
+    """momentum: share of the last step's velocity that is kept (FedAvgM, Hsu et al. 2019), in [0, 1)."""
+    timeout_seconds: float = field(default=3600.0, metadata=all_of(above(0), AT_MOST_A_YEAR))
     """Bound on every wait among the leaders, in seconds: the slowest client's round must fit in."""
-    min_clients: int = 1
-    """With cluster.group: rounds continue without lost groups as long as those present host so many clients."""
-    max_update_norm: float | None = None
+    min_clients: int = field(default=1, metadata=at_least(1))
+    """With cluster.group: rounds continue without lost groups as long as the groups present host so many clients."""
+    max_update_norm: float | None = field(default=None, metadata=above(0, or_null="for no bound"))
     """Largest L2 norm of a client's change of the global adapter that may enter the average; null: any finite one."""
     on_bad_update: Literal["skip", "stop"] = "skip"
     """A client that diverged or exceeds max_update_norm: continue without it and undo its round, or stop the run."""
@@ -147,35 +180,37 @@ class FederationConfig:
 class TrainConfig:
     """One phase of one client."""
 
-    batch_size: int = 64
+    batch_size: int = field(default=64, metadata=at_least(1))
     """Examples per optimizer step of a client, whatever the number of ranks."""
-    micro_batch_tokens: int = 4096
+    micro_batch_tokens: int = field(default=4096, metadata=at_least(1))
     """Upper bound on one forward pass on one rank, in tokens with padding; a longer example is passed alone."""
-    local_epochs: float = 10.0
+    local_epochs: float = field(default=10.0, metadata=above(0))
     """Passes over the client's data per phase (a fraction is allowed); not used where max_steps is given."""
-    max_steps: int | None = None
+    max_steps: int | None = field(default=None, metadata=at_least(1, or_null="to train for train.local_epochs"))
     """Optimizer steps per phase, instead of local_epochs."""
-    learning_rate: float = 3e-4
+    learning_rate: float = field(default=3e-4, metadata=above(0))
     """Peak learning rate of AdamW."""
     lr_schedule: Literal["linear", "cosine", "constant"] = "linear"
     """Course of the learning rate within a phase; linear and cosine end at 0."""
-    weight_decay: float = 0.0
+    weight_decay: float = field(default=0.0, metadata=at_least(0))
     """AdamW weight decay, decoupled (per step: learning rate x weight decay)."""
-    adam_betas: tuple[float, float] = (0.9, 0.999)
+    adam_betas: tuple[float, float] = field(default=(0.9, 0.999), metadata=each_within("[0, 1)"))
     """AdamW betas: decay of the first and of the second moment, each in [0, 1)."""
-    adam_epsilon: float = 1e-8
+    adam_epsilon: float = field(default=1e-8, metadata=above(0))
     """AdamW epsilon, added to the root of the second moment."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: float = field(default=1.0, metadata=at_least(0, note="0 turns clipping off"))
     """Clip the gradient to this norm; 0 turns clipping off."""
     keep_optimizer_state: bool = False
-    """Keep each client's local AdamW state between rounds instead of starting afresh."""
+    """Keep each client's local AdamW state between rounds instead of starting from zero."""
 
 
 @dataclass(frozen=True)
 class EngineConfig:
     """DeepSpeed."""
 
-    deepspeed_config: str = "ds_configs/zero1.json"
+    deepspeed_config: str = field(
+        default="ds_configs/zero1.json", metadata=required_path("such as ds_configs/zero1.json")
+    )
     """DeepSpeed JSON: ZeRO stage, offload, buckets and communication only."""
 
 
@@ -184,46 +219,46 @@ class WeightingConfig:
     """Weight alpha of the local adapter, for each test instance: alpha = scale x mean similarity to own prompts."""
 
     kind: WeightingKind = "auto"
-    """auto: centred_cosine (less the clients' mean state) for feddpa_t and feddpa_f, one client: cosine; else the adapter."""
-    scale: float | None = None
-    """lambda; null: 0.5 (the paper's), 1.0 for centred_cosine. kind fixed: the weight itself; null: method.alpha."""
-    num_references: int = 5
-    """S, prompts of a client's own training data that a test prompt is compared with, drawn once per run."""
+    """auto: centred_cosine (less the clients' mean) for feddpa_t and feddpa_f, one client: cosine; else one adapter."""
+    scale: float | None = field(default=None, metadata=at_least(0, or_null="for the default of weighting.kind"))
+    """lambda; null: 0.5 (the paper's), 1.0 for centred_cosine. kind fixed: alpha itself; null: method.alpha."""
+    num_references: int = field(default=5, metadata=at_least(1))
+    """S, prompts of a client's own training data that a test prompt is compared with, chosen once per run."""
     representation: Literal["last_token", "mean"] = "last_token"
-    """State of a prompt: the last layer's at its last token, or their mean over its tokens."""
-    encoder: Literal["auto", "none", "global", "local"] = "auto"
-    """Adapter that is active, at full strength, while prompts are encoded. auto: local, for centred_cosine none."""
+    """Embedding of a prompt: the last layer's output at its last token, or the mean over its tokens."""
+    encoder: Literal["auto", Encoder] = "auto"
+    """Adapter that is active, at full strength, while prompts are embedded. auto: local, for centred_cosine none."""
 
 
 @dataclass(frozen=True)
 class GenerationConfig:
     """How answers are decoded; never sampled."""
 
-    num_beams: int = 4
-    """Beams; 1: greedy."""
-    max_new_tokens: int = 80
+    num_beams: int = field(default=4, metadata=at_least(1, note="1: greedy"))
+    """Number of beams; 1: greedy."""
+    max_new_tokens: int = field(default=80, metadata=at_least(1))
     """Longest answer, in tokens."""
-    batch_tokens: int = 16384
-    """Upper bound on rows (instances x beams) x longest prompt with answer of a batch; does not change answers (fp32)."""
+    batch_tokens: int = field(default=16384, metadata=at_least(1))
+    """Upper bound on sequences (instances x beams) x their length, of a batch; does not change answers (fp32)."""
 
 
 @dataclass(frozen=True)
 class EvaluationConfig:
     """Held-out loss and scores while training, and what launch/evaluate.py scores."""
 
-    every_rounds: int = 1
+    every_rounds: int = field(default=1, metadata=at_least(0, note="0 evaluates only before and after training"))
     """Held-out loss after every n rounds (always before the first and after the last); 0: only those two."""
-    max_examples: int = 50
+    max_examples: int = field(default=50, metadata=at_least(1))
     """Held-out examples per client for the loss."""
-    scores_every_rounds: int = 0
-    """While training: generate and score answers to a few instances of every trained task after every n rounds; 0: never."""
+    scores_every_rounds: int = field(default=0, metadata=at_least(0, note="0: no answers while training"))
+    """Generate and score answers to a few instances of every trained task after every n rounds; 0: never."""
     split: Literal["test", "held_out"] = "test"
     """What is scored: the test data, or (to tune) what data.held_out_fraction keeps from training."""
-    instances_per_task: int | None = None
+    instances_per_task: int | None = field(default=None, metadata=at_least(1, or_null="for all"))
     """Test instances of each task, the first ones of the file; null: all (while training 4)."""
-    clients: list[int] | None = None
+    clients: list[int] | None = field(default=None, metadata=CLIENT_IDS)
     """launch/evaluate.py: ids of the clients to score; null: all."""
-    tasks: list[str] | None = None
+    tasks: list[str] | None = field(default=None, metadata=TASK_NAMES)
     """launch/evaluate.py: tasks to score; null: all of the test data."""
     sharding: Literal["auto", "never", "always"] = "auto"
     """launch/evaluate.py: divide the base among the ranks (ZeRO-3) where it does not fit one of them; slow."""
@@ -231,15 +266,15 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """What is saved when; a run that ended early continues by the same command."""
+    """What is saved when; the same command resumes a run that ended early."""
 
-    every_steps: int | None = None
+    every_steps: int | None = field(default=None, metadata=at_least(1, or_null="to save by time"))
     """Save inside a phase after every n optimizer steps; null: by time alone."""
-    every_minutes: float | None = 10.0
-    """Save inside a phase so often; null: by steps alone. Between clients and rounds it is always saved."""
-    keep_rounds: int = 2
+    every_minutes: float | None = field(default=10.0, metadata=above(0, or_null="to save by steps"))
+    """Save inside a phase this often; null: by steps alone. Each client and each round is saved anyway."""
+    keep_rounds: int = field(default=2, metadata=at_least(1))
     """Complete rounds to keep; the older ones are deleted."""
-    grace_seconds: float = 25.0
+    grace_seconds: float = field(default=25.0, metadata=all_of(above(0), AT_MOST_A_YEAR))
     """After SIGTERM, SIGUSR1 or Ctrl-C every rank has saved and ended within this time, in seconds."""
 
 
@@ -250,8 +285,8 @@ class TrackingConfig:
     tensorboard: bool = True
     """Write TensorBoard events to <run>/tensorboard."""
     profile: bool = False
-    """Trace a few steps of each phase, and tell what the first round's time went into: <run>/profile (`--profile`)."""
-    log_every_seconds: float = 20.0
+    """Trace a few steps of each phase, and report where the first round's time went: <run>/profile (`--profile`)."""
+    log_every_seconds: float = field(default=20.0, metadata=at_least(0))
     """Seconds between progress lines where the output is not a terminal."""
 
 
@@ -259,14 +294,14 @@ class TrackingConfig:
 class RunConfig:
     """Federated training of dual adapters over one frozen LLM."""
 
-    name: str = "run"
+    name: str = field(default="run", metadata=all_of(PLAIN_NAME, SHORT_NAME))
     """Name of the run: results go to <output_dir>/<name>."""
-    output_dir: str = "runs"
+    output_dir: str = field(default="runs", metadata=required_path())
     """Folder of all runs, on a file system that every host sees."""
-    seed: int = 0
+    seed: int = field(default=0, metadata=at_least(0))
     """Fixes initial adapters, sampling of clients, order of examples and dropout."""
     resume: Literal["auto", "never", "must"] = "auto"
-    """auto: resume where the run stopped, or begin; never: refuse a folder with results; must: refuse to start from scratch."""
+    """auto: resume where the run stopped, or start; never: refuse a folder with results; must: fail without them."""
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     """How the ranks of the job are divided among the clients."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -278,7 +313,7 @@ class RunConfig:
     method: MethodConfig = field(default_factory=MethodConfig)
     """What is trained, in which order."""
     federation: FederationConfig = field(default_factory=FederationConfig)
-    """Rounds, sampling of clients and aggregation."""
+    """Rounds, sampling of clients, aggregation and the server's step."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """One phase of one client."""
     engine: EngineConfig = field(default_factory=EngineConfig)

@@ -3,15 +3,18 @@
 What a step computes is a function of seed, client, round and phase alone (`step_indices`). Ranks, hosting and
 micro-batch budget only decide who computes which part of it (`plan_step`); the loss is normalised by the label
 tokens of the whole step (`StepBatch.num_label_tokens`), so the division leaves no trace in the gradient.
+
+The plan of a step has four levels: StepPlan > RankPlan > MicroBatchPlan > Segment. A segment is a group of examples
+of similar length, all padded to the longest; a micro-batch is the segments of one forward pass, packed in one row.
 """
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from dpa_ds.data.tokenize import TokenizedExamples
@@ -23,9 +26,9 @@ SEGMENT_OVERHEAD_TOKENS = 8
 # Labels with this value do not count in the loss (torch's default ignore_index).
 IGNORE_INDEX = -100
 
-# A prefix that all examples of a step share is placed once if that saves at least this share of its tokens: attention copies it for
-# every example.
-WORTH_SHARING = 1 / 32
+# A shared prefix is placed once a micro-batch if that saves at least this share of the step's tokens. It is not free:
+# attention copies its keys and values for every example.
+MIN_SAVED_SHARE = 1 / 32
 
 # Length of a dummy: two positions, because the loss compares position t with token t + 1.
 _DUMMY_LENGTH = 2
@@ -33,22 +36,75 @@ _DUMMY_LENGTH = 2
 
 @dataclass(frozen=True)
 class BatchingConfig:
-    """How the examples of a step become passes. Of no consequence for what is computed, but for dropout's noise."""
+    """How the examples of a step become micro-batches. It changes nothing that is computed, except dropout's noise."""
 
     token_budget: int
-    """Most tokens of a pass's examples, with padding; a longer example is passed alone."""
+    """Most tokens of a micro-batch's examples, with padding; a longer example is a micro-batch of its own."""
     pad_id: int
     prefix_sharing: bool
-    """Place what all prompts of a step begin with once a pass. The model's attention must know (`model/packing.py`)."""
+    """Place the shared prefix of a step's prompts once a micro-batch. The model's attention must support it
+    (`PackedAttention.supports_prefix`)."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Examples of similar length, each padded on the right to the longest."""
+
+    rows: tuple[int, ...]
+    """Positions in the step's list of examples, in ascending order of length."""
+    padded_length: int
+    """Tokens of the longest example, its prefix included."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens with padding, as if no prefix were shared."""
+        return len(self.rows) * self.padded_length
+
+
+@dataclass(frozen=True)
+class MicroBatchPlan:
+    """The segments of one forward pass, in their order in the row; none where the rank runs a dummy."""
+
+    segments: tuple[Segment, ...]
+
+    @property
+    def num_rows(self) -> int:
+        """Number of examples."""
+        return sum(len(segment.rows) for segment in self.segments)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens with padding, as if no prefix were shared."""
+        return sum(segment.num_tokens for segment in self.segments)
+
+    def computed_tokens(self, prefix: int) -> int:
+        """Tokens of the forward pass where `prefix` tokens are placed once instead of once an example."""
+        if not self.segments:
+            return _DUMMY_LENGTH
+        return self.num_tokens - (self.num_rows - 1) * prefix
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """The micro-batches of one rank, in the order in which it runs them."""
+
+    micro_batches: tuple[MicroBatchPlan, ...]
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """Who computes what in one optimizer step: each example of the step is in exactly one segment of one rank."""
+
+    ranks: tuple[RankPlan, ...]
+    """By rank within the rank group; all have the same number of micro-batches, at least one."""
 
 
 @dataclass(frozen=True)
 class MicroBatch:
     """One forward pass: examples packed in one row of int64 tensors, shape (tokens,).
 
-    First the prefix that all examples share, then the rest of each. Rests of similar length form a segment, in which all are padded
-    on the right to the longest. Attention stays inside an example because it is computed segment by segment; all else of a
-    transformer works token by token.
+    First the prefix that all examples share, then the suffix of each, segment by segment. Attention stays inside an
+    example because it is computed segment by segment; all else of a transformer works token by token.
     """
 
     input_ids: torch.Tensor
@@ -76,7 +132,7 @@ class StepBatch:
     real_tokens: int
     """Tokens of the examples."""
     computed_tokens: int
-    """Tokens of all passes: with padding and dummies, a shared prefix once a pass."""
+    """Tokens of all micro-batches: with padding and dummies, a shared prefix once a micro-batch."""
 
 
 def num_steps(num_examples: int, batch_size: int, local_epochs: float, max_steps: int | None) -> int:
@@ -89,151 +145,205 @@ def num_steps(num_examples: int, batch_size: int, local_epochs: float, max_steps
     if max_steps is not None:
         return max(1, max_steps)
     # Decimal, as written in the recipe: in floats 1.1 epochs of 10 steps would be 12 steps.
-    return max(1, math.ceil(Fraction(str(local_epochs)) * _steps_per_epoch(num_examples, batch_size)))
+    epochs = Fraction(str(local_epochs))
+    return max(1, math.ceil(epochs * _steps_per_epoch(num_examples, batch_size)))
 
 
 def step_indices(num_examples: int, batch_size: int, num_steps: int, seed: Sequence[int]) -> list[list[int]]:
-    """Examples of each optimizer step: a fresh permutation per epoch, its last step holding the rest.
+    """Examples of each optimizer step: a fresh permutation per epoch, its last step holding the remainder.
 
     A pure function of its arguments; `seed` is any number of words >= 0, such as (run seed, round, client, phase).
     """
+    num_epochs = math.ceil(num_steps / _steps_per_epoch(num_examples, batch_size))
     steps: list[list[int]] = []
-    for epoch in range(math.ceil(num_steps / _steps_per_epoch(num_examples, batch_size))):
+    for epoch in range(num_epochs):
         # The count of words goes first because SeedSequence pads with zeros: (1,) and (1, 0) would be one seed.
-        generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([len(seed), *seed, epoch])))
+        words = np.random.SeedSequence([len(seed), *seed, epoch])
+        generator = np.random.Generator(np.random.PCG64(words))
         order = generator.permutation(num_examples).tolist()
-        steps.extend(order[start : start + batch_size] for start in range(0, num_examples, batch_size))
+        for start in range(0, num_examples, batch_size):
+            steps.append(order[start : start + batch_size])
     return steps[:num_steps]
 
 
-def plan_step(lengths: Sequence[int], world_size: int, token_budget: int) -> list[list[list[list[int]]]]:
-    """Who computes what: [rank][micro-batch][segment][position in `lengths`], each position exactly once.
+def plan_step(lengths: Sequence[int], world_size: int, token_budget: int) -> StepPlan:
+    """Divide examples of these lengths among the ranks of a group. Deterministic: every rank computes the same plan.
 
-    Every rank gets the same number of micro-batches, at least one; some may be empty (the rank runs a dummy, so
-    that collectives match). Their tokens with padding are at most `token_budget`, except for a single row. Deterministic.
+    Every rank gets the same number of micro-batches, so that collectives match; some may have no segment. The tokens of
+    a micro-batch, with padding, are at most `token_budget`, unless it is one example.
     """
     assert min(len(lengths), world_size) >= 1, (len(lengths), world_size)
-    ranks = [sorted(rows, key=lambda row: (lengths[row], row)) for rows in _share_out(lengths, world_size)]
-    count = max(1, math.ceil(max(sum(lengths[row] for row in rows) for rows in ranks) / token_budget))
-    count = min(count, max(map(len, ranks)))  # then every row is alone
+    rows_of_ranks = _divide_among_ranks(lengths, world_size)
+    most_tokens = max(sum(lengths[row] for row in rows) for rows in rows_of_ranks)
+    most_rows = max(len(rows) for rows in rows_of_ranks)
+    # The fewest that the tokens ask for without padding; with one row in each, more would not help.
+    num_micro_batches = min(math.ceil(most_tokens / token_budget), most_rows)
     while True:
-        plan = [[_cut_with_least_padding(run, lengths) for run in _cut_evenly(rows, lengths, count)] for rows in ranks]
-        if all(_fits(segments, lengths, token_budget) for micro_batches in plan for segments in micro_batches):
-            return plan
-        count += 1
-
-
-def dummy_micro_batch(pad_id: int) -> MicroBatch:
-    """A forward pass that adds nothing: two tokens, no target."""
-    input_ids = torch.full((_DUMMY_LENGTH,), pad_id, dtype=torch.int64)
-    positions = torch.arange(_DUMMY_LENGTH)
-    return MicroBatch(input_ids, positions, torch.full_like(input_ids, IGNORE_INDEX), ((1, _DUMMY_LENGTH),))
+        plans = [_plan_rank(rows, lengths, num_micro_batches) for rows in rows_of_ranks]
+        if all(_fits(plan, token_budget) for plan in plans):
+            return StepPlan(tuple(plans))
+        num_micro_batches += 1
 
 
 def build_step(
     examples: TokenizedExamples, indices: Sequence[int], rank: int, world_size: int, batching: BatchingConfig
 ) -> StepBatch:
     """Tensors of one rank (within its rank group) for the step that trains on `indices`, and the step's totals."""
-    prefix = _shared_prefix(examples, indices) if batching.prefix_sharing else 0
     lengths = [examples.length(index) for index in indices]
-    plan = plan_step(
-        lengths, world_size, batching.token_budget
-    )  # with the prefix, which attention copies for each example
-    suffix_lengths = [length - prefix for length in lengths]
-    passes = [segments for micro_batches in plan for segments in micro_batches]
+    prefix = _shared_prefix(examples, indices) if batching.prefix_sharing else 0
+    # The plan counts the prefix in every example: attention copies it for each, so that is what a micro-batch costs.
+    plan = plan_step(lengths, world_size, batching.token_budget)
+    micro_batches = []
+    for planned in plan.ranks[rank].micro_batches:
+        micro_batches.append(_collate(planned, examples, indices, prefix, batching.pad_id))
+    computed_tokens = 0
+    for rank_plan in plan.ranks:
+        for planned in rank_plan.micro_batches:
+            computed_tokens += planned.computed_tokens(prefix)
     return StepBatch(
-        micro_batches=[
-            _collate(examples, [[indices[row] for row in rows] for rows in segments], prefix, batching.pad_id)
-            for segments in plan[rank]
-        ],
+        micro_batches,
         num_label_tokens=sum(examples.num_label_tokens(index) for index in indices),
         num_examples=len(indices),
         real_tokens=sum(lengths),
-        computed_tokens=sum(
-            prefix + _padded(segments, suffix_lengths) if segments else _DUMMY_LENGTH for segments in passes
-        ),
+        computed_tokens=computed_tokens,
     )
 
 
-def _shared_prefix(examples: TokenizedExamples, indices: Sequence[int]) -> int:
-    """Tokens that all prompts begin with; 0 where sharing them is not worth it. At least a prompt's last token stays out
-    of it: the first token of the answer is predicted there, another one for each example."""
-    longest = max(0, min(int(examples.prompt_lengths[index]) for index in indices) - 1)
-    rows = np.stack([examples.input_ids(index)[:longest] for index in indices])
-    same = (rows == rows[0]).all(axis=0)
-    prefix = longest if same.all() else int(np.argmin(same))
-    total = sum(examples.length(index) for index in indices)
-    return prefix if prefix * (len(indices) - 1) >= WORTH_SHARING * total else 0
+def dummy_micro_batch(pad_id: int) -> MicroBatch:
+    """A forward pass that adds nothing: two tokens, no target."""
+    input_ids = torch.full((_DUMMY_LENGTH,), pad_id, dtype=torch.int64)
+    position_ids = torch.arange(_DUMMY_LENGTH)
+    targets = torch.full_like(input_ids, IGNORE_INDEX)
+    return MicroBatch(input_ids, position_ids, targets, segments=((1, _DUMMY_LENGTH),))
 
 
 def _steps_per_epoch(num_examples: int, batch_size: int) -> int:
     return math.ceil(num_examples / batch_size)
 
 
-def _share_out(lengths: Sequence[int], world_size: int) -> list[list[int]]:
-    """Rows of each rank. The longest first, each to the rank with the fewest tokens so far."""
-    ranks: list[list[int]] = [[] for _ in range(world_size)]
+def _divide_among_ranks(lengths: Sequence[int], world_size: int) -> list[list[int]]:
+    """Rows of each rank in ascending order of length, with about as many tokens on each rank.
+
+    Ties are in ascending order of the row, on every machine, because Python's sort is stable.
+    """
+    rows_of_ranks: list[list[int]] = [[] for _ in range(world_size)]
     loads = [0] * world_size
-    for row in sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)):
+    # The longest first, each to the rank with the fewest tokens so far: the short ones then even out what is left.
+    for row in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
         lightest = loads.index(min(loads))
-        ranks[lightest].append(row)
+        rows_of_ranks[lightest].append(row)
         loads[lightest] += lengths[row]
-    return ranks
+    for rows in rows_of_ranks:
+        rows.sort(key=lengths.__getitem__)
+    return rows_of_ranks
+
+
+def _plan_rank(rows: Sequence[int], lengths: Sequence[int], num_micro_batches: int) -> RankPlan:
+    """`rows` in ascending order of length, in consecutive runs: similar lengths meet, which saves padding."""
+    micro_batches = []
+    for run in _cut_evenly(rows, lengths, num_micro_batches):
+        micro_batches.append(MicroBatchPlan(_cut_with_least_padding(run, lengths)))
+    return RankPlan(tuple(micro_batches))
 
 
 def _cut_evenly(rows: Sequence[int], lengths: Sequence[int], count: int) -> list[Sequence[int]]:
     """`count` runs of consecutive rows with about as many tokens each; empty only where there are fewer rows."""
     if len(rows) <= count:
         return [rows[k : k + 1] for k in range(count)]
-    ends = np.cumsum([lengths[row] for row in rows])
-    bounds = [0]
+    cumulated = np.cumsum([lengths[row] for row in rows])
+    runs = []
+    start = 0
     for k in range(1, count):
-        nearest = int(np.searchsorted(ends, ends[-1] * k / count)) + 1
-        bounds.append(min(max(nearest, bounds[-1] + 1), len(rows) - (count - k)))
-    return [rows[start:stop] for start, stop in itertools.pairwise([*bounds, len(rows)])]
+        nearest = int(np.searchsorted(cumulated, cumulated[-1] * k / count)) + 1
+        # At least one row for this run, and one for each of the runs that follow.
+        stop = min(max(nearest, start + 1), len(rows) - (count - k))
+        runs.append(rows[start:stop])
+        start = stop
+    runs.append(rows[start:])
+    return runs
 
 
-def _cut_with_least_padding(rows: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
+def _cut_with_least_padding(rows: Sequence[int], lengths: Sequence[int]) -> tuple[Segment, ...]:
     """Segments of rows in ascending order of length, at least total cost, by dynamic programming over the last segment.
 
     In sorted order some best division is contiguous: exchanging rows between segments never shortens a longest row.
     """
-    best, cut = np.zeros(len(rows) + 1), np.zeros(len(rows) + 1, dtype=np.int64)
+    # best_cost[n] is that of the first n rows; the last of their segments begins at row last_start[n].
+    best_cost = np.zeros(len(rows) + 1)
+    last_start = np.zeros(len(rows) + 1, dtype=np.int64)
     for stop in range(1, len(rows) + 1):
-        costs = best[:stop] + np.arange(stop, 0, -1) * lengths[rows[stop - 1]] + SEGMENT_OVERHEAD_TOKENS
-        cut[stop] = np.argmin(costs)
-        best[stop] = costs[cut[stop]]
-    segments: list[list[int]] = []
+        num_rows = np.arange(stop, 0, -1)  # of a last segment that begins at row 0, 1, ..., stop - 1
+        costs = best_cost[:stop] + num_rows * lengths[rows[stop - 1]] + SEGMENT_OVERHEAD_TOKENS
+        last_start[stop] = np.argmin(costs)
+        best_cost[stop] = costs[last_start[stop]]
+    segments = []
     stop = len(rows)
     while stop > 0:
-        segments.insert(0, list(rows[cut[stop] : stop]))
-        stop = int(cut[stop])
-    return segments
+        start = int(last_start[stop])
+        segments.append(Segment(tuple(rows[start:stop]), lengths[rows[stop - 1]]))
+        stop = start
+    segments.reverse()
+    return tuple(segments)
 
 
-def _padded(segments: Sequence[Sequence[int]], lengths: Sequence[int]) -> int:
-    return sum(len(rows) * lengths[rows[-1]] for rows in segments)
+def _fits(plan: RankPlan, token_budget: int) -> bool:
+    return all(part.num_rows <= 1 or part.num_tokens <= token_budget for part in plan.micro_batches)
 
 
-def _fits(segments: Sequence[Sequence[int]], lengths: Sequence[int], token_budget: int) -> bool:
-    return sum(map(len, segments)) <= 1 or _padded(segments, lengths) <= token_budget
+def _shared_prefix(examples: TokenizedExamples, indices: Sequence[int]) -> int:
+    """Number of tokens that all prompts begin with; 0 where sharing them is not worth it."""
+    shortest_prompt = min(int(examples.prompt_lengths[index]) for index in indices)
+    # A prompt's last token stays out: at its position the first token of the answer is predicted, which differs.
+    longest = max(0, shortest_prompt - 1)
+    beginnings = np.stack([examples.input_ids(index)[:longest] for index in indices])
+    is_shared = (beginnings == beginnings[0]).all(axis=0)
+    prefix = longest if is_shared.all() else int(np.argmin(is_shared))
+    saved_tokens = prefix * (len(indices) - 1)
+    total_tokens = sum(examples.length(index) for index in indices)
+    return prefix if saved_tokens >= MIN_SAVED_SHARE * total_tokens else 0
 
 
-def _collate(examples: TokenizedExamples, segments: Sequence[Sequence[int]], prefix: int, pad_id: int) -> MicroBatch:
-    if not segments:
+def _collate(
+    plan: MicroBatchPlan, examples: TokenizedExamples, indices: Sequence[int], prefix: int, pad_id: int
+) -> MicroBatch:
+    """Tensors of one micro-batch; row r of the plan is example indices[r]."""
+    if not plan.segments:
         return dummy_micro_batch(pad_id)
-    shapes = tuple((len(indices), max(map(examples.length, indices)) - prefix) for indices in segments)
-    input_ids = [examples.input_ids(segments[0][0])[:prefix].astype(np.int64)]
+    any_example = indices[plan.segments[0].rows[0]]
+    input_ids = [examples.input_ids(any_example)[:prefix].astype(np.int64)]
+    position_ids = [np.arange(prefix)]
     targets = [np.full(prefix, IGNORE_INDEX, dtype=np.int64)]
-    for indices, shape in zip(segments, shapes, strict=True):
-        ids, wanted = np.full(shape, pad_id, dtype=np.int64), np.full(shape, IGNORE_INDEX, dtype=np.int64)
-        for row, index in enumerate(indices):
-            own = examples.input_ids(index)[prefix:]
-            length, first = len(own), max(1, int(examples.prompt_lengths[index]) - prefix)
-            ids[row, :length] = own
-            wanted[row, first - 1 : length - 1] = ids[row, first:length]
-        input_ids.append(ids.reshape(-1))
-        targets.append(wanted.reshape(-1))
-    positions = [np.arange(prefix), *(np.tile(np.arange(prefix, prefix + length), rows) for rows, length in shapes)]
-    tokens, places, wanted_tokens = (torch.from_numpy(np.concatenate(p)) for p in (input_ids, positions, targets))
-    return MicroBatch(tokens, places, wanted_tokens, shapes, prefix)
+    shapes = []
+    for segment in plan.segments:
+        num_rows = len(segment.rows)
+        suffix_length = segment.padded_length - prefix
+        segment_ids = np.full((num_rows, suffix_length), pad_id, dtype=np.int64)
+        segment_targets = np.full((num_rows, suffix_length), IGNORE_INDEX, dtype=np.int64)
+        for k, row in enumerate(segment.rows):
+            _fill_row(segment_ids[k], segment_targets[k], examples, indices[row], prefix)
+        input_ids.append(segment_ids.reshape(-1))
+        position_ids.append(np.tile(np.arange(prefix, segment.padded_length), num_rows))
+        targets.append(segment_targets.reshape(-1))
+        shapes.append((num_rows, suffix_length))
+    return MicroBatch(
+        input_ids=torch.from_numpy(np.concatenate(input_ids)),
+        position_ids=torch.from_numpy(np.concatenate(position_ids)),
+        targets=torch.from_numpy(np.concatenate(targets)),
+        segments=tuple(shapes),
+        prefix=prefix,
+    )
+
+
+def _fill_row(
+    row_ids: npt.NDArray[np.int64],
+    row_targets: npt.NDArray[np.int64],
+    examples: TokenizedExamples,
+    index: int,
+    prefix: int,
+) -> None:
+    """Write the suffix of example `index`, and at each position before a label token that token as the target."""
+    suffix = examples.input_ids(index)[prefix:]
+    # The first token of a sequence is never predicted, even where the prompt is empty.
+    first_label = max(1, int(examples.prompt_lengths[index]) - prefix)
+    row_ids[: len(suffix)] = suffix
+    row_targets[first_label - 1 : len(suffix) - 1] = suffix[first_label:]

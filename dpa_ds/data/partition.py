@@ -1,4 +1,4 @@
-"""One data set becomes clients: pure functions of a seed on row numbers.
+"""Divides one data set into clients: pure functions of a seed on row numbers.
 
 Every function returns a true partition: each row number 0..n-1 belongs to exactly one client, and the rows of a
 client stay in the order of the file, so that a client's data does not depend on how the partition was found.
@@ -20,7 +20,7 @@ _MAX_DRAWS = 100
 
 
 def partition_by_column(values: Sequence[str]) -> dict[str, list[int]]:
-    """One client per distinct value: value -> its row numbers, values in sorted order."""
+    """One client per distinct value: the row numbers of each value, values in sorted order."""
     parts: dict[str, list[int]] = {value: [] for value in sorted(set(values))}
     for row, value in enumerate(values):
         parts[value].append(row)
@@ -40,8 +40,8 @@ def partition_iid(num_rows: int, num_clients: int, seed: int) -> list[list[int]]
 def partition_dirichlet(labels: Sequence[str], num_clients: int, concentration: float, seed: int) -> list[list[int]]:
     """Label-skewed parts: for each label, the clients' shares are drawn from Dirichlet(concentration).
 
-    As in Hsu, Qi and Brown (arXiv 1909.06335), label by label. Entry k holds the row numbers of client k. Redraws
-    until every client has a row; raises DataError where no draw of 100 achieves it.
+    As in Hsu, Qi and Brown (arXiv 1909.06335), label by label. Entry k holds the row numbers of client k. The draw is
+    repeated until every client has a row; raises DataError where no draw of 100 achieves it.
     """
     _require_enough_rows(len(labels), num_clients)
     generator = _generator(seed, _DIRICHLET_TAG)
@@ -60,7 +60,7 @@ def partition_dirichlet(labels: Sequence[str], num_clients: int, concentration: 
 def _draw_dirichlet(
     rows_of_label: Sequence[Sequence[int]], num_clients: int, concentration: float, generator: np.random.Generator
 ) -> list[list[int]]:
-    """One draw; clients may come out empty."""
+    """Row numbers of each client after one draw, in which clients may come out empty."""
     parts: list[list[int]] = [[] for _ in range(num_clients)]
     for rows in rows_of_label:
         shares = generator.dirichlet(np.full(num_clients, concentration))

@@ -1,7 +1,7 @@
 """Where the clients' examples come from: the authors' JSON layout, or one table divided into clients.
 
-A client's training rows are read by the ranks that host it only (with `format: feddpa` no other training file is opened),
-but for an evaluation of what was held out, which reads all. Every fault of a file is a DataError that names file and row.
+Only the ranks that host a client read its training rows (with `format: feddpa` they open no other training file). The
+exception is an evaluation of what was held out, which reads all. A faulty file raises DataError with file and row.
 """
 
 from collections import Counter
@@ -21,7 +21,7 @@ from dpa_ds.errors import ConfigError, DataError
 _HELD_OUT_TAG = 103
 
 NO_TASK = "all"
-"""The one task of data that names none."""
+"""Name of the one task where the data names none."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Example:
 
 @dataclass(frozen=True)
 class ClientData:
-    """What one client trains on, and what it is scored on (may be empty)."""
+    """The examples that one client trains on, and those that it is scored on, which may be none."""
 
     client_id: int
     name: str
@@ -50,14 +50,14 @@ class ClientInfo:
     client: int
     label: str
     own_tasks: tuple[str, ...]
-    """Tasks that it trained on."""
+    """Tasks that the client trained on."""
 
 
 def list_clients(config: DataConfig, seed: int) -> list[str]:
     """Names of the clients; the position in the list is the client id.
 
-    `feddpa` looks at file names only; `table` reads the data and partitions it. Raises DataError, or ConfigError
-    where the partition is not fully specified.
+    With `format: feddpa` only file names are looked at; with `table` the data is read and partitioned. Raises
+    DataError, or ConfigError where the partition is not fully specified.
     """
     if config.format == "feddpa":
         return [f"client_{k}" for k in range(len(_feddpa_files(config)))]
@@ -65,7 +65,7 @@ def list_clients(config: DataConfig, seed: int) -> list[str]:
 
 
 def read_client(config: DataConfig, seed: int, client_id: int) -> ClientData:
-    """Training and held-out examples of one client; see `read_clients`."""
+    """Training and held-out examples of one client, as `read_clients` reads them."""
     return read_clients(config, seed, [client_id])[0]
 
 
@@ -77,20 +77,24 @@ def read_clients(config: DataConfig, seed: int, client_ids: Sequence[int]) -> li
     """
     test = _read_test_examples(config) if config.held_out_fraction == 0 else None
     clients = []
-    for client_id, (name, origin, rows) in zip(client_ids, _rows_of_clients(config, seed, client_ids), strict=True):
-        examples = tuple(_to_example(row, config) for row in rows)
+    for source in _read_client_rows(config, seed, client_ids):
+        examples = tuple(_to_example(row, config) for row in source.rows)
         if not examples:
-            raise DataError(f"{name} ({origin}) has no training examples: add some, or take the client out")
+            raise DataError(
+                f"{source.name} ({source.origin}) has no training examples: add some, or take the client out"
+            )
         if test is None:
-            train, held_out = _split_held_out(examples, config.held_out_fraction, [seed, _HELD_OUT_TAG, client_id])
+            split_seed = [seed, _HELD_OUT_TAG, source.client_id]
+            train, held_out = _split_held_out(examples, config.held_out_fraction, split_seed)
         else:
-            train, held_out = examples, _of_tasks(test, {example.task for example in examples})
-        clients.append(ClientData(client_id, name, train, held_out))
+            train = examples
+            held_out = _of_tasks(test, {example.task for example in examples})
+        clients.append(ClientData(source.client_id, source.name, train, held_out))
     return clients
 
 
 def read_test_rows(config: DataConfig, seed: int, split: Literal["test", "held_out"]) -> list[Example]:
-    """What all clients are scored on: the test file, or the examples that they hold out of their training data.
+    """Examples that all clients are scored on: the test file's, or those held out of the clients' training data.
 
     Raises DataError where there are none.
     """
@@ -102,18 +106,22 @@ def read_test_rows(config: DataConfig, seed: int, split: Literal["test", "held_o
         return list(test)
     if config.held_out_fraction == 0:
         raise DataError("evaluation.split held_out needs a run that was trained with data.held_out_fraction above 0")
-    everyone = range(len(list_clients(config, seed)))
-    return [example for client in read_clients(config, seed, everyone) for example in client.held_out]
+    all_clients = range(len(list_clients(config, seed)))
+    held_out: list[Example] = []
+    for client in read_clients(config, seed, all_clients):
+        held_out.extend(client.held_out)
+    return held_out
 
 
 def pool_clients(clients: Sequence[ClientData]) -> ClientData:
     """All clients as one, for the centralized baseline: training examples joined, a shared test row counted once."""
-    train = tuple(example for client in clients for example in client.train)
+    train: list[Example] = []
     # The union of multisets: a test row that several clients hold out is one row, a row given twice stays two.
     held_out: Counter[Example] = Counter()
     for client in clients:
+        train.extend(client.train)
         held_out |= Counter(client.held_out)
-    return ClientData(0, "centralized", train, tuple(held_out.elements()))
+    return ClientData(0, "centralized", tuple(train), tuple(held_out.elements()))
 
 
 def _to_example(row: Row, config: DataConfig) -> Example:
@@ -122,40 +130,57 @@ def _to_example(row: Row, config: DataConfig) -> Example:
     for column, value in ((config.instruction_column, instruction), (config.output_column, output)):
         if not value.strip():
             raise DataError(f"{row.place}: column {column!r} is empty: fill it in, or remove the row")
-    further = row.optional_text(config.input_column) if config.input_column else ""
-    named = config.task_column is not None and config.task_column in row.values
-    task = row.optional_text(config.task_column) if named and config.task_column else ""
-    return Example(f"{instruction}\n{further}" if further else instruction, output, task)
+    if config.input_column and (further := row.optional_text(config.input_column)):
+        instruction = f"{instruction}\n{further}"
+    task = ""
+    # A missing input column is an error, a missing task column is not: it has a default, and data may name no task.
+    if config.task_column and config.task_column in row.values:
+        task = row.optional_text(config.task_column)
+    return Example(instruction, output, task)
 
 
-def _rows_of_clients(config: DataConfig, seed: int, client_ids: Sequence[int]) -> Iterator[tuple[str, str, list[Row]]]:
-    """Name, origin (for messages) and rows of each client."""
+@dataclass(frozen=True)
+class _ClientRows:
+    """The rows of one client's training data, not yet looked at."""
+
+    client_id: int
+    name: str
+    origin: str
+    """Path that a message names."""
+    rows: list[Row]
+
+
+def _read_client_rows(config: DataConfig, seed: int, client_ids: Sequence[int]) -> Iterator[_ClientRows]:
     if config.format == "feddpa":
         files = _feddpa_files(config)
         for client_id in client_ids:
-            yield f"client_{client_id}", str(files[client_id]), read_rows(files[client_id])
+            path = files[client_id]
+            yield _ClientRows(client_id, f"client_{client_id}", str(path), read_rows(path))
     else:
-        rows = read_table(config.path)
-        parts = list(_partition(rows, config, seed).items())
+        table = read_table(config.path)
+        parts = list(_partition(table, config, seed).items())
         for client_id in client_ids:
-            name, chosen = parts[client_id]
-            yield name, config.path, [rows[number] for number in chosen]
+            name, row_numbers = parts[client_id]
+            yield _ClientRows(client_id, name, config.path, [table[number] for number in row_numbers])
 
 
 def _partition(rows: Sequence[Row], config: DataConfig, seed: int) -> dict[str, list[int]]:
-    """Client name -> its row numbers."""
-    kind, column, num_clients = config.partition.kind, config.partition.column, config.partition.num_clients
-    if column is None and kind != "iid":
-        raise ConfigError(f"data.partition.kind {kind} needs data.partition.column: name a column of {config.path}")
-    values = [row.text(column) for row in rows] if column is not None and kind != "iid" else []
+    """Row numbers of each client, by the client's name."""
+    partition = config.partition
+    kind = partition.kind
+    values: list[str] = []
+    if kind != "iid":
+        if partition.column is None:
+            raise ConfigError(f"data.partition.kind {kind} needs data.partition.column: name a column of {config.path}")
+        values = [row.text(partition.column) for row in rows]
     if kind == "column":
         return partition_by_column(values)
-    if num_clients is None:
+    if partition.num_clients is None:
         raise ConfigError(f"data.partition.kind {kind} needs data.partition.num_clients: give a number >= 1")
     if kind == "iid":
-        parts = partition_iid(len(rows), num_clients, seed)
+        parts = partition_iid(len(rows), partition.num_clients, seed)
     else:
-        parts = partition_dirichlet(values, num_clients, config.partition.concentration, seed)
+        parts = partition_dirichlet(values, partition.num_clients, partition.concentration, seed)
     return {f"client_{k}": part for k, part in enumerate(parts)}
 
 
@@ -163,48 +188,72 @@ def _feddpa_files(config: DataConfig) -> list[Path]:
     """<path>/<C>/local_training_<k>.json for k = 0..C-1, all of them there."""
     root = Path(config.path)
     with reading(root):
-        folders = {int(p.name): p for p in root.iterdir() if p.name.isascii() and p.name.isdigit() and p.is_dir()}
-        wanted = [config.num_clients] if config.num_clients is not None else sorted(folders)
-        if len(wanted) != 1 or wanted[0] not in folders:
-            raise DataError(
-                f"{root}: folders named after their number of clients: {sorted(folders) or 'none'}, wanted: "
-                f"{config.num_clients or 'the only one'}: set data.num_clients to one of them, or correct data.path"
-            )
-        folder = folders[wanted[0]]
-        found = {p.name for p in folder.iterdir() if p.match("local_training_*.json")}
-    expected = [f"local_training_{k}.json" for k in range(wanted[0])]
-    missing, surplus = sorted(set(expected) - found), sorted(found - set(expected))
+        folder = _feddpa_folder(root, config.num_clients)
+        # Not glob: it passes over a folder that may not be read.
+        found = {path.name for path in folder.iterdir() if path.match("local_training_*.json")}
+    num_clients = int(folder.name)
+    expected = [f"local_training_{k}.json" for k in range(num_clients)]
+    missing = sorted(set(expected) - found)
+    surplus = sorted(found - set(expected))
     if missing or surplus or not expected:
         raise DataError(
-            f"{folder}: must hold exactly local_training_0 to {wanted[0] - 1}.json; missing: {missing}, surplus: "
+            f"{folder}: must hold exactly local_training_0 to {num_clients - 1}.json; missing: {missing}, surplus: "
             f"{surplus}: name the folder after its number of clients and number the files without gaps"
         )
     return [folder / name for name in expected]
+
+
+def _feddpa_folder(root: Path, num_clients: int | None) -> Path:
+    """The folder in `root` that is named after its number of clients: `num_clients`, or the only such folder."""
+    folders = {}
+    for path in root.iterdir():
+        # isdigit() alone also holds for superscripts, which int() refuses.
+        if path.name.isascii() and path.name.isdigit() and path.is_dir():
+            folders[int(path.name)] = path
+    wanted = sorted(folders) if num_clients is None else [num_clients]
+    if len(wanted) != 1 or wanted[0] not in folders:
+        raise DataError(
+            f"{root}: folders named after their number of clients: {sorted(folders) or 'none'}, wanted: "
+            f"{num_clients or 'the only one'}: set data.num_clients to one of them, or correct data.path"
+        )
+    return folders[wanted[0]]
 
 
 def _read_test_examples(config: DataConfig) -> tuple[Example, ...] | None:
     """Examples of the test file; None where there is none."""
     path = config.test_path
     if path is None and config.format == "feddpa":
-        with reading(Path(config.path)):
-            candidates = sorted(p for p in Path(config.path).iterdir() if p.suffix == ".jsonl")
-        if len(candidates) > 1:
-            names = ", ".join(p.name for p in candidates)
-            raise DataError(f"{config.path}: several test files ({names}): name one in data.test_path")
-        path = str(candidates[0]) if candidates else None
-    return None if path is None else tuple(_to_example(row, config) for row in read_table(path))
+        path = _feddpa_test_file(config.path)
+    if path is None:
+        return None
+    return tuple(_to_example(row, config) for row in read_table(path))
+
+
+def _feddpa_test_file(root: str) -> str | None:
+    with reading(Path(root)):
+        candidates = sorted(path for path in Path(root).iterdir() if path.suffix == ".jsonl")
+    if len(candidates) > 1:
+        names = ", ".join(path.name for path in candidates)
+        raise DataError(f"{root}: several test files ({names}): name one in data.test_path")
+    return str(candidates[0]) if candidates else None
 
 
 def _of_tasks(test: Sequence[Example], tasks: set[str]) -> tuple[Example, ...]:
-    return tuple(e for e in test if e.task in tasks or e.task == "" or "" in tasks)
+    """Test rows of one of `tasks`. An example without a task, here or there, belongs to every task."""
+    if "" in tasks:
+        return tuple(test)
+    return tuple(example for example in test if example.task in tasks or example.task == "")
 
 
 def _split_held_out(
     examples: tuple[Example, ...], fraction: float, seed: Sequence[int]
 ) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
     """(train, held out), both in the order of the file; at least one example stays in train."""
-    wanted = max(1, round(fraction * len(examples))) if fraction > 0 else 0
+    num_held_out = 0
+    if fraction > 0:
+        num_held_out = min(max(1, round(fraction * len(examples))), len(examples) - 1)
     order = np.random.Generator(np.random.PCG64(list(seed))).permutation(len(examples))
-    chosen = set(order[: min(wanted, len(examples) - 1)].tolist())
-    train = tuple(e for row, e in enumerate(examples) if row not in chosen)
-    return train, tuple(e for row, e in enumerate(examples) if row in chosen)
+    chosen = set(order[:num_held_out].tolist())
+    train = tuple(example for row, example in enumerate(examples) if row not in chosen)
+    held_out = tuple(example for row, example in enumerate(examples) if row in chosen)
+    return train, held_out

@@ -1,6 +1,6 @@
 """Tables on disk as rows with their place: JSON arrays, JSONL, CSV, parquet, folders written by save_to_disk.
 
-Every fault of a file or a cell is a DataError that names file and row.
+A fault of a file or a cell raises DataError, which names file and row.
 """
 
 import csv
@@ -16,7 +16,7 @@ from typing import Any
 from dpa_ds.errors import DataError
 
 _DAMAGED = (FileNotFoundError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
-"""What `datasets` raises at a folder of which a file is missing or damaged."""
+"""Errors that `datasets` raises at a folder of which a file is missing or damaged."""
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,9 @@ class Row:
     def text(self, column: str) -> str:
         """The cell as text; numbers and truth values are written out. Raises DataError for anything else."""
         if column not in self.values:
-            existing = textwrap.shorten(", ".join(map(repr, self.values)), 300, placeholder=" ...") or "none"
-            raise DataError(
-                f"{self.place}: no column {column!r}; columns are {existing}: set the data.*_column that fits"
-            )
+            columns = ", ".join(repr(name) for name in self.values)
+            shown = textwrap.shorten(columns, 300, placeholder=" ...") or "none"
+            raise DataError(f"{self.place}: no column {column!r}; columns are {shown}: set the data.*_column that fits")
         value = self.values[column]
         if isinstance(value, bool | int | float):
             return str(value)
@@ -45,8 +44,10 @@ class Row:
         return value
 
     def optional_text(self, column: str) -> str:
-        """As `text`, but "" where the cell is null."""
-        return "" if self.values.get(column, "") is None else self.text(column)
+        """The cell as text, "" where it is null. Raises DataError as `text` does."""
+        if column in self.values and self.values[column] is None:
+            return ""
+        return self.text(column)
 
 
 def read_table(path: str | Path) -> list[Row]:
@@ -61,7 +62,7 @@ def read_table(path: str | Path) -> list[Row]:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """As `read_table`, for a file that may have no rows."""
+    """All rows of a file or folder, as `read_table`, where it may have none."""
     with reading(path):
         if path.is_dir():
             return _read_saved_dataset(path)
@@ -80,9 +81,9 @@ def read_rows(path: Path) -> list[Row]:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turn what the operating system says about `path` into a DataError with its remedy."""
+    """Turn an error of the operating system about `path` into a DataError with its remedy."""
     try:
-        if path.is_fifo():  # opening it would wait for a writer
+        if path.is_fifo():  # opening it would wait for ever for a writer
             raise DataError(f"{path}: is a pipe, not a file: write the rows to a file")
         yield
     except FileNotFoundError as error:
@@ -98,7 +99,8 @@ def _read_text(path: Path) -> str:
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        line, byte = raw.count(b"\n", 0, error.start) + 1, raw[error.start]
+        line = raw.count(b"\n", 0, error.start) + 1
+        byte = raw[error.start]
         raise DataError(f"{path}:{line}: byte 0x{byte:02x} is not UTF-8: convert the file to UTF-8") from error
     if "\0" in text:
         line = text.count("\n", 0, text.index("\0")) + 1
@@ -108,12 +110,15 @@ def _read_text(path: Path) -> str:
 
 def _read_json(path: Path) -> list[Row]:
     text = _read_text(path)
+    items: list[tuple[str, Any]] = []  # (place, value)
     if path.suffix.lower() == ".json" and text.lstrip().startswith("["):
-        items = [(f"{path}: row {n}", item) for n, item in enumerate(_parse_json(text, path, 1), start=1)]
+        for number, item in enumerate(_parse_json(text, path, 1), start=1):
+            items.append((f"{path}: row {number}", item))
     else:
         # Not splitlines(): U+2028 and its like may stand unescaped inside a JSON string.
-        lines = enumerate(text.split("\n"), start=1)
-        items = [(f"{path}:{n}", _parse_json(line, path, n)) for n, line in lines if line.strip()]
+        for number, line in enumerate(text.split("\n"), start=1):
+            if line.strip():
+                items.append((f"{path}:{number}", _parse_json(line, path, number)))
     for place, item in items:
         if not isinstance(item, dict):
             raise DataError(f"{place}: expected an object with named columns, got {type(item).__name__}")
@@ -141,16 +146,18 @@ def _read_csv(path: Path) -> list[Row]:
             raise DataError(f"{path}:1: a column name occurs twice in {header}: rename one")
         for fields in reader:
             place = f"{path}:{reader.line_num}"
-            if fields and len(fields) != len(header):
+            if not fields:  # a blank line
+                continue
+            if len(fields) != len(header):
                 raise DataError(f"{place}: {len(fields)} fields, but the header has {len(header)}: quote commas")
-            if fields:
-                rows.append(Row(dict(zip(header, fields, strict=True)), place))
+            rows.append(Row(dict(zip(header, fields, strict=True)), place))
     except csv.Error as error:
         raise DataError(f"{path}:{reader.line_num}: not CSV ({error}): check quotes") from error
     return rows
 
 
 def _read_parquet(path: Path) -> list[Row]:
+    # Imported here: only this format needs it.
     import pyarrow
     import pyarrow.parquet
 
@@ -166,7 +173,7 @@ def _read_saved_dataset(path: Path) -> list[Row]:
     import datasets
     import pyarrow
 
-    if not any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
+    if not (path / "state.json").is_file() and not (path / "dataset_dict.json").is_file():
         raise DataError(f"{path}: folder without data: name a file in it, or a folder written by save_to_disk")
     try:
         loaded = datasets.load_from_disk(str(path))
@@ -174,7 +181,7 @@ def _read_saved_dataset(path: Path) -> list[Row]:
             if "train" not in loaded:
                 raise DataError(f"{path}: no split 'train' among {sorted(loaded)}: give the folder of one split")
             loaded = loaded["train"]
-        values = list(loaded.with_format(None))
+        values = list(loaded.with_format(None))  # plain Python values, whatever format was saved with the data
     except (*_DAMAGED, pyarrow.ArrowException) as error:
         raise DataError(f"{path}: not a readable data set ({error}): save it again with save_to_disk") from error
     return [Row(dict(value), f"{path}: row {n}") for n, value in enumerate(values, start=1)]

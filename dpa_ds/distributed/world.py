@@ -5,10 +5,12 @@ other clients exist. After `build_world`, rank and world size always mean *withi
 """
 
 import contextlib
+import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,6 +21,8 @@ from dpa_ds.distributed.job_store import JobStore
 from dpa_ds.distributed.leaders import LeaderGroup, StaticGroup
 from dpa_ds.distributed.topology import Topology
 from dpa_ds.errors import ClusterError, Preempted
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -62,16 +66,13 @@ class World:
                 tensor.copy_(travelling)
         return tensor
 
-    def from_leader(self, compute: Callable[[], torch.Tensor], like: torch.Tensor) -> torch.Tensor:
-        """What `compute()` gives on the leader, on every rank of the group. Collective: all ranks of the group.
-
-        Args:
-            like: a tensor of the shape and dtype of the result.
+    def on_leader(self, compute: Callable[[], T]) -> T | None:
+        """What `compute()` gives on the leader; None on the other ranks, which wait for it. Collective: all ranks of the group.
 
         Raises:
-            Preempted: on all ranks, if the leader was asked to stop while it computed.
+            Preempted: on all ranks of the group, if the leader was asked to stop while it computed.
         """
-        result, stopped = torch.empty_like(like), None
+        result, stopped = None, None
         if self.is_leader:
             try:
                 result = compute()
@@ -79,7 +80,32 @@ class World:
                 stopped = error
         if self.broadcast_(torch.tensor([float(stopped is not None)])):
             raise stopped or Preempted("a signal")
-        return self.broadcast_(result)
+        return result
+
+    def from_leader(self, compute: Callable[[], torch.Tensor], like: torch.Tensor) -> torch.Tensor:
+        """What `compute()` gives on the leader, on every rank of the group. Collective: all ranks of the group.
+
+        Args:
+            like: a tensor of the shape and dtype of the result.
+
+        Raises:
+            Preempted: as `on_leader`.
+        """
+        result = self.on_leader(compute)
+        return self.broadcast_(torch.empty_like(like) if result is None else result)
+
+    def broadcast_json(self, value: Any) -> Any:
+        """The leader's JSON value, on every rank of the group. Collective: all ranks of the group."""
+        if self.world_size == 1:
+            return value
+        text = json.dumps(value).encode() if self.is_leader else b""
+        length = int(self.broadcast_(torch.tensor([len(text)])))
+        content = (
+            torch.frombuffer(bytearray(text), dtype=torch.uint8)
+            if self.is_leader
+            else torch.empty(length, dtype=torch.uint8)
+        )
+        return json.loads(bytes(self.broadcast_(content).tolist()))
 
     def barrier(self) -> None:
         """Wait for all ranks of the group. Collective: all ranks of the group."""

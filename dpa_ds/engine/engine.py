@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-from dpa_ds.adapters.dual_lora import ADAPTERS, Adapter, DualAdapter
+from dpa_ds.adapters.adapter_model import AdapterModel, global_local_mix
 from dpa_ds.adapters.methods import Phase
 from dpa_ds.adapters.state import AdapterState
 from dpa_ds.config.schema import RunConfig, TrainConfig
@@ -71,14 +71,10 @@ def _check_by_deepspeed(file_json: Mapping[str, Any], path: str) -> None:
 class AdapterEngine:
     """Both adapters in one DeepSpeed engine. Every method is collective over the rank group."""
 
-    def __init__(self, adapters: DualAdapter, world: World, train: TrainConfig, ds_json: dict[str, Any]) -> None:
+    def __init__(self, adapters: AdapterModel, world: World, train: TrainConfig, ds_json: dict[str, Any]) -> None:
         self.adapters, self.world, self._train = adapters, world, train
         self.packing = PackedAttention(adapters.base_model)
-        groups = [
-            {"params": list(adapters.parameters[a].values()), "name": a, "lr": 0.0, "weight_decay": 0.0}
-            for a in ADAPTERS
-        ]
-        optimizer = torch.optim.AdamW(groups, betas=train.adam_betas, eps=train.adam_epsilon)
+        optimizer = torch.optim.AdamW(_optimizer_groups(adapters), betas=train.adam_betas, eps=train.adam_epsilon)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=adapters.peft_model, optimizer=optimizer, config=ds_json, dist_init_required=False
         )
@@ -92,7 +88,7 @@ class AdapterEngine:
         self._inner = getattr(self.optimizer, "optimizer", self.optimizer)
         self._fragments = {
             adapter: locate_masters(self.optimizer, self.stage, world.rank, adapters.parameters[adapter])
-            for adapter in ADAPTERS
+            for adapter in adapters.table
         }
         if self.engine.dp_world_size != world.world_size:
             raise ConfigError(
@@ -102,7 +98,7 @@ class AdapterEngine:
         # Dynamic loss scaling (fp16) must not carry over from one phase or client to the next.
         self._scaler = getattr(self.optimizer, "loss_scaler", getattr(self.optimizer, "loss_scale_config", None))
         self._fresh_scaler = vars(self._scaler).copy() if self._scaler is not None else {}
-        self._trains: Adapter | None = None
+        self._trains: str | None = None
         self._positions: torch.Tensor | None = None
         head = adapters.base_model.get_output_embeddings()
         head.register_forward_pre_hook(self._select_positions)
@@ -115,12 +111,12 @@ class AdapterEngine:
         Sets mix, requires_grad and both groups' lr and weight decay, and resets the optimizer state of the adapter
         that starts (both moments and the step count, in every ZeRO sub-group).
         """
-        self.adapters.set_mix(phase.alpha)
-        for adapter in ADAPTERS:
+        self.adapters.set_mix(global_local_mix(phase.alpha))
+        for adapter in self.adapters.table:
             self.adapters.set_trainable(adapter, adapter == phase.trainable)
-            group = self._group(adapter)
+        for group in self._inner.param_groups:
             group["lr"] = 0.0
-            group["weight_decay"] = self._train.weight_decay if adapter == phase.trainable else 0.0
+            group["weight_decay"] = self._train.weight_decay if group["name"] == phase.trainable else 0.0
         self.reset_optimizer_state(phase.trainable)
         if self._scaler is not None:
             vars(self._scaler).update(self._fresh_scaler)
@@ -159,13 +155,18 @@ class AdapterEngine:
 
     def _gradient_norm_of_stage_zero(self) -> torch.Tensor:
         """DeepSpeed does not keep the norm of an fp32 step without ZeRO. Gradients are already averaged over ranks."""
-        gradients = [p.grad for a in ADAPTERS for p in self.adapters.parameters[a].values() if p.grad is not None]
+        gradients = [
+            parameter.grad
+            for group in self._inner.param_groups
+            for parameter in group["params"]
+            if parameter.grad is not None
+        ]
         return torch.nn.utils.get_total_norm(gradients)
 
     @torch.no_grad()
-    def loss(self, steps: Sequence[StepBatch], alpha: float) -> float:
-        """Mean loss per label token over `steps`, both adapters mixed as (1 - alpha, alpha), dropout off."""
-        self.adapters.set_mix(alpha)
+    def loss(self, steps: Sequence[StepBatch], mix: torch.Tensor) -> float:
+        """Mean loss per label token over `steps`, the adapters mixed as `AdapterModel.set_mix` says, dropout off."""
+        self.adapters.set_mix(mix)
         self.engine.eval()
         total = torch.zeros(2, dtype=torch.float64)
         for step in steps:
@@ -201,17 +202,17 @@ class AdapterEngine:
         positions, self._positions = self._positions, None
         return (inputs[0].flatten(0, 1).index_select(0, positions).unsqueeze(0),)
 
-    def _group(self, adapter: Adapter) -> dict[str, Any]:
+    def _group(self, adapter: str) -> dict[str, Any]:
         return next(group for group in self._inner.param_groups if group["name"] == adapter)
 
     # ---- adapter state ----------------------------------------------------------------------------------------
 
-    def read_state(self, adapter: Adapter) -> AdapterState:
+    def read_state(self, adapter: str) -> AdapterState:
         """Full fp32 master weights of `adapter`, on CPU, on every rank of the group."""
         return self._gather(adapter, lambda fragment: fragment.flat)
 
     @torch.no_grad()
-    def write_state(self, adapter: Adapter, state: AdapterState) -> None:
+    def write_state(self, adapter: str, state: AdapterState) -> None:
         """Install `state` in the fp32 master and in the working copy (the next step alone would update the copy)."""
         shapes = {key: tuple(value.shape) for key, value in state.items()}
         assert shapes == self.adapters.shapes[adapter], "adapter state of another model"
@@ -226,7 +227,7 @@ class AdapterEngine:
             if parameter.numel() == flat.numel():  # ZeRO 0-2, and ZeRO-3's small parameters that stay gathered
                 parameter.data.copy_(state[key])
 
-    def read_optimizer_state(self, adapter: Adapter) -> AdapterState:
+    def read_optimizer_state(self, adapter: str) -> AdapterState:
         """AdamW moments of `adapter` as `exp_avg.<key>` and `exp_avg_sq.<key>`, and the step count as `step`."""
         state: AdapterState = {"step": torch.tensor([self._step_count(adapter)])}
         for moment in MOMENTS:
@@ -235,7 +236,7 @@ class AdapterEngine:
         return state
 
     @torch.no_grad()
-    def write_optimizer_state(self, adapter: Adapter, state: AdapterState) -> None:
+    def write_optimizer_state(self, adapter: str, state: AdapterState) -> None:
         """Inverse of `read_optimizer_state`."""
         for key, fragment in self._fragments[adapter].items():
             if fragment is None:
@@ -257,15 +258,19 @@ class AdapterEngine:
             vars(self._scaler).update(state)
 
     @torch.no_grad()
-    def reset_optimizer_state(self, adapter: Adapter) -> None:
+    def reset_optimizer_state(self, adapter: str) -> None:
         """Zero both moments and the step count of `adapter`: as if AdamW had just been made."""
         for fragment in self._fragments[adapter].values():
             for value in self._inner.state.get(fragment.flat, {}).values() if fragment else ():
                 value.zero_()
 
-    def _step_count(self, adapter: Adapter) -> float:
+    def _step_count(self, adapter: str) -> float:
         """AdamW steps taken since the last reset; a rank without fragments learns it from the others."""
-        steps = [float(self._optimizer_entry(f)["step"]) for f in self._fragments[adapter].values() if f]
+        steps = [
+            float(self._optimizer_entry(fragment)["step"])
+            for key, fragment in self._fragments[adapter].items()
+            if fragment and self.adapters.table[adapter].trains(key)
+        ]
         total = self.world.all_reduce_(torch.tensor([sum(steps), float(len(steps))], dtype=torch.float64))
         return float(total[0] / total[1])
 
@@ -281,7 +286,7 @@ class AdapterEngine:
         result: dict[str, torch.Tensor] = entry
         return result
 
-    def _gather(self, adapter: Adapter, flat_of: Callable[[Fragment], torch.Tensor]) -> AdapterState:
+    def _gather(self, adapter: str, flat_of: Callable[[Fragment], torch.Tensor]) -> AdapterState:
         """Assemble full tensors from every rank's fragments: one all-reduce of a buffer that is zero elsewhere."""
         shapes = self.adapters.shapes[adapter]
         total = sum(torch.Size(shape).numel() for shape in shapes.values())
@@ -301,3 +306,19 @@ class AdapterEngine:
             state[key] = buffer[offset : offset + numel].view(shape).clone()
             offset += numel
         return state
+
+
+def _optimizer_groups(adapters: AdapterModel) -> list[dict[str, Any]]:
+    """A group named after each adapter, with the matrices that it trains, and one with what no adapter trains.
+
+    What is never trained is in the optimizer too, so that its fp32 master is where the others are, but in a group whose
+    learning rate and weight decay stay 0.
+    """
+    groups, untrained = [], []
+    for name, spec in adapters.table.items():
+        trained = [parameter for key, parameter in adapters.parameters[name].items() if spec.trains(key)]
+        untrained += [parameter for key, parameter in adapters.parameters[name].items() if not spec.trains(key)]
+        groups.append({"params": trained, "name": name})
+    groups.append({"params": untrained, "name": "untrained"})
+    # DeepSpeed takes no empty group.
+    return [{**group, "lr": 0.0, "weight_decay": 0.0} for group in groups if group["params"]]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from dpa_ds.adapters.methods import LOCAL
 from dpa_ds.config.schema import RunConfig, TrackingConfig
 from dpa_ds.distributed.job_store import JobStore
 from dpa_ds.distributed.world import World
@@ -96,7 +97,7 @@ def load_clients(
     client_models = {client: load_client_model(folder, server_round, client) for client in clients}
     for client_model in client_models.values():
         predictor.check_references(client_model)
-        predictor.adapters.check_shapes("local", client_model.local_state)
+        predictor.adapters.check_shapes(LOCAL, client_model.local_state)
     return client_models
 
 

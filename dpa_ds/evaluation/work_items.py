@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from dpa_ds.adapters.methods import LOCAL
 from dpa_ds.config.schema import GenerationConfig
 from dpa_ds.distributed.world import World
 from dpa_ds.evaluation.answers import Answer, AnswerKey, Instance, keys_of
@@ -177,7 +178,7 @@ def _compute_alphas(
     prompts = [evaluation_set.prompts[row] for row in rows]
     weighting = predictor.weighting
     embeddings = None
-    if not weighting.is_constant and weighting.encoder != "local":
+    if not weighting.is_constant and weighting.encoder != LOCAL:
         # Without the local adapter the embeddings are the same for every client: computed once for all of them.
         embeddings = predictor.embed(prompts, weighting.encoder)[weighting.representation]
     alphas = {}

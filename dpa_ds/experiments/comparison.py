@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dpa_ds.config.schema import WeightingKind
+from dpa_ds.adapters.methods import GLOBAL, LOCAL
+from dpa_ds.config.schema import MethodName, WeightingKind
 from dpa_ds.data.sources import ClientInfo
 from dpa_ds.errors import CheckpointError, ConfigError
 from dpa_ds.evaluation.answers import Answer, Instance, read_answers, select_answers
@@ -18,13 +19,14 @@ from dpa_ds.experiments.comparison_tables import comparison_markdown, comparison
 from dpa_ds.runs.storage import UNREADABLE, write_file
 from dpa_ds.runs.tracking import read_records
 
-METHODS = ("feddpa_t", "feddpa_f", "fedit", "fedlora", "local", "centralized")
+METHODS: tuple[MethodName, ...] = typing.get_args(MethodName)
 DUAL = ("feddpa_t", "feddpa_f")
 """Methods with both adapters, whose answers depend on the weighting."""
 BASELINE = "fedit"
 QUANTITIES: tuple[Quantity, ...] = ("P", "TTP")
 ORACLE = "oracle: better adapter per task"
-_ALONE = {"fedit": "global", "fedlora": "local", "local": "local", "centralized": "global"}
+_ALONE = {"fedit": GLOBAL, "fedlora": LOCAL, LOCAL: LOCAL, "centralized": GLOBAL}
+"""Method with one adapter -> that adapter, which is also the weighting that uses it alone."""
 _CONTAINED_IN = {"fedit": ("feddpa_f", "fedlora"), "fedlora": ("feddpa_f",)}
 """The rounds of FedIT are those of FedDPA-F and FedLoRA, whose last phases are the same: one run has the adapters of
 all three, bit for bit (tests/multirank/test_compare.py)."""
@@ -110,7 +112,7 @@ def parse_weightings(text: str) -> list[Candidate]:
 
 
 def _parse_scales(word: str, kind: str, scales: str) -> tuple[float, ...]:
-    if kind in ("global", "local"):
+    if kind in (GLOBAL, LOCAL):
         raise ConfigError(f"--weightings {word}: {kind} is one adapter alone and takes no scale: leave it out")
     numbers: list[float] = []
     try:
@@ -241,14 +243,14 @@ def _oracles(lines: Sequence[Line]) -> list[Line]:
     alone: dict[str, dict[str, Line]] = {}
     for line in lines:
         of_method = alone.setdefault(line.method, {})
-        if line.weighting in ("global", "local"):
+        if line.weighting in (GLOBAL, LOCAL):
             of_method[line.weighting] = line
     oracles = []
     for method, of_method in alone.items():
         if len(of_method) < 2:
             continue
         evaluations = []
-        for pair in zip(of_method["global"].tables, of_method["local"].tables, strict=True):
+        for pair in zip(of_method[GLOBAL].tables, of_method[LOCAL].tables, strict=True):
             evaluations.append(Evaluated(oracle(pair), answers=()))
         oracles.append(Line(method, ORACLE, evaluations))
     return oracles

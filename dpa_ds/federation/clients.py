@@ -1,103 +1,178 @@
 """The clients of this rank group: their data read and tokenised, their local adapters restored or drawn fresh."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
-from dpa_ds.adapters.dual_lora import DualAdapter
-from dpa_ds.adapters.methods import Schedule
-from dpa_ds.config.schema import RunConfig
-from dpa_ds.data.references import REPRESENTATIONS, References, draw_references
+from dpa_ds.adapters.adapter_model import AdapterModel
+from dpa_ds.adapters.methods import GLOBAL, LOCAL
+from dpa_ds.adapters.state import AdapterState
+from dpa_ds.config.schema import DataConfig
+from dpa_ds.data.references import References, draw_references
 from dpa_ds.data.sources import ClientData, list_clients, pool_clients, read_clients
 from dpa_ds.data.tokenize import TokenizedExamples, load_or_tokenize
 from dpa_ds.distributed.world import World
-from dpa_ds.errors import CheckpointError
-from dpa_ds.federation.aggregation.mean import Shared
-from dpa_ds.federation.trainer import HostedClient
+from dpa_ds.federation.aggregation.base import LeaderState
+from dpa_ds.federation.progress import ClientState
 from dpa_ds.inference.embedding import embed
-from dpa_ds.runs.folder import RunFolder
+from dpa_ds.runs.folder import RunFolder, SavedAdapter
 from dpa_ds.runs.tracking import logger
 
-GLOBAL_SEED, LOCAL_SEED = 0, 1
+LOCAL_SEED = 1
+"""Word of the seed of fresh local adapters; the global one's is another, so that they differ."""
 
 
-def client_names(config: RunConfig, schedule: Schedule) -> list[str]:
-    """Names of all clients, in the order of their ids."""
-    return ["centralized"] if schedule.pooled else list_clients(config.data, config.seed)
+@dataclass
+class HostedClient:
+    """What a client keeps to itself, in the memory of its rank group."""
+
+    client_id: int
+    label: str
+    tasks: tuple[str, ...]
+    """Tasks that it trains on, sorted; empty where the data names none."""
+    examples: TokenizedExamples
+    held_out: TokenizedExamples | None
+    state: ClientState
+    references: References | None
+    """Prompts that a test prompt is compared with, where the method weights by instance."""
+
+    @property
+    def folder(self) -> str:
+        """Where a round keeps this client's adapter."""
+        return local_folder(self.client_id)
 
 
-def host_clients(
-    config: RunConfig,
-    schedule: Schedule,
-    world: World,
-    tokenizer: PreTrainedTokenizerBase,
-    adapters: DualAdapter,
-    completed_rounds: int,
-) -> list[HostedClient]:
-    """Everything this group keeps for its clients after `completed_rounds`. Collective: all ranks of the group."""
-    mine = world.topology.clients_of_group(world.group)
-    data = dict(zip(mine, _read(config, schedule, mine), strict=True))
-    with world.leader_first():  # the others find the tokens in the cache
-        tokens = {client_id: _tokenize(config, data[client_id], tokenizer) for client_id in mine}
-    clients = []
-    for client_id in mine:
-        examples, held_out = tokens[client_id]
-        if world.is_leader and examples.num_dropped:
-            logger.warning(
-                f"{data[client_id].name}: {examples.num_dropped} of {len(examples) + examples.num_dropped} examples are "
-                f"longer than data.max_length = {config.data.max_length} tokens and are left out"
+def local_folder(client_id: int) -> str:
+    """Name of a client's adapter in a round: `local/client_02`."""
+    return f"{LOCAL}/client_{client_id:02d}"
+
+
+def client_names(data: DataConfig, seed: int, pooled: bool) -> list[str]:
+    """Names of all clients, in the order of their ids.
+
+    Args:
+        pooled: all clients' data form a single client.
+    """
+    return ["centralized"] if pooled else list_clients(data, seed)
+
+
+@dataclass(frozen=True)
+class ClientBuilder:
+    """Makes the clients that this rank group hosts. Its methods are collective: all ranks of the group."""
+
+    data: DataConfig
+    seed: int
+    pooled: bool
+    """All clients' data form a single client."""
+    world: World
+    tokenizer: PreTrainedTokenizerBase
+    adapters: AdapterModel
+    run_folder: RunFolder
+
+    def build(self, completed_rounds: int) -> tuple[list[HostedClient], LeaderState]:
+        """Everything that this group keeps for its clients after `completed_rounds`, and what its leader keeps."""
+        client_ids = self.world.topology.clients_of_group(self.world.group)
+        data = dict(zip(client_ids, self._read(client_ids), strict=True))
+        with self.world.leader_first():  # the others find the tokens in the cache
+            tokens = {client_id: self._tokenize(data[client_id]) for client_id in client_ids}
+        clients, leader_states = [], []
+        for client_id in client_ids:
+            examples, held_out = tokens[client_id]
+            self._report_dropped(data[client_id].name, examples)
+            saved = self._restore(client_id, completed_rounds)
+            clients.append(
+                HostedClient(
+                    client_id=client_id,
+                    label=_label(data[client_id]),
+                    tasks=_tasks(data[client_id]),
+                    examples=examples,
+                    held_out=held_out,
+                    state=saved.state,
+                    references=saved.references,
+                )
             )
-        client = HostedClient(
-            client_id, _label(data[client_id]), _tasks(data[client_id]), examples, held_out, local_state={}
+            leader_states.append(LeaderState(saved.residual))
+        return clients, LeaderState.sum_of(leader_states)
+
+    def _read(self, client_ids: Sequence[int]) -> list[ClientData]:
+        if not self.pooled:
+            return read_clients(self.data, self.seed, client_ids)
+        everyone = range(len(list_clients(self.data, self.seed)))
+        return [pool_clients(read_clients(self.data, self.seed, everyone))]
+
+    def _tokenize(self, data: ClientData) -> tuple[TokenizedExamples, TokenizedExamples | None]:
+        """Training and held-out examples."""
+        examples = load_or_tokenize(data.train, self.tokenizer, self.data, data.name)
+        held_out = None
+        if data.held_out:
+            held_out = load_or_tokenize(data.held_out, self.tokenizer, self.data, f"{data.name} (held out)")
+        return examples, held_out
+
+    def _report_dropped(self, name: str, examples: TokenizedExamples) -> None:
+        if self.world.is_leader and examples.num_dropped:
+            logger.warning(
+                f"{name}: {examples.num_dropped} of {len(examples) + examples.num_dropped} examples are longer than "
+                f"data.max_length = {self.data.max_length} tokens and are left out"
+            )
+
+    def _restore(self, client_id: int, completed_rounds: int) -> "_Restored":
+        """The client as it was saved, or a fresh one. Only its leader keeps the tensors."""
+        saved = None
+        if completed_rounds:
+            saved = self.run_folder.load_newest(completed_rounds, local_folder(client_id))
+        if saved is None:  # the beginning, or its group was never there
+            return self._fresh(client_id)
+        self.adapters.check_shapes(LOCAL, saved.weights)
+        return _Restored.of(saved, self.world.is_leader)
+
+    def _fresh(self, client_id: int) -> "_Restored":
+        adapter: AdapterState = {}
+        if self.world.is_leader:
+            adapter = self.adapters.initial_state(LOCAL, (self.seed, LOCAL_SEED, client_id))
+        return _Restored(ClientState(adapter, num_steps={GLOBAL: 0, LOCAL: 0}), references=None, residual={})
+
+
+@dataclass(frozen=True)
+class _Restored:
+    """What a complete round holds of a client."""
+
+    state: ClientState
+    references: References | None
+    residual: AdapterState
+    """Of the leader whose first client this was."""
+
+    @classmethod
+    def of(cls, saved: SavedAdapter, is_leader: bool) -> "_Restored":
+        """Ranks that are no leaders keep no tensors but the references."""
+        optimizer = saved.extras.get("optimizer")
+        references = saved.extras.get("references")
+        num_steps: Mapping[str, int] = saved.info["steps_taken"]
+        state = ClientState(
+            local_adapter=saved.weights if is_leader else {},
+            num_steps=dict(num_steps),
+            local_optimizer=optimizer if is_leader or optimizer is None else {},
         )
-        _restore_local(client, config, adapters, completed_rounds)
-        clients.append(client)
-    return clients
-
-
-def restore_shared(config: RunConfig, schedule: Schedule, adapters: DualAdapter, completed_rounds: int) -> Shared:
-    """The global adapter and mean states after `completed_rounds`, or fresh ones; the same on every rank."""
-    hidden_size = int(adapters.base_model.config.get_text_config().hidden_size)
-    fresh = torch.zeros((len(REPRESENTATIONS), hidden_size) if schedule.weighted_by_instance else (0, 0))
-    if completed_rounds == 0:
-        return Shared(adapters.initial_state("global", (config.seed, GLOBAL_SEED)), fresh)
-    saved = RunFolder(config.run_dir).load_newest(completed_rounds, "global")
-    if saved is None:
-        raise CheckpointError(
-            f"{RunFolder(config.run_dir).round_dir(completed_rounds)} has no global adapter: delete it"
+        return cls(
+            state=state,
+            references=None if references is None else References.from_tensors(references),
+            residual=saved.extras.get("leader_state", {}) if is_leader else {},
         )
-    adapters.check_shapes("global", saved.weights)
-    if not schedule.weighted_by_instance:
-        return Shared(saved.weights, fresh)
-    means = saved.extras["reference_mean"]
-    return Shared(saved.weights, means["reference_mean"], float(means["weight"]))
 
 
-def embed_references(clients: Sequence[HostedClient], config: RunConfig, adapters: DualAdapter, pad_id: int) -> None:
-    """Draw and encode the reference prompts of clients that have none yet. Collective: all ranks of the group."""
+def embed_references(
+    clients: Sequence[HostedClient],
+    adapters: AdapterModel,
+    num_references: int,
+    seed: int,
+    pad_id: int,
+    batch_tokens: int,
+) -> None:
+    """Draw and embed the reference prompts of clients that have none yet. Collective: all ranks of the group."""
     for client in clients:
         if client.references is None:
-            drawn = draw_references(client.examples, config.weighting.num_references, (config.seed, client.client_id))
-            states = embed(adapters, "none", drawn, pad_id, config.train.micro_batch_tokens)
-            client.references = References(drawn, states)
-
-
-def _read(config: RunConfig, schedule: Schedule, mine: Sequence[int]) -> list[ClientData]:
-    if not schedule.pooled:
-        return read_clients(config.data, config.seed, mine)
-    everyone = range(len(list_clients(config.data, config.seed)))
-    return [pool_clients(read_clients(config.data, config.seed, everyone))]
-
-
-def _tokenize(
-    config: RunConfig, data: ClientData, tokenizer: PreTrainedTokenizerBase
-) -> tuple[TokenizedExamples, TokenizedExamples | None]:
-    examples = load_or_tokenize(data.train, tokenizer, config.data, data.name)
-    held_out = None
-    if data.held_out:
-        held_out = load_or_tokenize(data.held_out, tokenizer, config.data, f"{data.name} (held out)")
-    return examples, held_out
+            prompts = draw_references(client.examples, num_references, (seed, client.client_id))
+            client.references = References(prompts, embed(adapters, "none", prompts, pad_id, batch_tokens))
 
 
 def _label(data: ClientData) -> str:
@@ -108,18 +183,3 @@ def _label(data: ClientData) -> str:
 
 def _tasks(data: ClientData) -> tuple[str, ...]:
     return tuple(sorted({example.task for example in data.train} - {""}))
-
-
-def _restore_local(client: HostedClient, config: RunConfig, adapters: DualAdapter, completed_rounds: int) -> None:
-    name, saved = f"local/client_{client.client_id:02d}", None
-    if completed_rounds:
-        saved = RunFolder(config.run_dir).load_newest(completed_rounds, name)
-    if saved is None:  # the beginning, or its group was never there
-        client.local_state = adapters.initial_state("local", (config.seed, LOCAL_SEED, client.client_id))
-        return
-    adapters.check_shapes("local", saved.weights)
-    client.local_state, client.local_optimizer = saved.weights, saved.extras.get("optimizer")
-    client.carried = saved.extras.get("carried")
-    if "references" in saved.extras:
-        client.references = References.from_tensors(saved.extras["references"])
-    client.steps_taken = saved.info["steps_taken"]

@@ -1,241 +1,203 @@
-"""The round loop: sample, train, aggregate, evaluate, save, track."""
+"""The round loop: sample, train, reduce, step, evaluate, commit."""
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 
 import torch
 
-from dpa_ds.data.batching import num_steps
-from dpa_ds.data.sources import NO_TASK, ClientInfo
 from dpa_ds.distributed.elastic import ElasticGroup, SyncState
+from dpa_ds.distributed.world import World
 from dpa_ds.errors import ClusterError, TrainingError
-from dpa_ds.evaluation.while_training import Scorer, own_and_all
-from dpa_ds.federation.aggregation.mean import ClientUpdate, Shared
-from dpa_ds.federation.metrics import exchange_metrics, track
+from dpa_ds.federation.aggregation.pipeline import Accumulator, ReducedRound
+from dpa_ds.federation.clients import HostedClient
+from dpa_ds.federation.metrics import exchange_metrics, fill_row, record_round
+from dpa_ds.federation.round_evaluation import Evaluated
 from dpa_ds.federation.sampling import sample_clients
-from dpa_ds.federation.session import Federation
-from dpa_ds.federation.trainer import held_out_loss
-from dpa_ds.inference.client_model import ClientModel
+from dpa_ds.federation.session import Session
 
 
-def run_rounds(federation: Federation, completed_rounds: int) -> None:
-    """Run all rounds after `completed_rounds`. Collective: every rank of the job."""
-    config, tracker = federation.config, federation.tracker
-    num_rounds = config.federation.num_rounds
-    with tracker.progress(remaining_steps(federation, completed_rounds)):
-        server_round = begin(federation, completed_rounds, is_coordinator=True)
-        while server_round <= num_rounds:
-            is_last = server_round == num_rounds
-            participants = draw(federation, server_round)
-            mine = [client for client in federation.clients if client.client_id in participants]
-            with federation.timed("train"):
-                trained = [federation.trainer.local_update(client, federation.shared, server_round) for client in mine]
-            with federation.timed("aggregate"):
-                aggregated = begin_aggregation(federation, [update for update in trained if update is not None])
-            with federation.timed("train"):
-                for client in mine:
-                    federation.trainer.run_stage(client, "during", federation.shared, server_round)
-            with federation.timed("aggregate"):
-                federation.shared = aggregated()
-            with federation.timed("train"):
-                for client in mine:
-                    federation.trainer.run_stage(client, "after", federation.shared, server_round)
-                for client in federation.clients if is_last else ():
-                    federation.trainer.finish(client, federation.shared, server_round)
-            every = config.evaluation.every_rounds
-            finish_round(federation, server_round, participants, is_last or (every > 0 and server_round % every == 0))
-            server_round = server_round + 1 if is_last else begin(federation, server_round)
+@dataclass(frozen=True)
+class Cohort:
+    """The clients that take part in a round."""
+
+    client_ids: tuple[int, ...]
+    """Of the whole federation, ascending."""
+    hosted: list[HostedClient]
+    """Those that this rank group hosts."""
 
 
-def begin(federation: Federation, completed_rounds: int, is_coordinator: bool = False) -> int:
-    """Agree on who is present and what is shared; the round to run next. A group that was away learns both from the others.
-
-    Args:
-        is_coordinator: the first round of this process: what an earlier one left half-done is restored.
-    """
-    world, shared = federation.world, federation.shared
-    was_running = False
-
-    def agree() -> torch.Tensor:
-        nonlocal was_running
-        assert isinstance(world.leaders, ElasticGroup), "a leader"
-        agreed, was_running = world.leaders.begin(SyncState(completed_rounds, shared.flatten()))
-        if is_coordinator and federation.folder.latest_round() > agreed.completed_rounds:
-            raise ClusterError("the other groups completed a round while this one was starting: start it again")
-        return torch.cat([torch.tensor([float(agreed.completed_rounds)]), agreed.shared])
-
-    if world.topology.num_groups_elsewhere:
-        agreed = world.from_leader(agree, like=torch.cat([torch.zeros(1), shared.flatten()]))
-        completed_rounds, federation.shared = round(float(agreed[0])), shared.unflatten(agreed[1:])
-    if is_coordinator:
-        if world.leaders is not None and world.leaders.is_coordinator and not was_running:
-            federation.folder.remove_leftovers(completed_rounds)
-            federation.tracker.drop_records_after(completed_rounds)
-        if completed_rounds == 0:
-            finish_round(federation, 0, participants=(), evaluates=True)
-        for client in federation.clients:
-            federation.trainer.restore_progress(client, completed_rounds + 1)
-    return completed_rounds + 1
+def run_rounds(session: Session) -> None:
+    """Run all rounds that are left. Collective: every rank of the job."""
+    rounds = session.round_state
+    with session.tracker.progress(remaining_steps(session)):
+        start_rounds(session)
+        while rounds.num_completed < session.num_rounds:
+            server_round = rounds.num_completed + 1
+            cohort = sample_cohort(session, server_round)
+            train_round(session, cohort, server_round)
+            finish_round(session, cohort, server_round)
+            if server_round < session.num_rounds:
+                sync_round(session)
 
 
-def draw(federation: Federation, server_round: int) -> tuple[int, ...]:
-    """Clients of `server_round`: every rank computes the same."""
-    settings = federation.config.federation
-    return sample_clients(
-        federation.world.topology,
-        settings.client_fraction,
-        federation.config.seed,
-        server_round,
-        settings.stratify_by_group,
-    )
+def train_round(session: Session, cohort: Cohort, server_round: int) -> None:
+    """From the server state that a round starts from to the next one. Collective: every rank of the job."""
+    rounds, trainer, aggregation, part = session.round_state, session.trainer, session.aggregation, session.timer.part
+    with part("train"):
+        accumulator = aggregation.accumulator(rounds.server_state)
+        for client in cohort.hosted:
+            update = trainer.local_update(client, rounds.server_state, server_round)
+            if update is not None:
+                accumulator.add(update)
+    with part("aggregate"):
+        pending = start_reduce(session, accumulator)
+    with part("train"):  # the updates travel meanwhile
+        trainer.run_stage("overlap", cohort.hosted, rounds.server_state, server_round)
+    with part("aggregate"):
+        rounds.server_state = aggregation.step(rounds.server_state, pending.result(), server_round)
+    with part("train"):
+        trainer.run_stage("after", cohort.hosted, rounds.server_state, server_round)
+        if server_round == session.num_rounds:
+            trainer.finalize(session.clients, rounds.server_state, server_round)
 
 
-def begin_aggregation(federation: Federation, updates: Sequence[ClientUpdate]) -> Callable[[], Shared]:
-    """Leaders average, in the background, while their groups train on.
-
-    Returns:
-        what waits for the next global adapter and mean states and brings them to every rank. Collective: all ranks of the
-        group.
-    """
-    world, current = federation.world, federation.shared
-    if not federation.trainer.schedule.federated:
-        return lambda: current
-    leaders, background = world.leaders, ThreadPoolExecutor(1, thread_name_prefix="aggregate")
-    average = background.submit(federation.aggregator.aggregate, updates, current, leaders) if leaders else None
-
-    def averaged() -> torch.Tensor:
-        assert average is not None, "a leader"
-        return average.result().flatten()
-
-    return lambda: current.unflatten(world.from_leader(averaged, like=current.flatten()))
-
-
-def finish_round(federation: Federation, server_round: int, participants: Sequence[int], evaluates: bool) -> None:
-    """Save, evaluate and track one round. Round 0 is the state before training."""
-    world, every = federation.world, federation.config.evaluation.scores_every_rounds
-    with federation.timed("save"):
-        if server_round > 0:
-            save(federation, server_round)  # in the background
-    with federation.timed("evaluate"):
-        evaluated = evaluate(federation) if evaluates else {}
-        if federation.scorer is not None and server_round > 0 and server_round % every == 0:
-            for client_id, scores in answer_some(federation, federation.scorer, server_round).items():
-                evaluated.setdefault(client_id, {}).update(scores)
-    with federation.timed("save"):
-        federation.writer.wait()
-    leads = world.leaders is not None and world.leaders.is_coordinator
-    with federation.timed("record"):
-        table = exchange_metrics(federation, participants, evaluated)
-    if participants and all(table[client_id]["rejected"] for client_id in participants):
+def finish_round(session: Session, cohort: Cohort, server_round: int) -> None:
+    """Evaluate and commit a round. Round 0 is the state before training. Collective: every rank of the job."""
+    rounds, commit, part = session.round_state, session.commit, session.timer.part
+    with part("save"):
+        if server_round > 0:  # before training there is nothing to save
+            leader_state = session.aggregation.reduction.leader_state
+            commit.start(server_round, session.clients, rounds.server_state, leader_state)
+    with part("evaluate"):
+        evaluated = session.evaluation.evaluate_if_due(session.clients, rounds.server_state, server_round)
+    with part("save"):
+        commit.wait()
+    with part("record"):
+        table = exchange_metrics(session.world, fill_rows(session, cohort, evaluated), session.labels)
+    if table.all_rejected(cohort.client_ids):
         raise TrainingError(
             f"every client of round {server_round} diverged or changed the global adapter too much (see above); lower "
             "train.learning_rate. Earlier rounds are intact"
         )
-    track(federation, server_round, table)  # before the round counts: a complete round is also a recorded one
-    # The exchange was the barrier: all leaders that are present have saved.
-    if server_round > 0 and world.leaders is not None and world.leaders.is_coordinator:
-        if not leads:  # the leader that had saved the global adapter was lost meanwhile
-            save_shared(federation, server_round)
-            federation.writer.wait()
-        absent = [client_id for client_id, row in enumerate(table) if not row["present"]]
-        federation.folder.carry_over(server_round, absent)
-        meta = {"clients": list(federation.labels), "absent": absent}
-        federation.folder.complete_round(server_round, meta, federation.config.checkpoint.keep_rounds)
-    federation.trainer.progress.clear()
-    federation.trainer.starts.clear()
-    federation.trainer.seconds_saving = 0.0
-    federation.end_round(server_round)
+    seconds = {**session.timer.seconds, "save_inside_phases": rounds.seconds_saving}
+    record_round(session.world, session.tracker, server_round, table, seconds)
+    if server_round > 0:
+        commit.finish(server_round, rounds.server_state, table)
+    rounds.end_round(server_round)
+    session.timer.end_round(server_round)
 
 
-def evaluate(federation: Federation) -> dict[int, dict[str, float]]:
-    """Held-out loss of every hosted client that has held-out examples, with the method's fixed mix.
-
-    A client whose local adapter was never trained (not drawn so far) is scored with the global one alone.
-    """
-    config, engine = federation.config, federation.trainer.engine
-    losses = {}
-    engine.write_state("global", federation.shared.adapter)
-    for client in federation.clients:
-        if client.held_out is not None:
-            engine.write_state("local", client.local_state)
-            loss = held_out_loss(
-                engine,
-                federation.world,
-                client.held_out,
-                federation.trainer.schedule.inference_alpha if client.steps_taken["local"] else 0.0,
-                config.evaluation.max_examples,
-                federation.trainer.batching,
-            )
-            losses[client.client_id] = {"held_out_loss": loss}
-    return losses
+# ---- the parts of a round -------------------------------------------------------------------------------------
 
 
-def answer_some(federation: Federation, scorer: Scorer, server_round: int) -> dict[int, dict[str, float]]:
-    """P and TTP of every hosted client on a few instances; by task they go to TensorBoard."""
-    federation.trainer.engine.write_state("global", federation.shared.adapter)
-    result = {}
-    for client in federation.clients:
-        info = ClientInfo(client.client_id, client.label, client.tasks or (NO_TASK,))
-        trained = client.steps_taken["local"] > 0
-        client_model = ClientModel(info, client.local_state, trained, client.references)
-        scores = scorer.score(client_model, federation.shared.reference_mean)
-        tagged = {f"scores/{task}": score for task, score in scores.items()}
-        federation.tracker.scalars(f"client_{client.client_id:02d}", tagged, server_round)
-        own, everything = own_and_all(scores, info.own_tasks)
-        result[client.client_id] = {"P": own, "TTP": everything}
-    return result
-
-
-def save(federation: Federation, server_round: int) -> None:
-    """Each leader writes its clients' local adapters, the first also what all share, in the background."""
-    world, adapters, writer = federation.world, federation.trainer.engine.adapters, federation.writer
-    if world.leaders is None:
-        return
-    if world.leaders.is_coordinator:
-        save_shared(federation, server_round)
-    write = partial(federation.folder.save_adapter, server_round)
-    for client in federation.clients:
-        extras = {}
-        if client.references is not None:
-            extras["references"] = client.references.to_tensors()
-        if client.local_optimizer is not None:
-            extras["optimizer"] = client.local_optimizer
-        if client is federation.clients[0] and federation.aggregator.carried is not None:
-            extras["carried"] = federation.aggregator.carried
-        info = {"label": client.label, "tasks": client.tasks, "steps_taken": dict(client.steps_taken)}
-        name = f"local/client_{client.client_id:02d}"
-        writer.submit(partial(write, name, client.local_state, adapters.peft_config("local"), extras, info))
-
-
-def save_shared(federation: Federation, server_round: int) -> None:
-    """Write what all clients share, in the background."""
-    shared = federation.shared
-    means = {}
-    if len(shared.reference_mean):
-        means = {
-            "reference_mean": {
-                "reference_mean": shared.reference_mean,
-                "weight": torch.tensor([shared.reference_weight]),
-            }
-        }
-    config = federation.trainer.engine.adapters.peft_config("global")
-    federation.writer.submit(
-        partial(federation.folder.save_adapter, server_round, "global", shared.adapter, config, means, {})
+def sample_cohort(session: Session, server_round: int) -> Cohort:
+    """The clients of a round: every rank computes the same."""
+    settings = session.federation
+    client_ids = sample_clients(
+        session.world.topology, settings.client_fraction, session.seed, server_round, settings.stratify_by_group
     )
+    return Cohort(client_ids, [client for client in session.clients if client.client_id in client_ids])
 
 
-def remaining_steps(federation: Federation, completed_rounds: int) -> int:
+@dataclass(frozen=True)
+class PendingReduce:
+    """An exchange among the leaders that is under way."""
+
+    world: World
+    exchange: Future[ReducedRound] | None
+    """On leaders."""
+
+    def result(self) -> ReducedRound | None:
+        """Wait for it; None on ranks that are no leaders. Collective: all ranks of the group.
+
+        Raises:
+            Preempted: on all ranks of the group, if its leader was asked to stop meanwhile.
+        """
+        return self.world.on_leader(self._wait)
+
+    def _wait(self) -> ReducedRound | None:
+        return None if self.exchange is None else self.exchange.result()
+
+
+def start_reduce(session: Session, accumulator: Accumulator) -> PendingReduce:
+    """Have the leaders exchange their sums in the background, while their groups train on."""
+    leaders = session.world.leaders
+    if leaders is None or not session.trainer.schedule.federated:
+        return PendingReduce(session.world, None)
+    background = ThreadPoolExecutor(1, thread_name_prefix="reduce")
+    return PendingReduce(session.world, background.submit(accumulator.reduce, leaders))
+
+
+def fill_rows(session: Session, cohort: Cohort, evaluated: Evaluated) -> dict[int, dict[str, float]]:
+    """The rows of the metrics table that this group fills, by client id."""
+    rows = {}
+    for client in session.clients:
+        client_id = client.client_id
+        progress = session.round_state.progress_of(client)
+        rows[client_id] = fill_row(client, progress, client_id in cohort.client_ids, evaluated[client_id])
+    return rows
+
+
+def remaining_steps(session: Session) -> int:
     """Optimizer steps that this rank group has yet to take: exact, because sampling is a pure function."""
-    config, schedule = federation.config, federation.trainer.schedule
-    train = config.train
-    total = 0
-    for server_round in range(completed_rounds + 1, config.federation.num_rounds + 1):
-        participants = draw(federation, server_round)
-        is_last = server_round == config.federation.num_rounds
-        for client in federation.clients:
-            phases = len(schedule.final) if is_last else 0
-            if client.client_id in participants:
-                phases += sum(len(schedule.phases(stage, server_round)) for stage in ("before", "during", "after"))
-            total += phases * num_steps(len(client.examples), train.batch_size, train.local_epochs, train.max_steps)
+    schedule, total = session.trainer.schedule, 0
+    for server_round in range(session.round_state.num_completed + 1, session.num_rounds + 1):
+        sampled = sample_cohort(session, server_round).client_ids
+        of_round = sum(len(schedule.phases(stage, server_round)) for stage in ("before", "overlap", "after"))
+        for client in session.clients:
+            phases = of_round if client.client_id in sampled else 0
+            if server_round == session.num_rounds:
+                phases += len(schedule.final)
+            total += phases * session.trainer.num_steps(client)
     return total
+
+
+# ---- who is present, and where everybody starts ---------------------------------------------------------------
+
+
+def start_rounds(session: Session) -> None:
+    """Before the first round of this process: agree with the other groups, and resume what an earlier process left undone.
+
+    Collective: every rank of the job.
+    """
+    rounds, leaders = session.round_state, session.world.leaders
+    was_running = sync_round(session, is_starting=True)
+    if leaders is not None and leaders.is_coordinator and not was_running:
+        session.folder.remove_leftovers(rounds.num_completed)
+        session.tracker.drop_records_after(rounds.num_completed)
+    if rounds.num_completed == 0:
+        finish_round(session, Cohort((), []), server_round=0)
+    rounds.restore_progress(session.clients, rounds.num_completed + 1)
+
+
+def sync_round(session: Session, is_starting: bool = False) -> bool:
+    """Agree on who is present, and on the server state that the next round starts from.
+
+    A group that was away learns the state from the others. Collective: every rank of the job.
+
+    Args:
+        is_starting: this process has run no round yet.
+
+    Returns:
+        on leaders, whether the others had been running before this group joined.
+    """
+    rounds, world = session.round_state, session.world
+    if not world.topology.num_groups_elsewhere:  # the groups of one job start and end together
+        return False
+
+    def agree() -> tuple[SyncState, bool]:
+        assert isinstance(world.leaders, ElasticGroup), "a leader"
+        mine = SyncState(rounds.num_completed, rounds.server_state.flatten())
+        agreed, was_running = world.leaders.sync_round(mine)
+        if is_starting and session.folder.latest_round() > agreed.completed_rounds:
+            raise ClusterError("the other groups completed a round while this one was starting: start it again")
+        return agreed, was_running
+
+    found = world.on_leader(agree)
+    was_running = False
+    if found is not None:
+        agreed, was_running = found
+        rounds.server_state = rounds.server_state.unflatten(agreed.shared)
+        rounds.num_completed = agreed.completed_rounds
+    rounds.num_completed = int(world.broadcast_(torch.tensor([rounds.num_completed])))
+    return was_running

@@ -1,36 +1,65 @@
-"""The numbers of a round: each leader fills its clients' rows of one table, whose sum all have; the first leader records it."""
+"""The numbers of a round: each leader fills its clients' rows of one table, whose sum all have; the coordinator records it."""
 
-from collections.abc import Sequence
-from dataclasses import asdict, fields
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 
 import torch
 
-from dpa_ds.federation.round_state import RoundMetrics, RoundProgress
-from dpa_ds.federation.session import Federation
+from dpa_ds.distributed.world import World
+from dpa_ds.federation.clients import HostedClient
+from dpa_ds.federation.progress import RoundMetrics, RoundProgress
+from dpa_ds.runs.tracking import Tracker
 
 EVALUATED = {"held_out_loss": "held_out/loss", "P": "scores/P", "TTP": "scores/TTP"}
 """Columns that have numbers in some rounds only, NaN in the others, and their TensorBoard tags."""
 COLUMNS = ("present", "participated", "num_examples", *EVALUATED, *(f.name for f in fields(RoundMetrics)))
 """One row a client in the table that leaders sum after each round. Beside it, only its label and task names leave the group."""
+TOKENS = ("real_tokens", "restored_tokens", "computed_tokens")
+
+Row = dict[str, float]
+"""Column -> number of one client."""
 
 
-def exchange_metrics(
-    federation: Federation, participants: Sequence[int], evaluated: dict[int, dict[str, float]]
-) -> list[dict[str, float]]:
-    """One row per client of the federation: each leader fills its own clients' rows, the sum is the table."""
-    world = federation.world
-    table = torch.zeros(len(federation.labels), len(COLUMNS), dtype=torch.float64)
-    for client in federation.clients:
-        progress = federation.trainer.progress.get(client.client_id, RoundProgress())
-        values = {
-            "present": 1.0,
-            "participated": float(client.client_id in participants),
-            "num_examples": float(len(client.examples)),
-            **dict.fromkeys(EVALUATED, float("nan")),
-            **evaluated.get(client.client_id, {}),
-            **asdict(progress.metrics),
-        }
-        table[client.client_id] = torch.tensor([values[column] for column in COLUMNS], dtype=torch.float64)
+@dataclass(frozen=True)
+class MetricsTable:
+    """The numbers of a round of all clients, the same on every rank."""
+
+    rows: Sequence[Row]
+    """By client id."""
+    labels: Sequence[str]
+
+    def present(self) -> dict[int, Row]:
+        """Rows of the clients whose leader took part in the exchange, by client id."""
+        return {client_id: row for client_id, row in enumerate(self.rows) if row["present"]}
+
+    def absent_clients(self) -> list[int]:
+        """Ids of the clients whose leader did not take part."""
+        return [client_id for client_id, row in enumerate(self.rows) if not row["present"]]
+
+    def all_rejected(self, client_ids: Sequence[int]) -> bool:
+        """Whether there were participants, and what they did was undone for each of them."""
+        return bool(client_ids) and all(self.rows[client_id]["rejected"] for client_id in client_ids)
+
+
+def fill_row(client: HostedClient, progress: RoundProgress, participated: bool, evaluated: Mapping[str, float]) -> Row:
+    """What a leader says of one of its clients."""
+    row: Row = {"present": 1.0, "participated": float(participated), "num_examples": float(len(client.examples))}
+    row |= dict.fromkeys(EVALUATED, math.nan)
+    row |= evaluated
+    row |= asdict(progress.metrics)
+    return row
+
+
+def exchange_metrics(world: World, rows: Mapping[int, Row], labels: Sequence[str]) -> MetricsTable:
+    """The table of all clients: 8 bytes a column and client. Collective: every rank of the job.
+
+    Args:
+        rows: those of the clients that this group hosts, by client id.
+    """
+    table = torch.zeros(len(labels), len(COLUMNS), dtype=torch.float64)
+    for client_id, row in rows.items():
+        table[client_id] = torch.tensor([row[column] for column in COLUMNS], dtype=torch.float64)
 
     def add_up() -> torch.Tensor:
         assert world.leaders is not None, "a leader"
@@ -38,39 +67,45 @@ def exchange_metrics(
         return table
 
     table = world.from_leader(add_up, like=table)
-    return [dict(zip(COLUMNS, row, strict=True)) for row in table.tolist()]
+    return MetricsTable([dict(zip(COLUMNS, row, strict=True)) for row in table.tolist()], labels)
 
 
-def track(federation: Federation, server_round: int, table: Sequence[dict[str, float]]) -> None:
-    """Records of the round: one per client, one for the round."""
-    world, tracker = federation.world, federation.tracker
+def record_round(
+    world: World, tracker: Tracker, server_round: int, table: MetricsTable, seconds: Mapping[str, float]
+) -> None:
+    """Write one record a client and one of the round. The coordinator of all leaders does; others return at once.
+
+    Args:
+        seconds: what each part of the round took; its part `train` is the base of tokens per second.
+    """
     if world.leaders is None or not world.leaders.is_coordinator:
         return
-    present = {client_id: row for client_id, row in enumerate(table) if row["present"]}
-    for client_id, row in present.items():
-        known = {name: value for name, value in row.items() if value == value}  # NaN: not evaluated
-        tracker.record("client", server_round, client=client_id, label=federation.labels[client_id], **known)
+    rows = table.present()
+    for client_id, row in rows.items():
+        known = {name: value for name, value in row.items() if not math.isnan(value)}
+        tracker.record("client", server_round, client=client_id, label=table.labels[client_id], **known)
         tagged = {tag: row[name] for name, tag in EVALUATED.items() if name in known}
         tracker.scalars(f"client_{client_id:02d}", tagged, server_round)
-    totals = {
-        name: sum(row[name] for row in present.values())
-        for name in ("real_tokens", "restored_tokens", "computed_tokens")
-    }
-    own_tokens = totals["real_tokens"] - totals["restored_tokens"]  # of this process, as its seconds
-    summary = {
-        **{f"seconds/{part}": value for part, value in federation.seconds.items()},
-        "seconds/save_inside_phases": federation.trainer.seconds_saving,  # a part of seconds/train
-        **{f"bytes_handed/{purpose}": n for purpose, n in world.leaders.bytes_handed.items()},
-        "tokens_per_second": own_tokens / max(federation.seconds["train"], 1e-9),
-        "computed_share": totals["computed_tokens"] / max(totals["real_tokens"], 1.0),
-    }
-    for name in EVALUATED:
-        values = [row[name] for row in present.values() if row[name] == row[name]]
-        if values:
-            summary[name] = sum(values) / len(values)
+    summary = _summarize(list(rows.values()), seconds)
+    for purpose, num_bytes in world.leaders.bytes_handed.items():
+        summary[f"bytes_handed/{purpose}"] = float(num_bytes)
+    world.leaders.bytes_handed.clear()
     tracker.record("round", server_round, **summary)
     tracker.scalars("rounds", summary, server_round)
-    world.leaders.bytes_handed.clear()
-    said = [f"{name.replace('held_out_', 'held-out ')} {summary[name]:.4f}" for name in EVALUATED if name in summary]
-    if said:
-        tracker.say(f"round {server_round}: mean {', '.join(said)}")
+    shown = [f"{name.replace('held_out_', 'held-out ')} {summary[name]:.4f}" for name in EVALUATED if name in summary]
+    if shown:
+        tracker.say(f"round {server_round}: mean {', '.join(shown)}")
+
+
+def _summarize(rows: Sequence[Row], seconds: Mapping[str, float]) -> dict[str, float]:
+    """Numbers of the whole round."""
+    summary = {f"seconds/{part}": value for part, value in seconds.items()}
+    totals = {name: sum(row[name] for row in rows) for name in TOKENS}
+    own_tokens = totals["real_tokens"] - totals["restored_tokens"]  # of this process, as its seconds
+    summary["tokens_per_second"] = own_tokens / max(seconds.get("train", 0.0), 1e-9)
+    summary["computed_share"] = totals["computed_tokens"] / max(totals["real_tokens"], 1.0)
+    for name in EVALUATED:
+        values = [row[name] for row in rows if not math.isnan(row[name])]
+        if values:
+            summary[name] = sum(values) / len(values)
+    return summary

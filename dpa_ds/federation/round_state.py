@@ -1,133 +1,263 @@
-"""How far each hosted client has come in the current round: kept while it trains, saved, and restored."""
+"""The current round on disk and in memory: how far each hosted client has come, undoing, resuming, and what makes a round count."""
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, Literal
 
+import peft
+import torch
+
+from dpa_ds.adapters.methods import GLOBAL, LOCAL
 from dpa_ds.adapters.state import AdapterState
-from dpa_ds.errors import CheckpointError
+from dpa_ds.config.schema import CheckpointConfig
+from dpa_ds.distributed.job_store import JobStore
+from dpa_ds.distributed.preemption import PreemptionSync
+from dpa_ds.distributed.world import World
+from dpa_ds.errors import TrainingError
+from dpa_ds.federation.aggregation.base import LeaderState, ServerState
+from dpa_ds.federation.clients import HostedClient
+from dpa_ds.federation.metrics import MetricsTable
+from dpa_ds.federation.progress import ClientState, PhaseProgress, RoundProgress
+from dpa_ds.federation.trainer import PhaseRun
 from dpa_ds.runs.folder import RunFolder
 from dpa_ds.runs.storage import BackgroundWriter, SavedFolder
 from dpa_ds.runs.tracking import logger
 
 
-@dataclass
-class RoundMetrics:
-    """Numbers of one client and round, summed over its phases. Losses are means per label token."""
-
-    num_steps: int = 0
-    seconds: float = 0.0
-    real_tokens: int = 0
-    restored_tokens: int = 0
-    """Of `real_tokens`: those of an earlier process that was interrupted in this round."""
-    computed_tokens: int = 0
-    global_loss: float = 0.0
-    """Mean training loss of the global phase's steps."""
-    local_loss: float = 0.0
-    skipped_steps: int = 0
-    """Steps that DeepSpeed left out because their gradient was not finite (fp16: while the loss scale settles)."""
-    rejected: int = 0
-    """1: it diverged or changed too much, and what it did in this round was undone."""
-
-
-@dataclass
-class PhaseProgress:
-    """Inside a phase."""
-
-    step: int = 0
-    """Optimizer steps done."""
-    losses: list[float] = field(default_factory=list)
-    norms: list[float] = field(default_factory=list)
-    num_skipped: int = 0
-    scaler: dict[str, float] = field(default_factory=dict)
-    """fp16: state of the loss scale."""
-
-
-@dataclass
-class RoundProgress:
-    """A client's way through a round: the phases before the aggregation, after it, and the final ones, counted through."""
-
-    phase: int = 0
-    """Phases done."""
-    inside: PhaseProgress = field(default_factory=PhaseProgress)
-    """Of the phase that comes next."""
-    metrics: RoundMetrics = field(default_factory=RoundMetrics)
-    update: AdapterState | None = None
-    """The client's own global adapter, as far as it was trained in this round; None while it is the shared one."""
-    counts_references: bool = False
-    """The mean state of its references goes with this round's update: it was not counted before."""
-    optimizer: AdapterState | None = None
-    """Inside a phase that was interrupted: AdamW state of the adapter that it trains."""
-
-
-class ProgressKeeper:
-    """Saves and finds the progress of this group's clients.
+class RoundState:
+    """Where the run stands, and how far this group's clients have come in the current round: the hooks of the trainer.
 
     Args:
-        layout: what must be equal for work inside a round to be restored bit for bit: ranks, ZeRO stage, ...
-        is_leader: this rank writes.
+        server_state: that the next round starts from; empty on ranks that are no leaders.
+        num_completed: complete rounds.
+        layout: what must be equal for work inside a round to be resumed bit for bit: ranks, ZeRO stage, ...
     """
 
-    def __init__(self, folder: RunFolder, writer: BackgroundWriter, layout: Mapping[str, Any], is_leader: bool) -> None:
-        self._folder, self._writer, self._layout, self._is_leader = folder, writer, dict(layout), is_leader
-
-    def save(
+    def __init__(
         self,
-        server_round: int,
-        client: int,
-        progress: RoundProgress,
-        local: Mapping[str, AdapterState],
-        steps_taken: Mapping[str, int],
+        folder: RunFolder,
+        writer: BackgroundWriter,
+        world: World,
+        job: JobStore,
+        checkpoint: CheckpointConfig,
+        on_bad_update: Literal["skip", "stop"],
+        layout: Mapping[str, Any],
+        server_state: ServerState,
+        num_completed: int,
     ) -> None:
-        """Write in the background.
+        self.server_state = server_state
+        self.num_completed = num_completed
+        self._folder = folder
+        self._writer = writer
+        self._world = world
+        self._job = job
+        self._every_steps = checkpoint.every_steps
+        self._on_bad_update = on_bad_update
+        self._layout = dict(layout)
+        self._preemption = PreemptionSync(job, world, checkpoint.every_minutes)
+        self._progress: dict[int, RoundProgress] = {}
+        self.seconds_saving = 0.0
+        """In the current round: how long training waited for snapshots of its progress."""
 
-        Args:
-            local: the client's local adapter as `local`, and its kept AdamW state as `local_optimizer` if there is one.
-        """
-        if not self._is_leader:
+    # ---- in memory --------------------------------------------------------------------------------------------
+
+    def open(self, client: HostedClient) -> RoundProgress:
+        """See `TrainerHooks.open`."""
+        if client.client_id not in self._progress:
+            is_new = client.state.num_steps[GLOBAL] == 0
+            self._progress[client.client_id] = RoundProgress(client.state, counts_references=is_new)
+        return self._progress[client.client_id]
+
+    def progress_of(self, client: HostedClient) -> RoundProgress:
+        """The client's progress in this round; an empty one where it takes no part."""
+        return self._progress.get(client.client_id, RoundProgress(client.state))
+
+    def reject(self, client: HostedClient, error: TrainingError) -> None:
+        """See `TrainerHooks.reject`."""
+        if self._on_bad_update == "stop":
+            raise error
+        progress = self._progress[client.client_id]
+        client.state = progress.initial
+        progress.update = None
+        progress.optimizer = None
+        progress.inside = PhaseProgress()
+        progress.metrics.rejected = 1
+        if self._world.is_leader:
+            logger.warning(f"{error}; its round is undone, and the others continue (federation.on_bad_update: skip)")
+
+    def end_round(self, server_round: int) -> None:
+        """The round is complete: forget how far its clients had come."""
+        self.num_completed = server_round
+        self._progress.clear()
+        self.seconds_saving = 0.0
+
+    # ---- saving -----------------------------------------------------------------------------------------------
+
+    def before_step(self, run: PhaseRun, snapshot: Callable[[PhaseRun], None]) -> None:
+        """See `TrainerHooks.before_step`. Collective: all ranks of the group."""
+        action = self._preemption.check()
+        step, every = run.inside.step, self._every_steps
+        is_due = every is not None and step % every == 0 and bool(run.shares)  # not again where it has just resumed
+        if action != "go" or is_due:
+            started = time.monotonic()
+            snapshot(run)
+            self.seconds_saving += time.monotonic() - started
+            self.save(run.client, run.server_round)
+        if action == "stop":
+            self._writer.wait()
+            self._job.preempt()
+
+    def save(self, client: HostedClient, server_round: int) -> None:
+        """Write the client's progress in the background. The leader does; others return at once."""
+        if not self._world.is_leader:
             return
-        tensors = dict(local)
-        if progress.update is not None:
-            tensors["update"] = progress.update
-        if progress.optimizer is not None:
-            tensors["optimizer"] = progress.optimizer
+        started = time.monotonic()
+        progress = self._progress[client.client_id]
+        optional = {
+            "local_optimizer": client.state.local_optimizer,
+            "update": progress.update,
+            "optimizer": progress.optimizer,
+        }
+        tensors = {"local": client.state.local_adapter}
+        for name, state in optional.items():
+            if state is not None:
+                tensors[name] = state
+        kept = ["update"] if progress.is_update_saved and progress.update is None else []
         info = {
             "layout": self._layout,
-            "phase": progress.phase,
-            "inside": asdict(progress.inside),
-            "metrics": asdict(progress.metrics),
-            "counts_references": progress.counts_references,
-            "steps_taken": dict(steps_taken),
+            "steps_taken": client.state.num_steps,
+            "has_local_optimizer": client.state.local_optimizer is not None,
+            **progress.to_json(),
         }
-        self._writer.submit(lambda: self._folder.save_progress(server_round, client, tensors, info))
+        write = partial(self._folder.save_progress, server_round, client.client_id, tensors, info, kept)
+        self._writer.submit(write)
+        self.seconds_saving += time.monotonic() - started
 
-    def find(self, server_round: int, client: int) -> tuple[RoundProgress, SavedFolder] | None:
-        """The progress of a client in `server_round`, and what was saved with it; None: the round starts from scratch."""
-        saved = self._folder.load_progress(server_round, client, self._warn)
+    # ---- resuming ---------------------------------------------------------------------------------------------
+
+    def restore_progress(self, clients: Sequence[HostedClient], server_round: int) -> None:
+        """Before the first round of this process: resume each client where it was interrupted inside that round.
+
+        The leader reads; the others learn from it how far a client has come. Collective: all ranks of the group.
+        """
+        for client in clients:
+            saved = self._find(client, server_round) if self._world.is_leader else None
+            info = self._world.broadcast_json(None if saved is None else saved.info)
+            progress = self.open(client)
+            if info is None:
+                continue
+            tensors = {} if saved is None else saved.tensors
+            progress = RoundProgress.from_json(progress.initial, info)
+            progress.metrics.restored_tokens = progress.metrics.real_tokens
+            progress.update = tensors.get("update")
+            progress.optimizer = tensors.get("optimizer")
+            self._progress[client.client_id] = progress
+            optimizer = tensors.get("local_optimizer", {}) if info["has_local_optimizer"] else None
+            client.state = ClientState(tensors.get("local", {}), dict(info["steps_taken"]), optimizer)
+
+    def _find(self, client: HostedClient, server_round: int) -> SavedFolder | None:
+        """What was saved of a client's progress in `server_round`; None: it starts the round from scratch."""
+        saved = self._folder.load_progress(server_round, client.client_id, logger.warning)
         if saved is None:
             return None
         if saved.info.get("layout") != self._layout:
-            if self._is_leader:
-                logger.warning(
-                    f"client {client} starts round {server_round} from scratch: what it had done of it was done with another layout "
-                    f"({saved.info.get('layout')}, now {self._layout})"
-                )
+            logger.warning(
+                f"client {client.client_id} starts round {server_round} from scratch: what it had done of it was done with "
+                f"another layout ({saved.info.get('layout')}, now {self._layout})"
+            )
             return None
-        info, tensors = saved.info, saved.tensors
-        progress = RoundProgress(
-            info["phase"],
-            PhaseProgress(**info["inside"]),
-            RoundMetrics(**info["metrics"]),
-            tensors.get("update"),
-            info["counts_references"],
-            tensors.get("optimizer"),
-        )
-        return progress, saved
+        return saved
 
-    def _warn(self, damage: CheckpointError) -> None:
-        if self._is_leader:
-            logger.warning(damage)
+
+class RoundCommit:
+    """Makes a round count, or leaves no trace of it: the commit protocol.
+
+    1. Every leader writes the adapters of its clients into `round_N.tmp`, the coordinator also `global/`, in the background
+       (`start`): held-out loss is computed meanwhile.
+    2. A leader waits until its own files are on disk (`wait`), and only then hands its row to the exchange of metrics. So that
+       exchange is the barrier: once a leader has its result, all leaders that are present have saved.
+    3. The coordinator records the metrics: a complete round is also a recorded one (`metrics.record_round`).
+    4. The coordinator completes the round (`finish`): it copies what absent clients had, writes `meta.json` with the checksums
+       of all state, and renames `round_N.tmp` to `round_N`. The rename is what makes the round count. Older rounds are deleted
+       afterwards.
+
+    A process that ends before the rename leaves round N - 1 as the last one, and its clients' progress in `round_N.tmp`.
+    Every method may be called by all ranks; leaders act.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        writer: BackgroundWriter,
+        world: World,
+        keep_rounds: int,
+        peft_configs: Mapping[str, peft.LoraConfig],
+    ) -> None:
+        self._folder = folder
+        self._writer = writer
+        self._world = world
+        self._keep_rounds = keep_rounds
+        self._peft_configs = peft_configs
+        self._wrote_server_state = False
+
+    def start(
+        self, server_round: int, clients: Sequence[HostedClient], state: ServerState, leader_state: LeaderState
+    ) -> None:
+        """Step 1."""
+        if self._world.leaders is None:
+            return
+        self._wrote_server_state = self._world.leaders.is_coordinator
+        if self._wrote_server_state:
+            self._save_server_state(server_round, state)
+        for client in clients:
+            # What belongs to the leader lies with its first client, and so follows it to another host.
+            residual = leader_state.residual if client is clients[0] else {}
+            self._save_client(server_round, client, residual)
 
     def wait(self) -> None:
-        """Until everything is on disk."""
+        """Step 2, before the exchange. Raises CheckpointError if a write failed."""
         self._writer.wait()
+
+    def finish(self, server_round: int, state: ServerState, table: MetricsTable) -> None:
+        """Step 4, after the exchange and the record."""
+        if self._world.leaders is None or not self._world.leaders.is_coordinator:
+            return
+        if not self._wrote_server_state:  # the leader that had written it was lost meanwhile
+            self._save_server_state(server_round, state)
+            self._writer.wait()
+        absent = table.absent_clients()
+        self._folder.carry_over(server_round, absent)
+        meta = {"clients": list(table.labels), "absent": absent}
+        self._folder.complete_round(server_round, meta, self._keep_rounds)
+
+    def _save_server_state(self, server_round: int, state: ServerState) -> None:
+        extras: dict[str, AdapterState] = {}
+        if len(state.reference_mean):
+            weight = torch.tensor([state.reference_weight])
+            extras["reference_mean"] = {"reference_mean": state.reference_mean, "weight": weight}
+        if state.optimizer:
+            extras["server_optimizer"] = state.optimizer
+        self._save(server_round, GLOBAL, state.adapter, self._peft_configs[GLOBAL], extras, {"scalars": state.scalars})
+
+    def _save_client(self, server_round: int, client: HostedClient, residual: AdapterState) -> None:
+        extras: dict[str, AdapterState] = {}
+        if client.references is not None:
+            extras["references"] = client.references.to_tensors()
+        if client.state.local_optimizer is not None:
+            extras["optimizer"] = client.state.local_optimizer
+        if residual:
+            extras["leader_state"] = residual
+        info = {"label": client.label, "tasks": client.tasks, "steps_taken": client.state.num_steps}
+        self._save(server_round, client.folder, client.state.local_adapter, self._peft_configs[LOCAL], extras, info)
+
+    def _save(
+        self,
+        server_round: int,
+        name: str,
+        adapter: AdapterState,
+        config: peft.LoraConfig,
+        extras: Mapping[str, AdapterState],
+        info: Mapping[str, Any],
+    ) -> None:
+        self._writer.submit(partial(self._folder.save_adapter, server_round, name, adapter, config, extras, info))

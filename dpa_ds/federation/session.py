@@ -1,4 +1,4 @@
-"""What the round loop holds between its steps."""
+"""A run, ready to start: everything that the round loop needs, built once and in the right order."""
 
 import time
 from collections import defaultdict
@@ -6,56 +6,71 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from dpa_ds.config.schema import RunConfig
+from dpa_ds.config.schema import FederationConfig
 from dpa_ds.distributed.world import World
 from dpa_ds.engine.profiling import Profile
-from dpa_ds.evaluation.while_training import Scorer
-from dpa_ds.federation.aggregation.mean import Aggregator, Shared
-from dpa_ds.federation.trainer import ClientTrainer, HostedClient
+from dpa_ds.federation.aggregation.pipeline import Aggregation
+from dpa_ds.federation.clients import HostedClient
+from dpa_ds.federation.round_evaluation import RoundEvaluation
+from dpa_ds.federation.round_state import RoundCommit, RoundState
+from dpa_ds.federation.trainer import Trainer
 from dpa_ds.runs.folder import RunFolder
 from dpa_ds.runs.storage import BackgroundWriter
 from dpa_ds.runs.tracking import Tracker
 
 
 @dataclass
-class Federation:
-    """One rank's view of the run between rounds."""
+class RoundTimer:
+    """Seconds of each part of the current round; with `--profile` also reported to the profile."""
 
-    config: RunConfig
+    profile: Profile | None
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    began: float = field(default_factory=time.monotonic)
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Add the block's duration to the part `name`."""
+        started = time.monotonic()
+        if self.profile is not None:
+            self.profile.enter(name)
+        yield
+        if self.profile is not None:
+            self.profile.enter("")
+        self.seconds[name] += time.monotonic() - started
+
+    def end_round(self, server_round: int) -> None:
+        """Forget the round's times; with `--profile` report those of the first."""
+        now = time.monotonic()
+        if self.profile is not None:
+            self.profile.report(server_round, self.seconds, now - self.began)
+        self.seconds.clear()
+        self.began = now
+
+
+@dataclass(frozen=True)
+class Session:
+    """One rank's view of a run before its first round."""
+
+    seed: int
+    federation: FederationConfig
     world: World
-    trainer: ClientTrainer
-    aggregator: Aggregator
     clients: Sequence[HostedClient]
     """Hosted by this rank group, in order."""
     labels: Sequence[str]
     """Of all clients, for messages."""
-    shared: Shared
+    trainer: Trainer
+    aggregation: Aggregation
+    evaluation: RoundEvaluation
+    round_state: RoundState
+    commit: RoundCommit
     folder: RunFolder
     writer: BackgroundWriter
     tracker: Tracker
-    scorer: Scorer | None
-    """Where `evaluation.scores_every_rounds` asks for answers while training."""
-    profile: Profile | None = None
-    """Where `--profile` asks for it."""
-    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    """Time of each part of the current round."""
-    round_began: float = field(default_factory=time.monotonic)
+    timer: RoundTimer
+    started: float
+    """When building began, by `time.monotonic`."""
 
-    @contextmanager
-    def timed(self, part: str) -> Iterator[None]:
-        """Add the block's duration to `seconds[part]`."""
-        started = time.monotonic()
-        if self.profile is not None:
-            self.profile.enter(part)
-        yield
-        if self.profile is not None:
-            self.profile.enter("")
-        self.seconds[part] += time.monotonic() - started
-
-    def end_round(self, server_round: int) -> None:
-        """Forget the round's times; with `--profile` tell those of the first."""
-        now = time.monotonic()
-        if self.profile is not None:
-            self.profile.report(server_round, self.seconds, now - self.round_began)
-        self.seconds.clear()
-        self.round_began = now
+    @property
+    def num_rounds(self) -> int:
+        """Rounds of the whole run."""
+        return self.federation.num_rounds

@@ -1,285 +1,345 @@
-"""One client's round: its phases -> a ClientUpdate. Runs on all ranks of the rank group that hosts the client."""
+"""Trains hosted clients, one after the other, on the engine of their rank group.
+
+The trainer knows phases and steps. Disks, signals, resuming and undoing are known to its hooks (`round_state.py`).
+"""
 
 import hashlib
 import math
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol, TypeVar
 
 import torch
 
-from dpa_ds.adapters.dual_lora import Adapter
-from dpa_ds.adapters.methods import STAGES, Phase, Schedule, Stage
+from dpa_ds.adapters.adapter_model import global_local_mix
+from dpa_ds.adapters.methods import GLOBAL, LOCAL, STAGES, Phase, Schedule, Stage
 from dpa_ds.adapters.state import AdapterState
-from dpa_ds.config.schema import RunConfig, TrainConfig
+from dpa_ds.config.schema import TrainConfig
 from dpa_ds.data.batching import BatchingConfig, build_step, num_steps, step_indices
-from dpa_ds.data.references import References
 from dpa_ds.data.tokenize import TokenizedExamples
-from dpa_ds.distributed.job_store import JobStore
-from dpa_ds.distributed.preemption import PreemptionSync
 from dpa_ds.distributed.world import World
 from dpa_ds.engine.engine import AdapterEngine
-from dpa_ds.errors import CheckpointError, TrainingError
-from dpa_ds.federation.aggregation.mean import ClientUpdate, Shared
-from dpa_ds.federation.round_state import PhaseProgress, ProgressKeeper, RoundProgress
-from dpa_ds.runs.tracking import Tracker, logger
+from dpa_ds.errors import TrainingError
+from dpa_ds.federation.aggregation.base import LocalUpdate, ServerState, Transform
+from dpa_ds.federation.clients import HostedClient
+from dpa_ds.federation.progress import PhaseProgress, RoundProgress
+from dpa_ds.runs.tracking import Tracker
+
+T = TypeVar("T")
 
 
 @dataclass
-class HostedClient:
-    """What a client keeps to itself, in the memory of its rank group."""
+class PhaseRun:
+    """One phase of one client while it runs."""
 
-    client_id: int
-    label: str
-    tasks: tuple[str, ...]
-    """Tasks that it trains on, sorted; empty where the data names none."""
-    examples: TokenizedExamples
-    held_out: TokenizedExamples | None
-    local_state: AdapterState
-    references: References | None = None
-    """Prompts that a test prompt is compared with, where the method weights by instance."""
-    local_optimizer: AdapterState | None = None
-    """AdamW state of the local adapter, if `train.keep_optimizer_state`."""
-    carried: AdapterState | None = None
-    """What the aggregation rule of its leader had kept when the run was last saved."""
-    steps_taken: dict[str, int] = field(default_factory=lambda: {"global": 0, "local": 0})
-    """Optimizer steps per adapter so far: the x axis of the client's curves."""
+    client: HostedClient
+    phase: Phase
+    server_round: int
+    progress: RoundProgress
+    num_steps: int
+    learning_rates: list[float]
+    shares: list[torch.Tensor] = field(default_factory=list)
+    """This rank's shares of the last steps' losses, on the device, not yet summed over the group."""
+    norms: list[torch.Tensor] = field(default_factory=list)
+
+    @property
+    def inside(self) -> PhaseProgress:
+        """How far the phase has come."""
+        return self.progress.inside
 
 
-class ClientTrainer:
-    """Trains hosted clients, one after the other, on the rank group's engine. Every method is collective there."""
+class TrainerHooks(Protocol):
+    """What surrounds the steps of a client. Every method is collective: all ranks of the group."""
+
+    def open(self, client: HostedClient) -> RoundProgress:
+        """The client's progress in this round; a fresh one at its beginning."""
+        ...
+
+    def before_step(self, run: PhaseRun, snapshot: Callable[[PhaseRun], None]) -> None:
+        """Called before each step. May save and raise Preempted.
+
+        Args:
+            snapshot: takes the trained adapter and its optimizer state out of the engine into `run.progress`.
+        """
+        ...
+
+    def save(self, client: HostedClient, server_round: int) -> None:
+        """Called when a phase is done, or what was done is undone."""
+        ...
+
+    def reject(self, client: HostedClient, error: TrainingError) -> None:
+        """Give the client its last good state back; raises `error` where the recipe wants the run to stop."""
+        ...
+
+
+class Trainer:
+    """Trains the phases of a round. Every method is collective: all ranks of the group."""
 
     def __init__(
         self,
         engine: AdapterEngine,
         world: World,
-        config: RunConfig,
         schedule: Schedule,
-        tracker: Tracker,
+        train: TrainConfig,
+        seed: int,
         batching: BatchingConfig,
-        job: JobStore,
-        keeper: ProgressKeeper,
+        transforms: Sequence[Transform],
+        hooks: TrainerHooks,
+        tracker: Tracker,
     ) -> None:
-        self.engine, self.schedule, self.batching = engine, schedule, batching
-        self._world, self._config, self._tracker, self._job, self._keeper = world, config, tracker, job, keeper
-        self._preemption = PreemptionSync(job, world, config.checkpoint.every_minutes)
-        self.progress: dict[int, RoundProgress] = {}
-        """Of the current round, by client; the round loop clears it, and `starts`: what to return to if it is undone."""
-        self.seconds_saving = 0.0
-        """In the current round: how long training waited for snapshots of its progress."""
-        self.starts: dict[int, tuple[AdapterState, AdapterState | None, dict[str, int]]] = {}
+        self.engine = engine
+        self.schedule = schedule
+        self.batching = batching
+        self._world = world
+        self._train = train
+        self._seed = seed
+        self._transforms = transforms
+        self._hooks = hooks
+        self._tracker = tracker
 
     # ---- a client's round -------------------------------------------------------------------------------------
 
-    def restore_progress(self, client: HostedClient, server_round: int) -> None:
-        """Before the first round of this process: resume where the client was interrupted inside of it."""
-        found = self._keeper.find(server_round, client.client_id)
-        progress = self._open(client)
-        if found is not None:
-            progress, saved = found
-            progress.metrics.restored_tokens = progress.metrics.real_tokens
-            self.progress[client.client_id] = progress
-            client.local_state, client.local_optimizer = saved.tensors["local"], saved.tensors.get("local_optimizer")
-            client.steps_taken = dict(saved.info["steps_taken"])
-        here = torch.tensor([float(progress.phase), float(progress.inside.step)])
-        if not torch.equal(self._world.broadcast_(here.clone()), here):
-            raise CheckpointError(
-                f"{client.label}: ranks read different progress: is output_dir one shared file system?"
-            )
+    def local_update(self, client: HostedClient, state: ServerState, server_round: int) -> LocalUpdate | None:
+        """Run the client's phases before the aggregation.
 
-    def local_update(self, client: HostedClient, shared: Shared, server_round: int) -> ClientUpdate | None:
-        """Run the client's phases of this round and return what it uploads; None if that is not fit to count."""
-        progress = self._open(client)
+        Returns:
+            what leaves the client, on its leader; None on other ranks, and where it is not fit to count.
+        """
+        progress = self._hooks.open(client)
+        update = None
         try:
-            self._train(client, "before", shared, server_round)
-            update = shared.adapter if progress.update is None else progress.update
+            self._train_stage(client, "before", state, server_round)
             if not progress.metrics.rejected:
-                self._check_update(update, shared.adapter, client, server_round)
+                update = self._transformed(client, state, server_round)
         except TrainingError as error:
-            self._undo(client, error)
+            self._hooks.reject(client, error)
             progress.phase = self._first_phase("final", server_round)
-            self._save(client, server_round)
-        if progress.metrics.rejected:
-            return None
-        reference_mean = client.references.reference_mean if client.references and progress.counts_references else None
-        return ClientUpdate(client.client_id, len(client.examples), update, reference_mean)
+            self._hooks.save(client, server_round)
+        if not self.schedule.phases("overlap", server_round):
+            self._forget_update(progress)
+        return update
 
-    def run_stage(self, client: HostedClient, stage: Stage, shared: Shared, server_round: int) -> None:
-        """Run the phases of a later `stage`. Where they come to nothing, what the client has uploaded counts all the same."""
-        steps_taken = client.steps_taken["global"]
+    def run_stage(self, stage: Stage, clients: Sequence[HostedClient], state: ServerState, server_round: int) -> None:
+        """Run a later stage of each client. Where its phases come to nothing, what the client has uploaded counts all the same."""
+        for client in clients:
+            self._run_later_stage(client, stage, state, server_round)
+
+    def finalize(self, clients: Sequence[HostedClient], state: ServerState, server_round: int) -> None:
+        """After the last round: start each local adapter from the global one and run the final phases."""
+        first = self._first_phase("final", server_round)
+        for client in clients:
+            progress = self._hooks.open(client)
+            progress.phase = max(progress.phase, first)  # a client that was not sampled has done nothing yet
+            if not self.schedule.final:
+                continue
+            if (progress.phase, progress.inside.step) == (first, 0):
+                client.state = replace(client.state, local_adapter=state.adapter, local_optimizer=None)
+                progress.initial = client.state
+            self._run_later_stage(client, "final", state, server_round)
+
+    def num_steps(self, client: HostedClient) -> int:
+        """Optimizer steps of one phase of the client."""
+        train = self._train
+        return num_steps(len(client.examples), train.batch_size, train.local_epochs, train.max_steps)
+
+    def held_out_loss(self, examples: TokenizedExamples, alpha: float, max_examples: int) -> float:
+        """Mean loss per label token of the first `max_examples` examples, with the adapters that the engine holds.
+
+        The same number on any layout of ranks.
+
+        Args:
+            alpha: the adapters are mixed as (1 - alpha, alpha).
+        """
+        indices = range(min(len(examples), max_examples))
+        step = build_step(examples, indices, self._world.rank, self._world.world_size, self.batching)
+        return self.engine.loss([step], global_local_mix(alpha))
+
+    # ---- stages -----------------------------------------------------------------------------------------------
+
+    def _run_later_stage(self, client: HostedClient, stage: Stage, state: ServerState, server_round: int) -> None:
+        progress = self._hooks.open(client)
+        global_steps = client.state.num_steps[GLOBAL]
         try:
-            self._train(client, stage, shared, server_round)
+            self._train_stage(client, stage, state, server_round)
         except TrainingError as error:
-            self._undo(client, error)
-            client.steps_taken["global"] = steps_taken
+            self._hooks.reject(client, error)
+            client.state = replace(client.state, num_steps={**client.state.num_steps, GLOBAL: global_steps})
+        if stage == "overlap":
+            self._forget_update(progress)
 
-    def finish(self, client: HostedClient, shared: Shared, server_round: int) -> None:
-        """After the last round: start the local adapter from the global one and run the final phases."""
-        progress, first = self._open(client), self._first_phase("final", server_round)
-        progress.phase = max(progress.phase, first)  # a client that was not drawn has done nothing yet
-        if not self.schedule.final:
-            return
-        if (progress.phase, progress.inside.step) == (first, 0):
-            client.local_state, client.local_optimizer = shared.adapter, None
-            self.starts[client.client_id] = (client.local_state, None, dict(client.steps_taken))
-        self.run_stage(client, "final", shared, server_round)
-
-    def _open(self, client: HostedClient) -> RoundProgress:
-        """The client's progress in this round; at its beginning also what to return to if the round must be undone."""
-        if client.client_id not in self.progress:
-            self.progress[client.client_id] = RoundProgress(counts_references=client.steps_taken["global"] == 0)
-            self.starts[client.client_id] = (client.local_state, client.local_optimizer, dict(client.steps_taken))
-        return self.progress[client.client_id]
-
-    def _first_phase(self, stage: Stage, server_round: int) -> int:
-        earlier = STAGES[: STAGES.index(stage)]
-        return sum(len(self.schedule.phases(one, server_round)) for one in earlier)
-
-    def _undo(self, client: HostedClient, error: TrainingError) -> None:
-        """Give the client its last good state back. Raises `error` where the recipe wants the run to stop."""
-        if self._config.federation.on_bad_update == "stop":
-            raise error
-        client.local_state, client.local_optimizer, steps_taken = self.starts[client.client_id]
-        client.steps_taken = dict(steps_taken)
-        progress = self.progress[client.client_id]
-        progress.update, progress.inside, progress.metrics.rejected = None, PhaseProgress(), 1
-        if self._world.is_leader:
-            logger.warning(f"{error}; its round is undone, and the others continue (federation.on_bad_update: skip)")
-
-    def _check_update(
-        self, update: AdapterState, current: AdapterState, client: HostedClient, server_round: int
-    ) -> None:
-        bound = self._config.federation.max_update_norm
-        norm = math.sqrt(sum(float((update[key] - current[key]).double().square().sum()) for key in update))
-        if bound is not None and norm > bound:
-            raise TrainingError(
-                f"{client.label} changed the global adapter by {norm:.4g} in round {server_round}, more than "
-                f"federation.max_update_norm = {bound:g}"
-            )
-
-    # ---- phases -----------------------------------------------------------------------------------------------
-
-    def _train(self, client: HostedClient, stage: Stage, shared: Shared, server_round: int) -> None:
+    def _train_stage(self, client: HostedClient, stage: Stage, state: ServerState, server_round: int) -> None:
         """Run those phases of `stage` that are not done yet."""
-        progress, phases = self.progress[client.client_id], self.schedule.phases(stage, server_round)
-        todo = phases[max(0, progress.phase - self._first_phase(stage, server_round)) :]
-        self._tracker.advance(
-            f"round {server_round} {client.label}", self._num_steps(client) * (len(phases) - len(todo))
-        )
+        progress = self._hooks.open(client)
+        phases = self.schedule.phases(stage, server_round)
+        num_done = max(0, progress.phase - self._first_phase(stage, server_round))
+        todo = phases[num_done:]
+        self._tracker.advance(_describe(client, server_round), self.num_steps(client) * (len(phases) - len(todo)))
         if not todo:
             return
-        own = progress.update if stage in ("before", "during") else None
-        self.engine.write_state("global", shared.adapter if own is None else own)
-        if any(phase.trainable == "local" for phase in todo):
-            self.engine.write_state("local", client.local_state)
+        # Until this round's average is there a client trains on beside its own global adapter.
+        adapter = state.adapter
+        if stage in ("before", "overlap") and progress.update is not None:
+            adapter = progress.update
+        self.engine.write_state(GLOBAL, adapter)
+        if any(phase.trainable == LOCAL for phase in todo):
+            self.engine.write_state(LOCAL, client.state.local_adapter)
         for phase in todo:
             self._run_phase(client, phase, server_round)
             progress.phase += 1
             progress.inside = PhaseProgress()
-            self._save(client, server_round)
+            # From the end of the stage on the update is whole, and later saves keep its file instead of writing it again.
+            progress.is_update_saved |= stage == "before" and phase is todo[-1]
+            self._hooks.save(client, server_round)
+
+    def _transformed(self, client: HostedClient, state: ServerState, server_round: int) -> LocalUpdate | None:
+        """The client's update after all transforms, on the leader.
+
+        Raises:
+            TrainingError: on all ranks of the group, if a transform refuses it on the leader.
+        """
+        progress = self._hooks.open(client)
+
+        def transform() -> LocalUpdate:
+            reference_mean = (
+                client.references.reference_mean if client.references and progress.counts_references else None
+            )
+            adapter = state.adapter if progress.update is None else progress.update
+            update = LocalUpdate(client.client_id, len(client.examples), adapter, reference_mean)
+            for one in self._transforms:
+                update = one(update, state)
+            return update
+
+        return self._on_leader(transform, f"{client.label} in round {server_round} ")
+
+    def _forget_update(self, progress: RoundProgress) -> None:
+        """The update was handed over and lies on disk: no later phase of this round needs it in memory."""
+        progress.update = None
+
+    def _first_phase(self, stage: Stage, server_round: int) -> int:
+        """Number of the first phase of `stage`, counted through the stages of a round."""
+        earlier = STAGES[: STAGES.index(stage)]
+        return sum(len(self.schedule.phases(one, server_round)) for one in earlier)
+
+    # ---- one phase --------------------------------------------------------------------------------------------
 
     def _run_phase(self, client: HostedClient, phase: Phase, server_round: int) -> None:
-        progress = self.progress[client.client_id]
-        keeps = self._config.train.keep_optimizer_state and phase.trainable == "local"
+        """Train one adapter of the client, from where it was interrupted, and take it out of the engine."""
         started = time.monotonic()
+        total = self.num_steps(client)
+        rates = [learning_rate(self._train, step, total) for step in range(total)]
+        run = PhaseRun(client, phase, server_round, self._hooks.open(client), total, rates)
         self.engine.activate(phase)
-        optimizer = progress.optimizer if progress.inside.step else client.local_optimizer if keeps else None
-        if optimizer is not None:
-            self.engine.write_optimizer_state(phase.trainable, optimizer)
-            self.engine.write_scaler(progress.inside.scaler)
-        rates = self._take_steps(client, phase, server_round)
-        self._keep_state(client, phase.trainable, server_round)
-        progress.optimizer = None
-        if keeps:
-            client.local_optimizer = self.engine.read_optimizer_state("local")
-        inside, metrics = progress.inside, progress.metrics
-        metrics.num_steps += len(inside.losses)
-        metrics.skipped_steps += inside.num_skipped
-        metrics.seconds += time.monotonic() - started
-        setattr(metrics, f"{phase.trainable}_loss", sum(inside.losses) / len(inside.losses))
-        series = {"loss": inside.losses, "grad_norm": inside.norms, "lr": rates}
-        tagged = {f"{phase.trainable}/{name}": values for name, values in series.items()}
-        self._tracker.scalars(f"client_{client.client_id:02d}", tagged, client.steps_taken[phase.trainable])
-        client.steps_taken[phase.trainable] += len(inside.losses)
+        self._restore_optimizer(run)
+        self._take_steps(run)
+        self._check_converges(run)
+        self._keep_adapter(run)
+        run.progress.optimizer = None
+        if self._keeps_optimizer(phase):
+            client.state = replace(client.state, local_optimizer=self.engine.read_optimizer_state(LOCAL) or {})
+        self._record(run, time.monotonic() - started)
 
-    def _take_steps(self, client: HostedClient, phase: Phase, server_round: int) -> list[float]:
-        """The optimizer steps of one phase that are not done yet; the learning rates of all of them."""
-        train, world, examples = self._config.train, self._world, client.examples
-        progress = self.progress[client.client_id]
-        inside, metrics, every = progress.inside, progress.metrics, self._config.checkpoint.every_steps
-        words = (self._config.seed, server_round, client.client_id, 0 if phase.trainable == "global" else 1)
-        total, first = self._num_steps(client), inside.step
-        rates = [learning_rate(train, k, total) for k in range(total)]
-        indices = step_indices(len(examples), train.batch_size, total, words)
-        self._tracker.advance(f"round {server_round} {client.label} {phase.trainable}", first)
-        shares: list[torch.Tensor] = []
-        norms: list[torch.Tensor] = []
-        for k in range(first, total):
-            order = self._preemption.check()
-            if order != "go" or (every and k % every == 0 and k > first):
-                self._account(inside, shares, norms)
-                self._save_inside(client, phase, server_round)
-            if order == "stop":
-                self._keeper.wait()
-                self._job.preempt()
+    def _take_steps(self, run: PhaseRun) -> None:
+        """The optimizer steps of a phase that are not done yet. What a step computes is a function of the seed words alone."""
+        adapter_word = 0 if run.phase.trainable == GLOBAL else 1
+        words = (self._seed, run.server_round, run.client.client_id, adapter_word)
+        examples, metrics, world = run.client.examples, run.progress.metrics, self._world
+        indices = step_indices(len(examples), self._train.batch_size, run.num_steps, words)
+        description = f"{_describe(run.client, run.server_round)} {run.phase.trainable}"
+        self._tracker.advance(description, run.inside.step)
+        for k in range(run.inside.step, run.num_steps):
+            self._hooks.before_step(run, self._snapshot)
             torch.manual_seed(_fold(*words, k, world.rank))  # dropout needs no state of its own to resume
             step = build_step(examples, indices[k], world.rank, world.world_size, self.batching)
-            share, norm, applied = self.engine.train_step(step, rates[k])
-            shares.append(share)
-            norms.append(norm)
-            inside.step += 1
-            inside.num_skipped += not applied
+            share, norm, was_applied = self.engine.train_step(step, run.learning_rates[k])
+            run.shares.append(share)
+            run.norms.append(norm)
+            run.inside.step += 1
+            run.inside.num_skipped += not was_applied
             metrics.real_tokens += step.real_tokens
             metrics.computed_tokens += step.computed_tokens
-            self._tracker.advance(f"round {server_round} {client.label} {phase.trainable}")
-        self._account(inside, shares, norms)
-        if inside.num_skipped == total or not all(map(math.isfinite, inside.losses)):
-            raise TrainingError(
-                f"{client.label} diverged in round {server_round}, {phase.trainable} phase: {inside.num_skipped} of {total} "
-                f"steps had no finite gradient, losses {inside.losses[0]:.4g} to {inside.losses[-1]:.4g}; lower "
-                "train.learning_rate, or use model.precision bf16 or fp32. Earlier rounds are intact"
-            )
-        return rates
+            self._tracker.advance(description)
+        self._sum_losses(run)
 
-    def _account(self, inside: PhaseProgress, shares: list[torch.Tensor], norms: list[torch.Tensor]) -> None:
-        """Losses and norms of the last steps. One exchange for many steps: nobody waits for what is only looked at."""
-        if shares:
-            inside.losses += self._world.all_reduce_(torch.stack(shares)).tolist()
-            inside.norms += torch.stack(norms).tolist()
-            shares.clear()
-            norms.clear()
+    def _sum_losses(self, run: PhaseRun) -> None:
+        """Losses and norms of the last steps. One exchange for many steps: no rank waits for numbers that are only looked at."""
+        if run.shares:
+            run.inside.losses += self._world.all_reduce_(torch.stack(run.shares)).tolist()
+            run.inside.norms += torch.stack(run.norms).tolist()
+            run.shares.clear()
+            run.norms.clear()
 
-    def _num_steps(self, client: HostedClient) -> int:
-        train = self._config.train
-        return num_steps(len(client.examples), train.batch_size, train.local_epochs, train.max_steps)
+    def _check_converges(self, run: PhaseRun) -> None:
+        """Raise TrainingError, alike on all ranks, unless some step was applied and every loss is finite."""
+        losses = run.inside.losses
+        if run.inside.num_skipped < run.num_steps and all(map(math.isfinite, losses)):
+            return
+        raise TrainingError(
+            f"{run.client.label} diverged in round {run.server_round}, {run.phase.trainable} phase: "
+            f"{run.inside.num_skipped} of {run.num_steps} steps had no finite gradient, losses {losses[0]:.4g} to "
+            f"{losses[-1]:.4g}; lower train.learning_rate, or use model.precision bf16 or fp32. Earlier rounds are intact"
+        )
 
-    # ---- saving -----------------------------------------------------------------------------------------------
+    def _record(self, run: PhaseRun, seconds: float) -> None:
+        """Add the phase to the round's numbers and to the client's curves."""
+        inside, metrics, adapter = run.inside, run.progress.metrics, run.phase.trainable
+        metrics.num_steps += len(inside.losses)
+        metrics.skipped_steps += inside.num_skipped
+        metrics.seconds += seconds
+        setattr(metrics, f"{adapter}_loss", sum(inside.losses) / len(inside.losses))
+        series = {
+            f"{adapter}/loss": inside.losses,
+            f"{adapter}/grad_norm": inside.norms,
+            f"{adapter}/lr": run.learning_rates,
+        }
+        client = run.client
+        self._tracker.scalars(f"client_{client.client_id:02d}", series, client.state.num_steps[adapter])
+        num_steps = {**client.state.num_steps, adapter: client.state.num_steps[adapter] + len(inside.losses)}
+        client.state = replace(client.state, num_steps=num_steps)
 
-    def _keep_state(self, client: HostedClient, adapter: Adapter, server_round: int) -> None:
-        """Take the trained adapter out of the engine."""
-        state = _finite(self.engine.read_state(adapter), client, server_round)
-        if adapter == "local":
-            client.local_state = state
+    # ---- in and out of the engine -----------------------------------------------------------------------------
+
+    def _keeps_optimizer(self, phase: Phase) -> bool:
+        return self._train.keep_optimizer_state and phase.trainable == LOCAL
+
+    def _restore_optimizer(self, run: PhaseRun) -> None:
+        """Give the engine the optimizer state of an interrupted phase, or the one that the client keeps between rounds."""
+        client, adapter = run.client, run.phase.trainable
+        if run.inside.step:
+            self.engine.write_optimizer_state(adapter, run.progress.optimizer)
+            self.engine.write_scaler(run.inside.scaler)
+        elif self._keeps_optimizer(run.phase) and client.state.local_optimizer is not None:
+            self.engine.write_optimizer_state(adapter, client.state.local_optimizer)
+
+    def _snapshot(self, run: PhaseRun) -> None:
+        """In the middle of a phase: the adapter that it trains, its optimizer state, and the losses so far."""
+        self._sum_losses(run)
+        self._keep_adapter(run)
+        run.progress.optimizer = self.engine.read_optimizer_state(run.phase.trainable)
+        run.inside.scaler = self.engine.read_scaler()
+
+    def _keep_adapter(self, run: PhaseRun) -> None:
+        """Take the trained adapter out of the engine, to the leader. TrainingError, on all ranks: it is not finite."""
+        state = self.engine.read_state(run.phase.trainable)
+        place = f"{run.client.label} diverged in round {run.server_round}"
+        self._on_leader(lambda: _check_finite(state, place))
+        if run.phase.trainable == LOCAL:
+            run.client.state = replace(run.client.state, local_adapter=state or {})
         else:
-            self.progress[client.client_id].update = state
+            run.progress.update = state
 
-    def _save_inside(self, client: HostedClient, phase: Phase, server_round: int) -> None:
-        """Save in the middle of a phase: the adapter that it trains, and its optimizer state."""
-        started = time.monotonic()
-        progress = self.progress[client.client_id]
-        self._keep_state(client, phase.trainable, server_round)
-        progress.optimizer = self.engine.read_optimizer_state(phase.trainable)
-        progress.inside.scaler = self.engine.read_scaler()
-        self.seconds_saving += time.monotonic() - started
-        self._save(client, server_round)
-
-    def _save(self, client: HostedClient, server_round: int) -> None:
-        """Hand the client's progress to the writer in the background."""
-        started = time.monotonic()
-        local = {"local": client.local_state}
-        if client.local_optimizer is not None:
-            local["local_optimizer"] = client.local_optimizer
-        self._keeper.save(server_round, client.client_id, self.progress[client.client_id], local, client.steps_taken)
-        self.seconds_saving += time.monotonic() - started
+    def _on_leader(self, compute: Callable[[], T], prefix: str = "") -> T | None:
+        """What `compute()` gives on the leader, None elsewhere. A TrainingError of it is raised on all ranks of the group."""
+        result, problem = None, None
+        if self._world.is_leader:
+            try:
+                result = compute()
+            except TrainingError as error:
+                problem = f"{prefix}{error}"
+        problem = self._world.broadcast_json(problem)
+        if problem is not None:
+            raise TrainingError(problem)
+        return result
 
 
 def learning_rate(train: TrainConfig, step: int, total_steps: int) -> float:
@@ -294,28 +354,16 @@ def learning_rate(train: TrainConfig, step: int, total_steps: int) -> float:
     return train.learning_rate * factor
 
 
-def held_out_loss(
-    engine: AdapterEngine,
-    world: World,
-    examples: TokenizedExamples,
-    alpha: float,
-    max_examples: int,
-    batching: BatchingConfig,
-) -> float:
-    """Mean loss per label token of the first `max_examples` examples, the adapters mixed as (1 - alpha, alpha).
-
-    The adapters must already be in the engine. Collective: all ranks of the group.
-    """
-    indices = range(min(len(examples), max_examples))
-    step = build_step(examples, indices, world.rank, world.world_size, batching)
-    return engine.loss([step], alpha)
+def _describe(client: HostedClient, server_round: int) -> str:
+    """Left of the progress bar."""
+    return f"round {server_round} {client.label}"
 
 
-def _finite(state: AdapterState, client: HostedClient, server_round: int) -> AdapterState:
-    """`state`, unless training left NaN or infinity in it: that would spoil every client's average."""
-    if not all(bool(tensor.isfinite().all()) for tensor in state.values()):
-        raise TrainingError(f"{client.label} diverged in round {server_round}: lower train.learning_rate")
-    return state
+def _check_finite(state: AdapterState | None, place: str) -> None:
+    """Raise TrainingError if training left NaN or infinity in `state`: that would spoil every client's average."""
+    for tensor in (state or {}).values():
+        if not bool(tensor.isfinite().all()):
+            raise TrainingError(f"{place}: lower train.learning_rate")
 
 
 def _fold(*words: int) -> int:

@@ -7,19 +7,20 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from dpa_ds.adapters.dual_lora import Adapter, DualAdapter
+from dpa_ds.adapters.adapter_model import AdapterModel
+from dpa_ds.adapters.methods import LOCAL
 from dpa_ds.adapters.state import AdapterState
-from dpa_ds.config.schema import GenerationConfig
+from dpa_ds.config.schema import Encoder, GenerationConfig
 from dpa_ds.data.references import REPRESENTATIONS, Embeddings, References
 from dpa_ds.data.sources import NO_TASK, ClientInfo
 from dpa_ds.errors import CheckpointError, DataError
-from dpa_ds.inference.embedding import Encoder, embed
+from dpa_ds.inference.embedding import embed
 from dpa_ds.inference.generation import generate
 from dpa_ds.inference.weighting import Weighting, instance_weights
 from dpa_ds.runs.folder import RunFolder
 
-Install = Callable[[Adapter, AdapterState], None]
-"""Puts an adapter into the model: `DualAdapter.load_state`, or `AdapterEngine.write_state` where there is an engine."""
+Install = Callable[[str, AdapterState], None]
+"""Puts an adapter into the model: `AdapterModel.load_state`, or `AdapterEngine.write_state` where there is an engine."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ def load_client_model(folder: RunFolder, server_round: int, client: int) -> Clie
     saved = folder.load_adapter(server_round, f"local/client_{client:02d}")
     info = _client_info(client, saved.info)
     references = References.from_tensors(saved.extras["references"]) if "references" in saved.extras else None
-    return ClientModel(info, saved.weights, saved.info["steps_taken"]["local"] > 0, references)
+    return ClientModel(info, saved.weights, saved.info["steps_taken"][LOCAL] > 0, references)
 
 
 def describe_client(folder: RunFolder, server_round: int, client: int) -> ClientInfo:
@@ -66,7 +67,7 @@ class Predictor:
 
     def __init__(
         self,
-        adapters: DualAdapter,
+        adapters: AdapterModel,
         tokenizer: PreTrainedTokenizerBase,
         weighting: Weighting,
         generation: GenerationConfig,
@@ -100,7 +101,7 @@ class Predictor:
         weighting = self.weighting
         if weighting.is_constant:
             return torch.full((len(prompts),), weighting.scale)
-        if weighting.encoder == "local":
+        if weighting.encoder == LOCAL:
             self.load_client(client)
         if states is None:
             states = self.embed(prompts, weighting.encoder)[weighting.representation]
@@ -148,7 +149,7 @@ class Predictor:
     def load_client(self, client: ClientModel) -> None:
         """Install the client's local adapter, unless it is there already."""
         if self._installed != client.info.client:
-            self._install("local", client.local_state)
+            self._install(LOCAL, client.local_state)
             self._installed = client.info.client
 
     def check_references(self, client: ClientModel) -> None:

@@ -1,20 +1,18 @@
 """Prompts to states: the frozen base, alone or with one adapter, read at its last layer."""
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 
-from dpa_ds.adapters.dual_lora import DualAdapter
+from dpa_ds.adapters import methods
+from dpa_ds.adapters.adapter_model import AdapterModel, global_local_mix
+from dpa_ds.config.schema import Encoder
 from dpa_ds.data.references import Embeddings
-
-Encoder = Literal["none", "global", "local"]
-_MIX: dict[Encoder, float | None] = {"none": None, "global": 0.0, "local": 1.0}
 
 
 @torch.no_grad()
 def embed(
-    adapters: DualAdapter, encoder: Encoder, prompts: Sequence[Sequence[int]], pad_id: int, batch_tokens: int
+    adapters: AdapterModel, encoder: Encoder, prompts: Sequence[Sequence[int]], pad_id: int, batch_tokens: int
 ) -> Embeddings:
     """State of each prompt, (number of prompts, hidden size) fp32 on CPU: the last layer's, after the final norm.
 
@@ -27,7 +25,13 @@ def embed(
         batch_tokens: upper bound on rows x longest row of a forward pass (a single row may exceed it).
     """
     model = adapters.peft_model
-    adapters.set_mix(_MIX[encoder])
+    match encoder:
+        case "none":
+            adapters.set_mix(adapters.no_mix)
+        case methods.GLOBAL:
+            adapters.set_mix(global_local_mix(0.0))
+        case methods.LOCAL:
+            adapters.set_mix(global_local_mix(1.0))
     model.eval()
     # Through the whole model, not its inner part: ZeRO-3 resets its prefetching at the outermost module.
     last: list[torch.Tensor] = []

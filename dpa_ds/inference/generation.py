@@ -10,7 +10,7 @@ import torch
 from transformers import DynamicCache
 from transformers import GenerationConfig as TransformersGenerationConfig
 
-from dpa_ds.adapters.dual_lora import DualAdapter
+from dpa_ds.adapters.adapter_model import AdapterModel, global_local_mix
 from dpa_ds.config.schema import GenerationConfig
 from dpa_ds.inference.beam_cache import expand_for_beams
 from dpa_ds.inference.unfinished import only_open_rows
@@ -18,7 +18,7 @@ from dpa_ds.inference.unfinished import only_open_rows
 
 @torch.no_grad()
 def generate(
-    adapters: DualAdapter,
+    adapters: AdapterModel,
     prompts: Sequence[Sequence[int]],
     alphas: torch.Tensor,
     config: GenerationConfig,
@@ -39,12 +39,14 @@ def generate(
         streamer: a transformers streamer; one prompt and one beam only.
     """
     beams = config.num_beams
-    weights = alphas.repeat_interleave(beams).to(adapters.device)
+    weights = alphas.repeat_interleave(beams).cpu()
     model: Any = adapters.base_model
     model.eval()
 
     def mix_of(rows: torch.Tensor | slice) -> None:
-        adapters.set_mix(_mix(weights[rows], partitioned))
+        index = rows if isinstance(rows, slice) else rows.cpu()
+        # Ranks of a partitioned base have other weights, and gather the weights of both adapters.
+        adapters.set_mix(global_local_mix(weights[index]), compute_all=partitioned)
 
     # Ranks of a partitioned base run the same passes: one that has prompts of one token only computes padding ahead.
     ids, mask = _padded_left(prompts, pad_id, 2 if partitioned else 1, adapters.device)
@@ -89,7 +91,7 @@ def _padded_left(
     return ids.to(device), mask.to(device)
 
 
-def _compute_prompts(adapters: DualAdapter, ids: torch.Tensor, mask: torch.Tensor) -> DynamicCache:
+def _compute_prompts(adapters: AdapterModel, ids: torch.Tensor, mask: torch.Tensor) -> DynamicCache:
     """Keys and values of the prompts, once each: generate() would compute a copy for each beam. (n, longest - 1) each."""
     model: Any = adapters.base_model
     cache = DynamicCache(config=model.config)
@@ -103,16 +105,6 @@ def _compute_prompts(adapters: DualAdapter, ids: torch.Tensor, mask: torch.Tenso
         **adapters.one_logit,
     )
     return cache
-
-
-def _mix(weights: torch.Tensor, partitioned: bool) -> float | torch.Tensor:
-    """One number where one adapter alone answers the whole batch: the other is then not computed.
-
-    Not where the base is partitioned: other ranks, with other weights, gather the weights of both.
-    """
-    first = float(weights[0])
-    alone = first in (0.0, 1.0) and bool((weights == first).all()) and not partitioned
-    return first if alone else weights
 
 
 def _until(eos_id: int, tokens: list[int]) -> list[int]:

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import torch
 
-from dpa_ds.adapters.dual_lora import DualAdapter
-from dpa_ds.adapters.methods import build_schedule
+from dpa_ds.adapters.adapter_model import AdapterModel
+from dpa_ds.adapters.methods import GLOBAL, adapter_table, build_schedule
 from dpa_ds.config.schema import RunConfig
 from dpa_ds.distributed.job_store import JobStore
 from dpa_ds.distributed.topology import Topology
@@ -63,16 +63,17 @@ def build_predictor(
         CheckpointError, ModelError: adapters or base cannot be used.
     """
     weighting = resolve_weighting(config, build_schedule(config.method), len(folder.clients(server_round)))
-    shared = folder.load_adapter(server_round, "global")
+    shared = folder.load_adapter(server_round, GLOBAL)
     ds_json = build_deepspeed_json(PARTITIONED if partitioned else {}, config, world.world_size)
-    adapters = DualAdapter(load_base(config.model, directory, ds_json), config.lora)
+    base = load_base(config.model, directory, ds_json)
+    adapters = AdapterModel(base, adapter_table(config.lora), config.lora)
     if partitioned:
         install = AdapterEngine(adapters, world, config.train, ds_json).write_state
     else:
         adapters.base_model.to(world.device)  # type: ignore[arg-type]
         install = adapters.load_state
-    adapters.check_shapes("global", shared.weights)
-    install("global", shared.weights)
+    adapters.check_shapes(GLOBAL, shared.weights)
+    install(GLOBAL, shared.weights)
     means = shared.extras.get("reference_mean", {"reference_mean": torch.zeros(0, 0)})["reference_mean"]
     tokenizer = load_tokenizer(directory)
     return Predictor(

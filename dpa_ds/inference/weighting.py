@@ -12,13 +12,13 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 
-from dpa_ds.adapters.methods import Schedule
-from dpa_ds.config.schema import RunConfig
+from dpa_ds.adapters import methods
+from dpa_ds.adapters.methods import GLOBAL, LOCAL, Schedule
+from dpa_ds.config.schema import Encoder, RunConfig
 from dpa_ds.data.references import Representation
 from dpa_ds.errors import ConfigError
-from dpa_ds.inference.embedding import Encoder
 
-CONSTANT = ("fixed", "global", "local")
+CONSTANT = ("fixed", GLOBAL, LOCAL)
 """Kinds whose weight does not depend on the prompt."""
 DEFAULT_SCALE = {"centred_cosine": 1.0}
 PAPER_SCALE = 0.5
@@ -62,10 +62,10 @@ def resolve_weighting(config: RunConfig, schedule: Schedule, num_clients: int) -
             "own, and leaves nothing that tells its prompts from others: use weighting.kind cosine"
         )
     if kind == "auto":
-        alone = "local" if schedule.inference_alpha == 1.0 else "global"
+        alone = LOCAL if schedule.inference_alpha == 1.0 else GLOBAL
         by_instance = "centred_cosine" if num_clients > 1 else "cosine"
         kind = by_instance if schedule.weighted_by_instance else alone
-    encoder: Encoder = "local" if chosen.encoder == "auto" else chosen.encoder
+    encoder: Encoder = LOCAL if chosen.encoder == "auto" else chosen.encoder
     if chosen.encoder == "auto" and kind == "centred_cosine":
         encoder = "none"
     scale = DEFAULT_SCALE.get(kind, PAPER_SCALE) if chosen.scale is None else chosen.scale
@@ -75,8 +75,8 @@ def resolve_weighting(config: RunConfig, schedule: Schedule, num_clients: int) -
         case "fixed":
             alpha = config.method.alpha if chosen.scale is None else chosen.scale
             return replace(weighting, scale=alpha, encoder="none")
-        case "global" | "local":
-            return replace(weighting, scale=float(kind == "local"), encoder="none")
+        case methods.GLOBAL | methods.LOCAL:
+            return replace(weighting, scale=float(kind == LOCAL), encoder="none")
     return weighting
 
 
@@ -91,7 +91,7 @@ def instance_weights(
         reference_mean: (hidden,) of the federation; used by `centred_cosine` only.
     """
     match weighting.kind:
-        case "fixed" | "global" | "local":
+        case "fixed" | methods.GLOBAL | methods.LOCAL:
             return torch.full((len(states),), weighting.scale)
         case "cosine" | "swapped":
             similarity = mean_cosine(states, references)
@@ -118,7 +118,7 @@ def mean_cosine(states: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
 def describe_weighting(weighting: Weighting, num_references: int) -> str:
     """One line for reports."""
     match weighting.kind:
-        case "global" | "local":
+        case methods.GLOBAL | methods.LOCAL:
             return f"{weighting.kind} adapter alone"
         case "fixed":
             return f"fixed alpha {weighting.scale:g}"

@@ -14,7 +14,7 @@ import hashlib
 import importlib.metadata
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -181,9 +181,12 @@ class RunFolder:
         return SavedAdapter(saved.tensors[WEIGHTS], extras, saved.info)
 
     def load_newest(self, server_round: int, name: str) -> SavedAdapter | None:
-        """`load_adapter`, of a later round if this one is gone: other groups continue, and delete, while one starts. None: no such.
+        """`load_adapter`, of a later round if this one is gone: other groups continue, and delete, while one starts.
 
         The local adapters of clients that are not there are the same in all rounds that they miss.
+
+        Returns:
+            None if no round has such an adapter.
 
         Raises:
             CheckpointError: as `load_adapter`.
@@ -195,7 +198,8 @@ class RunFolder:
             except CheckpointError:
                 if self.latest_round() == server_round:
                     raise
-            if (latest := self.latest_round()) == server_round:
+            latest = self.latest_round()
+            if latest == server_round:
                 return None
             server_round = latest
 
@@ -214,17 +218,32 @@ class RunFolder:
     # ---- inside a round ---------------------------------------------------------------------------------------
 
     def save_progress(
-        self, server_round: int, client: int, tensors: Mapping[str, AdapterState], info: Mapping[str, Any]
+        self,
+        server_round: int,
+        client: int,
+        tensors: Mapping[str, AdapterState],
+        info: Mapping[str, Any],
+        kept: Sequence[str] = (),
     ) -> None:
         """Write how far a client has come in a round; what was there before is deleted afterwards. Its leader only.
 
         Of no use, and not an error, once other groups have completed the round without this one, and closed its folder.
+
+        Args:
+            kept: names of tensors that stay as they were saved before.
         """
         folder = self._progress(server_round, client)
         older = sorted(folder.glob("[0-9]*"))
         number = int(older[-1].name) + 1 if older else 0
+        new = folder / f"{number:06d}"
         try:
-            write_folder(folder / f"{number:06d}", tensors, info)
+            with storage_errors(new):
+                new.mkdir(parents=True, exist_ok=True)
+                for name in kept:
+                    file = older[-1] / f"{name}.safetensors"
+                    if file.exists():  # a method without a global phase has no update
+                        shutil.copyfile(file, new / file.name)
+            write_folder(new, tensors, info)
         except CheckpointError:
             if self.latest_round() < server_round:
                 raise

@@ -77,7 +77,7 @@ def find_resume_round(folder: RunFolder, config: RunConfig) -> int:
         first = next(iter(problems.values()))
         raise CheckpointError(f"no complete round of {run_dir} is whole: restore one, or delete the folder ({first})")
     for damaged, problem in problems.items():
-        aside = folder.round_dir(damaged).with_name(f"{folder.round_dir(damaged).name}\.damaged")
+        aside = folder.round_dir(damaged).with_name(f"{folder.round_dir(damaged).name}.damaged")
         with storage_errors(aside):
             shutil.rmtree(aside, ignore_errors=True)
             folder.round_dir(damaged).rename(aside)

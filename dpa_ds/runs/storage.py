@@ -1,6 +1,6 @@
-"""Files that are there whole or not at all: written under another name, fsynced, renamed; folders with their checksums.
+"""Writes files that appear whole or not at all (another name, fsync, rename), and folders with their checksums.
 
-Only safetensors and JSON: nothing that is read from disk can run code.
+Only safetensors and JSON are used: nothing that is read from disk can run code.
 """
 
 import fcntl
@@ -23,20 +23,25 @@ from dpa_ds.errors import CheckpointError, storage_errors
 
 STATE = "state.json"
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
-"""What reading a damaged JSON file, and looking into it, raises."""
+"""Errors that reading a damaged JSON file, and looking into it, raises."""
+
+# Writes that may wait in a BackgroundWriter: each holds its tensors in memory.
+_MAX_PENDING_WRITES = 2
 
 
 @dataclass(frozen=True)
 class SavedFolder:
-    """What `write_folder` wrote."""
+    """The content of a folder that `write_folder` wrote."""
 
     tensors: dict[str, AdapterState]
-    """By the name of their file."""
+    """The content of each safetensors file, by the file's name without suffix."""
     info: dict[str, Any]
 
 
 def write_folder(folder: Path, tensors: Mapping[str, AdapterState], info: Mapping[str, Any]) -> None:
-    """Write `tensors` as <name>.safetensors beside what `folder` holds already, and last `state.json`: checksums and `info`.
+    """Write `tensors` as <name>.safetensors beside the files that `folder` holds already, and `state.json`.
+
+    `state.json` holds the checksums of all files, and `info`; it is written last, so a folder that has it is whole.
 
     Raises:
         CheckpointError: the file system refuses.
@@ -45,11 +50,13 @@ def write_folder(folder: Path, tensors: Mapping[str, AdapterState], info: Mappin
         folder.mkdir(parents=True, exist_ok=True)
         for name, state in tensors.items():
             save_file(state, folder / f"{name}.safetensors", metadata={"format": "pt"})
-        files = [path for path in sorted(folder.iterdir()) if path.name != STATE]
-        for path in files:
-            fsync(path)
+        checksums = {}
+        for path in sorted(folder.iterdir()):
+            if path.name != STATE:
+                fsync(path)
+                checksums[path.name] = sha256_of(path)
         content = {
-            "sha256": {path.name: sha256_of(path) for path in files},
+            "sha256": checksums,
             "info": dict(info),
             "info_sha256": _digest(dict(info)),
         }
@@ -58,29 +65,32 @@ def write_folder(folder: Path, tensors: Mapping[str, AdapterState], info: Mappin
 
 
 def read_folder(folder: Path, remedy: str) -> SavedFolder:
-    """Read what `write_folder` wrote, checking its checksums.
+    """Read a folder that `write_folder` wrote, and compare its files with their checksums.
 
     Raises:
-        CheckpointError: a file is missing or damaged; it ends with `remedy`.
+        CheckpointError: a file is missing or damaged; the message ends with `remedy`.
     """
     info = verify_folder(folder, remedy)
+    tensors = {}
     try:
-        tensors = {path.stem: load_file(path) for path in sorted(folder.glob("*.safetensors"))}
+        for path in sorted(folder.glob("*.safetensors")):
+            tensors[path.stem] = load_file(path)
     except (OSError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"{folder} cannot be read ({error}): {remedy}") from error
     return SavedFolder(tensors, info)
 
 
 def verify_folder(folder: Path, remedy: str) -> dict[str, Any]:
-    """Compare every file of a folder with its checksum; the folder's `info`.
+    """Compare every file of a folder with its checksum, and return the folder's `info`.
 
     Raises:
-        CheckpointError: as `read_folder`.
+        CheckpointError: a file is missing or damaged; the message ends with `remedy`.
     """
     try:
         state = json.loads((folder / STATE).read_text())
-        checksums, info = dict(state["sha256"]), dict(state["info"])
-        damaged = next((file for file, expected in checksums.items() if sha256_of(folder / file) != expected), None)
+        info = dict(state["info"])
+        damaged = _damaged_file(folder, dict(state["sha256"]))
+        # Runs of earlier versions have no checksum of `info`.
         if state.get("info_sha256", _digest(info)) != _digest(info):
             damaged = STATE
     except UNREADABLE as error:
@@ -91,7 +101,7 @@ def verify_folder(folder: Path, remedy: str) -> dict[str, Any]:
 
 
 def check_finite(folder: Path, state: AdapterState, remedy: str) -> None:
-    """Raise CheckpointError if a tensor has NaN or infinity; it ends with `remedy`."""
+    """Raise CheckpointError, with `remedy` at its end, if a tensor of `state` has NaN or infinity."""
     bad = [key for key, tensor in state.items() if not bool(tensor.isfinite().all())]
     if bad:
         more = f" and {len(bad) - 1} more tensors" if len(bad) > 1 else ""
@@ -106,7 +116,8 @@ def write_file(path: Path, text: str) -> None:
     """
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")  # leaders may write at once
+        # Leaders on several hosts may write the same file at once.
+        temporary = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
         write_text(temporary, text)
         temporary.replace(path)
         fsync(path.parent)
@@ -128,26 +139,24 @@ def fsync(path: Path) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """Checksum of a file, in hex."""
+    """Hexadecimal sha256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _digest(info: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(info, sort_keys=True).encode()).hexdigest()
-
-
 def lock_file(path: Path, wait_seconds: float, creates: bool) -> int | None:
-    """Hold `path` until this process ends, however it ends. Waits for another holder, which may just be saving its last step.
+    """Lock `path` until this process ends, however it ends.
+
+    Waits for another process that holds the lock: it may just be saving its last step.
 
     Args:
-        creates: make the file if it is not there; else there is nothing to hold.
+        creates: make the file if it is not there; otherwise there is nothing to lock.
 
     Returns:
-        its descriptor, which must stay open; None where nothing is held, also on file systems without locks.
+        the file's descriptor, which must stay open; None where nothing is locked, also on file systems without locks.
 
     Raises:
-        CheckpointError: another process holds it for longer than `wait_seconds`, or the file system refuses.
+        CheckpointError: another process holds the lock for longer than `wait_seconds`, or the file system refuses.
     """
     if not creates and not path.exists():
         return None
@@ -162,19 +171,20 @@ def lock_file(path: Path, wait_seconds: float, creates: bool) -> int | None:
             if time.monotonic() > deadline:
                 os.close(descriptor)
                 raise CheckpointError(
-                    f"another job works on {path.parent} (it holds {path.name}): wait for its end or stop it, or choose "
-                    "another name"
+                    f"another job works on {path.parent} (it holds {path.name}): wait for its end or stop it, "
+                    "or choose another name"
                 ) from None
             time.sleep(0.1)
         except OSError:
+            # No locks on this file system: better to train unprotected than not at all.
             os.close(descriptor)
             return None
 
 
 class BackgroundWriter:
-    """Writes one thing after the other beside the training. A context manager: leaving it waits for everything.
+    """Runs writes one after the other in a thread, beside the training. Leaving the context waits for all of them.
 
-    What is submitted must not change any more: pass tensors that nobody writes to again.
+    The data of a submitted write must not change any more: pass tensors that nobody writes to again.
     """
 
     def __init__(self) -> None:
@@ -182,12 +192,12 @@ class BackgroundWriter:
         self._pending: list[Future[None]] = []
 
     def submit(self, write: Callable[[], None]) -> None:
-        """Do `write()` soon. Waits while two are unfinished, so that a slow disk cannot fill the memory.
+        """Call `write()` soon. Waits while two are unfinished, so that a slow disk cannot fill the memory.
 
         Raises:
             CheckpointError: an earlier write failed.
         """
-        while len(self._pending) >= 2:
+        while len(self._pending) >= _MAX_PENDING_WRITES:
             self._pending.pop(0).result()
         self._pending.append(self._thread.submit(write))
 
@@ -207,7 +217,20 @@ class BackgroundWriter:
         try:
             self.wait()
         except CheckpointError:
-            if kind is None:  # else an earlier error is reported
+            # An error that ends the training is the one to report.
+            if kind is None:
                 raise
         finally:
             self._thread.shutdown(wait=False, cancel_futures=True)
+
+
+def _damaged_file(folder: Path, checksums: dict[str, str]) -> str | None:
+    """Name of the first file whose checksum differs. Raises OSError where one is missing."""
+    for file, expected in checksums.items():
+        if sha256_of(folder / file) != expected:
+            return file
+    return None
+
+
+def _digest(info: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(info, sort_keys=True).encode()).hexdigest()

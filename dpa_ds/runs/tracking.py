@@ -1,4 +1,4 @@
-"""Where numbers and words go: metrics.jsonl, TensorBoard, a progress bar, the log. Log once, count always."""
+"""Reports numbers and messages: metrics.jsonl, TensorBoard, a progress bar, the log. Logs once, counts always."""
 
 import contextlib
 import json
@@ -37,37 +37,44 @@ def setup_logging(is_coordinator: bool) -> None:
 
 
 class Tracker:
-    """Numbers of one rank. Leaders write TensorBoard events of their clients, the coordinator the records.
+    """Reports the numbers of one rank.
+
+    Leaders write the TensorBoard events of their clients; the coordinator writes the records and shows progress.
 
     Args:
         run_dir: folder of the run, or None on ranks that write nothing.
-        is_coordinator: this rank writes metrics.jsonl and shows progress.
+        is_coordinator: whether this rank is the job's coordinator.
     """
 
     def __init__(self, run_dir: Path | None, is_coordinator: bool, config: TrackingConfig) -> None:
-        self._run_dir, self._is_main, self._config = run_dir, is_coordinator, config
+        self._run_dir = run_dir
+        self._is_coordinator = is_coordinator
+        self._config = config
         self._writers: dict[str, Any] = {}
         self._bar: tqdm[Any] | None = None
         self._last_line = time.monotonic()
 
-    # ---- records ----------------------------------------------------------------------------------------------
-
     def drop_records_after(self, server_round: int) -> None:
-        """Forget records of rounds that will be run again, so that each round is recorded once.
+        """Delete the records of rounds that will be run again, so that each round is recorded once.
 
-        Before the first complete round that is all of them: round 0, the state before training, is evaluated again.
+        A run without a complete round loses all: round 0, the state before training, is evaluated again.
         """
         path = self._records_path
-        if self._is_main and path is not None and path.is_file():
-            kept = [record for record in read_records(path) if record["round"] <= server_round and server_round > 0]
-            temporary = path.with_suffix(".tmp")
-            with storage_errors(path):
-                temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
-                temporary.replace(path)
+        if not self._is_coordinator or path is None or not path.is_file():
+            return
+        lines = []
+        if server_round > 0:
+            for record in read_records(path):
+                if record["round"] <= server_round:
+                    lines.append(json.dumps(record) + "\n")
+        temporary = path.with_suffix(".tmp")
+        with storage_errors(path):
+            temporary.write_text("".join(lines))
+            temporary.replace(path)
 
     def record(self, kind: str, server_round: int, **values: Any) -> None:
         """Append one record to metrics.jsonl (coordinator only). Raises CheckpointError if the file system refuses."""
-        if self._is_main and self._records_path is not None:
+        if self._is_coordinator and self._records_path is not None:
             line = json.dumps({"kind": kind, "round": server_round, **values})
             with storage_errors(self._records_path), self._records_path.open("a") as file:
                 file.write(line + "\n")
@@ -76,16 +83,15 @@ class Tracker:
     def _records_path(self) -> Path | None:
         return self._run_dir / "metrics.jsonl" if self._run_dir else None
 
-    # ---- TensorBoard ------------------------------------------------------------------------------------------
-
     def scalars(self, source: str, values: Mapping[str, float | Sequence[float]], first_step: int) -> None:
         """Write scalars, or series of consecutive steps from `first_step`, under the TensorBoard run `source`."""
         if self._run_dir is None or not self._config.tensorboard:
             return
         if source not in self._writers:
+            # Imported here: runs without TensorBoard need not have it.
             from torch.utils.tensorboard import SummaryWriter
 
-            # purge_step: events of steps that an interrupted attempt wrote, and this one writes again, are hidden
+            # purge_step hides the events of steps that an interrupted attempt wrote, and this one writes again.
             self._writers[source] = SummaryWriter(str(self._run_dir / "tensorboard" / source), purge_step=first_step)
         for tag, value in values.items():
             series = [value] if isinstance(value, float | int) else value
@@ -93,17 +99,15 @@ class Tracker:
                 self._writers[source].add_scalar(tag, number, step)
 
     def close(self) -> None:
-        """Flush everything to disk."""
+        """Write all TensorBoard events to disk."""
         for writer in self._writers.values():
             writer.close()
-
-    # ---- progress ---------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def progress(self, total_steps: int, unit: str = "step") -> Iterator[None]:
         """Show progress over `total_steps` (optimizer steps of this rank's group), with an ETA, on the coordinator."""
-        if self._is_main and total_steps > 0:
-            # A bar on a terminal; elsewhere (Slurm logs) a line now and then.
+        if self._is_coordinator and total_steps > 0:
+            # A bar on a terminal; elsewhere (Slurm logs) a line now and then, which `advance` formats by a silent bar.
             silent = open(os.devnull, "w") if not sys.stderr.isatty() else None  # noqa: SIM115
             self._bar = tqdm(total=total_steps, unit=unit, dynamic_ncols=True, smoothing=0.05, file=silent)
         try:
@@ -114,7 +118,7 @@ class Tracker:
                 self._bar = None
 
     def advance(self, description: str, steps: int = 1) -> None:
-        """So many steps are done."""
+        """Count `steps` as done, and show it."""
         if self._bar is None:
             return
         self._bar.set_description_str(description, refresh=False)
@@ -126,13 +130,13 @@ class Tracker:
 
     def say(self, message: str) -> None:
         """Log one line without breaking the progress bar."""
-        if self._is_main:
+        if self._is_coordinator:
             with tqdm.external_write_mode(file=sys.stdout):
                 logger.info(message)
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """Records of a metrics.jsonl; a line that is none, such as one cut off by a crash, is left out."""
+    """Records of a metrics.jsonl. A line that is not a record, such as one cut off by a crash, is left out."""
     records = []
     for line in path.read_text(errors="replace").splitlines():
         try:

@@ -81,7 +81,7 @@ def undisturbed(model: Path, federation: Path, tmp_path_factory: pytest.TempPath
 
 
 @pytest.mark.parametrize("how", ["preempted", "requeued", "node lost"])
-def test_train_goes_on_by_itself(
+def test_train_resumes_by_itself(
     how: str, machines: Machines, arguments: Arguments, tmp_path: Path, undisturbed: dict[str, Path]
 ) -> None:
     """The job starts again, inside the round where it was, and ends with the bits of a run on one host."""

@@ -135,7 +135,7 @@ def test_the_order_of_phases_is_for_feddpa_t_and_rounds_cannot_shrink(
     assert stages(ended) == []
 
 
-def test_help_is_told_once() -> None:
+def test_help_is_printed_once() -> None:
     command = [beside_python("deepspeed"), "--master_port", str(free_port()), "launch/compare.py", "--help"]
     ended = run(command, LOCAL_SIZE="2")
     assert ended.returncode == 0, ended.output
@@ -155,7 +155,7 @@ def test_two_ranks_of_a_launcher_compare_as_one(tmp_path: Path, model: Path, fed
         (path,) = (tmp_path / name).glob("cmp/comparisons/*/comparison.json")
         found.append(json.loads(path.read_text()))
         files = {path.name for path in (tmp_path / name).glob("cmp/*/evaluations/*/answers/*")}
-        assert files, "each rank writes its own; one that starts late may find all pieces taken"
+        assert files, "each rank writes its own; one that starts late may find all work items taken"
         assert files <= {f"rank_{rank:04d}.jsonl" for rank in range(num_ranks)}
     one, two = (
         [{q: (m["weighting"], m[q]["mean"]) for q in ("P", "TTP")} for m in whole["methods"]] for whole in found

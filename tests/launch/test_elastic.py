@@ -191,7 +191,7 @@ def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(one[key], other[key]) for key in one)
 
 
-def test_without_the_rendezvous_all_stop_and_go_on_later(
+def test_without_the_rendezvous_all_stop_and_resume_later(
     tmp_path: Path, arguments: Arguments, undisturbed: Path
 ) -> None:
     argv, run_dir = arguments(tmp_path), tmp_path / "runs" / "tiny"

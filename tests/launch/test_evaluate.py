@@ -172,7 +172,7 @@ def test_a_signal_stops_an_evaluation_on_all_ranks(sharding: str, place: Place, 
     assert f"{len(known)} of 80 answers are there already" in ended.output
 
 
-def test_killed_evaluation_goes_on(place: Place, tmp_path: Path) -> None:
+def test_killed_evaluation_resumes(place: Place, tmp_path: Path) -> None:
     """On two ranks, then on one: answers that are there count, whoever gave them; a line that was cut off does not."""
     test = tiny.make_federation(tmp_path / "more", sizes=(1, 1), num_test=20) / "test.jsonl"
     options = ["--data.test_path", str(test), "--max_new_tokens", "24", "--generation.batch_tokens", "1"]
@@ -220,10 +220,10 @@ OPTIONS = {
     "--weighting cosinus": "command line: weighting.kind must be one of auto, cosine, centred_cosine, pearson, l2, fixed, "
     'global, local, swapped, got "cosinus"',
     "--weighting centred_cosine --weighting.encoder local": "weighting.encoder local does not go with weighting.kind "
-    "centred_cosine: clients can share one mean state only of the encoder that all of them have and that never changes: "
+    "centred_cosine: clients can share one reference mean only of the encoder that all of them have and that never changes: "
     "use encoder none, or weighting.kind cosine",
     "--weighting auto --weighting.encoder global": "weighting.encoder global does not go with weighting.kind centred_cosine: "
-    "clients can share one mean state only of the encoder that all of them have and that never changes: use encoder none, or "
+    "clients can share one reference mean only of the encoder that all of them have and that never changes: use encoder none, or "
     "weighting.kind cosine",
     "--weighting fixed --alpha 2": "weighting.scale must be in [0, 1] with weighting.kind fixed, got 2.0",
     "--weighting cosine --alpha 0.3": "--alpha is the weight of --weighting fixed, but weighting.kind is cosine: add "

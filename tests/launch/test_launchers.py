@@ -101,7 +101,9 @@ def test_same_adapters_under(
     assert_same_adapters(adapters(run_dir), adapters(one_rank[1]), tolerance=1e-5)
 
 
-def test_help_and_print_config_are_told_once_and_start_nothing(tmp_path: Path, model: Path, federation: Path) -> None:
+def test_help_and_print_config_are_printed_once_and_start_nothing(
+    tmp_path: Path, model: Path, federation: Path
+) -> None:
     recipe = tiny.recipe(model, federation, tmp_path / "runs")
     command = [beside_python("mpirun"), "-n", "2", PYTHON, "launch/run.py", *recipe]
     printed = run([*command, "--print_config"])

@@ -154,7 +154,7 @@ def records(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_damaged_round_is_set_aside(tmp_path: Path, arguments: Callable[..., list[str]], uninterrupted: Path) -> None:
+def test_damaged_round_is_quarantined(tmp_path: Path, arguments: Callable[..., list[str]], uninterrupted: Path) -> None:
     argv, run_dir = arguments(tmp_path), tmp_path / "runs" / "tiny"
     shutil.copytree(uninterrupted, run_dir, symlinks=True)  # name and place of a run are its own business
     damaged = run_dir / "rounds" / "round_000003" / "local" / "client_01" / "adapter_model.safetensors"
@@ -163,7 +163,7 @@ def test_damaged_round_is_set_aside(tmp_path: Path, arguments: Callable[..., lis
 
     ended = run_forked([*argv, *more])
     assert ended.returncode == 0, ended.output
-    aside = run_dir / "rounds" / "round_000003\.damaged"
+    aside = run_dir / "rounds" / "round_000003.damaged"
     assert f"round 3 is damaged and quarantined as {aside}: {damaged} is damaged (checksum differs)" in ended.output
     assert "continues after round 2 of 3" in ended.output
     assert_same_adapters(adapters(run_dir), adapters(uninterrupted), tolerance=0.0)
@@ -221,7 +221,7 @@ def test_files_of_a_round(uninterrupted: Path) -> None:
     assert sorted(path.name for path in uninterrupted.glob("rounds/*")) == ["round_000002", "round_000003"]
 
 
-def test_another_layout_begins_the_round_anew(
+def test_another_layout_starts_the_round_from_scratch(
     tmp_path: Path, arguments: Callable[..., list[str]], uninterrupted: Path
 ) -> None:
     """Work inside a round is only restored by the same layout, because only then is it exact to the bit."""

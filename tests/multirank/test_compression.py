@@ -7,13 +7,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dpa_ds.federation.aggregation.compression import _pack, _unpack
+from dpa_ds.config.schema import FederationConfig
+from dpa_ds.federation.aggregation.base import LeaderState, LocalUpdate, ServerState
+from dpa_ds.federation.aggregation.pipeline import build_aggregation
+from dpa_ds.federation.aggregation.reductions.int16 import _pack, _unpack
 from dpa_ds.runs.tracking import read_records
 from tests import tiny
 from tests.ranks import run_on_ranks, train_on_rank
 
 pytestmark = pytest.mark.multirank
 
+INT16 = FederationConfig(compression="int16", aggregation_weights="num_examples")
 ROUNDS = 12
 SIZES = {"layer.lora_A": (3, 17), "layer.lora_B": (5, 3)}
 """Odd in all, so that one half of an int32 is padding."""
@@ -33,34 +37,29 @@ def average_in_rounds(job: Any, feeds_back: bool) -> tuple[list[float], list[flo
         the final adapter's first tensor less what exact averages give, the whole adapter, and bytes handed over.
     """
     from dpa_ds.distributed.leaders import StaticGroup
-    from dpa_ds.federation.aggregation.compression import CompressedAverage
-    from dpa_ds.federation.aggregation.mean import ClientUpdate, Shared
 
     rank = job.launch.global_rank
     group = StaticGroup(job.store, rank, job.launch.job_world_size, 30.0)
-    rule, examples = CompressedAverage(by_num_examples=True), (3, 5, 7)
-    shared = Shared({key: torch.zeros(*size) for key, size in SIZES.items()}, torch.zeros(2, 4))
+    examples = (3, 5, 7)
+    aggregation = build_aggregation(INT16, seed=0)
+    state = ServerState({key: torch.zeros(*size) for key, size in SIZES.items()}, torch.zeros(2, 4))
     exact = {key: torch.zeros(*size, dtype=torch.float64) for key, size in SIZES.items()}
     for server_round in range(ROUNDS):
-        updates = [
-            ClientUpdate(
-                client,
-                examples[client],
-                {key: shared.adapter[key] + value for key, value in change(client, server_round).items()},
-                torch.full((2, 4), float(client)) if server_round == 0 else None,
-            )
-            for client in ((0, 1), (2,), ())[rank]
-        ]
-        shared = rule.aggregate(updates, shared, group)
+        accumulator = aggregation.accumulator(state)
+        for client in ((0, 1), (2,), ())[rank]:
+            adapter = {key: state.adapter[key] + value for key, value in change(client, server_round).items()}
+            reference_mean = torch.full((2, 4), float(client)) if server_round == 0 else None
+            accumulator.add(LocalUpdate(client, examples[client], adapter, reference_mean))
+        state = aggregation.step(state, accumulator.reduce(group), server_round)
         if not feeds_back:
-            rule.carried = None
+            aggregation.reduction.leader_state = LeaderState()
         for key, value in exact.items():
             value.add_(sum(n * change(c, server_round)[key].double() for c, n in enumerate(examples)) / sum(examples))
-    assert shared.reference_weight == 15.0
-    torch.testing.assert_close(shared.reference_mean, torch.full((2, 4), (5 * 1 + 7 * 2) / 15))
+    assert state.reference_weight == 15.0
+    torch.testing.assert_close(state.reference_mean, torch.full((2, 4), (5 * 1 + 7 * 2) / 15))
     first = next(iter(SIZES))
-    errors = (shared.adapter[first].double() - exact[first]).flatten()
-    return errors.tolist(), shared.flatten().tolist(), group.bytes_handed["update"]
+    errors = (state.adapter[first].double() - exact[first]).flatten()
+    return errors.tolist(), state.flatten().tolist(), group.bytes_handed["update"]
 
 
 def test_rounding_is_made_up_for_and_all_leaders_have_the_same_bits(tmp_path: Path) -> None:
@@ -73,15 +72,13 @@ def test_rounding_is_made_up_for_and_all_leaders_have_the_same_bits(tmp_path: Pa
     assert float(error.abs().max()) < 1.5 * 3 * 4e-3 / 30_000 + 1e-8
     assert float(error_without.norm()) > 1.5 * float(error.norm())
     parameters = 3 * 17 + 5 * 3
-    header, numbers = 4 * (2 + 8 + 2 * len(SIZES)), 4 * (parameters // 2 + 1)
+    header, numbers = 4 * (1 + 2 * len(SIZES)), 4 * (parameters // 2 + 1)
     assert {handed for _, _, handed in found} == {ROUNDS * (header + numbers)}
 
 
 def average_without_leader_1(job: Any, clients_of_0: tuple[int, ...]) -> list[float]:
     """One round in which leader 1, with client 2, is gone after the header: nothing of it is in the numbers."""
     from dpa_ds.distributed.leaders import StaticGroup
-    from dpa_ds.federation.aggregation.compression import CompressedAverage
-    from dpa_ds.federation.aggregation.mean import ClientUpdate, Shared
 
     rank = job.launch.global_rank
 
@@ -91,11 +88,14 @@ def average_without_leader_1(job: Any, clients_of_0: tuple[int, ...]) -> list[fl
                 buffer.zero_()
             super().all_reduce_(buffer, purpose)
 
-    start = Shared({key: torch.zeros(*size) for key, size in SIZES.items()}, torch.zeros(0, 0))
-    updates = [ClientUpdate(c, c + 1, change(c, 0), None) for c in (clients_of_0, (2,))[rank]]
-    rule = CompressedAverage(by_num_examples=True)
+    aggregation = build_aggregation(INT16, seed=0)
+    start = ServerState({key: torch.zeros(*size) for key, size in SIZES.items()}, torch.zeros(0, 0))
+    accumulator = aggregation.accumulator(start)
+    for client in (clients_of_0, (2,))[rank]:
+        accumulator.add(LocalUpdate(client, client + 1, change(client, 0), None))
     group = Losing(job.store, rank, job.launch.job_world_size, 30.0)
-    return [float(value) for value in rule.aggregate(updates, start, group).adapter["layer.lora_A"].flatten()]
+    state = aggregation.step(start, accumulator.reduce(group), 1)
+    return [float(value) for value in state.adapter["layer.lora_A"].flatten()]
 
 
 def test_a_leader_that_is_lost_between_the_exchanges_is_left_out(tmp_path: Path) -> None:
@@ -148,18 +148,17 @@ def test_a_run_is_that_of_fp32_in_half_of_the_bytes(inputs: tuple[Path, Path], t
         records = read_records(tmp_path / name / "tiny/metrics.jsonl")
         (bytes_handed[name],) = [r["bytes_handed/update"] for r in records if r["kind"] == "round" and r["round"] == 3]
     tensors = sum(key.startswith("global.") for key in found)
-    states = 4 * 2 * 32
-    assert bytes_handed["int16"] - states - 8 * tensors == pytest.approx((bytes_handed["fp32"] - states) / 2, abs=16)
+    assert bytes_handed["int16"] - 8 * tensors == pytest.approx(bytes_handed["fp32"] / 2, abs=16)
 
 
-def test_what_was_carried_outlives_the_process_and_another_layout(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+def test_the_residual_outlives_the_process_and_another_layout(inputs: tuple[Path, Path], tmp_path: Path) -> None:
     train(tmp_path / "whole", inputs, 4, federation__compression="int16")
     train(tmp_path / "parts", inputs, 2, federation__compression="int16")
-    carried = [
-        load_file(path) for path in sorted((tmp_path / "parts").glob("tiny/adapters/local/*/carried.safetensors"))
+    residuals = [
+        load_file(path) for path in sorted((tmp_path / "parts").glob("tiny/adapters/local/*/leader_state.safetensors"))
     ]
-    assert len(carried) == 2, "one a leader"
-    assert all(any(bool(tensor.any()) for tensor in one.values()) for one in carried)
+    assert len(residuals) == 2, "one a leader"
+    assert all(any(bool(tensor.any()) for tensor in one.values()) for one in residuals)
     train(tmp_path / "parts", inputs, 3, federation__compression="int16")
     whole, parts = (results(tmp_path / name, 3) for name in ("whole", "parts"))
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
@@ -167,5 +166,5 @@ def test_what_was_carried_outlives_the_process_and_another_layout(inputs: tuple[
     train(tmp_path / "parts", inputs, 4, ranks=1, federation__compression="int16")
     whole, parts = (results(tmp_path / name, 4) for name in ("whole", "parts"))
     assert all(float((whole[key] - parts[key]).norm() / whole[key].norm()) < 1e-4 for key in whole)
-    left = list((tmp_path / "parts").glob("tiny/adapters/local/*/carried.safetensors"))
+    left = list((tmp_path / "parts").glob("tiny/adapters/local/*/leader_state.safetensors"))
     assert [path.parent.name for path in left] == ["client_00"]

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from dpa_ds.adapters.dual_lora import ADAPTERS
-from dpa_ds.adapters.methods import Phase
+from dpa_ds.adapters.methods import Phase, adapter_table
 from dpa_ds.adapters.state import flatten
 from dpa_ds.config.deepspeed_json import load_deepspeed_json
 from dpa_ds.config.load import load_config
@@ -33,7 +32,7 @@ def argv(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 def build(job: Any, argv: Sequence[str], stage: str = "zero1", precision: str = "fp32", **json: Any) -> tuple[Any, Any]:
     """The engine of one rank group that holds all ranks of `job`, and a function that makes training steps."""
-    from dpa_ds.adapters.dual_lora import DualAdapter
+    from dpa_ds.adapters.adapter_model import AdapterModel
     from dpa_ds.data.batching import BatchingConfig, build_step
     from dpa_ds.data.sources import read_client
     from dpa_ds.data.tokenize import load_or_tokenize
@@ -49,9 +48,10 @@ def build(job: Any, argv: Sequence[str], stage: str = "zero1", precision: str = 
     world = build_world(job, plan_topology(size, 1, size), config.cluster, 60.0)
     ds_json = {**build_deepspeed_json(load_deepspeed_json(config.engine.deepspeed_config), config, size), **json}
     directory = resolve_model(config.model, config.data.cache_dir)
-    adapters = DualAdapter(load_base(config.model, directory, ds_json), config.lora)
+    base = load_base(config.model, directory, ds_json)
+    adapters = AdapterModel(base, adapter_table(config.lora), config.lora)
     engine = AdapterEngine(adapters, world, config.train, ds_json)
-    for i, adapter in enumerate(ADAPTERS):
+    for i, adapter in enumerate(adapters.table):
         engine.write_state(adapter, randomised(adapters.initial_state(adapter, (7, i))))
     tokens = load_or_tokenize(read_client(config.data, 0, 0).train, load_tokenizer(directory), config.data, "client")
 
@@ -116,7 +116,7 @@ def reading_and_writing(job: Any, argv: Sequence[str], stage: str, precision: st
     result = {}
     engine.activate(LOCAL)
     engine.train_step(step(0), 1e-2)
-    for i, adapter in enumerate(ADAPTERS):
+    for i, adapter in enumerate(engine.adapters.table):
         wanted = randomised(engine.adapters.initial_state(adapter, (99, i)))
         engine.write_state(adapter, wanted)
         dtype = torch.float32 if precision == "fp32" else torch.bfloat16

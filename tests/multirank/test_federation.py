@@ -13,10 +13,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from dpa_ds.adapters.dual_lora import DualAdapter
+from dpa_ds.adapters.adapter_model import AdapterModel
+from dpa_ds.adapters.methods import adapter_table
 from dpa_ds.adapters.state import flatten
 from dpa_ds.config.load import load_config
+from dpa_ds.config.schema import FederationConfig
 from dpa_ds.distributed.topology import Topology
+from dpa_ds.federation.aggregation.base import LocalUpdate, ServerState
+from dpa_ds.federation.aggregation.pipeline import build_aggregation
 from dpa_ds.federation.sampling import sample_clients
 from dpa_ds.runs.tracking import read_records
 from tests import tiny
@@ -55,20 +59,22 @@ def train_and_count(job: Any, argv: Sequence[str]) -> list[tuple[int, int]]:
     return handed
 
 
-def test_only_the_global_adapter_the_mean_states_and_the_metrics_cross(
+def test_only_the_global_adapter_the_reference_mean_and_the_metrics_cross(
     inputs: tuple[Path, Path], tmp_path: Path
 ) -> None:
     argv = tiny.recipe(*inputs, tmp_path / "runs", cluster__ranks_per_group=2)
     per_rank = run_on_ranks(train_and_count, 4, tmp_path, argv)
     run_dir = tmp_path / "runs" / "tiny"
     parameters = sum(t.numel() for t in load_file(run_dir / "adapters/global/adapter_model.safetensors").values())
-    shared = parameters + 2 * 32  # fp32 parameters, and the mean state in two representations of hidden size 32
-    update = (shared + 2, 4 * (shared + 2))  # with a header of two fp32 weight sums
+    update = (parameters + 1, 4 * (parameters + 1))  # fp32 parameters, and the sum of the weights
+    # The mean embedding of reference prompts, in two representations of hidden size 32, and the sum of the weights.
+    references = (2 * 32 + 1, 4 * (2 * 32 + 1))
     metrics = (4 * 15, 4 * 15 * 8)  # 4 clients x 15 columns of fp64
-    leader = [metrics, update, metrics, update, metrics]  # before training, round 1, round 2
+    leader = [metrics, update, references, metrics, update, references, metrics]  # before training, round 1, round 2
     assert per_rank == [leader, [], leader, []]
     rounds = [r for r in read_records(run_dir / "metrics.jsonl") if r["kind"] == "round"]
     assert [r.get("bytes_handed/update", 0) for r in rounds] == [0, update[1], update[1]]
+    assert [r.get("bytes_handed/references", 0) for r in rounds] == [0, references[1], references[1]]
     assert [r["bytes_handed/metrics"] for r in rounds] == [metrics[1]] * 3
 
 
@@ -76,10 +82,10 @@ def train_and_hold_the_update_back(job: Any, argv: Sequence[str]) -> list[str]:
     """Train; the update travels only once this group's local phases are done. What happened, in order."""
     from dpa_ds.cli.train import train
     from dpa_ds.distributed.leaders import StaticGroup
-    from dpa_ds.federation.trainer import ClientTrainer
+    from dpa_ds.federation.trainer import Trainer
 
     happened: list[str] = []
-    all_reduce, run_stage = StaticGroup.all_reduce_, ClientTrainer.run_stage
+    all_reduce, run_later_stage = StaticGroup.all_reduce_, Trainer._run_later_stage
     locals_are_done = threading.Event()
 
     def held_back(group: Any, buffer: torch.Tensor, purpose: str) -> None:
@@ -90,13 +96,13 @@ def train_and_hold_the_update_back(job: Any, argv: Sequence[str]) -> list[str]:
         all_reduce(group, buffer, purpose)
 
     def noted(trainer: Any, client: Any, stage: Any, shared: Any, server_round: int) -> None:
-        run_stage(trainer, client, stage, shared, server_round)
-        if stage == "during":
+        run_later_stage(trainer, client, stage, shared, server_round)
+        if stage == "overlap":
             happened.append(f"{client.label} trained its local adapter")
             if client.client_id >= 2:  # the second of its group
                 locals_are_done.set()
 
-    StaticGroup.all_reduce_, ClientTrainer.run_stage = held_back, noted  # type: ignore[method-assign]
+    StaticGroup.all_reduce_, Trainer._run_later_stage = held_back, noted  # type: ignore[method-assign]
     train(load_config(argv), job)
     return happened
 
@@ -138,7 +144,9 @@ def test_absent_clients_keep_their_local_adapter(inputs: tuple[Path, Path], tmp_
     }
 
 
-def test_the_mean_state_is_that_of_all_clients_that_took_part_so_far(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+def test_the_reference_mean_is_that_of_all_clients_that_took_part_so_far(
+    inputs: tuple[Path, Path], tmp_path: Path
+) -> None:
     """Each is counted once: a client drawn twice has no more weight, one drawn earlier is not forgotten."""
     argv = tiny.recipe(*inputs, tmp_path / "runs", federation__client_fraction=0.5, federation__num_rounds=3)
     run_on_ranks(train_on_rank, 2, tmp_path, argv)
@@ -171,23 +179,32 @@ def test_kept_optimizer_state_is_durable(inputs: tuple[Path, Path], tmp_path: Pa
     assert {key.removeprefix("exp_avg.") for key in state if key.startswith("exp_avg.")} == weights.keys()
 
 
+def aggregate(updates: Sequence[LocalUpdate], state: ServerState, group: Any, **words: Any) -> ServerState:
+    """One round of the leaders: the state after it. Collective: all leaders."""
+    aggregation = build_aggregation(FederationConfig(**words), seed=0)
+    accumulator = aggregation.accumulator(state)
+    for update in updates:
+        accumulator.add(update)
+    return aggregation.step(state, accumulator.reduce(group), server_round=1)
+
+
 def aggregate_identical(job: Any) -> tuple[float, bool]:
     from dpa_ds.distributed.leaders import StaticGroup
-    from dpa_ds.federation.aggregation.mean import ClientUpdate, Shared, WeightedAverage
 
     group = StaticGroup(job.store, job.launch.global_rank, job.launch.job_world_size, 30.0)
     adapter = {"b": torch.randn(3, 4, generator=torch.Generator().manual_seed(0)), "a": torch.ones(2)}
-    state = Shared(adapter, torch.full((2, 3), 0.3), reference_weight=2.0)
-    update = ClientUpdate(0, 5 + job.launch.global_rank, adapter, state.reference_mean)
+    state = ServerState(adapter, torch.full((2, 3), 0.3), reference_weight=2.0)
+    update = LocalUpdate(0, 5 + job.launch.global_rank, adapter, state.reference_mean)
     mine = [update] if job.launch.global_rank != 1 else []
-    rule = WeightedAverage(by_num_examples=True)
-    same = rule.aggregate(mine, state, group)
+    same = aggregate(mine, state, group, aggregation_weights="num_examples")
     before = same.flatten()
-    rule.aggregate([replace(one, adapter={key: 2 * t for key, t in adapter.items()}) for one in mine], same, group)
+    doubled = [replace(one, adapter={key: 2 * t for key, t in adapter.items()}) for one in mine]
+    aggregate(doubled, same, group, aggregation_weights="num_examples")
     assert torch.equal(same.flatten(), before), "an average changes with the next one"
-    nobody = WeightedAverage(by_num_examples=False).aggregate([], state, group)
+    nobody = aggregate([], state, group)
     assert same.reference_weight == 2.0 + 5 + 7  # leaders 0 and 2 have one client each
-    error = float((same.flatten()[:-1] - state.flatten()[:-1]).abs().max())
+    error = max(float((same.adapter[key] - adapter[key]).abs().max()) for key in adapter)
+    error = max(error, float((same.reference_mean - state.reference_mean).abs().max()))
     return error, torch.equal(nobody.flatten(), state.flatten())
 
 
@@ -277,10 +294,10 @@ def train_with_bad_client(job: Any, argv: Sequence[str], bad: int, kind: str) ->
     """Train; the update of client `bad` in round 1 gets a NaN (kind `nan`). The update of every client, flat; [] if none."""
     from dpa_ds.cli.train import train
     from dpa_ds.engine.engine import AdapterEngine
-    from dpa_ds.federation.trainer import ClientTrainer
+    from dpa_ds.federation.trainer import Trainer
 
     updates: dict[int, list[float]] = {}
-    original, read_state = ClientTrainer.local_update, AdapterEngine.read_state
+    original, read_state = Trainer.local_update, AdapterEngine.read_state
 
     def local_update(trainer: Any, client: Any, shared: Any, server_round: int) -> Any:
         if kind == "nan" and (client.client_id, server_round) == (bad, 1):
@@ -297,7 +314,7 @@ def train_with_bad_client(job: Any, argv: Sequence[str], bad: int, kind: str) ->
             updates[client.client_id] = [] if update is None else flatten(update.adapter).tolist()
         return update
 
-    ClientTrainer.local_update = local_update  # type: ignore[method-assign]
+    Trainer.local_update = local_update  # type: ignore[method-assign]
     train(load_config(argv), job)
     return [updates[client] for client in sorted(updates)]
 
@@ -335,9 +352,9 @@ def train_with_bad_local_phases(job: Any, argv: Sequence[str], bad: Sequence[int
     from dpa_ds.cli.train import train
     from dpa_ds.engine.engine import AdapterEngine
     from dpa_ds.errors import TrainingError
-    from dpa_ds.federation.trainer import ClientTrainer
+    from dpa_ds.federation.trainer import Trainer
 
-    original, read_state = ClientTrainer.run_stage, AdapterEngine.read_state
+    original, read_state = Trainer._run_later_stage, AdapterEngine.read_state
 
     def run_stage(trainer: Any, client: Any, stage: Any, shared: Any, server_round: int) -> None:
         def poisoned(engine: Any, adapter: Any) -> Any:
@@ -348,7 +365,7 @@ def train_with_bad_local_phases(job: Any, argv: Sequence[str], bad: Sequence[int
         original(trainer, client, stage, shared, server_round)
         AdapterEngine.read_state = read_state  # type: ignore[method-assign]
 
-    ClientTrainer.run_stage = run_stage  # type: ignore[method-assign]
+    Trainer._run_later_stage = run_stage  # type: ignore[method-assign]
     try:
         train(load_config(argv), job)
     except TrainingError as error:
@@ -378,11 +395,12 @@ def test_a_local_phase_that_diverges_while_the_update_travels_is_undone_alone(
 
 
 def flat_initial_adapter(argv: Sequence[str]) -> list[float]:
-    from dpa_ds.federation.clients import GLOBAL_SEED
+    from dpa_ds.cli.train import GLOBAL_SEED
 
     config = load_config(argv)
     base = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float32)
-    state = DualAdapter(base, config.lora).initial_state("global", (config.seed, GLOBAL_SEED))
+    adapters = AdapterModel(base, adapter_table(config.lora), config.lora)
+    state = adapters.initial_state("global", (config.seed, GLOBAL_SEED))
     return list(flatten(state).tolist())
 
 

@@ -61,12 +61,15 @@ def start(inputs: tuple[Path, Path, Path], pooled: bool = False) -> tuple[plain.
     """The plain model, its clients and the initial global adapter, as the recipe of `run` describes them."""
     from transformers import AutoModelForCausalLM
 
-    from dpa_ds.adapters.dual_lora import DualAdapter
-    from dpa_ds.federation.clients import GLOBAL_SEED, LOCAL_SEED
+    from dpa_ds.adapters.adapter_model import AdapterModel
+    from dpa_ds.adapters.methods import adapter_table
+    from dpa_ds.cli.train import GLOBAL_SEED
+    from dpa_ds.federation.clients import LOCAL_SEED
 
     model, data, folder = inputs
     config = load_config(tiny.recipe(model, data, folder / "reference"))
-    drawn = DualAdapter(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), config.lora)
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    drawn = AdapterModel(base, adapter_table(config.lora), config.lora)
     reference = plain.Plain(model, 4, 8.0, config.lora.target_modules, LEARNING_RATE, CLIP)
     everyone = read_clients(config.data, config.seed, range(len(list_clients(config.data, config.seed))))
     clients = []

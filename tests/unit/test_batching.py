@@ -19,6 +19,8 @@ from dpa_ds.data.batching import (
     SEGMENT_OVERHEAD_TOKENS,
     BatchingConfig,
     MicroBatch,
+    MicroBatchPlan,
+    Segment,
     build_step,
     dummy_micro_batch,
     num_steps,
@@ -28,7 +30,7 @@ from dpa_ds.data.batching import (
 from dpa_ds.data.sources import list_clients, read_client
 from dpa_ds.data.tokenize import TokenizedExamples, tokenize_examples
 
-# Not among the tokens of make_examples, so that padding can be reported from them.
+# Not among the tokens of make_examples, so that padding can be recognised.
 PAD_ID = 0
 
 AUTHORS_DATA = Path(__file__).parents[2].parent / "shared" / "data" / "feddpa" / "dataset1"
@@ -65,7 +67,7 @@ def test_num_steps(
     assert num_steps(num_examples, batch_size, local_epochs, max_steps) == expected
 
 
-def test_an_epoch_holds_every_example_once_and_its_last_step_the_rest() -> None:
+def test_an_epoch_holds_every_example_once_and_its_last_step_the_remainder() -> None:
     steps = step_indices(10, 4, 7, seed=(0, 1, 2, 0))
     assert [len(step) for step in steps] == [4, 4, 2, 4, 4, 2, 4]
     assert sorted(chain.from_iterable(steps[:3])) == list(range(10))
@@ -94,22 +96,29 @@ def test_a_longer_phase_begins_with_the_same_steps() -> None:
 )
 def test_plan_step_holds_its_promises(lengths: list[int], world_size: int, token_budget: int) -> None:
     plan = plan_step(lengths, world_size, token_budget)
-    assert len(plan) == world_size
-    assert len({len(part) for part in plan}) == 1
-    assert len(plan[0]) >= 1
-    micro_batches = list(chain.from_iterable(plan))
-    rows = [row for segments in micro_batches for segment in segments for row in segment]
-    assert sorted(rows) == list(range(len(lengths)))
-    for segments in micro_batches:
-        assert all(segments)
-        assert sum(map(len, segments)) <= 1 or padded(lengths, segments) <= token_budget
-    for part in plan:  # a rank idles only where it has too few rows to go round
-        if not all(part):
-            assert all(sum(map(len, segments)) <= 1 for segments in part)
+    assert len(plan.ranks) == world_size
+    assert len({len(rank.micro_batches) for rank in plan.ranks}) == 1
+    assert len(plan.ranks[0].micro_batches) >= 1
+    micro_batches = [micro_batch for rank in plan.ranks for micro_batch in rank.micro_batches]
+    segments = [segment for micro_batch in micro_batches for segment in micro_batch.segments]
+    assert sorted(chain.from_iterable(segment.rows for segment in segments)) == list(range(len(lengths)))
+    for segment in segments:
+        assert segment.rows
+        assert segment.padded_length == max(lengths[row] for row in segment.rows)
+    for micro_batch in micro_batches:
+        assert micro_batch.num_rows <= 1 or padded(lengths, rows_of_segments(micro_batch)) <= token_budget
+    for rank in plan.ranks:  # a rank idles only where it has too few rows to go round
+        if not all(micro_batch.segments for micro_batch in rank.micro_batches):
+            assert all(micro_batch.num_rows <= 1 for micro_batch in rank.micro_batches)
     assert plan == plan_step(lengths, world_size, token_budget)
 
 
+def rows_of_segments(micro_batch: MicroBatchPlan) -> list[Sequence[int]]:
+    return [segment.rows for segment in micro_batch.segments]
+
+
 def padded(lengths: Sequence[int], segments: Sequence[Sequence[int]]) -> int:
+    """Tokens with padding, counted from the examples and not by the plan."""
     return sum(len(rows) * max(lengths[row] for row in rows) for rows in segments)
 
 
@@ -129,28 +138,36 @@ def least_cost(lengths: Sequence[int]) -> int:
 
 @settings(deadline=None, max_examples=60)
 @given(lengths=st.lists(st.integers(1, 120), min_size=1, max_size=6))
-def test_pieces_are_the_cheapest_of_all(lengths: list[int]) -> None:
-    ((segments,),) = plan_step(lengths, 1, 10**6)
+def test_segments_are_the_cheapest_of_all(lengths: list[int]) -> None:
+    (rank,) = plan_step(lengths, 1, 10**6).ranks
+    (micro_batch,) = rank.micro_batches
+    segments = rows_of_segments(micro_batch)
     assert padded(lengths, segments) + SEGMENT_OVERHEAD_TOKENS * len(segments) == least_cost(lengths)
 
 
-def test_a_budget_cuts_a_step_into_equal_passes() -> None:
-    ((*micro_batches,),) = plan_step([10] * 30, 1, 110)
-    assert [padded([10] * 30, segments) for segments in micro_batches] == [100, 100, 100]
+def test_a_budget_cuts_a_step_into_equal_micro_batches() -> None:
+    (rank,) = plan_step([10] * 30, 1, 110).ranks
+    assert [micro_batch.num_tokens for micro_batch in rank.micro_batches] == [100, 100, 100]
 
 
 def test_two_ranks_share_a_step_that_one_micro_batch_could_hold() -> None:
     plan = plan_step([20] * 64, 2, 4096)
-    assert [[[len(rows) for rows in segments] for segments in part] for part in plan] == [[[32]], [[32]]]
+    for rank in plan.ranks:
+        (micro_batch,) = rank.micro_batches
+        (segment,) = micro_batch.segments
+        assert (len(segment.rows), segment.padded_length) == (32, 20)
 
 
 def test_few_examples_leave_ranks_with_dummies() -> None:
-    assert sorted(plan_step([5, 6], 4, 100)) == [[[]], [[]], [[[0]]], [[[1]]]]
+    plan = plan_step([5, 6], 4, 100)
+    segments = [micro_batch.segments for rank in plan.ranks for micro_batch in rank.micro_batches]
+    assert sorted(segments, key=str) == [(), (), (Segment((0,), 5),), (Segment((1,), 6),)]
 
 
 def test_loads_of_ranks_are_close() -> None:
     lengths = np.random.default_rng(0).integers(20, 200, size=64).tolist()
-    loads = [sum(padded(lengths, segments) for segments in part) for part in plan_step(lengths, 4, 1024)]
+    plan = plan_step(lengths, 4, 1024)
+    loads = [sum(micro_batch.num_tokens for micro_batch in rank.micro_batches) for rank in plan.ranks]
     assert max(loads) <= 1.05 * sum(loads) / 4
 
 
@@ -164,7 +181,7 @@ def test_planning_is_fast() -> None:
     assert min(times) < 0.005
 
 
-def test_build_step_lays_examples_end_to_end() -> None:
+def test_build_step_packs_examples_in_one_row() -> None:
     examples = make_examples([3, 5, 40], [2, 2, 39])
     step = build_step(examples, [1, 0, 2], rank=0, world_size=1, batching=BatchingConfig(100, 7, True))
     (micro_batch,) = step.micro_batches
@@ -190,13 +207,13 @@ def test_dummy_has_no_label() -> None:
 
 
 def rows_of(batch: MicroBatch) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Tokens, positions and targets of each example of a pass, the shared prefix put back before it."""
+    """Tokens, positions and targets of each example of a micro-batch, the shared prefix put back before it."""
     sizes = [batch.prefix, *(length for count, length in batch.segments for _ in range(count))]
     parts = [tensor.split(sizes) for tensor in (batch.input_ids, batch.position_ids, batch.targets)]
-    before = [first for first, *_ in parts]
+    prefixes = [prefix for prefix, *_ in parts]
     return [
-        tuple(torch.cat([a, b]) for a, b in zip(before, row, strict=True))  # type: ignore[misc]
-        for row in zip(*(rest for _, *rest in parts), strict=True)
+        tuple(torch.cat([a, b]) for a, b in zip(prefixes, row, strict=True))  # type: ignore[misc]
+        for row in zip(*(suffixes for _, *suffixes in parts), strict=True)
     ]
 
 
@@ -250,7 +267,7 @@ def test_ranks_budget_and_sharing_do_not_change_what_is_trained(
         ([6, 5, 7], 0, 0),
     ],
 )
-def test_what_prompts_begin_with_is_laid_once(prompt_lengths: list[int], same: int, prefix: int) -> None:
+def test_a_shared_prefix_is_placed_once(prompt_lengths: list[int], same: int, prefix: int) -> None:
     examples = make_examples([10, 10, 10], prompt_lengths)
     for index in range(3):
         examples.input_ids(index)[:same] = np.arange(1000, 1000 + same)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from dpa_ds.config.deepspeed_json import check_deepspeed_owner, load_deepspeed_json
+from dpa_ds.config.fields import FIELDS, RENAMED
 from dpa_ds.config.load import load_config, to_yaml
 from dpa_ds.config.schema import (
     ClusterConfig,
@@ -134,6 +135,15 @@ BAD_OVERRIDES = [
     (["--name=a/b"], 'without / or \\, got "a/b"'),
     (["--name=a\\b"], "name must be a plain folder name"),
     (["--name=a\nb"], "name must be a plain folder name"),
+    (["--federation.aggregation=median"], 'federation.aggregation must be mean, got "median"'),
+    (["--federation.server_optimizer=adam"], 'federation.server_optimizer must be one of sgd, momentum, got "adam"'),
+    (["--federation.server_learning_rate=0"], "federation.server_learning_rate must be > 0, got 0.0"),
+    (["--federation.server_momentum=1"], "federation.server_momentum must be in [0, 1), got 1.0"),
+    (["--federation.server_momentum=-0.1"], "federation.server_momentum must be in [0, 1), got -0.1"),
+    (
+        ["--federation.server_momentum=0.5"],
+        "federation.server_momentum: 0.5 has no effect with federation.server_optimizer sgd, only with momentum",
+    ),
     (["--method.name=fedit", "--method.phase_order=local_first"], "method.phase_order: local_first has no effect with"),
     (["--method.name=feddpa_f", "--method.global_source=aggregated"], "aggregated has no effect with method feddpa_f"),
     (["--method.phase_order=local_first", "--method.global_source=aggregated"], "contradicts method.phase_order"),
@@ -203,6 +213,32 @@ def test_bad_recipe(text: str, fragment: str, tmp_path: Path, capfd: pytest.Capt
     assert fragment in message
     assert len(message) < 500
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED.items())
+def test_a_renamed_key_is_refused_with_its_new_name(old: str, new: str, tmp_path: Path) -> None:
+    assert new in FIELDS
+    section, _, name = old.partition(".")
+    in_a_file = refuse(tmp_path, f"{BASE}{section}:\n  {name}: 1\n")
+    assert in_a_file == f"{tmp_path}/recipe.yaml, line 4: {old} was renamed: write {new} instead"
+    on_the_command_line = refuse(tmp_path, BASE, f"--{old}=1")
+    assert on_the_command_line == f"command line: --{old} was renamed: write {new} instead"
+
+
+def test_the_four_renamed_keys() -> None:
+    assert set(RENAMED.values()) == {
+        "cluster.heartbeat_timeout_seconds",
+        "federation.compression",
+        "federation.aggregation_weights",
+        "method.global_source",
+    }
+
+
+def test_a_server_optimizer_with_momentum_is_accepted(tmp_path: Path) -> None:
+    text = BASE + "federation: {server_optimizer: momentum, server_momentum: 0.5, server_learning_rate: 0.1}\n"
+    federation = load(tmp_path, text).federation
+    assert (federation.server_optimizer, federation.server_momentum) == ("momentum", 0.5)
+    assert federation.server_learning_rate == 0.1
 
 
 def test_no_recipe_says_how_to_give_one() -> None:
@@ -287,7 +323,8 @@ def test_help_teaches_every_field(capsys: pytest.CaptureFixture[str], monkeypatc
         assert caught.value.code == 0
     text = capsys.readouterr().out
     source = (Path(__file__).parents[2] / "dpa_ds" / "config" / "schema.py").read_text()
-    docstrings = re.findall(r'^    (\w+): (?!\w*Config = field).*\n    """(.*)"""$', source, flags=re.MULTILINE)
+    field = r'^    (\w+): (?!\w*Config = field).*\n(?:        .*\n    \)\n)?    """(.*)"""$'
+    docstrings = re.findall(field, source, flags=re.MULTILINE)
     assert len(docstrings) == len(flatten(RunConfig()))
     for (name, docstring), key in zip(sorted(docstrings), sorted(flatten(RunConfig()), key=leaf), strict=True):
         assert name == leaf(key)
@@ -376,6 +413,8 @@ def test_fingerprint_holds_what_determines_the_result() -> None:
         ),
     }
     assert {"seed", "federation.stratify_by_group", "data.partition.kind", "method.name"} <= set(fingerprint)
+    server = {"aggregation", "server_optimizer", "server_learning_rate", "server_momentum"}
+    assert {f"federation.{name}" for name in server} <= set(fingerprint)
 
 
 def test_diff_names_key_old_and_new() -> None:

@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM, GPT2Config, MistralConfig
 
-from dpa_ds.adapters.dual_lora import ADAPTERS, DualAdapter
-from dpa_ds.config.schema import GenerationConfig, LoraConfig
+from dpa_ds.adapters.adapter_model import AdapterModel, global_local_mix
+from dpa_ds.adapters.methods import adapter_table
+from dpa_ds.config.schema import Encoder, GenerationConfig, LoraConfig
 from dpa_ds.data.references import REPRESENTATIONS
 from dpa_ds.inference import unfinished
-from dpa_ds.inference.embedding import Encoder, batches, embed
+from dpa_ds.inference.embedding import batches, embed
 from dpa_ds.inference.generation import generate
 from tests import plain, tiny
 
@@ -35,14 +36,14 @@ def draw_prompts(lengths: Sequence[int] = LENGTHS, seed: int = 7) -> list[list[i
     return [torch.randint(0, 256, (length,), generator=generator).tolist() for length in lengths]
 
 
-def draw_states(dual: DualAdapter, seed: int = 3, size: float = 0.3) -> dict[str, plain.State]:
+def draw_states(dual: AdapterModel, seed: int = 3, size: float = 0.3) -> dict[str, plain.State]:
     """Random weights of both adapters, installed in `dual`: neither is near zero, so each changes every answer."""
     generator = torch.Generator().manual_seed(seed)
     states = {
         a: {key: size * torch.randn(shape, generator=generator) for key, shape in dual.shapes[a].items()}
-        for a in ADAPTERS
+        for a in dual.table
     }
-    for adapter in ADAPTERS:
+    for adapter in dual.table:
         dual.load_state(adapter, states[adapter])
     return states
 
@@ -54,10 +55,11 @@ class Models:
         # Not tied: a random model with tied embeddings repeats its last token, whatever the adapters.
         self.directory = tiny.make_model(folder, tie_word_embeddings=False)
         base = AutoModelForCausalLM.from_pretrained(self.directory, dtype=torch.float32)
-        self.dual = DualAdapter(base, LoraConfig(rank=4, alpha=8.0, dropout=0.1, target_modules=TARGETS))
+        lora = LoraConfig(rank=4, alpha=8.0, dropout=0.1, target_modules=TARGETS)
+        self.dual = AdapterModel(base, adapter_table(lora), lora)
         self.states = draw_states(self.dual)
         self.plain = plain.Plain(self.directory, 4, 8.0, TARGETS, lr=0.0, clip=0.0)
-        for adapter in ADAPTERS:
+        for adapter in self.dual.table:
             self.plain.load(adapter, self.states[adapter])
         self.plain.model.eval()
 
@@ -238,7 +240,9 @@ def test_weights_change_answers(models: Models) -> None:
     alphas = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0])
     answers = models.generate([prompt] * 5, alphas, 1)
     assert len({tuple(answer) for answer in answers}) >= 4
-    models.dual.set_mix(0.5)  # what a batch leaves behind is overwritten by the next call, of any size
+    models.dual.set_mix(
+        global_local_mix(0.5)
+    )  # what a batch leaves behind is overwritten by the next call, of any size
     before = embed(models.dual, "local", [prompt], PAD, 100)["mean"]
     assert models.generate([prompt] * 2, alphas[1:3], 4) != answers[1:3]
     assert torch.equal(embed(models.dual, "local", [prompt], PAD, 100)["mean"], before)
@@ -267,16 +271,17 @@ def test_other_architectures(name: str, beams: int) -> None:
     config.initializer_range, config.bos_token_id, config.eos_token_id, config.pad_token_id = 0.3, None, EOS, PAD
     torch.manual_seed(2)
     base = AutoModelForCausalLM.from_config(config).eval()
-    dual = DualAdapter(base, LoraConfig(rank=4, alpha=8.0, dropout=0.0, target_modules=targets))
+    lora = LoraConfig(rank=4, alpha=8.0, dropout=0.0, target_modules=targets)
+    dual = AdapterModel(base, adapter_table(lora), lora)
     draw_states(dual)
     prompts = draw_prompts()
     answers = generate(dual, prompts, ALPHAS, GenerationConfig(beams, NEW_TOKENS), PAD, EOS)
     states = embed(dual, "none", prompts, PAD, 16)["last_token"]
     assert len({tuple(answer) for answer in answers}) == len(prompts)
     for i, (prompt, alpha) in enumerate(zip(prompts, ALPHAS, strict=True)):
-        dual.set_mix(alpha[None].repeat_interleave(beams))
+        dual.set_mix(global_local_mix(alpha[None].repeat_interleave(beams)))
         assert plain_generate(base, [prompt], beams) == [answers[i]], i
-        dual.set_mix(None)
+        dual.set_mix(dual.no_mix)
         with torch.no_grad():
             hidden = base(input_ids=torch.tensor([prompt]), output_hidden_states=True).hidden_states[-1]
         torch.testing.assert_close(states[i], hidden[0, -1], rtol=0, atol=1e-5)
@@ -293,15 +298,17 @@ def test_each_rows_weights_in_every_layer(models: Models) -> None:
     assert len(layers) == 4
     x = torch.randn(len(ALPHAS), 5, 32, generator=torch.Generator().manual_seed(1))
 
-    def added(layer: Any, mix: Any) -> torch.Tensor:
+    def added(layer: Any, mix: torch.Tensor) -> torch.Tensor:
         models.dual.set_mix(mix)
         return layer(x) - layer.base_layer(x)
 
     for layer in layers:
-        one, other, weight = added(layer, 0.0), added(layer, 1.0), ALPHAS[:, None, None]
+        one, other = added(layer, global_local_mix(0.0)), added(layer, global_local_mix(1.0))
+        weight = ALPHAS[:, None, None]
         assert float((one - other).abs().mean()) > 0.1
-        torch.testing.assert_close(added(layer, ALPHAS), (1 - weight) * one + weight * other, rtol=0, atol=2e-5)
-        assert float(added(layer, None).abs().max()) == 0.0, "neither"
+        both = added(layer, global_local_mix(ALPHAS))
+        torch.testing.assert_close(both, (1 - weight) * one + weight * other, rtol=0, atol=2e-5)
+        assert float(added(layer, models.dual.no_mix).abs().max()) == 0.0, "neither"
 
 
 @torch.no_grad()
@@ -310,9 +317,9 @@ def test_weights_sum_to_one(models: Models) -> None:
     states, ids = models.states, torch.tensor(draw_prompts([9] * len(ALPHAS)))
     models.dual.peft_model.eval()
     models.dual.load_state("local", states["global"])
-    models.dual.set_mix(0.0)
+    models.dual.set_mix(global_local_mix(0.0))
     expected = models.dual.peft_model(input_ids=ids).logits
-    models.dual.set_mix(ALPHAS)
+    models.dual.set_mix(global_local_mix(ALPHAS))
     torch.testing.assert_close(models.dual.peft_model(input_ids=ids).logits, expected, rtol=0, atol=1e-4)
     models.dual.load_state("local", states["local"])
     assert float((models.dual.peft_model(input_ids=ids).logits - expected).abs().max()) > 0.1

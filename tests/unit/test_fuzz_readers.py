@@ -45,7 +45,7 @@ from dpa_ds.evaluation.answers import Answer, Instance, append_answers, read_ans
 from dpa_ds.evaluation.statistics import summarize
 from dpa_ds.experiments.compare import build_plan
 from dpa_ds.experiments.comparison import find_evaluation, held_out_curve, read_evaluation
-from dpa_ds.federation.round_state import PhaseProgress, ProgressKeeper, RoundMetrics, RoundProgress
+from dpa_ds.federation.progress import ClientState, PhaseProgress
 from dpa_ds.inference.client_model import describe_client, load_client_model
 from dpa_ds.model.base import resolve_model
 from dpa_ds.model.directory import load_tokenizer, model_fingerprint
@@ -55,6 +55,7 @@ from dpa_ds.runs.resume import find_resume_round, validate_run_dir
 from dpa_ds.runs.storage import BackgroundWriter
 from dpa_ds.runs.tracking import Tracker
 from tests import tiny
+from tests.unit.round_state_for_tests import make_round_state, one_client
 from tests.unit.test_gguf import tiny_llama, write_gguf
 
 ROWS = [{"instruction": f"ask {n}", "output": "say", "category": "ab"[n % 2], "n": n, "x": None} for n in range(6)]
@@ -247,7 +248,6 @@ def read_tokens(path: Path) -> None:
 INSTANCES = [Instance("a", row, f"ask {row}", "say") for row in range(2)]
 ANSWERS = [Answer(0, "a", row, 0.5, "say") for row in range(2)]
 INFO = {"label": "client_0", "tasks": ["a"], "steps_taken": {"global": 1, "local": 1}, "num_examples": 3}
-LAYOUT = {"ranks": 1}
 ROUND = "rounds/round_000001"
 
 
@@ -267,8 +267,10 @@ def run(name: str) -> Callable[[Path], Path]:
         run_folder.save_adapter(1, "local/client_00", weights, lora, {"references": references}, INFO)
         run_folder.complete_round(1, {}, 2)
         with BackgroundWriter() as writer:
-            progress = RoundProgress(1, PhaseProgress(2, [1.0], [1.0]), RoundMetrics(2))
-            ProgressKeeper(run_folder, writer, LAYOUT, True).save(2, 0, progress, {"local": weights}, {"local": 1})
+            client = one_client(ClientState(weights, {"global": 1, "local": 1}))
+            kept = make_round_state(root, writer)
+            kept.open(client).inside = PhaseProgress(2, [1.0], [1.0])
+            kept.save(client, 2)
         (root / "config.yaml").write_text(to_yaml(config_of(root)))
         (root / "model.json").write_text(json.dumps({"fingerprint": "abc", "path": "m"}))
         records = [{"kind": "round", "round": number, "held_out_loss": 1.0} for number in range(2)]
@@ -308,7 +310,8 @@ def resume_run(path: Path) -> None:
 
 def read_progress(path: Path) -> None:
     with BackgroundWriter() as writer:
-        ProgressKeeper(RunFolder(run_of(path)), writer, LAYOUT, True).find(2, 0)
+        client = one_client(ClientState({}, {"global": 0, "local": 0}))
+        make_round_state(run_of(path), writer).restore_progress([client], 2)
 
 
 def read_metrics(path: Path) -> None:

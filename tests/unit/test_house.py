@@ -1,12 +1,43 @@
-"""Rules of the house that a linter cannot see: who may use which library, and what nobody uses."""
+"""Rules of the house that a linter cannot see: who may use which library, what nobody uses, and which words are gone."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).parents[2] / "dpa_ds"
+
+UNDER_WORK: set[str] = {
+    "README.md",
+    "benchmarks/round.py",
+    "docs/architecture.md",
+    "docs/cluster.md",
+    "docs/performance.md",
+    "docs/reliability.md",
+    "dpa_ds/config/schema.py",
+    "dpa_ds/config/validate.py",
+    "dpa_ds/distributed/elastic.py",
+    "dpa_ds/federation/aggregation/compression.py",
+    "dpa_ds/federation/aggregation/mean.py",
+    "dpa_ds/federation/clients.py",
+    "dpa_ds/federation/loop.py",
+    "dpa_ds/federation/round_state.py",
+    "dpa_ds/federation/session.py",
+    "dpa_ds/federation/trainer.py",
+    "dpa_ds/inference/client_model.py",
+    "dpa_ds/inference/generation.py",
+    "dpa_ds/inference/unfinished.py",
+    "dpa_ds/inference/weighting.py",
+    "dpa_ds/planning/memory.py",
+    "tests/launch/test_evaluate.py",
+    "tests/multirank/test_compression.py",
+    "tests/multirank/test_evaluation.py",
+    "tests/multirank/test_federation.py",
+    "tests/unit/test_weighting.py",
+}
+"""Files whose old words are still to be replaced. A test fails for one that has none left, so this set only shrinks."""
 
 OWNERS = {
     "torch.distributed": ("distributed/",),
@@ -24,6 +55,13 @@ OWNERS = {
 LAST_RESORT = ("cli/bootstrap.py", "model/directory.py")
 """Files that may catch everything: a rank that fails, whatever the reason, has to tell the others; and at a damaged file
 tokenizers raises bare Exception."""
+
+
+ADAPTER_NAMES = ("adapters/methods.py", "config/schema.py", "planning/plan.py")
+"""The only files that spell "global" and "local"; the others use the constants of adapters/methods.py, which the planner
+cannot import (it needs no torch and no adapters)."""
+STILL_SPELLED = ("federation/clients.py", "federation/loop.py", "federation/trainer.py")
+"""Until they take the constants."""
 
 
 def used_names(tree: ast.Module) -> Iterator[tuple[int, str]]:
@@ -74,6 +112,19 @@ def test_the_package_keeps_the_rules() -> None:
     assert found == []
 
 
+def spells_adapter_names(source: str) -> bool:
+    constants = [node.value for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Constant)]
+    return "global" in constants or "local" in constants
+
+
+def test_names_of_adapters_are_spelled_in_one_place() -> None:
+    files = {path.relative_to(PACKAGE).as_posix(): path.read_text() for path in PACKAGE.rglob("*.py")}
+    found = {name for name, source in files.items() if spells_adapter_names(source)}
+    assert found == {*ADAPTER_NAMES, *STILL_SPELLED}
+    assert spells_adapter_names('state["local"]')
+    assert not spells_adapter_names('"""The local adapter."""\nf"local/{client}"')
+
+
 @pytest.mark.parametrize(
     ("source", "file", "fault"),
     [
@@ -108,3 +159,199 @@ def test_breaches_are_found(source: str, file: str, fault: str) -> None:
 )
 def test_owners_may(source: str, file: str) -> None:
     assert faults(source, file) == []
+
+
+# ---- words ----------------------------------------------------------------------------------------------------------
+
+WORDS_FOLDERS = ("benchmarks", "docs", "dpa_ds", "ds_configs", "launch", "tests")
+WORDS_SUFFIXES = {".json", ".md", ".py", ".sbatch", ".sh", ".yaml"}
+
+OLD_NAMES = {
+    "Helm|_?helm": "PreemptionSync",
+    "at_boundary": "PreemptionSync.check",
+    "is_main|is_first": "is_coordinator",
+    "FixedGroup": "StaticGroup",
+    "FederationGroup": "LeaderGroup",
+    "join_federation": "join_leaders",
+    r"world\.federation": "world.leaders",
+    "Answerer|answerer|build_answerer": "Predictor",
+    "load_personality": "load_client_model",
+    "plan_pieces|answer_piece": "plan_work_items, answer_work_item",
+    "takes_prefix": "supports_prefix",
+    "share_prefix": "prefix_sharing",
+    "attend_to_pieces": "packed_attention",
+    "PIECE_OVERHEAD_TOKENS": "SEGMENT_OVERHEAD_TOKENS",
+    "open_rows": "unfinished sequences",
+    "spread_over_beams": "expand_for_beams",
+    "encode_references": "embed_references",
+    "states_weight": "reference_weight",
+    "counts_states": "counts_references",
+    r"(?<=\.)trains|trains(?==)": "trainable",
+    "before_aggregation": "local_update",
+    "tokens_taken_up": "restored_tokens",
+    "took_part": "participated",
+    r"(?<!benchmarks/)hosting\.py": "clients.py",
+    r"records\.py": "metrics.py",
+    r"progress\.py": "round_state.py",
+    r"(?<!_)packing\.py": "packed_attention.py",
+    r"ask\.py": "generate.py",
+    "run_arguments": "args",
+}
+"""Classes, functions and modules, also with an underscore before them -> what is written instead."""
+
+OLD_TYPES = {
+    "Agreement": "SyncState",
+    "Batching": "BatchingConfig",
+    "Job": "JobStore",
+    "Order": "Action",
+    "Packing": "PackedAttention",
+    "Piece": "WorkItem",
+    "Questions": "EvaluationSet",
+    "Shared": "ServerState",
+    "Watch": "Watchdog",
+}
+"""Classes whose names are English words as well: found only where code, or prose in backticks, means the class."""
+
+OLD_PROSE = {
+    "told": "reported",
+    "anew": "from scratch, again",
+    r"(?:set|sets|setting)[\s_-]+aside": "quarantined",
+    r"(?:go|goes|going|gone|went)[\s_]+on": "resumes, continues",
+    "laid|laying": "packed, placed, stacked",
+    r"(?:lie|lies|lay|row|rows|examples)[\s_]+end[\s_]+to[\s_]+end": "are packed",
+    r"(?:take|takes|taking|taken|took)[\s_]+up": "restores",
+    r"main[\s_]+leader": "coordinator",
+    "personality|personalities": "client model",
+    "piece|pieces": "segment, work item",
+    r"mean[\s_]+states?": "reference mean",
+}
+"""English words in any case, also in names in snake case."""
+
+RENAMED_KEYS = {
+    "silence_seconds": "heartbeat_timeout_seconds",
+    "local_partner": "global_source",
+    r"federation(?:\.|__)upload|upload: ?(?:int16|fp32)": "federation.compression",
+    r"federation(?:\.|__)weighting": "federation.aggregation_weights",
+}
+"""Keys of recipes. The table that refuses them with their new name has to spell them, and so has its test."""
+RENAMED_KEYS_FILES = ("dpa_ds/config/fields.py", "tests/unit/test_config.py")
+
+
+def any_of(table: dict[str, str]) -> str:
+    """One group for each pattern, named after its position in the table."""
+    return "|".join(f"(?P<at{position}>{pattern})" for position, pattern in enumerate(table))
+
+
+# One expression a table, its boundaries first: they fail at once at most characters of a file.
+NAME = re.compile(rf"(?<![A-Za-z0-9])(?:{any_of(OLD_NAMES)})(?![A-Za-z0-9_])")
+PROSE = re.compile(rf"(?<![A-Za-z])(?:{any_of(OLD_PROSE)})(?![A-Za-z])", re.IGNORECASE)
+KEY = re.compile(rf"(?<![A-Za-z0-9])(?:{any_of(RENAMED_KEYS)})(?![A-Za-z0-9_])")
+# After what stands before a type (group `code`), punctuation that may also end a word of prose is enough.
+TYPE = re.compile(
+    rf"(?:(?P<code>\bclass |\bimport |, |-> |: |\[)|(?<![A-Za-z]))(?:{any_of(OLD_TYPES)})"
+    r"(?(code)(?=[\[\](),:\"]| =| \||$)|(?=[\[\](\"`]|\.[a-z]| =| \|))",
+    re.MULTILINE,
+)
+
+
+def old_words(text: str, file: str) -> list[str]:
+    """`file:line: 'old word', write new word` of every old word in the text of `file`, a path below the repository."""
+    tables = [(NAME, OLD_NAMES), (TYPE, OLD_TYPES), (PROSE, OLD_PROSE)]
+    if file not in RENAMED_KEYS_FILES:
+        tables.append((KEY, RENAMED_KEYS))
+    found = []
+    for expression, table in tables:
+        replacements = list(table.values())
+        for match in expression.finditer(text):
+            assert match.lastgroup is not None
+            replacement = replacements[int(match.lastgroup.removeprefix("at"))]
+            line = text.count("\n", 0, match.start()) + 1
+            found.append((line, f"{file}:{line}: {match[match.lastgroup]!r}, write {replacement}"))
+    return [message for _, message in sorted(found)]
+
+
+def texts() -> dict[str, str]:
+    """Every text of the project but this one, by its path below the repository."""
+    repository = PACKAGE.parent
+    files = [repository / "README.md"]
+    for folder in WORDS_FOLDERS:
+        files += sorted((repository / folder).rglob("*"))
+    found = {}
+    for file in files:
+        if file.suffix in WORDS_SUFFIXES and file != Path(__file__):
+            found[file.relative_to(repository).as_posix()] = file.read_text()
+    return found
+
+
+def test_old_words_are_gone() -> None:
+    files = texts()
+    assert len(files) > 200
+    offenders = []
+    for file in files.keys() - UNDER_WORK:
+        offenders += old_words(files[file], file)
+    assert not offenders, "\n".join(["old words:", *sorted(offenders)])
+
+
+def test_no_clean_file_is_under_work() -> None:
+    files = texts()
+    clean = [file for file in sorted(UNDER_WORK) if not old_words(files.get(file, ""), file)]
+    assert not clean, f"no old word is left there: take them out of UNDER_WORK: {clean}"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from dpa_ds.distributed.preemption import Helm",
+        "action = helm.at_boundary(step)",
+        "def watch(self) -> Watch:",
+        "def join(watch: Watch, seconds: float) -> None:",
+        "the `Watch` of a rank",
+        "if self._is_main:",
+        "class Personality:",
+        "state = Shared(adapter)",
+        'def unflatten(self) -> "Shared":',
+        "from dpa_ds.federation.aggregation.mean import ClientUpdate, Shared",
+        "if phase.trains == GLOBAL:",
+        "upload: int16",
+        "--federation.weighting num_examples",
+        "silence_seconds: 60",
+        "# Told once.",
+        "def test_the_user_is_told_once() -> None:",
+        "The round begins anew.",
+        "the same command goes\n    on",
+        "A damaged round is set aside.",
+        "the same command goes on from there",
+        "examples are laid in one row",
+        "rows lie end to end",
+        "The main leader writes it.",
+        "pieces of nearly equal length",
+    ],
+)
+def test_an_old_word_is_found(line: str) -> None:
+    assert old_words(f"\n{line}\n", "docs/x.md")[0].startswith("docs/x.md:2: ")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "is_main_thread = threading.current_thread() is threading.main_thread()",
+        "Watch the log. Shared files are read once. Packing saves padding.",
+        "class Watchdog:",
+        "federation.aggregation_weights, weighting.kind and self.weighting",
+        "the uploads of a round, and the upload to the registry",
+        "an end-to-end test",
+        "the model has to go once the trainer says so",
+        "delayed, overlaid and toldering are other words",
+        "taking part; he took apart what a user may set",
+        "trains the global adapter",
+        "a bookmark, 12 records, a state",
+    ],
+)
+def test_other_words_may_stay(line: str) -> None:
+    assert old_words(line, "docs/x.md") == []
+
+
+def test_renamed_keys_may_stand_in_their_table_only() -> None:
+    line = '"federation.upload": "federation.compression",  # told'
+    assert len(old_words(line, "dpa_ds/config/schema.py")) == 2
+    assert len(old_words(line, "dpa_ds/config/fields.py")) == 1

@@ -110,7 +110,7 @@ def test_other_attention_takes_no_prefix(attention: str) -> None:
         PackedAttention(model).arguments(micro_batch(torch.arange(41), SEGMENTS, 6), torch.device("cpu"))
 
 
-def test_compiled_layers_are_not_compiled_anew_for_other_pieces() -> None:
+def test_compiled_layers_are_not_compiled_again_for_other_segments() -> None:
     model, plain = build("llama", "sdpa"), build("llama", "sdpa")
     for layer in model.model.layers:
         layer.compile(backend="eager", dynamic=True)

@@ -154,7 +154,7 @@ LLAMA, DATASET1 = PRESETS["llama-7b"], Workload()
 @pytest.mark.parametrize("method", get_args(MethodConfig.__annotations__["name"]))
 def test_phases_are_those_of_the_schedule(method: str) -> None:
     schedule = build_schedule(MethodConfig(name=method))  # type: ignore[arg-type]
-    assert PHASES[method] == len(schedule.before) + len(schedule.during) + len(schedule.after)
+    assert PHASES[method] == len(schedule.before) + len(schedule.overlap) + len(schedule.after)
 
 
 def judged(cluster: str, work: Workload = DATASET1, **changed: str) -> Plan:

@@ -1,4 +1,4 @@
-"""Progress inside a round: an interrupted write is passed over, damage as well, but aloud."""
+"""Progress inside a round: an interrupted write is passed over, damage as well, but aloud; a handed-over update stays on disk."""
 
 import logging
 from pathlib import Path
@@ -6,34 +6,42 @@ from pathlib import Path
 import pytest
 import torch
 
-from dpa_ds.federation.round_state import PhaseProgress, ProgressKeeper, RoundProgress
-from dpa_ds.runs.folder import RunFolder
+from dpa_ds.federation.progress import ClientState
 from dpa_ds.runs.storage import BackgroundWriter
+from tests.unit.round_state_for_tests import make_round_state, one_client
 
 ADAPTER = {"a.lora_A.weight": torch.ones(2, 3)}
-LAYOUT = {"ranks": 1}
+NUM_STEPS = {"global": 1, "local": 1}
 
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     """Folder of client 0's progress in round 1, which holds step 2."""
+    client = one_client(ClientState(ADAPTER, NUM_STEPS))
     with BackgroundWriter() as writer:
-        keeper = ProgressKeeper(RunFolder(tmp_path), writer, LAYOUT, is_leader=True)
+        rounds = make_round_state(tmp_path, writer)
         for step in (1, 2):
-            keeper.save(1, 0, RoundProgress(inside=PhaseProgress(step)), {"local": ADAPTER}, {"local": step})
+            rounds.open(client).inside.step = step
+            rounds.save(client, 1)
     (folder,) = (tmp_path / "rounds" / "round_000001.tmp" / "progress" / "client_00").iterdir()
     return folder
 
 
-def find(run_dir: Path, is_leader: bool = True) -> int | None:
-    """Steps done; None: the round starts from scratch."""
+def restored_step(run_dir: Path) -> int:
+    """Steps done; 0: the round starts from scratch."""
+    client = one_client(ClientState({}, {"global": 0, "local": 0}))
     with BackgroundWriter() as writer:
-        found = ProgressKeeper(RunFolder(run_dir), writer, LAYOUT, is_leader).find(1, 0)
-    return found[0].inside.step if found else None
+        rounds = make_round_state(run_dir, writer)
+        rounds.restore_progress([client], 1)
+        step = rounds.open(client).inside.step
+    if step:
+        assert client.state.num_steps == NUM_STEPS
+        assert torch.equal(client.state.local_adapter["a.lora_A.weight"], torch.ones(2, 3))
+    return step
 
 
 def test_the_newest_counts(saved: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    assert find(tmp_path) == 2
+    assert restored_step(tmp_path) == 2
     assert not caplog.records
 
 
@@ -41,19 +49,39 @@ def test_an_interrupted_write_is_passed_over(saved: Path, tmp_path: Path, caplog
     unfinished = saved.with_name("000009")
     unfinished.mkdir()
     (unfinished / "local.safetensors").write_bytes(b"half")
-    assert find(tmp_path) == 2
+    assert restored_step(tmp_path) == 2
     assert not caplog.records
 
 
-@pytest.mark.parametrize("is_leader", [True, False])
-def test_damage_is_passed_over_aloud_by_the_leader(
-    saved: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, is_leader: bool
-) -> None:
+def test_damage_is_passed_over_aloud(saved: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     file = saved / "local.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
     with caplog.at_level(logging.WARNING, "dpa_ds"):
-        assert find(tmp_path, is_leader) is None
+        assert restored_step(tmp_path) == 0
     said = [record.getMessage() for record in caplog.records]
-    assert said == [f"{file} is damaged (checksum differs): what came before it is used"] * is_leader
+    assert said == [f"{file} is damaged (checksum differs): what came before it is used"]
+
+
+def test_an_update_that_was_handed_over_is_kept_on_disk(tmp_path: Path) -> None:
+    """Memory forgets it; a process that resumes after any later save has it again, since it must be reduced once more."""
+    client = one_client(ClientState(ADAPTER, NUM_STEPS))
+    update = {"a.lora_A.weight": torch.full((2, 3), 5.0)}
+    with BackgroundWriter() as writer:
+        rounds = make_round_state(tmp_path, writer)
+        progress = rounds.open(client)
+        progress.update, progress.is_update_saved = update, True
+        rounds.save(client, 1)
+        progress.update = None
+        for phase in (1, 2):  # two saves without it
+            progress.phase = phase
+            rounds.save(client, 1)
+    again = one_client(ClientState({}, {"global": 0, "local": 0}))
+    with BackgroundWriter() as writer:
+        rounds = make_round_state(tmp_path, writer)
+        rounds.restore_progress([again], 1)
+        restored = rounds.open(again)
+    assert restored.phase == 2
+    assert restored.update is not None
+    assert torch.equal(restored.update["a.lora_A.weight"], update["a.lora_A.weight"])

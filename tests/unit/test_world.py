@@ -48,7 +48,7 @@ def _hosts_after_agreement(job: JobStore) -> list[str]:
     return job.hosts
 
 
-def test_a_fact_that_differs_is_told_to_all(tmp_path: Path) -> None:
+def test_a_fact_that_differs_is_reported_to_all(tmp_path: Path) -> None:
     facts = [{"code": "1", "config": "a"}, {"code": "1", "config": "b"}]
     reported = run_on_ranks(agree, 2, tmp_path, facts, [None, None])
     assert reported[0] == reported[1]

@@ -1,7 +1,7 @@
-"""GGUF files as plain Hugging Face directories: de-quantised weights, config and tokenizer, without a hub.
+"""Converts GGUF files to plain Hugging Face directories: de-quantised weights, config and tokenizer, without a hub.
 
-LLaMA files with a known GPT-2-type tokenizer are read directly (gguf_llama.py says why); every other file goes
-through transformers, with the special tokens set from the file's own metadata.
+LLaMA files with a known GPT-2-type tokenizer are read directly (llama.py says why); every other file goes through
+transformers, with the special tokens set from the file's own metadata.
 """
 
 import logging
@@ -40,8 +40,8 @@ def convert_gguf(gguf_path: Path, out_dir: Path, dtype: torch.dtype = torch.floa
             write_llama(file, partial_dir, dtype)
         else:
             _write_by_transformers(file, partial_dir, dtype)
-        _share(partial_dir)
-        _rename_dir(partial_dir, out_dir)
+        _make_readable(partial_dir)
+        _rename_dir(partial_dir, out_dir)  # last, so that the directory appears whole or not at all
     finally:
         shutil.rmtree(partial_dir, ignore_errors=True)
     logger.info("converted %s to %s", gguf_path, out_dir)
@@ -56,7 +56,8 @@ def is_model_dir(path: Path) -> bool:
 
 def _write_by_transformers(file: GgufFile, out_dir: Path, dtype: torch.dtype) -> None:
     """Load with transformers' own GGUF reader, de-quantised so that the model can be saved and trained."""
-    folder, name = file.path.parent, file.path.name
+    folder = file.path.parent
+    name = file.path.name
     tokens = file.require("tokenizer.ggml.tokens")
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -69,15 +70,19 @@ def _write_by_transformers(file: GgufFile, out_dir: Path, dtype: torch.dtype) ->
             f"{file.require('tokenizer.ggml.model')!r} cannot be converted ({error}): use a llama file with a gpt2 "
             "tokenizer, one that this version of transformers reads, or a Hugging Face directory"
         ) from error
-    _, bos, eos, pad = special_ids(file)
-    tokenizer.eos_token, tokenizer.pad_token = tokens[eos], tokens[pad]
+    ids = special_ids(file)
+    # From the file, because transformers' reader (5.17) sets another end token and no pad token.
+    tokenizer.eos_token = tokens[ids.eos]
+    tokenizer.pad_token = tokens[ids.pad]
     for config in (model.config, model.generation_config):
-        config.bos_token_id, config.eos_token_id, config.pad_token_id = bos, eos, pad
+        config.bos_token_id = ids.bos
+        config.eos_token_id = ids.eos
+        config.pad_token_id = ids.pad
     model.save_pretrained(out_dir)
     tokenizer.save_pretrained(out_dir)
 
 
-def _share(directory: Path) -> None:
+def _make_readable(directory: Path) -> None:
     """Let other users read what mkdtemp and safetensors make private: the cache may serve a whole cluster."""
     file_mode = (directory / "config.json").stat().st_mode
     for path in directory.iterdir():

@@ -1,4 +1,4 @@
-"""A GGUF file as it lies on disk: metadata and quantised tensors, read by gguf."""
+"""Reads a GGUF file as it is on disk: metadata and quantised tensors, through the gguf package."""
 
 import struct
 from collections.abc import Mapping, Sequence
@@ -14,15 +14,25 @@ GGUF_MAGIC = b"GGUF"
 
 
 @dataclass(frozen=True)
+class SpecialIds:
+    """Token ids with a meaning of their own; None where the file names none."""
+
+    unknown: int | None
+    bos: int | None
+    eos: int
+    pad: int
+
+
+@dataclass(frozen=True)
 class GgufFile:
-    """Metadata by key, and tensors as stored (quantised), memory-mapped."""
+    """An open GGUF file: metadata by key, and tensors as stored (quantised), memory-mapped."""
 
     path: Path
     metadata: Mapping[str, Any]
     tensors: Sequence[gguf.ReaderTensor]
 
     def require(self, key: str) -> Any:
-        """Value of `key`. Raises ModelError if the file lacks it."""
+        """The metadata's value of `key`. Raises ModelError if the file lacks it."""
         if key not in self.metadata:
             raise ModelError(f"{self.path}: the GGUF metadata lack {key}: convert the model to GGUF again")
         return self.metadata[key]
@@ -46,11 +56,14 @@ def read_gguf(path: Path) -> GgufFile:
     return GgufFile(path, metadata, reader.tensors)
 
 
-def special_ids(file: GgufFile) -> tuple[int | None, int | None, int, int]:
-    """(unknown, begin, end, pad) token ids; the end token pads where the file names no pad token."""
-    unknown, bos, eos, pad = (
-        file.metadata.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("unknown", "bos", "eos", "padding")
-    )
+def special_ids(file: GgufFile) -> SpecialIds:
+    """The special tokens of the file; the end token pads where it names no pad token. Raises ModelError without one."""
+
+    def token_id(kind: str) -> int | None:
+        return file.metadata.get(f"tokenizer.ggml.{kind}_token_id")
+
+    eos = token_id("eos")
     if eos is None:
         raise ModelError(f"{file.path}: the GGUF metadata name no end token (tokenizer.ggml.eos_token_id)")
-    return unknown, bos, eos, eos if pad is None else pad
+    pad = token_id("padding")
+    return SpecialIds(unknown=token_id("unknown"), bos=token_id("bos"), eos=eos, pad=eos if pad is None else pad)

@@ -1,4 +1,4 @@
-"""LLaMA files with a known GPT-2-type tokenizer, written as a Hugging Face directory without transformers' reader.
+"""Converts LLaMA files with a known GPT-2-type tokenizer to a Hugging Face directory without transformers' reader.
 
 Loading such a file with transformers gives the same weights, but (transformers 5.17) the wrong end token, no pad
 token, and a tokenizer that keeps numbers together.
@@ -40,36 +40,39 @@ LAYER_NAMES = {
     "ffn_down": "mlp.down_proj",
 }
 SPLITS_DIGITS = {"smollm": True, "gpt-2": False, "default": False}
-"""Pre-tokenizers read directly (`tokenizer.ggml.pre`): is every digit a token of its own before GPT-2's regex?"""
+"""Pre-tokenizers that are read directly (`tokenizer.ggml.pre`), and whether every digit is a token of its own before
+GPT-2's regular expression."""
 
 
 def is_readable(file: GgufFile) -> bool:
     """Whether `write_llama` can read the file: known architecture and tokenizer, plain rotary embeddings."""
-    tokenizer_kind = (file.metadata.get("tokenizer.ggml.model"), file.metadata.get("tokenizer.ggml.pre", "default"))
-    is_known = tokenizer_kind[0] == "gpt2" and tokenizer_kind[1] in SPLITS_DIGITS
+    if file.require("general.architecture") != "llama":
+        return False
+    if file.metadata.get("tokenizer.ggml.model") != "gpt2" or _pre_tokenizer_name(file) not in SPLITS_DIGITS:
+        return False
     # Scaled rotary embeddings (Llama 3.1 onwards) come as a tensor of their own or as rope.scaling keys.
-    is_scaled = any(tensor.name == "rope_freqs.weight" for tensor in file.tensors) or any(
-        key.startswith("llama.rope.scaling.") for key in file.metadata
-    )
-    return file.require("general.architecture") == "llama" and is_known and not is_scaled
+    has_scale_tensor = any(tensor.name == "rope_freqs.weight" for tensor in file.tensors)
+    has_scale_key = any(key.startswith("llama.rope.scaling.") for key in file.metadata)
+    return not has_scale_tensor and not has_scale_key
 
 
 def write_llama(file: GgufFile, out_dir: Path, dtype: torch.dtype) -> None:
     """Fill the empty `out_dir` with config, tokenizer and weights in `dtype`. Raises ModelError for other files."""
     config = _llama_config(file, dtype)
     config.save_pretrained(out_dir)
-    GenerationConfig(
+    generation_config = GenerationConfig(
         bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
-    ).save_pretrained(out_dir)
+    )
+    generation_config.save_pretrained(out_dir)
     _gpt2_tokenizer(file).save_pretrained(out_dir)
     _write_weights(file, config, out_dir, dtype)
 
 
 def _llama_config(file: GgufFile, dtype: torch.dtype) -> LlamaConfig:
-    """Config of a `llama` file; the vocabulary is the one of the tokens where the metadata do not say."""
+    """Config of a `llama` file; where the metadata name no vocabulary size, it is the number of tokens."""
     num_heads = file.require("llama.attention.head_count")
     hidden_size = file.require("llama.embedding_length")
-    _, bos, eos, pad = special_ids(file)
+    ids = special_ids(file)
     return LlamaConfig(
         vocab_size=file.metadata.get("llama.vocab_size", len(file.require("tokenizer.ggml.tokens"))),
         hidden_size=hidden_size,
@@ -85,48 +88,39 @@ def _llama_config(file: GgufFile, dtype: torch.dtype) -> LlamaConfig:
             "rope_theta": _shortest_float(file.metadata.get("llama.rope.freq_base", 10000.0)),
         },
         tie_word_embeddings=all(tensor.name != "output.weight" for tensor in file.tensors),
-        bos_token_id=bos,
-        eos_token_id=eos,
-        pad_token_id=pad,
+        bos_token_id=ids.bos,
+        eos_token_id=ids.eos,
+        pad_token_id=ids.pad,
         architectures=["LlamaForCausalLM"],
         dtype=dtype,
     )
 
 
 def _shortest_float(value: float) -> float:
-    """The decimal number a float32 was written from: 9.999999747378752e-06 -> 1e-05."""
+    """The decimal number that a float32 was written from: 9.999999747378752e-06 becomes 1e-05."""
     return float(str(np.float32(value)))
 
 
 def _gpt2_tokenizer(file: GgufFile) -> PreTrainedTokenizerFast:
     """Byte-level BPE from the file's own tokens and merges."""
     tokens: list[str] = file.require("tokenizer.ggml.tokens")
-    types: list[int] = file.metadata.get("tokenizer.ggml.token_type", [gguf.TokenType.NORMAL] * len(tokens))
-    merges = [(left, right) for left, right in (pair.split(" ", 1) for pair in file.require("tokenizer.ggml.merges"))]
-    tokenizer = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=merges))
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    tokenizer.pre_tokenizer = (
-        pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
-        if SPLITS_DIGITS[file.metadata.get("tokenizer.ggml.pre", "default")]
-        else byte_level
-    )
+    ids = special_ids(file)
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=_merges(file)))
+    tokenizer.pre_tokenizer = _pre_tokenizer(file)
     tokenizer.decoder = decoders.ByteLevel()
-    unknown, bos, eos, pad = special_ids(file)
-    tokenizer.post_processor = (
-        processors.TemplateProcessing(single=f"{tokens[bos]} $A", special_tokens=[(tokens[bos], bos)])
-        if bos is not None and file.metadata.get("tokenizer.ggml.add_bos_token", False)
-        else processors.ByteLevel(trim_offsets=True)
-    )
-    control = [token for token, kind in zip(tokens, types, strict=True) if kind == gguf.TokenType.CONTROL]
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
-    user_defined = [token for token, kind in zip(tokens, types, strict=True) if kind == gguf.TokenType.USER_DEFINED]
-    tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in user_defined])
+    if ids.bos is not None and file.metadata.get("tokenizer.ggml.add_bos_token", False):
+        bos = tokens[ids.bos]
+        tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, ids.bos)])
+    else:
+        tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    _add_tokens(tokenizer, file)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        unk_token=None if unknown is None else tokens[unknown],
-        bos_token=None if bos is None else tokens[bos],
-        eos_token=tokens[eos],
-        pad_token=tokens[pad],
+        unk_token=None if ids.unknown is None else tokens[ids.unknown],
+        bos_token=None if ids.bos is None else tokens[ids.bos],
+        eos_token=tokens[ids.eos],
+        pad_token=tokens[ids.pad],
         model_max_length=file.require("llama.context_length"),
         clean_up_tokenization_spaces=False,
     )
@@ -134,18 +128,58 @@ def _gpt2_tokenizer(file: GgufFile) -> PreTrainedTokenizerFast:
     return fast
 
 
+def _merges(file: GgufFile) -> list[tuple[str, str]]:
+    merges = []
+    for pair in file.require("tokenizer.ggml.merges"):
+        left, right = pair.split(" ", 1)
+        merges.append((left, right))
+    return merges
+
+
+def _pre_tokenizer_name(file: GgufFile) -> str:
+    return str(file.metadata.get("tokenizer.ggml.pre", "default"))
+
+
+def _pre_tokenizer(file: GgufFile) -> pre_tokenizers.PreTokenizer:
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    if not SPLITS_DIGITS[_pre_tokenizer_name(file)]:
+        return byte_level
+    # First the digits: GPT-2's regular expression keeps a whole number together.
+    return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
+
+
+def _add_tokens(tokenizer: Tokenizer, file: GgufFile) -> None:
+    """Tokens that are never split: control tokens, left out of decoded text, and then the user's own."""
+    tokens: list[str] = file.require("tokenizer.ggml.tokens")
+    types: list[int] = file.metadata.get("tokenizer.ggml.token_type", [gguf.TokenType.NORMAL] * len(tokens))
+    control = []
+    user_defined = []
+    for token, kind in zip(tokens, types, strict=True):
+        if kind == gguf.TokenType.CONTROL:
+            control.append(AddedToken(token, special=True, normalized=False))
+        elif kind == gguf.TokenType.USER_DEFINED:
+            user_defined.append(AddedToken(token, special=False, normalized=False))
+    tokenizer.add_special_tokens(control)
+    tokenizer.add_tokens(user_defined)
+
+
 def _write_weights(file: GgufFile, config: LlamaConfig, out_dir: Path, dtype: torch.dtype) -> None:
-    """De-quantise and write shard by shard, so that memory holds one; an index if there are several."""
+    """De-quantise and write shard by shard, so that memory holds one; with an index if there are several."""
     shards = list(_shards(file.tensors, dtype.itemsize))
     weight_map: dict[str, str] = {}
-    for index, tensors in enumerate(shards, start=1):
-        shard_name = WEIGHTS_NAME if len(shards) == 1 else f"model-{index:05d}-of-{len(shards):05d}.safetensors"
-        weights = {_hf_name(file, tensor.name): _weight(tensor, config).to(dtype) for tensor in tensors}
+    for number, tensors in enumerate(shards, start=1):
+        shard_name = WEIGHTS_NAME
+        if len(shards) > 1:
+            shard_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        weights = {}
+        for tensor in tensors:
+            weights[_hf_name(file, tensor.name)] = _weight(tensor, config).to(dtype)
         save_file(weights, out_dir / shard_name, metadata={"format": "pt"})
         weight_map.update(dict.fromkeys(weights, shard_name))
     if len(shards) > 1:
-        num_bytes = sum(int(tensor.n_elements) for tensor in file.tensors) * dtype.itemsize
-        index_text = json.dumps({"metadata": {"total_size": num_bytes}, "weight_map": weight_map}, indent=2)
+        num_elements = sum(int(tensor.n_elements) for tensor in file.tensors)
+        total_size = num_elements * dtype.itemsize
+        index_text = json.dumps({"metadata": {"total_size": total_size}, "weight_map": weight_map}, indent=2)
         (out_dir / WEIGHTS_INDEX_NAME).write_text(index_text + "\n", encoding="utf-8")
 
 
@@ -157,14 +191,15 @@ def _shards(tensors: Sequence[gguf.ReaderTensor], bytes_per_element: int) -> Ite
         num_bytes = int(tensor.n_elements) * bytes_per_element
         if shard and shard_bytes + num_bytes > MAX_SHARD_BYTES:
             yield shard
-            shard, shard_bytes = [], 0
+            shard = []
+            shard_bytes = 0
         shard.append(tensor)
         shard_bytes += num_bytes
     yield shard
 
 
 def _hf_name(file: GgufFile, name: str) -> str:
-    """blk.3.attn_q.weight -> model.layers.3.self_attn.q_proj.weight."""
+    """The name in transformers: blk.3.attn_q.weight is model.layers.3.self_attn.q_proj.weight."""
     if name in TOP_LEVEL_NAMES:
         return TOP_LEVEL_NAMES[name]
     match name.split("."):
@@ -186,7 +221,8 @@ def _weight(tensor: gguf.ReaderTensor, config: LlamaConfig) -> torch.Tensor:
 def _unpermute(weight: NDArray[np.float32], num_heads: int) -> NDArray[np.float32]:
     """Undo llama.cpp's order of rotary pairs: per head, (pair, half) rows become transformers' (half, pair).
 
-    `weight`: (num_heads * head_dim, in_features), and so is the result.
+    `weight` has shape (num_heads * head_dim, in_features), and so has the result.
     """
     num_pairs = weight.shape[0] // num_heads // 2
-    return weight.reshape(num_heads, num_pairs, 2, -1).swapaxes(1, 2).reshape(weight.shape)
+    pairs = weight.reshape(num_heads, num_pairs, 2, -1)
+    return pairs.swapaxes(1, 2).reshape(weight.shape)

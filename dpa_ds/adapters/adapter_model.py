@@ -1,0 +1,214 @@
+"""A frozen base with a table of LoRA adapters: which are mixed in with what weight, and which parameters they have.
+
+    h = W0 x + sum over adapters of mix * s * B A x        s = lora.alpha / lora.rank
+
+The mix is a tensor: a weight for each instance, layer and adapter. PEFT is used unforked; its LoRA layers compute all
+adapters at once (`mixed_lora.py`).
+"""
+
+import hashlib
+import inspect
+import math
+from collections.abc import Mapping, Sequence
+
+import peft
+import torch
+from transformers import PreTrainedModel
+
+from dpa_ds.adapters.methods import AdapterSpec
+from dpa_ds.adapters.mixed_lora import MixedLora, with_mixed_layers
+from dpa_ds.adapters.state import AdapterState
+from dpa_ds.config.schema import LoraConfig
+from dpa_ds.errors import ModelError
+
+
+class AdapterModel:
+    """A PEFT model with every adapter of `table` on every target layer."""
+
+    def __init__(self, base: PreTrainedModel, table: Sequence[AdapterSpec], config: LoraConfig) -> None:
+        _check_target_modules(base, config)
+        _check_ranks(base, config)
+        base.requires_grad_(False)
+        self.base_model = base
+        """The causal LM under PEFT."""
+        self.table = {spec.name: spec for spec in table}
+        """By name; the order is that of the last dimension of a mix."""
+        self.peft_model = _add_adapters(base, table, config)
+        self.layers = [module for module in self.peft_model.modules() if isinstance(module, MixedLora)]
+        """The adapted layers, in the order of the middle dimension of a mix."""
+        self.scale = config.alpha / config.rank
+        self.parameters = {name: _adapter_parameters(self.peft_model, name) for name in self.table}
+        """Per adapter: PEFT's adapter-less key -> parameter, in a fixed order."""
+        # Full shapes, kept because ZeRO-3 empties the parameters themselves.
+        self.shapes = {name: _shapes(parameters) for name, parameters in self.parameters.items()}
+        # Before DeepSpeed takes over all must require gradients: it only manages what then does.
+        for parameters in self.parameters.values():
+            for parameter in parameters.values():
+                parameter.requires_grad_(True)
+        self.one_logit = _one_logit(base)
+        """Arguments of a forward pass whose logits nobody needs: the output head then runs at one position a row."""
+        self.set_mix(self.no_mix)
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go (under ZeRO-3 too, where parameters themselves are elsewhere)."""
+        return self.base_model.device
+
+    @property
+    def no_mix(self) -> torch.Tensor:
+        """The mix in which no adapter takes part: the frozen base answers alone."""
+        return torch.zeros(1, 1, len(self.table))
+
+    def set_mix(self, mix: torch.Tensor, compute_all: bool = False) -> None:
+        """Weight the adapters of every layer. An adapter whose weight is 0 everywhere in `mix` is not computed at all.
+
+        Args:
+            mix: fp32 on the CPU, shape (batch or 1, layers or 1, adapters); `global_local_mix` makes it for two.
+            compute_all: compute the adapters of weight 0 too. Needed where the base is partitioned and ranks have
+                different weights: they gather the parameters of the same adapters together.
+        """
+        _, num_layers, num_adapters = mix.shape
+        assert num_layers in (1, len(self.layers)), num_layers
+        assert num_adapters == len(self.table), num_adapters
+        assert mix.dtype == torch.float32, mix.dtype
+        specs, columns = [], []
+        for column, spec in enumerate(self.table.values()):
+            if compute_all or mix[..., column].any():
+                specs.append(spec)
+                columns.append(column)
+        ranks = torch.tensor([spec.rank for spec in specs], dtype=torch.int64)
+        # Expanded on the CPU, where it costs nothing: one small copy to the device serves all layers.
+        weights = (mix[..., columns] * self.scale).repeat_interleave(ranks, dim=-1).to(self.device)
+        names = [spec.name for spec in specs]
+        for i, layer in enumerate(self.layers):
+            layer_weights = weights if num_layers == 1 else weights[:, i : i + 1]
+            layer.mix(names, layer_weights)
+
+    def set_trainable(self, adapter: str, trainable: bool) -> None:
+        """Freeze `adapter`, or free those of its matrices that the table trains. Gradients still flow through a frozen one."""
+        for key, parameter in self.parameters[adapter].items():
+            parameter.requires_grad_(trainable and self.table[adapter].trains(key))
+
+    @torch.no_grad()
+    def load_state(self, adapter: str, state: AdapterState) -> None:
+        """Install `state` in a model without an engine (with one: `AdapterEngine.write_state`).
+
+        Raises:
+            ModelError: the state is one of another model.
+        """
+        self.check_shapes(adapter, state)
+        for key, parameter in self.parameters[adapter].items():
+            parameter.copy_(state[key])
+
+    def check_shapes(self, adapter: str, state: AdapterState) -> None:
+        """Raise ModelError unless `state` has the keys and shapes of `adapter` on this model."""
+        expected, found = self.shapes[adapter], _shapes(state)
+        if found == expected:
+            return
+        key = next(key for key in (*expected, *found) if expected.get(key) != found.get(key))
+        raise ModelError(
+            f"the saved {adapter} adapter does not fit this model: {key} has shape {found.get(key, 'none')}, expected "
+            f"{expected.get(key, 'none')}: set model.path and lora.* to what it was trained with"
+        )
+
+    def initial_state(self, adapter: str, seed: Sequence[int]) -> AdapterState:
+        """Fresh weights as PEFT draws them (A: Kaiming uniform, B: zero), a pure function of `seed`.
+
+        Independent of rank count and ZeRO stage: drawn per key on CPU, in fp32.
+        """
+        return {key: _initial_tensor(key, shape, seed) for key, shape in self.shapes[adapter].items()}
+
+    def peft_config(self, adapter: str) -> peft.LoraConfig:
+        """PEFT's own description of `adapter`, for export."""
+        config = self.peft_model.peft_config[adapter]
+        assert isinstance(config, peft.LoraConfig)
+        return config
+
+
+def global_local_mix(alpha: float | torch.Tensor) -> torch.Tensor:
+    """The mix (1 - alpha, alpha) of the global and the local adapter (`adapter_table`), shape (batch or 1, 1, 2).
+
+    alpha weights the LOCAL adapter (FedDPA, section 3; the published code reverses it at inference).
+
+    Args:
+        alpha: one weight in [0, 1], or one for each instance, shape (batch,), on any device.
+    """
+    local = torch.as_tensor(alpha, dtype=torch.float32, device="cpu").reshape(-1, 1)
+    return torch.stack([1 - local, local], dim=-1)
+
+
+def _add_adapters(base: PreTrainedModel, table: Sequence[AdapterSpec], config: LoraConfig) -> peft.PeftModel:
+    first, *others = table
+    # autocast_adapter_dtype=False: DeepSpeed keeps the fp32 master, the working copy has the base's precision.
+    model = peft.PeftModel(
+        base, _peft_config(config, first.rank), adapter_name=first.name, autocast_adapter_dtype=False
+    )
+    for spec in others:
+        model.add_adapter(spec.name, _peft_config(config, spec.rank), autocast_adapter_dtype=False)
+    return model
+
+
+def _peft_config(config: LoraConfig, rank: int) -> peft.LoraConfig:
+    made = peft.LoraConfig(
+        r=rank,
+        lora_alpha=config.alpha * rank / config.rank,  # type: ignore[arg-type]  # alpha / rank is the scale of all
+        lora_dropout=config.dropout,
+        target_modules=list(config.target_modules),
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    return with_mixed_layers(made)
+
+
+def _adapter_parameters(model: peft.PeftModel, adapter: str) -> dict[str, torch.nn.Parameter]:
+    """PEFT saves `...lora_A.weight` for the parameter `...lora_A.<adapter>.weight`."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        if f".lora_A.{adapter}." in name or f".lora_B.{adapter}." in name:
+            found[name.replace(f".{adapter}.weight", ".weight")] = parameter
+    return dict(sorted(found.items()))
+
+
+def _shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+
+
+def _one_logit(base: PreTrainedModel) -> dict[str, int]:
+    if "logits_to_keep" not in inspect.signature(base.forward).parameters:
+        return {}
+    return {"logits_to_keep": 1}
+
+
+def _initial_tensor(key: str, shape: Sequence[int], seed: Sequence[int]) -> torch.Tensor:
+    if ".lora_B." in key:
+        return torch.zeros(shape)
+    digest = hashlib.sha256(f"{list(seed)} {key}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)  # 63 bits: torch's are signed
+    bound = 1 / math.sqrt(shape[1])  # kaiming_uniform_(a=sqrt(5)) with fan-in shape[1]
+    return torch.empty(tuple(shape)).uniform_(-bound, bound, generator=generator)
+
+
+def _check_target_modules(base: PreTrainedModel, config: LoraConfig) -> None:
+    # PEFT complains only if none of the names matches.
+    linear = []
+    for name, module in base.named_modules():
+        if isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D":
+            linear.append(name)
+    missing = [target for target in config.target_modules if not _matches_any(target, linear)]
+    if missing:
+        available = sorted({name.rsplit(".", 1)[-1] for name in linear})
+        raise ModelError(
+            f"lora.target_modules {missing} are not linear layers of {type(base).__name__}; it has {available}"
+        )
+
+
+def _matches_any(target: str, names: Sequence[str]) -> bool:
+    """Whether PEFT finds `target`: a name, or the end of one."""
+    return any(name == target or name.endswith("." + target) for name in names)
+
+
+def _check_ranks(base: PreTrainedModel, config: LoraConfig) -> None:
+    width = int(base.config.get_text_config().hidden_size)
+    for key, rank in (("lora.rank", config.rank), ("lora.local_rank", config.local_rank or 1)):
+        if rank > width:
+            raise ModelError(f"{key} {rank} is more than the width of the model, {width}: lower it (8 is usual)")

@@ -1,0 +1,143 @@
+"""What a value of a recipe must satisfy: metadata of the dataclass fields in schema.py.
+
+A demand has one text, for messages and documentation, and one test. The metadata holds all of them under "checks", as
+`Requirement`s, and their texts in one line under "requirement".
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+YEAR_SECONDS = 365 * 24 * 3600
+MAX_NAME_BYTES = 200
+
+Metadata = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """A demand on a value; null is not tested, because the type says whether it is allowed."""
+
+    text: str
+    """Goes between key and value in a message: `must be >= 1` in `lora.rank must be >= 1, got 0`."""
+    holds: Callable[[Any], bool]
+
+
+def must(text: str, holds: Callable[[Any], bool]) -> Metadata:
+    """`holds(value)`, in words `text`, which starts with "must"."""
+    return {"requirement": text, "checks": (Requirement(text, holds),)}
+
+
+def all_of(*demands: Metadata) -> Metadata:
+    """Several demands; the first that a value does not satisfy is the message."""
+    texts = []
+    checks: tuple[Requirement, ...] = ()
+    for demand in demands:
+        texts.append(demand["requirement"])
+        checks += demand["checks"]
+    return {"requirement": " and ".join(texts), "checks": checks}
+
+
+def at_least(bound: float, *, note: str = "", or_null: str = "") -> Metadata:
+    """Numbers from `bound` on; `or_null` continues "or null ..."."""
+    return must(_with_remarks(f"must be >= {bound}", note, or_null), lambda value: value >= bound)
+
+
+def above(bound: float, *, or_null: str = "") -> Metadata:
+    """Numbers beyond `bound`; `or_null` continues "or null ..."."""
+    return must(_with_remarks(f"must be > {bound}", "", or_null), lambda value: value > bound)
+
+
+def within(interval: str) -> Metadata:
+    """Numbers of an interval such as `[0, 1)`: the text is parsed, so that message and test cannot differ."""
+    return must(f"must be in {interval}", _test_of(interval))
+
+
+def each_within(interval: str) -> Metadata:
+    """Two numbers of an interval such as `[0, 1)`."""
+    holds = _test_of(interval)
+    return must(f"must both be in {interval}", lambda values: all(map(holds, values)))
+
+
+def not_empty(note: str = "") -> Metadata:
+    """Any text but the empty one."""
+    return must(_with_remarks("must not be empty", note, ""), bool)
+
+
+def required_path(note: str = "") -> Metadata:
+    """Text that can be a path, and is given."""
+    return all_of(PATH, not_empty(note))
+
+
+def _with_remarks(text: str, note: str, or_null: str) -> str:
+    if note:
+        text += f" ({note})"
+    if or_null:
+        text += f", or null {or_null}"
+    return text
+
+
+def _test_of(interval: str) -> Callable[[float], bool]:
+    low, high = map(float, interval[1:-1].split(","))
+    includes_low = interval.startswith("[")
+    includes_high = interval.endswith("]")
+
+    def holds(value: float) -> bool:
+        if value == low:
+            return includes_low
+        if value == high:
+            return includes_high
+        return low < value < high
+
+    return holds
+
+
+def _at_most_a_year(seconds: float) -> bool:
+    return seconds <= YEAR_SECONDS
+
+
+def _is_path(text: str) -> bool:
+    try:
+        names = os.fsencode(text).split(b"/")
+    except UnicodeEncodeError:
+        return False
+    return "\0" not in text and len(text) < 4000 and max(map(len, names)) <= 255
+
+
+def _is_plain_name(name: str) -> bool:
+    return name not in ("", ".", "..") and "/" not in name and "\\" not in name and name.isprintable()
+
+
+def _is_short_name(name: str) -> bool:
+    return len(name.encode()) <= MAX_NAME_BYTES
+
+
+def _are_client_ids(clients: Sequence[int]) -> bool:
+    return len(clients) > 0 and min(clients) >= 0
+
+
+def _are_names(names: Sequence[str]) -> bool:
+    return len(names) > 0 and all(names)
+
+
+def _has_one_instruction(template: str) -> bool:
+    return template.count("{instruction}") == 1
+
+
+def _are_group_sizes(ranks_per_group: int | list[int] | str) -> bool:
+    if isinstance(ranks_per_group, list):
+        return ranks_per_group != [] and min(ranks_per_group) >= 1
+    return ranks_per_group == "auto" or (isinstance(ranks_per_group, int) and ranks_per_group >= 1)
+
+
+# Libraries count these seconds in integers, which overflow.
+AT_MOST_A_YEAR = must(f"must be at most {YEAR_SECONDS}, a year", _at_most_a_year)
+PATH = must("must be a path (no NUL character, names of up to 255 bytes)", _is_path)
+PLAIN_NAME = must("must be a plain folder name, not empty and without / or \\", _is_plain_name)
+SHORT_NAME = must(f"must be a folder name of at most {MAX_NAME_BYTES} bytes", _is_short_name)
+LINEAR_LAYERS = must("must name at least one linear layer, such as [q_proj]", _are_names)
+CLIENT_IDS = must("must be ids of clients such as [0, 3]", _are_client_ids)
+TASK_NAMES = must("must be names of tasks such as [paraphrase]", _are_names)
+ONE_INSTRUCTION = must("must contain {instruction} exactly once", _has_one_instruction)
+GROUP_SIZES = must("must be auto, a number >= 1 or a list of them such as [2, 2, 1]", _are_group_sizes)

@@ -1,0 +1,106 @@
+"""The recipe's choices put together: from the updates of a round to the next server state."""
+
+from dataclasses import dataclass, replace
+from importlib import import_module
+from typing import Any
+
+import torch
+
+from dpa_ds.config.schema import FederationConfig
+from dpa_ds.distributed.leaders import LeaderGroup
+from dpa_ds.federation.aggregation.base import (
+    LocalUpdate,
+    Reduced,
+    Reduction,
+    Rule,
+    ServerOptimizer,
+    ServerState,
+    Transform,
+)
+from dpa_ds.federation.aggregation.transforms import build_transforms
+
+
+@dataclass(frozen=True)
+class ReducedRound:
+    """What all leaders know once the updates of a round have crossed."""
+
+    updates: Reduced
+    reference_sum: torch.Tensor
+    """Weighted sum of the reference means of clients that were counted for the first time, flat."""
+    reference_weight: float
+
+
+class Accumulator:
+    """The updates of the clients that one leader hosts, in one round: each is added as its client ends, and forgotten."""
+
+    def __init__(self, reduction: Reduction, weighs_examples: bool, state: ServerState) -> None:
+        self._summands = reduction.summands(state.adapter)
+        self._weighs_examples = weighs_examples
+        self._references = torch.zeros(state.reference_mean.numel() + 1)
+        """Weighted sum of reference means, and the sum of the weights."""
+
+    def add(self, update: LocalUpdate) -> None:
+        """Count the update of one client. Leaders only."""
+        weight = float(update.num_examples) if self._weighs_examples else 1.0
+        self._summands.add(update.adapter, weight)
+        if update.reference_mean is not None:
+            self._references[:-1].add_(update.reference_mean.flatten(), alpha=weight)
+            self._references[-1] += weight
+
+    def reduce(self, leaders: LeaderGroup) -> ReducedRound:
+        """Exchange the sums. A leader none of whose clients took part does so, too. Collective: all leaders."""
+        updates = self._summands.reduce(leaders)
+        if len(self._references) > 1:  # not where the method weights nothing by instance
+            leaders.all_reduce_(self._references, "references")
+        return ReducedRound(updates, self._references[:-1], float(self._references[-1]))
+
+
+@dataclass(frozen=True)
+class Aggregation:
+    """Transforms, reduction, rule and server optimizer of a run."""
+
+    transforms: tuple[Transform, ...]
+    reduction: Reduction
+    rule: Rule
+    server_optimizer: ServerOptimizer
+    weighs_examples: bool
+    """A client counts as often as it has examples, not once."""
+    seed: int
+
+    def accumulator(self, state: ServerState) -> Accumulator:
+        """An empty sum for a round that starts from `state`."""
+        return Accumulator(self.reduction, self.weighs_examples, state)
+
+    def step(self, state: ServerState, reduced: ReducedRound | None, server_round: int) -> ServerState:
+        """The server state after a round; `state` itself where nobody took part, and on ranks that are no leaders."""
+        if reduced is None or reduced.updates.weight == 0:
+            return state
+        gradient = self.rule(reduced.updates, state, server_round, self.seed)
+        state = self.server_optimizer.step(state, gradient, server_round)
+        return _with_references(state, reduced.reference_sum, reduced.reference_weight)
+
+
+def build_aggregation(config: FederationConfig, seed: int) -> Aggregation:
+    """The parts that the recipe names."""
+    return Aggregation(
+        transforms=build_transforms(config),
+        reduction=_build("reductions", config.compression, config),
+        rule=_build("rules", config.aggregation, config),
+        server_optimizer=_build("server_optimizers", config.server_optimizer, config),
+        weighs_examples=config.aggregation_weights == "num_examples",
+        seed=seed,
+    )
+
+
+def _build(kind: str, name: str, config: FederationConfig) -> Any:
+    """The part `name`: the file of that name in the folder `kind`. So the next one is one file and one Literal."""
+    return import_module(f"{__package__}.{kind}.{name}").build(config)
+
+
+def _with_references(state: ServerState, reference_sum: torch.Tensor, weight: float) -> ServerState:
+    """`state`, with new clients in the mean of all reference means."""
+    if weight == 0:
+        return state
+    total = state.reference_weight + weight
+    mean = (state.reference_mean * state.reference_weight + reference_sum.view_as(state.reference_mean)) / total
+    return replace(state, reference_mean=mean, reference_weight=total)

@@ -1,0 +1,245 @@
+"""The weighted sum of adapters, by hand, per layer and against PEFT; what freezing does and does not cut."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from peft.tuners.lora import LoraLayer
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+from dpa_ds.adapters.adapter_model import AdapterModel, global_local_mix
+from dpa_ds.adapters.methods import GLOBAL, LOCAL, AdapterSpec, adapter_table
+from dpa_ds.adapters.state import flatten, unflatten
+from dpa_ds.config.schema import LoraConfig
+from dpa_ds.errors import ModelError
+from tests import tiny
+
+LORA = LoraConfig(rank=4, alpha=8.0, dropout=0.0, target_modules=["q_proj", "v_proj"], local_rank=3)
+
+
+@pytest.fixture
+def dual(tmp_path: Path) -> AdapterModel:
+    base = AutoModelForCausalLM.from_pretrained(tiny.make_model(tmp_path / "model"), dtype=torch.float32)
+    dual = AdapterModel(base, adapter_table(LORA), LORA)
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for adapter in dual.table:
+            for parameter in dual.parameters[adapter].values():
+                parameter.copy_(0.3 * torch.randn_like(parameter))
+    dual.peft_model.eval()
+    return dual
+
+
+def layers(dual: AdapterModel) -> dict[str, LoraLayer]:
+    return {n: m for n, m in dual.peft_model.named_modules() if isinstance(m, LoraLayer)}
+
+
+def by_hand(layer: LoraLayer, x: torch.Tensor, alpha: float, global_detached: bool = False) -> torch.Tensor:
+    """h = W0 x + (1 - alpha) s B_g A_g x + alpha s B_l A_l x, in fp64; s = 8 / 4 for both ranks."""
+    x = x.double()
+    h = x @ layer.base_layer.weight.double().T
+    for weight, name in ((1 - alpha, "global"), (alpha, "local")):
+        a, b = layer.lora_A[name].weight.double(), layer.lora_B[name].weight.double()
+        added = weight * 2.0 * (x @ a.T @ b.T)
+        h = h + (added.detach() if global_detached and name == "global" else added)
+    return h
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 0.5, 1.0])
+def test_weighted_sum_in_every_layer(dual: AdapterModel, alpha: float) -> None:
+    dual.set_mix(global_local_mix(alpha))
+    assert len(layers(dual)) == 4
+    for name, layer in layers(dual).items():
+        assert layer.r == {"global": 4, "local": 3}
+        x = torch.randn(2, 5, layer.in_features)
+        torch.testing.assert_close(layer(x).double(), by_hand(layer, x, alpha), rtol=1e-5, atol=1e-5, msg=name)
+
+
+def test_one_weight_per_instance_equals_one_by_one(dual: AdapterModel) -> None:
+    alphas = torch.tensor([0.0, 0.25, 0.5, 1.0])
+    ids = torch.randint(0, 256, (4, 9))
+    dual.set_mix(global_local_mix(alphas))
+    batch = dual.peft_model(input_ids=ids).logits
+    for i, alpha in enumerate(alphas.tolist()):
+        dual.set_mix(global_local_mix(alpha))
+        torch.testing.assert_close(batch[i : i + 1], dual.peft_model(input_ids=ids[i : i + 1]).logits)
+
+
+def test_frozen_adapter_passes_its_gradient_to_lower_layers(
+    dual: AdapterModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The published code detaches the frozen branch; the gradient of the layer below then lacks its share."""
+    dual.set_trainable("global", False)
+    dual.set_mix(global_local_mix(0.3))
+    below = layers(dual)["base_model.model.model.layers.0.self_attn.v_proj"].lora_A["local"].weight
+
+    def gradient() -> torch.Tensor:
+        loss = dual.peft_model(input_ids=torch.arange(8).unsqueeze(0)).logits.square().mean()
+        return torch.autograd.grad(loss, below)[0]
+
+    def gradient_by_hand(global_detached: bool) -> torch.Tensor:
+        for layer in layers(dual).values():
+            monkeypatch.setattr(layer, "forward", lambda x, it=layer: by_hand(it, x, 0.3, global_detached).float())
+        return gradient()
+
+    ours, kept, cut = gradient(), gradient_by_hand(False), gradient_by_hand(True)
+    torch.testing.assert_close(ours, kept, rtol=1e-4, atol=1e-6)
+    assert (kept - cut).norm() > 0.01 * kept.norm()
+    assert all(p.grad is None for p in dual.parameters["global"].values())
+
+
+def test_in_training_each_adapter_drops_inputs_of_its_own(tmp_path: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(tiny.make_model(tmp_path / "model"), dtype=torch.float32)
+    lora = replace(LORA, dropout=0.5)
+    dual = AdapterModel(base, adapter_table(lora), lora)
+    dual.load_state("global", {k: torch.randn(s) for k, s in dual.shapes["global"].items()})
+    dual.load_state("local", {k: torch.randn(s) for k, s in dual.shapes["local"].items()})
+    dual.set_mix(global_local_mix(0.3))
+    layer = dual.layers[0].train()
+    x = torch.randn(2, 5, layer.in_features)
+    torch.manual_seed(1)
+    mixed = layer(x)
+    torch.manual_seed(1)
+    dropped = {name: torch.nn.functional.dropout(x, 0.5) for name in dual.table}
+    expected = layer.base_layer(x)
+    for weight, name in ((0.7, "global"), (0.3, "local")):
+        expected = expected + weight * 2.0 * layer.lora_B[name](layer.lora_A[name](dropped[name]))
+    torch.testing.assert_close(mixed, expected)
+    torch.testing.assert_close(layer.eval()(x).double(), by_hand(layer, x, 0.3), rtol=1e-5, atol=1e-5)
+
+
+def test_a_base_of_conv1d_layers_is_mixed_alike() -> None:
+    base = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=40, n_positions=32)).eval()
+    lora = LoraConfig(rank=2, alpha=4.0, dropout=0.0, target_modules=["c_attn"])
+    dual = AdapterModel(base, adapter_table(lora), lora)
+    for adapter in dual.table:
+        dual.load_state(adapter, {k: torch.randn(s) for k, s in dual.shapes[adapter].items()})
+    dual.set_mix(global_local_mix(torch.tensor([0.2, 1.0])))
+    (layer,) = dual.layers
+    x = torch.randn(2, 3, 16)
+    for row, alpha in enumerate((0.2, 1.0)):
+        expected = layer.base_layer(x[row])
+        for weight, name in ((1 - alpha, "global"), (alpha, "local")):
+            expected = expected + weight * 2.0 * layer.lora_B[name](layer.lora_A[name](x[row]))
+        torch.testing.assert_close(layer(x)[row], expected)
+
+
+THREE = (AdapterSpec("a", 4), AdapterSpec("b", 3), AdapterSpec("c", 2))
+
+
+def three_adapters(folder: Path) -> AdapterModel:
+    base = AutoModelForCausalLM.from_pretrained(tiny.make_model(folder / "model"), dtype=torch.float64)
+    model = AdapterModel(base, THREE, LORA)
+    generator = torch.Generator().manual_seed(8)
+    for name, shapes in model.shapes.items():
+        state = {key: 0.3 * torch.randn(shape, generator=generator) for key, shape in shapes.items()}
+        model.load_state(name, state)
+    model.peft_model.eval()
+    return model
+
+
+def by_peft(model: AdapterModel, folder: Path) -> peft.PeftModel:
+    """The same adapters in PEFT's own layers, all of which take part and require gradients."""
+    base = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float64)
+    targets = LORA.target_modules
+    configs = {spec.name: peft.LoraConfig(r=spec.rank, lora_alpha=1, target_modules=targets) for spec in THREE}
+    plain = peft.PeftModel(base, configs["a"], adapter_name="a")
+    for name in ("b", "c"):
+        plain.add_adapter(name, configs[name])
+    plain.load_state_dict(model.peft_model.state_dict())
+    plain.base_model.set_adapter(["a", "b", "c"])
+    return plain.eval()
+
+
+def gradients(model: peft.PeftModel) -> dict[str, torch.Tensor]:
+    """Of every adapter; zeros for one that took no part."""
+    adapters = {name: parameter for name, parameter in model.named_parameters() if "lora_" in name}
+    return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in adapters.items()}
+
+
+@pytest.mark.parametrize("num_layers", [1, 4])
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_any_number_of_adapters_any_weight_per_row_and_layer(tmp_path: Path, num_rows: int, num_layers: int) -> None:
+    """Forward and gradients in fp64, against PEFT's own layers on one row at a time."""
+    model = three_adapters(tmp_path)
+    torch.manual_seed(6)
+    ids = torch.randint(0, 256, (3, 9))
+    mix = torch.rand(num_rows, num_layers, 3)
+    mix[0, 0, 1] = 0.0
+    model.set_mix(mix)
+    logits = model.peft_model(input_ids=ids).logits
+    logits.square().sum().backward()
+
+    plain = by_peft(model, tmp_path)
+    layers = [module for module in plain.modules() if isinstance(module, LoraLayer)]
+    assert len(layers) == len(model.layers) == 4
+    everywhere = mix.expand(3, 4, 3)
+    for row in range(3):
+        for i, layer in enumerate(layers):
+            layer.scaling = dict(zip("abc", (everywhere[row, i] * 8.0 / 4).tolist(), strict=True))
+        expected = plain(input_ids=ids[row : row + 1]).logits
+        torch.testing.assert_close(logits[row : row + 1], expected, rtol=1e-9, atol=1e-9)
+        expected.square().sum().backward()
+    found, wanted = gradients(model.peft_model), gradients(plain)
+    assert len(wanted) == 4 * 3 * 2
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+
+
+def test_an_adapter_without_weight_is_computed_only_on_demand(tmp_path: Path) -> None:
+    model = three_adapters(tmp_path)
+    for parameter in model.parameters["b"].values():
+        parameter.data.fill_(float("nan"))  # 0 times NaN is NaN: what is computed shows
+    ids = torch.arange(8).unsqueeze(0)
+    model.set_mix(torch.tensor([[[0.4, 0.0, 0.6]]]))
+    assert model.peft_model(input_ids=ids).logits.isfinite().all()
+    model.set_mix(torch.tensor([[[0.4, 0.0, 0.6]]]), compute_all=True)
+    assert not model.peft_model(input_ids=ids).logits.isfinite().any()
+    model.set_mix(model.no_mix)
+    with model.peft_model.disable_adapter():
+        base = model.peft_model.get_base_model()(input_ids=ids).logits
+    assert torch.equal(model.peft_model(input_ids=ids).logits, base)
+
+
+def test_a_table_says_what_is_trained_and_shared(tmp_path: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(tiny.make_model(tmp_path / "model"), dtype=torch.float32)
+    table = (AdapterSpec(GLOBAL, 4, shared=("A",), trained=("B",)), AdapterSpec(LOCAL, 4))
+    model = AdapterModel(base, table, LORA)
+    model.set_trainable(GLOBAL, True)
+    model.set_trainable(LOCAL, False)
+    for key, parameter in model.parameters[GLOBAL].items():
+        assert parameter.requires_grad == (".lora_B." in key)
+        assert table[0].shares(key) == (".lora_A." in key)
+        assert not table[1].shares(key)
+    assert not any(parameter.requires_grad for parameter in model.parameters[LOCAL].values())
+    assert [spec.federated for spec in table] == [True, False]
+    assert [spec.federated for spec in adapter_table(LORA)] == [True, False]
+
+
+def test_initial_state_is_a_pure_function_of_the_seed(dual: AdapterModel) -> None:
+    first, again, other = (dual.initial_state("local", seed) for seed in ((0, 1), (0, 1), (0, 2)))
+    assert first.keys() == dual.parameters["local"].keys()
+    for key, value in first.items():
+        assert torch.equal(value, again[key])
+        if "lora_B" in key:
+            assert not value.any()
+        else:
+            assert not torch.equal(value, other[key])
+            assert value.abs().max() <= 32**-0.5  # Kaiming uniform: 1 / sqrt(fan-in)
+            assert value.abs().mean() == pytest.approx(32**-0.5 / 2, rel=0.2)
+
+
+def test_flatten_and_unflatten(dual: AdapterModel) -> None:
+    state = dual.initial_state("global", (3,))
+    flat = flatten(dict(reversed(state.items())))
+    assert flat.shape == (sum(p.numel() for p in dual.parameters["global"].values()),)
+    back = unflatten(flat, state)
+    assert all(torch.equal(back[key], state[key]) for key in state)
+
+
+def test_unknown_target_modules_are_listed(tmp_path: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(tiny.make_model(tmp_path / "model"))
+    lora = LoraConfig(target_modules=["q_proj", "query"])
+    with pytest.raises(ModelError, match=r"\['query'\].*k_proj.*q_proj"):
+        AdapterModel(base, adapter_table(lora), lora)

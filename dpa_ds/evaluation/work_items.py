@@ -104,6 +104,7 @@ def answer_work_item(
     alphas = _compute_alphas(item.clients, rows, evaluation_set, predictor, world)
     unanswered = _Unanswered(missing, alphas)
 
+    # With weight 0 the client does not matter: one answer for all that need it.
     shared_rows = unanswered.shared_rows()
     texts = _generate(evaluation_set, predictor, world, None, shared_rows, dict.fromkeys(shared_rows, 0.0))
     yield unanswered.shared_answers(texts, evaluation_set.instances)

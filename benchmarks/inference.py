@@ -32,7 +32,7 @@ from dpa_ds.distributed.launchers import Launch
 from dpa_ds.distributed.world import World
 from dpa_ds.evaluation.answers import Answer, Instance
 from dpa_ds.evaluation.dataset import choose_instances, read_instances, tokenize_instances
-from dpa_ds.evaluation.runner import EvaluationSet, answer_work_item
+from dpa_ds.evaluation.work_items import EvaluationSet, answer_work_item
 from dpa_ds.inference.client_model import ClientModel, Predictor, load_client_model
 from dpa_ds.inference.loading import build_predictor, place_base
 from dpa_ds.inference.weighting import resolve_weighting
@@ -118,8 +118,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     directory, world, _ = place_base(config, job, 1)
     predictor = build_predictor(config, folder, server_round, directory, world, partitioned=False)
     clients = {client: load_client_model(folder, server_round, client) for client in folder.clients(server_round)}
-    instances = choose_instances(config, read_instances(config))
-    prompts = tokenize_instances(config, instances, predictor)
+    instances = choose_instances(read_instances(config.data, config.seed, config.evaluation.split), config.evaluation)
+    prompts = tokenize_instances(instances, predictor, config.data.template)
     ours = Batched(predictor, world, EvaluationSet(instances, prompts, clients), clock)
     theirs = OneByOne(directory, config.run_dir / "adapters", args.beams, args.max_new_tokens)
     first = [i for i, instance in enumerate(instances) if instance.row == 0]

@@ -25,7 +25,7 @@ from dpa_ds.engine.engine import AdapterEngine, build_deepspeed_json
 from dpa_ds.engine.profiling import Profile
 from dpa_ds.errors import CheckpointError
 from dpa_ds.evaluation.report import write_report
-from dpa_ds.evaluation.while_training import Scorer
+from dpa_ds.evaluation.while_training import Scorer, instances_to_score
 from dpa_ds.federation.aggregation.base import ServerOptimizer, ServerState
 from dpa_ds.federation.aggregation.pipeline import build_aggregation
 from dpa_ds.federation.clients import ClientBuilder, HostedClient, client_names, embed_references
@@ -34,6 +34,7 @@ from dpa_ds.federation.round_evaluation import RoundEvaluation
 from dpa_ds.federation.round_state import RoundCommit, RoundState
 from dpa_ds.federation.session import RoundTimer, Session
 from dpa_ds.federation.trainer import Trainer
+from dpa_ds.inference.weighting import resolve_weighting
 from dpa_ds.model.base import check_precision, load_base, resolve_model
 from dpa_ds.model.directory import load_tokenizer, model_fingerprint
 from dpa_ds.runs.folder import MODEL, RunFolder
@@ -104,7 +105,9 @@ def build_session(config: RunConfig, job: JobStore) -> Session:
     tracker = Tracker(config.run_dir if world.is_leader else None, world.is_coordinator, config.tracking)
     scorer = None
     if config.evaluation.scores_every_rounds:
-        scorer = Scorer(config, schedule, engine, world, model.tokenizer, trained_tasks)
+        weighting = resolve_weighting(config, schedule, topology.num_clients)
+        instances = instances_to_score(config.data, config.seed, config.evaluation, trained_tasks)
+        scorer = Scorer(engine, world, model.tokenizer, weighting, config.generation, instances, config.data.template)
     writer = BackgroundWriter()
     layout = describe_layout(config, world, engine)
     on_bad_update = config.federation.on_bad_update

@@ -1,13 +1,22 @@
-"""What an evaluation is made of: test instances, the clients' answers to them, and the file that keeps the answers."""
+"""What an evaluation is made of: test instances, the clients' answers to them, and the files that keep the answers."""
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from dpa_ds.errors import storage_errors
 
 _KEPT = "those written so far are kept: make room, then run the same command again"
+
+
+class AnswerKey(NamedTuple):
+    """Which client answers which instance."""
+
+    client: int
+    task: str
+    row: int
 
 
 @dataclass(frozen=True)
@@ -21,10 +30,14 @@ class Instance:
     reference: str
     """The right answer."""
 
+    def key_for(self, client: int) -> AnswerKey:
+        """Key of the answer that `client` gives to this instance."""
+        return AnswerKey(client, self.task, self.row)
+
 
 @dataclass(frozen=True)
 class Answer:
-    """What one client's model said to one instance."""
+    """One client's answer to one instance."""
 
     client: int
     task: str
@@ -34,25 +47,47 @@ class Answer:
     text: str
 
     @property
-    def key(self) -> tuple[int, str, int]:
-        """Which question this answers."""
-        return self.client, self.task, self.row
+    def key(self) -> AnswerKey:
+        """The client and the instance that this answer belongs to."""
+        return AnswerKey(self.client, self.task, self.row)
 
     @property
     def is_valid(self) -> bool:
-        """False for what a damaged file gives."""
-        has_numbers = isinstance(self.client, int) and isinstance(self.row, int) and isinstance(self.alpha, int | float)
-        return has_numbers and 0 <= self.alpha <= 1 and isinstance(self.task, str) and isinstance(self.text, str)
+        """Whether every field has its type and range: a damaged file may give any JSON value."""
+        return (
+            isinstance(self.client, int)
+            and isinstance(self.task, str)
+            and isinstance(self.row, int)
+            and isinstance(self.alpha, int | float)
+            and 0 <= self.alpha <= 1
+            and isinstance(self.text, str)
+        )
 
 
-def append_answers(path: Path, answers: list[Answer]) -> None:
+def prepare_answers(folder: Path) -> None:
+    """Make the folder; end a line that a crash or a full disk cut off, so that the next answer does not continue it.
+
+    Raises:
+        CheckpointError: as `append_answers`.
+    """
+    with storage_errors(f"answers to {folder}", _KEPT):
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in folder.glob("*.jsonl"):
+            if path.stat().st_size and not path.read_bytes().endswith(b"\n"):
+                with path.open("a") as file:
+                    file.write("\n")
+
+
+def append_answers(path: Path, answers: Sequence[Answer]) -> None:
     """Add `answers` to a JSONL file in one write.
 
     Raises:
         CheckpointError: the file system refuses, for example because it is full.
     """
+    lines = [json.dumps(asdict(answer)) + "\n" for answer in answers]
     with storage_errors(f"answers to {path}", _KEPT), path.open("a", encoding="utf-8") as file:
-        file.write("".join(json.dumps(asdict(answer)) + "\n" for answer in answers))
+        # One write: a crash cuts off the last line at most, never one in the middle.
+        file.write("".join(lines))
 
 
 def read_answers(folder: Path) -> Iterator[Answer]:
@@ -68,20 +103,19 @@ def read_answers(folder: Path) -> Iterator[Answer]:
 
 
 def select_answers(answers: Iterable[Answer], clients: Sequence[int], instances: Sequence[Instance]) -> list[Answer]:
-    """Those of `clients` to `instances`, each once."""
-    wanted = {(client, instance.task, instance.row) for client in clients for instance in instances}
-    return list({answer.key: answer for answer in answers if answer.key in wanted}.values())
+    """The answers of `clients` to `instances`, each once."""
+    wanted = keys_of(clients, instances)
+    selected: dict[AnswerKey, Answer] = {}
+    for answer in answers:
+        if answer.key in wanted:
+            selected[answer.key] = answer
+    return list(selected.values())
 
 
-def prepare_answers(folder: Path) -> None:
-    """Make the folder; end a line that a crash or a full disk cut off, so that the next answer does not continue it.
-
-    Raises:
-        CheckpointError: as `append_answers`.
-    """
-    with storage_errors(f"answers to {folder}", _KEPT):
-        folder.mkdir(parents=True, exist_ok=True)
-        for path in folder.glob("*.jsonl"):
-            if path.stat().st_size and not path.read_bytes().endswith(b"\n"):
-                with path.open("a") as file:
-                    file.write("\n")
+def keys_of(clients: Iterable[int], instances: Sequence[Instance]) -> set[AnswerKey]:
+    """Keys of one answer by each of `clients` to each of `instances`."""
+    keys = set()
+    for client in clients:
+        for instance in instances:
+            keys.add(instance.key_for(client))
+    return keys

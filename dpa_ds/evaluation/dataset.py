@@ -5,9 +5,10 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
-from dpa_ds.config.schema import RunConfig
+from dpa_ds.config.schema import DataConfig, EvaluationConfig, RunConfig
 from dpa_ds.data.sources import NO_TASK, list_clients, read_clients, read_test_rows
 from dpa_ds.data.tokenize import tokenize_prompts
 from dpa_ds.errors import ConfigError, DataError
@@ -19,61 +20,72 @@ from dpa_ds.runs.folder import RunFolder
 _LONGEST_NAME = 60
 
 
-def choose_clients(config: RunConfig, existing: list[int]) -> list[int]:
-    """`evaluation.clients`, or all.
+def choose_clients(wanted: Sequence[int] | None, existing: Sequence[int], run_dir: Path) -> list[int]:
+    """The clients `wanted`, ascending and each once; None: all of `existing`.
 
     Raises:
-        ConfigError: the run has no such client.
+        ConfigError: the run in `run_dir` has no such client.
     """
-    chosen = existing if config.evaluation.clients is None else sorted(set(config.evaluation.clients))
-    unknown = sorted(set(chosen) - set(existing))
+    if wanted is None:
+        return list(existing)
+    unknown = sorted(set(wanted) - set(existing))
     if unknown:
-        raise ConfigError(f"{config.run_dir} has no client {unknown}: its clients are {existing}")
-    return chosen
+        raise ConfigError(f"{run_dir} has no client {unknown}: its clients are {list(existing)}")
+    return sorted(set(wanted))
 
 
-def read_instances(config: RunConfig) -> list[Instance]:
-    """All instances of `evaluation.split`, by task; rows without a task are of NO_TASK.
+def read_instances(data: DataConfig, seed: int, split: Literal["test", "held_out"]) -> list[Instance]:
+    """All instances of `split`, by task; rows without a task are of NO_TASK.
 
     Raises:
         DataError: there are none.
     """
-    seen: Counter[str] = Counter()
+    num_rows: Counter[str] = Counter()
     instances = []
-    for example in read_test_rows(config.data, config.seed, config.evaluation.split):
+    for example in read_test_rows(data, seed, split):
         task = example.task or NO_TASK
-        instances.append(Instance(task, seen[task], example.instruction, example.output))
-        seen[task] += 1
+        instances.append(Instance(task, num_rows[task], example.instruction, example.output))
+        num_rows[task] += 1
     if not instances:
         raise DataError("there is nothing to evaluate: the test data has no rows")
-    return sorted(instances, key=lambda instance: (instance.task, instance.row))
+    return sorted(instances, key=_task_and_row)
 
 
-def choose_instances(config: RunConfig, instances: Sequence[Instance]) -> list[Instance]:
+def choose_instances(instances: Sequence[Instance], evaluation: EvaluationConfig) -> list[Instance]:
     """Of all `instances` those of `evaluation.tasks`, and the first `evaluation.instances_per_task` of each.
 
     Raises:
         ConfigError: the test data has no such task.
     """
-    wanted, limit = config.evaluation.tasks, config.evaluation.instances_per_task
     existing = {instance.task for instance in instances}
-    unknown = sorted(set(wanted or ()) - existing)
-    if unknown:
-        raise ConfigError(f"the test data has no task {unknown}: its tasks are {sorted(existing)}")
-    return [i for i in instances if (wanted is None or i.task in wanted) and (limit is None or i.row < limit)]
+    tasks = existing
+    if evaluation.tasks is not None:
+        tasks = set(evaluation.tasks)
+        unknown = sorted(tasks - existing)
+        if unknown:
+            raise ConfigError(f"the test data has no task {unknown}: its tasks are {sorted(existing)}")
+    limit = evaluation.instances_per_task
+    chosen = []
+    for instance in instances:
+        if instance.task in tasks and (limit is None or instance.row < limit):
+            chosen.append(instance)
+    return chosen
 
 
-def check_some_task_is_trained(config: RunConfig) -> None:
+def check_some_task_is_trained(data: DataConfig, seed: int, evaluation: EvaluationConfig) -> None:
     """Refuse a choice of tasks of which no client trains on any: P and TTP would have no value. Reads all data.
 
     Raises:
-        ConfigError: so it is, or the test data has no such task.
+        ConfigError: no client trains on a chosen task, or the test data has no such task.
         DataError: a file of the data is not usable.
     """
-    scored = {instance.task for instance in choose_instances(config, read_instances(config))}
-    clients = read_clients(config.data, config.seed, range(len(list_clients(config.data, config.seed))))
-    tasks_of_clients = ({example.task for example in client.train} - {""} for client in clients)
-    trained = {task for tasks in tasks_of_clients for task in tasks or {NO_TASK}}
+    instances = choose_instances(read_instances(data, seed, evaluation.split), evaluation)
+    scored = {instance.task for instance in instances}
+    num_clients = len(list_clients(data, seed))
+    trained: set[str] = set()
+    for client in read_clients(data, seed, range(num_clients)):
+        tasks = {example.task for example in client.train} - {""}
+        trained |= tasks or {NO_TASK}
     if not scored & trained:
         raise ConfigError(
             f"no client trains on any of the tasks to be scored, {sorted(scored)}, so P and TTP have no value: choose "
@@ -81,13 +93,14 @@ def check_some_task_is_trained(config: RunConfig) -> None:
         )
 
 
-def tokenize_instances(config: RunConfig, instances: Sequence[Instance], predictor: Predictor) -> list[list[int]]:
+def tokenize_instances(instances: Sequence[Instance], predictor: Predictor, template: str) -> list[list[int]]:
     """Prompt tokens of each instance.
 
     Raises:
         DataError: prompt and answer do not fit the model's context.
     """
-    prompts = tokenize_prompts([i.instruction for i in instances], predictor.tokenizer, config.data.template)
+    instructions = [instance.instruction for instance in instances]
+    prompts = tokenize_prompts(instructions, predictor.tokenizer, template)
     for instance, prompt in zip(instances, prompts, strict=True):
         predictor.check_context(len(prompt), f"row {instance.row} of task {instance.task}")
     return prompts
@@ -107,6 +120,9 @@ def describe_settings(
         base: fingerprint of the model.
         instances: all of the split, so that more of them can be answered later.
     """
+    texts = []
+    for instance in instances:
+        texts.append([instance.task, instance.row, instance.instruction, instance.reference])
     return {
         "method": config.method.name,
         "seed": config.seed,
@@ -120,7 +136,7 @@ def describe_settings(
         "split": config.evaluation.split,
         "precision": config.model.precision,
         "base": base,
-        "data": digest_of([[i.task, i.row, i.instruction, i.reference] for i in instances], 16),
+        "data": digest_of(texts, 16),
     }
 
 
@@ -131,13 +147,20 @@ def name_of(settings: Mapping[str, Any]) -> str:
 
 def name_of_part(clients: Sequence[int] | None, tasks: Sequence[str] | None, instances_per_task: int | None) -> str:
     """Folder of the report on a part of an evaluation, another one for another part: `all`, `clients_0+3-first_50`."""
-    clients, tasks = clients and sorted(set(clients)), tasks and sorted(set(tasks))
-    parts = [f"clients_{'+'.join(map(str, clients))}"] if clients else []
-    parts += [f"tasks_{'+'.join(tasks)}"] if tasks else []
-    parts += [f"first_{instances_per_task}"] if instances_per_task is not None else []
+    clients = clients and sorted(set(clients))
+    tasks = tasks and sorted(set(tasks))
+    parts = []
+    if clients:
+        parts.append("clients_" + "+".join(map(str, clients)))
+    if tasks:
+        parts.append("tasks_" + "+".join(tasks))
+    if instances_per_task is not None:
+        parts.append(f"first_{instances_per_task}")
     name = "-".join(parts) or "all"
-    if len(name) <= _LONGEST_NAME and all(re.fullmatch(r"[\w.]+", task) for task in tasks or ()):
+    is_plain = all(re.fullmatch(r"[\w.]+", task) for task in tasks or ())
+    if is_plain and len(name) <= _LONGEST_NAME:
         return name
+    # Cut or with characters replaced, two names may become one: the digest tells them apart.
     readable = re.sub(r"[^\w.+-]", "_", name)[:_LONGEST_NAME]
     return f"{readable}-{digest_of([clients, tasks, instances_per_task])}"
 
@@ -145,3 +168,7 @@ def name_of_part(clients: Sequence[int] | None, tasks: Sequence[str] | None, ins
 def digest_of(content: Any, num_digits: int = 8) -> str:
     """Hex digits that tell JSON contents apart."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:num_digits]
+
+
+def _task_and_row(instance: Instance) -> tuple[str, int]:
+    return instance.task, instance.row

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from sacrebleu.metrics.chrf import CHRF
 
 METRICS = ("rouge1", "rougeL", "exact_match", "chrf")
-"""rouge1, rougeL: F1 of rouge-score, no stemmer. exact_match: equal but for outer blanks. chrf: of sacrebleu, per sentence."""
+"""rouge1, rougeL: F1 of rouge-score, no stemmer. exact_match: equal but for outer blanks. chrf: of sacrebleu, for each
+answer."""
 
 _FIRST_OPTION = re.compile(r"\bOPTIONS:[^\S\n]*\n\s*-[^\S\n]*(\S[^\n]*)")
 
@@ -39,9 +40,13 @@ def constant_floor(references: Sequence[str]) -> tuple[str, dict[str, float]]:
     assert references
     counts = Counter(references)
     candidates = list(counts)
+    means = _mean_rouge1(candidates, np.array(list(counts.values())))
     # Means that differ by rounding only count as equal, so that every machine chooses the same.
-    means = np.round(_mean_rouge1(candidates, np.array(list(counts.values()))), 9)
-    best = max(range(len(candidates)), key=lambda k: (means[k], counts[candidates[k]]))
+    means = np.round(means, 9)
+    best = 0
+    for k, candidate in enumerate(candidates):
+        if (means[k], counts[candidate]) > (means[best], counts[candidates[best]]):
+            best = k
     answer = candidates[best]
     return answer, _mean_scores([(answer, reference) for reference in references])
 
@@ -58,8 +63,8 @@ def copy_floor(instances: Sequence[Instance]) -> dict[str, float]:
 def first_option_floor(instances: Sequence[Instance]) -> dict[str, float] | None:
     """Mean scores of always taking the first option; None unless every instruction offers options.
 
-    Options are lines that start with a dash, below OPTIONS: at the end of a line. Where an instruction has several such lists, as
-    with worked examples before the question, the last one counts.
+    Options are lines that start with a dash, below OPTIONS: at the end of a line. Where an instruction has several such
+    lists, as with worked examples before the question, the last one counts.
     """
     pairs = []
     for instance in instances:
@@ -79,7 +84,11 @@ def describe_floors(instances: Sequence[Instance]) -> dict[str, Any]:
 
 def best_floor(floors: Mapping[str, Mapping[str, float] | None]) -> dict[str, float]:
     """Per metric the highest of the `floors` of one task."""
-    return {metric: max(floor[metric] for floor in floors.values() if floor is not None) for metric in METRICS}
+    known = [floor for floor in floors.values() if floor is not None]
+    best = {}
+    for metric in METRICS:
+        best[metric] = max(floor[metric] for floor in known)
+    return best
 
 
 # Labels repeat: thousands of answers to eight tasks have a few hundred different pairs.
@@ -107,8 +116,8 @@ def _scorers() -> tuple[Any, "CHRF"]:
 
 def _mean_scores(pairs: Sequence[tuple[str, str]]) -> dict[str, float]:
     """Means of METRICS over (prediction, reference) pairs, at least one."""
-    means = np.mean([_scores(*pair) for pair in pairs], axis=0)
-    return dict(zip(METRICS, means.tolist(), strict=True))
+    scores = [_scores(prediction, reference) for prediction, reference in pairs]
+    return dict(zip(METRICS, np.mean(scores, axis=0).tolist(), strict=True))
 
 
 def _mean_rouge1(texts: Sequence[str], counts: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -118,15 +127,16 @@ def _mean_rouge1(texts: Sequence[str], counts: NDArray[np.int64]) -> NDArray[np.
     """
     from rouge_score.tokenize import tokenize  # type: ignore[import-untyped]
 
-    tokens = [Counter(tokenize(text, stemmer=None)) for text in texts]
-    lengths = np.array([bag.total() for bag in tokens], dtype=np.float64)
-    places: dict[str, list[tuple[int, int]]] = defaultdict(list)
-    for k, bag in enumerate(tokens):
+    bags = [Counter(tokenize(text, stemmer=None)) for text in texts]
+    lengths = np.array([bag.total() for bag in bags], dtype=np.float64)
+    occurrences: dict[str, list[tuple[int, int]]] = defaultdict(list)
+    for k, bag in enumerate(bags):
         for token, count in bag.items():
-            places[token].append((k, count))
-    index = {token: np.array(pairs).T for token, pairs in places.items()}
+            occurrences[token].append((k, count))
+    # Token -> the texts that have it, and how often each.
+    index = {token: np.array(pairs).T for token, pairs in occurrences.items()}
     means = np.zeros(len(texts))
-    for k, bag in enumerate(tokens):
+    for k, bag in enumerate(bags):
         overlap = np.zeros(len(texts))
         for token, count in bag.items():
             where, counts_there = index[token]

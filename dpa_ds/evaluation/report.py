@@ -2,50 +2,76 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dpa_ds.data.sources import ClientInfo
 from dpa_ds.evaluation.answers import Answer, Instance
-from dpa_ds.evaluation.figures import HELD_OUT_LOSS, alpha_histograms, curves, heat_map, p_against_ttp
+from dpa_ds.evaluation.figures import HELD_OUT_LOSS, Point, Score, alpha_histograms, curves, heat_map, p_against_ttp
 from dpa_ds.evaluation.statistics import summarize
-from dpa_ds.evaluation.tables import markdown_report, overall_floor, terminal_table
+from dpa_ds.evaluation.tables import MAIN_METRIC, Json, markdown_report, overall_floor, terminal_table
 from dpa_ds.runs.storage import write_file
 from dpa_ds.runs.tracking import read_records
 
 
+@dataclass(frozen=True)
+class _ClientCourse:
+    """How one client fared over the rounds; results.json has these fields."""
+
+    label: str
+    num_examples: int
+    held_out_loss: list[tuple[int, float]] = field(default_factory=list)
+    """(round, loss), where the client has held-out examples."""
+
+    @property
+    def was_evaluated(self) -> bool:
+        """There is a loss to compare the first one with."""
+        return len(self.held_out_loss) > 1
+
+    @property
+    def first_loss(self) -> float:
+        """Before training."""
+        return self.held_out_loss[0][1]
+
+    @property
+    def last_loss(self) -> float:
+        """After the last round."""
+        return self.held_out_loss[-1][1]
+
+    @property
+    def change(self) -> float:
+        """Of the loss, relative: -0.1 is a tenth less."""
+        return self.last_loss / self.first_loss - 1
+
+
 def write_report(run_dir: Path, num_groups: int, seconds: float) -> str:
-    """Write results.json and held_out_loss.png into `run_dir`; returns the table as text. Coordinator only."""
+    """Write results.json and held_out_loss.png into `run_dir`; returns the table as text. Coordinator only.
+
+    Args:
+        seconds: how long the training took.
+    """
     records = read_records(run_dir / "metrics.jsonl")
-    rows = _held_out_by_client(records)
-    rounds = [record for record in records if record["kind"] == "round" and record["round"] > 0]
-    write_file(run_dir / "results.json", json.dumps({"clients": rows, "last_round": rounds[-1]}, indent=1))
-    evaluated = [row for row in rows if len(row["held_out_loss"]) > 1]
-    lines = ["", f"{'client':34s} {'examples':>8s} {'held-out loss':>21s} {'change':>8s}"]
-    for row in rows:
-        course = row["held_out_loss"]
-        values = (
-            f"{course[0][1]:9.4f} -> {course[-1][1]:.4f} {_change(course):+8.1%}" if row in evaluated else "-".rjust(30)
-        )
-        lines.append(f"{row['label'][:34]:34s} {row['num_examples']:8d} {values:>30s}")
+    last_round = _last_round(records)
+    courses = _courses_by_client(records)
+    results = {"clients": [asdict(course) for course in courses], "last_round": last_round}
+    write_file(run_dir / "results.json", json.dumps(results, indent=1))
+    lines = ["", *_held_out_table(courses)]
+    evaluated = [course for course in courses if course.was_evaluated]
     if evaluated:
-        courses = {row["label"]: row["held_out_loss"] for row in evaluated}
+        series = {course.label: course.held_out_loss for course in evaluated}
         title = "Held-out loss of each client (round 0: the base model)"
-        curves(courses, run_dir / "held_out_loss.png", HELD_OUT_LOSS, title)
-        fallen = sum(_change(row["held_out_loss"]) < 0 for row in evaluated)
-        lines.append(f"held-out loss fell for {fallen} of {len(evaluated)} clients")
-    last = rounds[-1]
-    update, metrics = (int(last.get(f"bytes_handed/{purpose}", 0)) for purpose in ("update", "metrics"))
-    crossing = "between leaders" if num_groups > 1 else "(one group: nothing crossed a network)"
-    lines += [
-        f"sent per round and leader: {_size(update)} of global adapter, {_size(metrics)} of metrics {crossing}",
-        f"last round: {last['tokens_per_second']:.0f} tokens/s, computed {last['computed_share']:.0%} of the examples' tokens",
-        f"adapters (PEFT format): {run_dir / 'adapters'}/global and /local/client_NN",
-        f"numbers: {run_dir / 'metrics.jsonl'}, {run_dir / 'results.json'}",
-        *([f"picture: {run_dir / 'held_out_loss.png'}"] if evaluated else []),
-        *([f"curves: tensorboard --logdir {run_dir / 'tensorboard'}"] if (run_dir / "tensorboard").is_dir() else []),
-        f"took {seconds:.0f} s",
-    ]
+        curves(series, run_dir / "held_out_loss.png", HELD_OUT_LOSS, title)
+        num_fallen = sum(course.change < 0 for course in evaluated)
+        lines.append(f"held-out loss fell for {num_fallen} of {len(evaluated)} clients")
+    lines += _cost_lines(last_round, num_groups)
+    lines.append(f"adapters (PEFT format): {run_dir / 'adapters'}/global and /local/client_NN")
+    lines.append(f"numbers: {run_dir / 'metrics.jsonl'}, {run_dir / 'results.json'}")
+    if evaluated:
+        lines.append(f"picture: {run_dir / 'held_out_loss.png'}")
+    if (run_dir / "tensorboard").is_dir():
+        lines.append(f"curves: tensorboard --logdir {run_dir / 'tensorboard'}")
+    lines.append(f"took {seconds:.0f} s")
     return "\n".join(lines)
 
 
@@ -64,60 +90,85 @@ def write_evaluation(
     """
     summary = summarize(instances, answers, clients)
     write_file(folder / "summary.json", json.dumps({"settings": dict(settings), **summary}, indent=1))
+    pictures = ["scores.png", "alpha.png"]
     heat_map(summary, folder / "scores.png")
     alpha_histograms(answers, clients, folder / "alpha.png")
-    if points := _points(summary):
+    points = _points_of(summary)
+    if points:
+        pictures.append("p_against_ttp.png")
         p_against_ttp(points, folder / "p_against_ttp.png")
     details = {name: str(value) for name, value in settings.items()}
     title = f"{settings['run']}: {settings['method']}, {settings['weighting']}"
-    pictures = ["scores.png", "alpha.png", *(["p_against_ttp.png"] if points else [])]
     write_file(folder / "report.md", markdown_report(summary, title, details, pictures))
-    return "\n".join(
-        [
-            terminal_table(summary),
-            f"report: {folder / 'report.md'}, numbers: {folder / 'summary.json'}",
-            f"pictures: {', '.join(str(folder / name) for name in pictures)}",
-        ]
+    paths = ", ".join(str(folder / name) for name in pictures)
+    return (
+        f"{terminal_table(summary)}\n"
+        f"report: {folder / 'report.md'}, numbers: {folder / 'summary.json'}\n"
+        f"pictures: {paths}"
     )
 
 
-def _points(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """P and TTP (ROUGE-1) of every client and of their mean, for the picture; nobody without either."""
-    points = [
-        {"label": client["label"], "P": client["P"]["rouge1"], "P_error": None}
-        | {"TTP": client["TTP"]["rouge1"], "TTP_error": None}
-        for client in summary["clients"]
-        if client["P"] and client["TTP"]
-    ]
+def _points_of(summary: Json) -> list[Point]:
+    """P and TTP (ROUGE-1) of every client that has both, and of all clients; none where no client has both."""
+    points = []
+    for client in summary["clients"]:
+        if client["P"] and client["TTP"]:
+            points.append(Point(client["label"], Score(client["P"][MAIN_METRIC]), Score(client["TTP"][MAIN_METRIC])))
     if points:
-        mean: dict[str, Any] = {"label": "mean"}
-        for name in ("P", "TTP"):
-            numbers, floor = summary[name]["rouge1"], overall_floor(summary, name, "rouge1")
-            mean |= {name: numbers["mean"], f"{name}_error": numbers["standard_error"], f"floor_{name}": floor}
-        points.append(mean)
+        points.append(Point("mean", _overall_score(summary, "P"), _overall_score(summary, "TTP")))
     return points
 
 
-def _held_out_by_client(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Per client: label, number of examples, and held-out loss as [round, loss] pairs."""
-    clients: dict[int, dict[str, Any]] = {}
+def _overall_score(summary: Json, measure: str) -> Score:
+    values = summary[measure][MAIN_METRIC]
+    return Score(values["mean"], values["standard_error"], overall_floor(summary, measure, MAIN_METRIC))
+
+
+def _last_round(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    rounds = [record for record in records if record["kind"] == "round" and record["round"] > 0]
+    return rounds[-1]
+
+
+def _courses_by_client(records: Sequence[dict[str, Any]]) -> list[_ClientCourse]:
+    """By client id."""
+    courses: dict[int, _ClientCourse] = {}
     for record in records:
-        if record["kind"] == "client":
-            row = clients.setdefault(
-                record["client"],
-                {"label": record["label"], "num_examples": int(record["num_examples"]), "held_out_loss": []},
-            )
-            if "held_out_loss" in record:
-                row["held_out_loss"].append([record["round"], record["held_out_loss"]])
-    return [clients[client] for client in sorted(clients)]
+        if record["kind"] != "client":
+            continue
+        client = record["client"]
+        if client not in courses:
+            courses[client] = _ClientCourse(record["label"], int(record["num_examples"]))
+        if "held_out_loss" in record:
+            courses[client].held_out_loss.append((record["round"], record["held_out_loss"]))
+    return [courses[client] for client in sorted(courses)]
 
 
-def _change(course: Sequence[Sequence[float]]) -> float:
-    return course[-1][1] / course[0][1] - 1
+def _held_out_table(courses: Sequence[_ClientCourse]) -> list[str]:
+    lines = [f"{'client':34s} {'examples':>8s} {'held-out loss':>21s} {'change':>8s}"]
+    for course in courses:
+        values = "-"
+        if course.was_evaluated:
+            values = f"{course.first_loss:9.4f} -> {course.last_loss:.4f} {course.change:+8.1%}"
+        lines.append(f"{course.label[:34]:34s} {course.num_examples:8d} {values:>30s}")
+    return lines
 
 
-def _size(num_bytes: int) -> str:
-    value = float(num_bytes)
+def _cost_lines(last_round: Mapping[str, Any], num_groups: int) -> list[str]:
+    update = _size(last_round.get("bytes_handed/update", 0))
+    metrics = _size(last_round.get("bytes_handed/metrics", 0))
+    crossing = "between leaders"
+    if num_groups == 1:
+        crossing = "(one group: nothing crossed a network)"
+    speed = f"{last_round['tokens_per_second']:.0f} tokens/s"
+    computed = f"{last_round['computed_share']:.0%} of the examples' tokens"
+    return [
+        f"sent per round and leader: {update} of global adapter, {metrics} of metrics {crossing}",
+        f"last round: {speed}, computed {computed}",
+    ]
+
+
+def _size(num_bytes: float) -> str:
+    value = float(int(num_bytes))
     for unit in ("B", "kB", "MB"):
         if value < 1000:
             return f"{value:.3g} {unit}"

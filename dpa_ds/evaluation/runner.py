@@ -1,134 +1,160 @@
-"""Evaluation as work items: which prompts for which clients, and what a rank group does with one item."""
+"""Evaluation of a trained run, from a config and a job to a report: the table of contents."""
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
 from dpa_ds.adapters.methods import LOCAL
-from dpa_ds.config.schema import GenerationConfig
+from dpa_ds.config.schema import RunConfig, TrackingConfig
+from dpa_ds.distributed.job_store import JobStore
 from dpa_ds.distributed.world import World
-from dpa_ds.evaluation.answers import Answer, Instance
-from dpa_ds.inference.client_model import ClientModel, Predictor
-from dpa_ds.inference.embedding import batches
+from dpa_ds.evaluation.answers import append_answers, prepare_answers, read_answers, select_answers
+from dpa_ds.evaluation.dataset import (
+    choose_clients,
+    choose_instances,
+    describe_settings,
+    name_of,
+    name_of_part,
+    read_instances,
+    tokenize_instances,
+)
+from dpa_ds.evaluation.report import write_evaluation
+from dpa_ds.evaluation.work_items import EvaluationSet, answer_work_item
+from dpa_ds.inference.client_model import ClientModel, Predictor, describe_client, load_client_model
+from dpa_ds.inference.loading import build_predictor, place_base
+from dpa_ds.model.directory import model_fingerprint
+from dpa_ds.runs.folder import RunFolder
+from dpa_ds.runs.storage import write_file
+from dpa_ds.runs.tracking import Tracker, logger, setup_logging
 
-Key = tuple[int, str, int]
-"""Client, task, row: see `Answer.key`."""
-WORK_ITEMS_PER_GROUP = 4
-"""At least so many, where there is work for them: a slow group then takes fewer."""
-
-
-@dataclass(frozen=True)
-class WorkItem:
-    """A batch of instances of one task, to be answered by some of the clients."""
-
-    instances: tuple[int, ...]
-    """Positions in the list of all instances."""
-    clients: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class EvaluationSet:
-    """Each of the clients is asked each of the instances."""
-
-    instances: Sequence[Instance]
-    prompts: Sequence[Sequence[int]]
-    """Tokens of each instance's prompt."""
-    client_models: Mapping[int, ClientModel]
-    """The clients by id."""
-
-    @property
-    def keys(self) -> set[Key]:
-        """All of them."""
-        return {(client, i.task, i.row) for client in self.client_models for i in self.instances}
-
-    def plan(self, generation: GenerationConfig, num_groups: int) -> list[WorkItem]:
-        """`plan_work_items` of all of them."""
-        lengths = [len(prompt) for prompt in self.prompts]
-        return plan_work_items(self.instances, lengths, list(self.client_models), generation, num_groups)
+STOP = -1
+"""Stands for a work item where a signal asked the job to stop."""
 
 
-def plan_work_items(
-    instances: Sequence[Instance],
-    lengths: Sequence[int],
-    clients: Sequence[int],
-    generation: GenerationConfig,
-    num_groups: int,
-) -> list[WorkItem]:
-    """All the work, in a fixed order; a pure function of its arguments.
+def evaluate(config: RunConfig, job: JobStore) -> Path:
+    """Score the clients of a trained run on test instances, from where an interrupted evaluation stopped.
 
-    Batches keep to one task, whose prompts and answers are of similar length, and to `generation.batch_tokens` of
-    prompt and answer over all beams. All clients share a item, so that it is encoded once, unless there would be too
-    few work items for the groups.
-
-    Args:
-        lengths: tokens of each instance's prompt.
+    All parts of an evaluation share their answers; each has a report of its own, so that none replaces a fuller one.
+    Returns the folder of the report. Collective: every rank of the job.
     """
-    budget = generation.batch_tokens // generation.num_beams
-    chunks: list[list[int]] = []
-    for task in dict.fromkeys(instance.task for instance in instances):
-        rows = [i for i, instance in enumerate(instances) if instance.task == task]
-        parts = batches([lengths[i] + generation.max_new_tokens for i in rows], budget)
-        chunks += [[rows[k] for k in part] for part in parts]
-    num_blocks = min(len(clients), math.ceil(WORK_ITEMS_PER_GROUP * num_groups / max(1, len(chunks))))
-    size = math.ceil(len(clients) / num_blocks)
-    blocks = [tuple(clients[start : start + size]) for start in range(0, len(clients), size)]
-    return [WorkItem(tuple(chunk), block) for chunk in chunks for block in blocks]
+    started = time.monotonic()
+    job.start_watchdog(config.checkpoint.grace_seconds, config.cluster.heartbeat_timeout_seconds)
+    setup_logging(is_coordinator=job.launch.global_rank == 0)
+    folder = RunFolder(config.run_dir)
+    # One rank looks, for all: a training that is still running may complete a round meanwhile.
+    server_round = int(job.broadcast_from_rank_zero("round", folder.trained_round))
+    existing = folder.clients(server_round)
+    clients = choose_clients(config.evaluation.clients, existing, config.run_dir)
+    everything = read_instances(config.data, config.seed, config.evaluation.split)
+    instances = choose_instances(everything, config.evaluation)
+
+    directory, world, partitioned = place_base(config, job, len(clients))
+    fingerprint = model_fingerprint(directory)
+    folder.check_model(fingerprint)
+    predictor = build_predictor(config, folder, server_round, directory, world, partitioned)
+    client_models = load_clients(folder, server_round, clients, predictor)
+    prompts = tokenize_instances(instances, predictor, config.data.template)
+    evaluation_set = EvaluationSet(instances, prompts, client_models)
+
+    settings = describe_settings(config, predictor.weighting, folder, server_round, fingerprint, everything)
+    evaluation_dir = config.run_dir / "evaluations" / name_of(settings)
+    answers_dir = evaluation_dir / "answers"
+    if world.is_coordinator:
+        write_file(evaluation_dir / "settings.json", json.dumps(settings, indent=1))
+        prepare_answers(answers_dir)
+        logger.info(f"{config.name} after round {server_round}, {settings['weighting']}")
+    job.barrier("folder")
+    answer_missing(job, world, predictor, evaluation_set, answers_dir, config.tracking)
+    # Others may still have a whole work item to do.
+    job.timeout_seconds = config.federation.timeout_seconds
+    job.barrier("answered")
+
+    part = config.evaluation
+    report_dir = evaluation_dir / name_of_part(part.clients, part.tasks, part.instances_per_task)
+    if world.is_coordinator:
+        answers = select_answers(read_answers(answers_dir), clients, instances)
+        infos = [describe_client(folder, server_round, client) for client in existing]
+        covered = {"clients": part.clients, "tasks": part.tasks, "instances_per_task": part.instances_per_task}
+        described = {"run": config.name, **settings, **covered}
+        text = write_evaluation(report_dir, instances, answers, infos, described)
+        logger.info(f"{text}\nanswers: {answers_dir}\ntook {time.monotonic() - started:.0f} s")
+    world.close()
+    return report_dir
 
 
-def answer_work_item(
-    item: WorkItem,
-    evaluation_set: EvaluationSet,
-    predictor: Predictor,
+def load_clients(
+    folder: RunFolder, server_round: int, clients: Sequence[int], predictor: Predictor
+) -> dict[int, ClientModel]:
+    """Client id -> its model after `server_round`, checked against `predictor` before anything is answered.
+
+    Raises:
+        CheckpointError: a client's files are damaged, or lack what the weighting needs.
+        ModelError: a local adapter does not fit the base.
+    """
+    client_models = {client: load_client_model(folder, server_round, client) for client in clients}
+    for client_model in client_models.values():
+        predictor.check_references(client_model)
+        predictor.adapters.check_shapes(LOCAL, client_model.local_state)
+    return client_models
+
+
+def answer_missing(
+    job: JobStore,
     world: World,
-    done: frozenset[Key] | set[Key],
-) -> Iterable[list[Answer]]:
-    """Answer what of `work item` is not in `done`; each batch of answers as soon as it is there.
+    predictor: Predictor,
+    evaluation_set: EvaluationSet,
+    answers_dir: Path,
+    tracking: TrackingConfig,
+) -> None:
+    """Answer what is not in `answers_dir` yet, each rank into a file of its own. Collective: every rank of the job.
 
-    An instance whose weight is 0 is answered by the global adapter alone: the same for every client, and done once.
-    A rank of a group with a partitioned base answers its share of every batch. Collective then: all ranks of the group.
+    Raises:
+        Preempted: a signal asked the job to stop; what was answered is saved.
     """
-    instances, prompts, client_models = evaluation_set.instances, evaluation_set.prompts, evaluation_set.client_models
-    wanted = {
-        client: [i for i in item.instances if (client, instances[i].task, instances[i].row) not in done]
-        for client in item.clients
-    }
-    rows = sorted({i for client_rows in wanted.values() for i in client_rows})
-    if not rows:
-        return
-    position = {i: k for k, i in enumerate(rows)}
-    weighting, states = predictor.weighting, None
-    if not weighting.is_constant and weighting.encoder != LOCAL:
-        states = predictor.embed([prompts[i] for i in rows], weighting.encoder)[weighting.representation]
-    alphas: dict[int, torch.Tensor] = {}
-    for client in item.clients:
-        alphas[client] = predictor.weights(client_models[client], [prompts[i] for i in rows], states)
-        if predictor.partitioned:  # whether a weight is 0 decides on collectives: one rank decides
-            world.broadcast_(alphas[client])
+    done = {answer.key for answer in read_answers(answers_dir)}
+    # Nobody answers before everybody has read what is there: work items are planned alike, and skipped alike.
+    job.barrier("known")
+    total = len(evaluation_set.keys)
+    num_missing = len(evaluation_set.keys - done)
+    if world.is_coordinator:
+        num_clients = len(evaluation_set.client_models)
+        num_instances = len(evaluation_set.instances)
+        known = f"{total - num_missing} of {total} answers are there already"
+        logger.info(f"{num_clients} clients x {num_instances} instances; {known}")
+    items = evaluation_set.plan(predictor.generation, world.topology.num_groups)
+    answers_path = answers_dir / f"rank_{job.launch.global_rank:04d}.jsonl"
+    tracker = Tracker(None, world.is_coordinator, tracking)
+    num_shown = 0
+    with tracker.progress(num_missing, unit="answer"):
+        while (number := next_work_item(job, world)) < len(items):
+            item = items[number]
+            task = evaluation_set.instances[item.instances[0]].task
+            for batch in answer_work_item(item, evaluation_set, predictor, world, done):
+                append_answers(answers_path, batch)
+                num_answered = job.fetch_add("answered", len(batch)) + len(batch)
+                tracker.advance(task, num_answered - num_shown)
+                num_shown = num_answered
+                # Several ranks of a group stop together, before their next item: alone, one would leave the others
+                # waiting in a collective.
+                if job.stop_requested and world.world_size == 1:
+                    job.preempt()
 
-    def answer(client: ClientModel | None, chosen: list[int]) -> dict[int, str]:
-        mine = chosen[world.rank :: world.world_size] if predictor.partitioned else chosen
-        computed = mine or chosen[:1]  # a rank with nothing to do takes part in the collectives
-        weights = alphas[client.info.client] if client else torch.zeros(len(rows))
-        texts = predictor.answer(client, [prompts[i] for i in computed], weights[[position[i] for i in computed]])
-        return dict(zip(mine, texts, strict=False))
 
-    def batch(client: ClientModel | None, owners: Sequence[int], chosen: list[int]) -> list[Answer]:
-        """Answers to the instances `chosen`, which count for each of `owners` that wants them with such a weight."""
-        texts = answer(client, chosen) if chosen else {}
-        return [
-            Answer(owner, instances[i].task, instances[i].row, weight(owner, i), text)
-            for owner in owners
-            for i, text in texts.items()
-            if i in wanted[owner] and (weight(owner, i) == 0) == (client is None)
-        ]
+def next_work_item(job: JobStore, world: World) -> int:
+    """Number of the next work item, the same on all ranks of the group. Collective: all ranks of the group.
 
-    def weight(client: int, i: int) -> float:
-        return float(alphas[client][position[i]])
-
-    yield batch(
-        None, item.clients, [i for i in rows if any(i in wanted[c] and weight(c, i) == 0 for c in item.clients)]
-    )
-    for c in item.clients:
-        yield batch(client_models[c], [c], [i for i in wanted[c] if weight(c, i) != 0])
+    Raises:
+        Preempted: a signal asked the job to stop; what was answered is saved.
+    """
+    number = 0
+    if world.is_leader and job.stop_requested:
+        number = STOP
+    elif world.is_leader:
+        number = job.fetch_add("work_item")
+    number = int(world.broadcast_(torch.tensor([number])).item())
+    if number == STOP:
+        job.preempt()
+    return number

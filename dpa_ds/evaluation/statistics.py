@@ -1,8 +1,8 @@
 """What the answers of an evaluation amount to: scores with intervals, floors beside them, and comparisons of runs.
 
-An interval is a 95 % percentile interval of the bootstrap over instances, drawn within each task. All clients answer
-the same instances, so one draw holds for all of them: what is hard for one client is hard for the others, and drawing
-for each client apart would make the mean over clients look more certain than it is.
+An interval is a 95 % percentile interval of the bootstrap over instances, which are resampled within each task. All
+clients answer the same instances, so one resample holds for all of them: what is hard for one client is hard for the
+others, and resampling for each client apart would make the mean over clients look more certain than it is.
 """
 
 import zlib
@@ -27,11 +27,11 @@ Cell = tuple[int, str]
 FloatArray = NDArray[np.float64]
 
 NUM_RESAMPLES = 2000
-"""Redrawing moves an end of an interval by 1.5 % of the width (standard deviation, normal case)."""
+"""With other random numbers an end of an interval moves by 1.5 % of the width (standard deviation, normal case)."""
 
 _INTERVAL = (2.5, 97.5)
 
-# Bounds the memory of large test sets: 16 MB of weights for a task of 10,000 instances.
+# Bounds the memory of large test sets: 16 MB of shares for a task of 10,000 instances.
 _RESAMPLES_AT_ONCE = 200
 
 
@@ -45,7 +45,8 @@ class ScoreTable:
     """(client, task) -> (num instances, len(METRICS)); row j of all cells of a task is the same instance."""
 
     def __post_init__(self) -> None:
-        known, num_instances = {client.client for client in self.clients}, self.num_instances
+        known = {client.client for client in self.clients}
+        num_instances = self.num_instances
         for (client, task), scores in self.cells.items():
             assert client in known, f"client {client} has scores, but no ClientInfo"
             expected = (num_instances[task], len(METRICS))
@@ -58,16 +59,22 @@ class ScoreTable:
         """Score `answers`, given in any order; a client x task cell has one answer to each instance, or none at all."""
         texts: dict[Cell, dict[int, str]] = defaultdict(dict)
         for answer in answers:
-            cell = texts[answer.client, answer.task]
-            assert answer.row not in cell, f"two answers to {answer.key}"
-            cell[answer.row] = answer.text
+            text_by_row = texts[answer.client, answer.task]
+            assert answer.row not in text_by_row, f"two answers to {answer.key}"
+            text_by_row[answer.row] = answer.text
         by_task = _group_by_task(instances)
         cells = {}
-        for (client, task), cell in sorted(texts.items()):
-            rows = [instance.row for instance in by_task.get(task, [])]
-            assert sorted(cell) == sorted(rows), f"client {client}, task {task!r}: not one answer to each instance"
-            scores = [score_answer(cell[instance.row], instance.reference) for instance in by_task[task]]
-            cells[client, task] = np.array([[score[metric] for metric in METRICS] for score in scores])
+        # Sorted: the order of the cells decides sums, and must not depend on which rank answered first.
+        for (client, task), text_by_row in sorted(texts.items()):
+            asked = by_task.get(task, [])
+            # A part of a cell would be a score of other instances than the other clients'.
+            is_whole = sorted(text_by_row) == sorted(instance.row for instance in asked)
+            assert is_whole, f"client {client}, task {task!r}: not one answer to each instance"
+            scores = []
+            for instance in asked:
+                by_metric = score_answer(text_by_row[instance.row], instance.reference)
+                scores.append([by_metric[metric] for metric in METRICS])
+            cells[client, task] = np.array(scores)
         return cls(tuple(clients), cells)
 
     @property
@@ -75,51 +82,69 @@ class ScoreTable:
         """Evaluated task -> number of its instances."""
         return {task: scores.shape[0] for (_, task), scores in self.cells.items()}
 
-    def draws(self, seed: int) -> dict[Cell, FloatArray]:
+    def means(self) -> dict[Cell, FloatArray]:
+        """Cell -> (len(METRICS),): mean over all instances."""
+        return {cell: scores.mean(axis=0) for cell, scores in self.cells.items()}
+
+    def resampled_means(self, seed: int) -> dict[Cell, FloatArray]:
         """Cell -> (1 + NUM_RESAMPLES, len(METRICS)): mean over all instances, then means over resampled instances.
 
-        A draw is the same for all clients of a task, and for all tables with as many instances of a task of that name.
+        A resample is the same for all clients of a task, and for all tables with as many instances of a task of that
+        name.
         """
         result: dict[Cell, FloatArray] = {}
         for task, num_instances in self.num_instances.items():
             cells = [cell for cell in self.cells if cell[1] == task]
+            # All clients side by side: one matrix product a block, and the same resample for all of them.
             scores = np.concatenate([self.cells[cell] for cell in cells], axis=1)
-            resampled = [weights @ scores for weights in _instance_weights(seed, task, num_instances)]
-            means = np.concatenate([scores.mean(axis=0, keepdims=True), *resampled])
-            result.update(zip(cells, np.split(means, len(cells), axis=1), strict=True))
+            blocks = [scores.mean(axis=0, keepdims=True)]
+            for shares in _resample_shares(seed, task, num_instances):
+                blocks.append(shares @ scores)
+            by_client = np.split(np.concatenate(blocks), len(cells), axis=1)
+            result.update(zip(cells, by_client, strict=True))
         return result
+
+    def tasks_of(self, quantity: Quantity, client: ClientInfo) -> set[str]:
+        """Tasks that count for `quantity` of `client`, evaluated or not."""
+        if quantity == "P":
+            return set(client.own_tasks)
+        trained: set[str] = set()
+        for other in self.clients:
+            trained.update(other.own_tasks)
+        if quantity == "TTP":
+            return trained
+        return self.num_instances.keys() - trained
 
     def counted_cells(self, quantity: Quantity) -> dict[int, list[Cell]]:
         """Client -> its cells that count for `quantity`; clients without any are left out."""
-        trained_on = {task for client in self.clients for task in client.own_tasks}
         counted: dict[int, list[Cell]] = {}
-        for client in self.clients:
-            match quantity:
-                case "P":
-                    tasks = set(client.own_tasks)
-                case "TTP":
-                    tasks = trained_on
-                case "UNSEEN":
-                    tasks = self.num_instances.keys() - trained_on
-            cells = [cell for cell in self.cells if cell[0] == client.client and cell[1] in tasks]
+        for info in self.clients:
+            tasks = self.tasks_of(quantity, info)
+            cells = [(client, task) for client, task in self.cells if client == info.client and task in tasks]
             if cells:
-                counted[client.client] = cells
+                counted[info.client] = cells
         return counted
 
     def average(self, quantity: Quantity, values: Mapping[Cell, FloatArray]) -> FloatArray | None:
         """Mean over clients of the mean of `values` over the cells that count; None where there are none."""
-        counted = self.counted_cells(quantity).values()
-        by_client = [np.mean([values[cell] for cell in cells], axis=0) for cells in counted]
-        return np.asarray(np.mean(by_client, axis=0)) if by_client else None
+        by_client = []
+        for cells in self.counted_cells(quantity).values():
+            by_client.append(np.mean([values[cell] for cell in cells], axis=0))
+        if not by_client:
+            return None
+        return np.asarray(np.mean(by_client, axis=0))
 
     def of_client(self, quantity: Quantity, client: int) -> dict[str, float] | None:
         """The quantity of one client per metric; None where none of the tasks was evaluated on it."""
         cells = self.counted_cells(quantity).get(client)
-        return _by_metric(None if cells is None else np.mean([self.cells[cell].mean(axis=0) for cell in cells], axis=0))
+        if cells is None:
+            return None
+        means = [self.cells[cell].mean(axis=0) for cell in cells]
+        return _by_metric(np.mean(means, axis=0))
 
     def overall(self, quantity: Quantity) -> dict[str, float] | None:
         """Mean of `of_client` per metric over the clients that have it; None where none has."""
-        return _by_metric(self.average(quantity, {cell: scores.mean(axis=0) for cell, scores in self.cells.items()}))
+        return _by_metric(self.average(quantity, self.means()))
 
 
 def summarize(
@@ -136,18 +161,27 @@ def summarize(
     per metric the best of constant answer, copy and first option on each task, averaged as the scores are.
     """
     table = ScoreTable.build(instances, answers, clients)
-    draws = table.draws(seed)
-    tasks = [_describe_task(task, rows, clients) for task, rows in _group_by_task(instances).items()]
-    floors = {task["task"]: np.array(list(best_floor(task["floors"]).values())) for task in tasks}
-    floor_of_cell = {cell: floors[cell[1]] for cell in table.cells}
+    means = table.resampled_means(seed)
+    tasks = []
+    floor_of_task = {}
+    for task, of_task in _group_by_task(instances).items():
+        described = _describe_task(task, of_task, clients)
+        tasks.append(described)
+        floor_of_task[task] = np.array(list(best_floor(described["floors"]).values()))
+    floor_of_cell = {(client, task): floor_of_task[task] for client, task in table.cells}
     return {
         "metrics": list(METRICS),
         "num_answers": len(answers),
         "num_instances": len(instances),
         "tasks": tasks,
-        "clients": list(_describe_clients(table, draws, answers)),
-        **{quantity: _describe_overall(table.average(quantity, draws)) for quantity in get_args(Quantity)},
-        "floors": {quantity: _by_metric(table.average(quantity, floor_of_cell)) for quantity in ("P", "TTP")},
+        "clients": list(_describe_clients(table, means, answers)),
+        "P": _describe_overall(table.average("P", means)),
+        "TTP": _describe_overall(table.average("TTP", means)),
+        "UNSEEN": _describe_overall(table.average("UNSEEN", means)),
+        "floors": {
+            "P": _by_metric(table.average("P", floor_of_cell)),
+            "TTP": _by_metric(table.average("TTP", floor_of_cell)),
+        },
         "examples": _choose_examples(instances, answers, num_examples),
     }
 
@@ -161,44 +195,53 @@ def paired_difference(
 ) -> dict[str, float]:
     """{"mean", "low", "high"} of `quantity` of a method minus that of a baseline, averaged over seeds.
 
-    `tables[k]` and `baselines[k]` are runs with seed k; all were evaluated on the same instances. The interval resamples
-    the instances within tasks, alike for all clients, seeds and both methods, and, where there are several, the seeds.
-    Few seeds make it too narrow: of the seeds' standard error, two give sqrt(1/2), three sqrt(2/3).
+    `tables[k]` and `baselines[k]` are runs with seed k; all were evaluated on the same instances. The interval
+    resamples the instances within tasks, alike for all clients, seeds and both methods, and, where there are several,
+    the seeds. Few seeds make it too narrow: of the seeds' standard error, two give sqrt(1/2), three sqrt(2/3).
     """
-    assert len(tables) == len(baselines) > 0, f"{len(tables)} runs against {len(baselines)}"
-    runs = [*tables, *baselines]
-    assert all(run.num_instances == runs[0].num_instances for run in runs), "runs on different instances"
-    averages = [run.average(quantity, run.draws(seed)) for run in runs]
-    values = [average[:, METRICS.index(metric)] for average in averages if average is not None]
-    assert len(values) == len(runs), f"a run without a task that counts for {quantity}"
     num_seeds = len(tables)
-    differences = np.stack(values[:num_seeds]) - np.stack(values[num_seeds:])
+    assert num_seeds == len(baselines) > 0, f"{num_seeds} runs against {len(baselines)}"
+    values = []
+    for run in [*tables, *baselines]:
+        assert run.num_instances == tables[0].num_instances, "runs on different instances"
+        average = run.average(quantity, run.resampled_means(seed))
+        assert average is not None, f"a run without a task that counts for {quantity}"
+        values.append(average[:, METRICS.index(metric)])
+    differences = np.stack(values[:num_seeds]) - np.stack(values[num_seeds:])  # (seeds, 1 + resamples)
     generator = np.random.Generator(np.random.PCG64([seed, num_seeds]))
-    weights = generator.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), NUM_RESAMPLES) / num_seeds
-    low, high = np.percentile((weights * differences[:, 1:].T).sum(axis=1), _INTERVAL).tolist()
+    # The same seeds for both methods of a pair: what they share cancels.
+    counts_of_seeds = generator.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), NUM_RESAMPLES)
+    resampled = (counts_of_seeds / num_seeds * differences[:, 1:].T).sum(axis=1)
+    low, high = np.percentile(resampled, _INTERVAL).tolist()
     return {"mean": float(differences[:, 0].mean()), "low": low, "high": high}
 
 
 def over_seeds(values: Sequence[float]) -> dict[str, float | None]:
     """{"mean", "standard_error"} of one value per seed; the standard error of the mean is None for one seed."""
     assert values
-    error = float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None
+    error = None
+    if len(values) > 1:
+        # ddof=1: the mean is estimated from the same few values.
+        error = float(np.std(values, ddof=1) / np.sqrt(len(values)))
     return {"mean": float(np.mean(values)), "standard_error": error}
 
 
-def oracle(tables: Mapping[str, ScoreTable]) -> ScoreTable:
+def oracle(tables: Sequence[ScoreTable]) -> ScoreTable:
     """In each client x task cell the table with the higher mean rouge1, the first among equals.
 
     The ceiling of any rule that chooses between the tables by client and task. All have the same clients and cells.
     """
-    layouts = [(table.clients, table.cells.keys(), table.num_instances) for table in tables.values()]
-    assert all(layout == layouts[0] for layout in layouts), "tables of different cells"
+    first = tables[0]
+    for table in tables:
+        assert table.clients == first.clients, "tables of different clients"
+        assert table.cells.keys() == first.cells.keys(), "tables of different cells"
+        assert table.num_instances == first.num_instances, "tables of different instances"
     column = METRICS.index("rouge1")
-    best = {
-        cell: max((table.cells[cell] for table in tables.values()), key=lambda scores: float(scores[:, column].mean()))
-        for cell in layouts[0][1]
-    }
-    return ScoreTable(layouts[0][0], best)
+    best = {}
+    for cell in first.cells:
+        means = [table.cells[cell][:, column].mean() for table in tables]
+        best[cell] = tables[int(np.argmax(means))].cells[cell]
+    return ScoreTable(first.clients, best)
 
 
 def _group_by_task(instances: Sequence[Instance]) -> dict[str, list[Instance]]:
@@ -209,16 +252,19 @@ def _group_by_task(instances: Sequence[Instance]) -> dict[str, list[Instance]]:
     return dict(result)
 
 
-def _instance_weights(seed: int, task: str, num_instances: int) -> Iterator[FloatArray]:
-    """Blocks (_RESAMPLES_AT_ONCE, num_instances): in each row the shares of the instances in one draw with replacement."""
+def _resample_shares(seed: int, task: str, num_instances: int) -> Iterator[FloatArray]:
+    """Blocks (_RESAMPLES_AT_ONCE, num_instances): in each row the share of each instance in one resample."""
+    # The name in the seed: tasks are resampled independently, and a task alike whichever others there are.
     generator = np.random.Generator(np.random.PCG64([seed, zlib.crc32(task.encode())]))
-    shares = np.full(num_instances, 1 / num_instances)
+    probabilities = np.full(num_instances, 1 / num_instances)
     for _ in range(0, NUM_RESAMPLES, _RESAMPLES_AT_ONCE):
-        yield generator.multinomial(num_instances, shares, _RESAMPLES_AT_ONCE) / num_instances
+        yield generator.multinomial(num_instances, probabilities, _RESAMPLES_AT_ONCE) / num_instances
 
 
 def _by_metric(values: FloatArray | None) -> dict[str, float] | None:
-    return None if values is None else dict(zip(METRICS, values.tolist(), strict=True))
+    if values is None:
+        return None
+    return dict(zip(METRICS, values.tolist(), strict=True))
 
 
 def _describe_task(task: str, instances: Sequence[Instance], clients: Sequence[ClientInfo]) -> dict[str, Any]:
@@ -227,44 +273,49 @@ def _describe_task(task: str, instances: Sequence[Instance], clients: Sequence[C
 
 
 def _describe_clients(
-    table: ScoreTable, draws: Mapping[Cell, FloatArray], answers: Sequence[Answer]
+    table: ScoreTable, means: Mapping[Cell, FloatArray], answers: Sequence[Answer]
 ) -> Iterator[dict[str, Any]]:
     """One entry for each client that has answers."""
     alphas: dict[Cell, list[float]] = defaultdict(list)
     for answer in answers:
         alphas[answer.client, answer.task].append(answer.alpha)
     for info in table.clients:
-        cells = [cell for cell in table.cells if cell[0] == info.client]
-        if cells:
-            yield {
-                "client": info.client,
-                "label": info.label,
-                "own_tasks": list(info.own_tasks),
-                "scores": {cell[1]: _intervals(draws[cell]) for cell in cells},
-                "alpha": {cell[1]: _describe_alpha(sorted(alphas[cell])) for cell in cells},
-                **{quantity: table.of_client(quantity, info.client) for quantity in get_args(Quantity)},
-            }
+        tasks = [task for client, task in table.cells if client == info.client]
+        if not tasks:
+            continue
+        entry: dict[str, Any] = {"client": info.client, "label": info.label, "own_tasks": list(info.own_tasks)}
+        entry["scores"] = {task: _intervals(means[info.client, task]) for task in tasks}
+        entry["alpha"] = {task: _describe_alpha(alphas[info.client, task]) for task in tasks}
+        for quantity in get_args(Quantity):
+            entry[quantity] = table.of_client(quantity, info.client)
+        yield entry
 
 
 def _describe_alpha(alphas: Sequence[float]) -> dict[str, float]:
+    # Sorted: rounding makes the mean depend on the order of the answers, and that on the ranks that gave them.
+    ordered = sorted(alphas)
     names = ("min", "q10", "median", "q90", "max")
-    quantiles = np.quantile(alphas, (0.0, 0.1, 0.5, 0.9, 1.0)).tolist()
-    return {"mean": float(np.mean(alphas)), **dict(zip(names, quantiles, strict=True))}
+    quantiles = np.quantile(ordered, (0.0, 0.1, 0.5, 0.9, 1.0)).tolist()
+    return {"mean": float(np.mean(ordered)), **dict(zip(names, quantiles, strict=True))}
 
 
-def _describe_overall(draws: FloatArray | None) -> dict[str, dict[str, float]] | None:
-    if draws is None:
+def _describe_overall(means: FloatArray | None) -> dict[str, dict[str, float]] | None:
+    """Per metric {"mean", "low", "high", "standard_error"}, from `means` as of `ScoreTable.resampled_means`."""
+    if means is None:
         return None
-    errors = draws[1:].std(axis=0).tolist()
-    intervals = _intervals(draws).items()
-    return {m: {**interval, "standard_error": e} for (m, interval), e in zip(intervals, errors, strict=True)}
+    described = _intervals(means)
+    for metric, error in zip(METRICS, means[1:].std(axis=0).tolist(), strict=True):
+        described[metric]["standard_error"] = error
+    return described
 
 
-def _intervals(draws: FloatArray) -> dict[str, dict[str, float]]:
-    """Per metric {"mean", "low", "high"} of what ScoreTable.draws returns for a cell."""
-    low, high = np.percentile(draws[1:], _INTERVAL, axis=0).tolist()
-    columns = zip(METRICS, draws[0].tolist(), low, high, strict=True)
-    return {metric: {"mean": mean, "low": low, "high": high} for metric, mean, low, high in columns}
+def _intervals(means: FloatArray) -> dict[str, dict[str, float]]:
+    """Per metric {"mean", "low", "high"} of what `ScoreTable.resampled_means` returns for a cell."""
+    lows, highs = np.percentile(means[1:], _INTERVAL, axis=0).tolist()
+    intervals = {}
+    for metric, mean, low, high in zip(METRICS, means[0].tolist(), lows, highs, strict=True):
+        intervals[metric] = {"mean": mean, "low": low, "high": high}
+    return intervals
 
 
 def _choose_examples(
@@ -278,22 +329,34 @@ def _choose_examples(
     examples = []
     for answer in answers:
         instance = asked[answer.task, answer.row]
-        said = {"client": answer.client, "answer": answer.text, "alpha": answer.alpha}
-        rouge1 = score_answer(answer.text, instance.reference)["rouge1"]
-        examples.append({**asdict(instance), **said, "rouge1": rouge1})
-    examples.sort(key=lambda e: (-len(e["reference"]), e["task"], e["row"], e["client"]))
-    return {
-        "best": _spread(sorted(examples, key=lambda e: -e["rouge1"]), num_examples),
-        "worst": _spread(sorted(examples, key=lambda e: e["rouge1"]), num_examples),
-    }
+        example = asdict(instance)
+        example |= {"client": answer.client, "answer": answer.text, "alpha": answer.alpha}
+        example["rouge1"] = score_answer(answer.text, instance.reference)["rouge1"]
+        examples.append(example)
+    examples.sort(key=_longest_reference_first)
+    # Sorting is stable, in reverse too: among equal scores the longest reference stays first.
+    worst = sorted(examples, key=_rouge1)
+    best = sorted(examples, key=_rouge1, reverse=True)
+    return {"best": _spread(best, num_examples), "worst": _spread(worst, num_examples)}
+
+
+def _longest_reference_first(example: Mapping[str, Any]) -> tuple[int, str, int, int]:
+    return -len(example["reference"]), example["task"], example["row"], example["client"]
+
+
+def _rouge1(example: Mapping[str, Any]) -> float:
+    return float(example["rouge1"])
 
 
 def _spread(examples: Sequence[dict[str, Any]], num_examples: int) -> list[dict[str, Any]]:
     """The first `num_examples`, of an instance one, and of each task the same number, rounded up."""
-    quota = -(-num_examples // max(1, len({e["task"] for e in examples})))
-    chosen: dict[str, dict[int, dict[str, Any]]] = defaultdict(dict)
+    num_tasks = len({example["task"] for example in examples})
+    quota = -(-num_examples // max(1, num_tasks))  # rounded up
+    chosen: list[dict[str, Any]] = []
+    rows_of_task: dict[str, set[int]] = defaultdict(set)
     for example in examples:
-        of_task = chosen[example["task"]]
-        if len(of_task) < quota:
-            of_task.setdefault(example["row"], example)
-    return [e for e in examples if e is chosen[e["task"]].get(e["row"])][:num_examples]
+        rows = rows_of_task[example["task"]]
+        if len(rows) < quota and example["row"] not in rows:
+            rows.add(example["row"])
+            chosen.append(example)
+    return chosen[:num_examples]

@@ -1,8 +1,12 @@
-"""An evaluation as text: the table on the terminal, the Markdown report, and methods compared. Scores are 0 to 100."""
+"""An evaluation as text: the table on the terminal and the Markdown report. Scores are 0 to 100.
+
+`summary` is what `statistics.summarize` returns; `measure` one of its P, TTP and UNSEEN.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 from urllib.parse import quote
 
 from dpa_ds.evaluation.layout import aligned, escape, markdown_table, short_names
@@ -10,12 +14,290 @@ from dpa_ds.evaluation.layout import aligned, escape, markdown_table, short_name
 Json = Mapping[str, Any]
 MAIN_METRIC = "rouge1"
 METRIC_NAMES = {"rouge1": "ROUGE-1", "rougeL": "ROUGE-L", "exact_match": "exact match", "chrf": "chrF"}
+MEASURES = {"P": "own tasks", "TTP": "all trained tasks", "UNSEEN": "tasks that no client trained on"}
 FLOOR = "the best of a constant answer, a copy of the prompt and the first option"
 """What a floor is, for notes below tables."""
-MEASURES = {"P": "own tasks", "TTP": "all trained tasks", "UNSEEN": "tasks that no client trained on"}
+FLOOR_KINDS = ("constant", "copy", "first_option")
+MAX_SHOWN = 20
+"""Clients and tasks up to which the terminal shows each; the report shows all."""
+_TERMINAL_WIDTH = 160
+"""About as many characters stand side by side; further tasks continue below."""
+_LONGEST_TASK = 11
+"""Characters of a task's name on the terminal: with the spaces beside it, eight tasks, P and TTP fit the width."""
+_LONGEST_LABEL = 24
+_TOLERANCE = 1e-6
+"""Scores and weights that differ by less are equal: they differ by rounding alone."""
 
 
-class TaskScore(NamedTuple):
+def terminal_table(summary: Json, metric: str = MAIN_METRIC) -> str:
+    """Clients x tasks of one metric, own tasks and scores below their floor marked, then P and TTP with intervals."""
+    task_names = short_names([task["task"] for task in summary["tasks"]], _LONGEST_TASK)
+    lines = [_extent(summary, metric)]
+    lines += _side_by_side(_terminal_columns(summary, metric, task_names))
+    lines += ["", f"* own task   ! below its floor: {FLOOR}"]
+    lines += _explain_names(summary, task_names)
+    lines += _name_what_is_left_out(summary)
+    lines += ["", *_terminal_measures(summary, metric)]
+    return "\n".join(lines)
+
+
+def _terminal_columns(summary: Json, metric: str, task_names: Sequence[str]) -> list[list[str]]:
+    """Columns of cells: header, one cell a client, the best floor, and which floor that is."""
+    clients = summary["clients"][:MAX_SHOWN]
+    labels = short_names([client["label"] for client in summary["clients"]], _LONGEST_LABEL)
+    columns = [["client", *labels[:MAX_SHOWN], "best floor", ""]]
+    for task, name in zip(summary["tasks"][:MAX_SHOWN], task_names, strict=False):
+        cells = [_terminal_score(task_score(client, task, metric)) for client in clients]
+        floor = highest_floor(task, metric)
+        kind = floor.kind.split("_")[0]
+        columns.append([name, *cells, f"{floor.score:.1f}  ", f"{kind}  "])
+    for measure in measures(summary):
+        cells = [padded(measure_score(summary, client, measure, metric)) for client in clients]
+        floor_of_all = number(overall_floor(summary, measure, metric))
+        columns.append([measure, *cells, f"{floor_of_all} ", ""])
+    return columns
+
+
+def _terminal_score(score: "TaskScore | None") -> str:
+    if score is None:
+        return "-  "
+    # Two places for the marks in every cell, so that the numbers of a column stand one below the other.
+    marks = ""
+    if score.own:
+        marks += "*"
+    if score.below:
+        marks += "!"
+    return f"{score.mean:.1f}{marks:2}"
+
+
+def _side_by_side(columns: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of one or more blocks that fit the terminal, each beginning with the first column."""
+    first, *others = columns
+    width = sum(_width(column) + 2 for column in others)
+    # The first column is repeated in every block; the others are spread evenly, not filled up one by one.
+    num_blocks = math.ceil(width / (_TERMINAL_WIDTH - _width(first)))
+    lines = []
+    for block in range(num_blocks):
+        start = len(others) * block // num_blocks
+        end = len(others) * (block + 1) // num_blocks
+        rows = zip(first, *others[start:end], strict=True)
+        lines += ["", *aligned(rows)]
+    return lines
+
+
+def _width(column: Sequence[str]) -> int:
+    return max(map(len, column))
+
+
+def _explain_names(summary: Json, task_names: Sequence[str]) -> list[str]:
+    """A line for each shown name that a number alone tells from others."""
+    lines = []
+    for name, task in zip(task_names, summary["tasks"][:MAX_SHOWN], strict=False):
+        if "~" in name and name != task["task"]:
+            lines.append(f"{name} = {task['task']}")
+    return lines
+
+
+def _name_what_is_left_out(summary: Json) -> list[str]:
+    left_out = []
+    for noun in ("clients", "tasks"):
+        count = len(summary[noun])
+        if count > MAX_SHOWN:
+            left_out.append(f"{count - MAX_SHOWN} of {count} {noun}")
+    if not left_out:
+        return []
+    return [f"not shown: {' and '.join(left_out)}"]
+
+
+def _terminal_measures(summary: Json, metric: str) -> list[str]:
+    rows = []
+    for measure in measures(summary):
+        score = overall(summary, measure, metric)
+        name = f"({MEASURES[measure]})"
+        rows.append([measure, name, padded(score.mean), f"95 % interval {score.interval}", f"floor {score.floor}"])
+    return aligned(rows, left=2)
+
+
+def markdown_report(summary: Json, title: str, details: Mapping[str, str], pictures: Sequence[str]) -> str:
+    """The whole evaluation as Markdown; `pictures` are file names relative to the report."""
+    parts = [f"# {escape(title)}", f"{_extent(summary, MAIN_METRIC)}."]
+    if details:
+        rows = [[escape(name), escape(value)] for name, value in details.items()]
+        parts.append(markdown_table(["setting", "value"], rows, left=2))
+    parts += ["## P and TTP", f"`!`: below its floor, {FLOOR}.", _measures_table(summary)]
+    for name in pictures:
+        parts.append(f"![{escape(name)}]({quote(name)})")
+    main = METRIC_NAMES[MAIN_METRIC]
+    parts += [f"## Clients and tasks: {main}, mean and 95 % interval", "Bold: the client's own task."]
+    parts.append(_score_table(summary, MAIN_METRIC, with_interval=True))
+    for metric in summary["metrics"]:
+        if metric != MAIN_METRIC:
+            parts += [f"### {METRIC_NAMES.get(metric, metric)}, mean", _score_table(summary, metric)]
+    parts += [f"## Floors: {main}", _floor_table(summary)]
+    parts += ["## Alpha, the weight of the local adapter", *_alpha_tables(summary)]
+    for kind, examples in summary["examples"].items():
+        parts += [f"## Examples: {kind}", _example_table(examples)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _measures_table(summary: Json) -> str:
+    header = ["", "metric", "mean", "95 % interval", "standard error", "best floor"]
+    rows = []
+    for measure in measures(summary):
+        for metric in summary["metrics"]:
+            names = [f"{measure}, {MEASURES[measure]}", METRIC_NAMES.get(metric, metric)]
+            score = overall(summary, measure, metric)
+            rows.append([*names, score.mean, score.interval, score.standard_error, score.floor])
+    return markdown_table(header, rows, left=2)
+
+
+def _score_table(summary: Json, metric: str, with_interval: bool = False) -> str:
+    shown_measures = measures(summary)
+    header = ["client"]
+    last_row = ["best floor"]
+    for task in summary["tasks"]:
+        header.append(escape(task["task"]))
+        floor = highest_floor(task, metric)
+        last_row.append(f"{floor.score:.1f} {floor.kind.replace('_', ' ')}")
+    for measure in shown_measures:
+        header.append(measure)
+        last_row.append(number(overall_floor(summary, measure, metric)))
+    rows = []
+    for client in summary["clients"]:
+        row = [escape(client["label"])]
+        for task in summary["tasks"]:
+            row.append(_markdown_score(task_score(client, task, metric), with_interval))
+        for measure in shown_measures:
+            row.append(measure_score(summary, client, measure, metric))
+        rows.append(row)
+    return markdown_table(header, [*rows, last_row])
+
+
+def _markdown_score(score: "TaskScore | None", with_interval: bool) -> str:
+    if score is None:
+        return "-"
+    text = f"{score.mean:.1f}"
+    if score.own:
+        text = f"**{text}**"
+    if score.below:
+        text += "!"
+    if with_interval:
+        text += f" {score.interval}"
+    return text
+
+
+def _floor_table(summary: Json) -> str:
+    header = ["task", "constant answer", "score of the constant answer", "copy of the prompt", "first option"]
+    rows = []
+    for task in summary["tasks"]:
+        row = [escape(task["task"]), escape(task["constant_answer"])]
+        for kind in FLOOR_KINDS:
+            scores = task["floors"].get(kind) or {}
+            row.append(number(scores.get(MAIN_METRIC)))
+        rows.append(row)
+    return markdown_table(header, rows, left=2)
+
+
+@dataclass(frozen=True)
+class _AlphaCell:
+    """The weights of one client's answers to one task."""
+
+    client: int
+    task: str
+    own: bool
+    num_instances: int
+    values: Json
+    """mean, min, max and quantiles, as the summary has them."""
+
+
+def _alpha_tables(summary: Json) -> list[str]:
+    """Paragraphs and tables; a weight that is the same everywhere needs one line."""
+    cells = _alpha_cells(summary)
+    lowest = min(cell.values["min"] for cell in cells)
+    highest = max(cell.values["max"] for cell in cells)
+    if highest - lowest < _TOLERANCE:
+        return [f"Alpha is {cells[0].values['mean']:.3f} for every answer."]
+    pools = [_alpha_row("all clients", cells)]
+    by_task = []
+    for client in summary["clients"]:
+        of_client = [cell for cell in cells if cell.client == client["client"]]
+        pools.append(_alpha_row(escape(client["label"]), of_client))
+        by_task.append([escape(client["label"])])
+    for task in summary["tasks"]:
+        of_task = [cell for cell in cells if cell.task == task["task"]]
+        pools.append(_alpha_row(f"task {escape(task['task'])}", of_task))
+        for row, client in zip(by_task, summary["clients"], strict=True):
+            row.append(_alpha_quantiles(client["alpha"].get(task["task"])))
+    tasks = [escape(task["task"]) for task in summary["tasks"]]
+    return [
+        markdown_table(["answers of", "own tasks: mean", "min to max", "other tasks: mean", "min to max"], pools),
+        "Mean and, in brackets, the 10 % and 90 % quantiles:",
+        markdown_table(["client", *tasks], by_task),
+    ]
+
+
+def _alpha_cells(summary: Json) -> list[_AlphaCell]:
+    num_instances = {task["task"]: task["num_instances"] for task in summary["tasks"]}
+    cells = []
+    for client in summary["clients"]:
+        for task, values in client["alpha"].items():
+            own = task in client["own_tasks"]
+            cells.append(_AlphaCell(client["client"], task, own, num_instances[task], values))
+    return cells
+
+
+def _alpha_row(name: str, cells: Sequence[_AlphaCell]) -> list[str]:
+    own = [cell for cell in cells if cell.own]
+    other = [cell for cell in cells if not cell.own]
+    return [name, *_pool_alpha(own), *_pool_alpha(other)]
+
+
+def _pool_alpha(cells: Sequence[_AlphaCell]) -> list[str]:
+    """Mean over all instances, and the range."""
+    if not cells:
+        return ["-", "-"]
+    total = sum(cell.num_instances * cell.values["mean"] for cell in cells)
+    mean = total / sum(cell.num_instances for cell in cells)
+    low = min(cell.values["min"] for cell in cells)
+    high = max(cell.values["max"] for cell in cells)
+    return [f"{mean:.3f}", f"{low:.3f} to {high:.3f}"]
+
+
+def _alpha_quantiles(values: Json | None) -> str:
+    if values is None:
+        return "-"
+    return f"{values['mean']:.3f} [{values['q10']:.3f}, {values['q90']:.3f}]"
+
+
+def _example_table(examples: Sequence[Json]) -> str:
+    if not examples:
+        return "None."
+    texts = ("task", "instruction", "reference", "answer")
+    rows = []
+    for example in examples:
+        numbers = [number(example[MAIN_METRIC]), str(example["client"]), number(example["alpha"], 3)]
+        rows.append([*numbers, str(example["row"]), *(escape(example[text]) for text in texts)])
+    return markdown_table([METRIC_NAMES[MAIN_METRIC], "client", "alpha", "row", *texts], rows, left=8)
+
+
+def _extent(summary: Json, metric: str) -> str:
+    clients = _counted(len(summary["clients"]), "client")
+    tasks = _counted(len(summary["tasks"]), "task")
+    instances = _counted(summary["num_instances"], "instance")
+    return f"{METRIC_NAMES.get(metric, metric)}, 0 to 100: {clients}, {tasks}, {instances}"
+
+
+def _counted(count: int, noun: str) -> str:
+    if count == 1:
+        return f"1 {noun}"
+    return f"{count} {noun}s"
+
+
+# ---- scores and floors of a summary ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TaskScore:
     """Score of one client on one task, 0 to 100."""
 
     mean: float
@@ -26,7 +308,8 @@ class TaskScore(NamedTuple):
     """Below the best floor of the task."""
 
 
-class Overall(NamedTuple):
+@dataclass(frozen=True)
+class OverallScore:
     """P, TTP or UNSEEN of all clients, as shown."""
 
     mean: str
@@ -36,26 +319,13 @@ class Overall(NamedTuple):
     floor: str
 
 
-def task_cell(client: Json, task: Json, metric: str) -> TaskScore | None:
-    """The cell of an entry of `clients` and one of `tasks`; None where the client was not asked."""
-    if task["task"] not in client["scores"]:
-        return None
-    values = client["scores"][task["task"]][metric]
-    below = floor_mark(values["mean"], highest_floor(task, metric)[0]) == "!"
-    return TaskScore(values["mean"], _interval(values), task["task"] in client["own_tasks"], below)
+@dataclass(frozen=True)
+class Floor:
+    """What an answer is worth that needs no model."""
 
-
-def measure_cell(summary: Json, client: Json, measure: str, metric: str) -> str:
-    """P, TTP or UNSEEN of one client, with "!" if below the mean floor of the same tasks; "-" if it has none."""
-    score = (client.get(measure) or {}).get(metric)
-    return f"{number(score)}{floor_mark(score, client_floor(summary, client, measure, metric))}"
-
-
-def overall(summary: Json, measure: str, metric: str) -> Overall:
-    """P, TTP or UNSEEN over all clients."""
-    values, floor = summary[measure][metric], overall_floor(summary, measure, metric)
-    mean = f"{number(values['mean'])}{floor_mark(values['mean'], floor)}"
-    return Overall(mean, _interval(values), number(values["standard_error"], 2), number(floor))
+    score: float
+    kind: str
+    """One of FLOOR_KINDS."""
 
 
 def measures(summary: Json) -> list[str]:
@@ -63,196 +333,103 @@ def measures(summary: Json) -> list[str]:
     return [measure for measure in MEASURES if summary.get(measure)]
 
 
-def highest_floor(task: Json, metric: str) -> tuple[float, str]:
-    """The highest floor of a task, and which one it is."""
-    return max((scores[metric], kind) for kind, scores in task["floors"].items() if scores is not None)
+def task_score(client: Json, task: Json, metric: str) -> TaskScore | None:
+    """Score of an entry of `clients` on one of `tasks`; None where the client was not asked."""
+    name = task["task"]
+    if name not in client["scores"]:
+        return None
+    values = client["scores"][name][metric]
+    below = is_below(values["mean"], highest_floor(task, metric).score)
+    return TaskScore(values["mean"], _interval(values), name in client["own_tasks"], below)
+
+
+def measure_score(summary: Json, client: Json, measure: str, metric: str) -> str:
+    """P, TTP or UNSEEN of one client, with "!" if below the mean floor of the same tasks; "-" if it has none."""
+    scores = client.get(measure) or {}
+    return marked_number(scores.get(metric), client_floor(summary, client, measure, metric))
+
+
+def overall(summary: Json, measure: str, metric: str) -> OverallScore:
+    """P, TTP or UNSEEN over all clients."""
+    values = summary[measure][metric]
+    floor = overall_floor(summary, measure, metric)
+    mean = marked_number(values["mean"], floor)
+    return OverallScore(mean, _interval(values), number(values["standard_error"], 2), number(floor))
+
+
+def highest_floor(task: Json, metric: str) -> Floor:
+    """The highest floor of a task; of equal ones the last by name."""
+    known = [(scores[metric], kind) for kind, scores in task["floors"].items() if scores is not None]
+    score, kind = max(known)
+    return Floor(score, kind)
 
 
 def client_floor(summary: Json, client: Json, measure: str, metric: str) -> float | None:
     """Mean of the best floors over the tasks that the client's P, TTP or UNSEEN is the mean of."""
     floors = []
     for task in summary["tasks"]:
-        trained = bool(task["clients"])
-        counts = {"P": task["task"] in client["own_tasks"], "TTP": trained, "UNSEEN": not trained}[measure]
-        if counts and task["task"] in client["scores"]:
-            floors.append(highest_floor(task, metric)[0])
-    return sum(floors) / len(floors) if floors else None
+        if task["task"] in client["scores"] and _counts(task, client, measure):
+            floors.append(highest_floor(task, metric).score)
+    return _mean(floors)
+
+
+def _counts(task: Json, client: Json, measure: str) -> bool:
+    """Whether the task counts for the client's `measure`."""
+    if measure == "P":
+        return task["task"] in client["own_tasks"]
+    is_trained = bool(task["clients"])
+    if measure == "TTP":
+        return is_trained
+    return not is_trained
 
 
 def overall_floor(summary: Json, measure: str, metric: str) -> float | None:
-    """The summary has none for unseen tasks: averaged here, as the scores are."""
+    """The mean floor over clients. The summary has none for unseen tasks: averaged here, as the scores are."""
     if measure in summary["floors"]:
         return float(summary["floors"][measure][metric])
-    floors = [client_floor(summary, client, measure, metric) for client in summary["clients"]]
-    known = [floor for floor in floors if floor is not None]
-    return sum(known) / len(known) if known else None
+    # A client without unseen tasks has no score, and no floor, either.
+    floors = []
+    for client in summary["clients"]:
+        floor = client_floor(summary, client, measure, metric)
+        if floor is not None:
+            floors.append(floor)
+    return _mean(floors)
 
 
-def floor_mark(score: float | None, floor: float | None) -> str:
-    """ "!" if below. A model that gives the constant answer scores its floor up to rounding: that is not below."""
-    return "!" if score is not None and floor is not None and score < floor - 1e-6 else ""
+def _mean(values: Sequence[float]) -> float | None:
+    if not values:
+        return None
+    return sum(values) / len(values)
+
+
+def is_below(score: float | None, floor: float | None) -> bool:
+    """Whether both are known and the score is lower: a model that always gives the constant answer is not."""
+    return score is not None and floor is not None and score < floor - _TOLERANCE
+
+
+# ---- numbers as they are shown ---------------------------------------------------------------------------------
 
 
 def number(value: float | None, decimals: int = 1) -> str:
     """A score as shown; "-" where there is none."""
-    return "-" if value is None else f"{value:.{decimals}f}"
+    if value is None:
+        return "-"
+    return f"{value:.{decimals}f}"
+
+
+def marked_number(score: float | None, floor: float | None) -> str:
+    """A score as shown, with "!" if it is below its floor."""
+    if is_below(score, floor):
+        return f"{number(score)}!"
+    return number(score)
 
 
 def padded(score: str) -> str:
     """A place for the mark in every row, so that the numbers stand one below the other."""
-    return score if score.endswith("!") else f"{score} "
+    if score.endswith("!"):
+        return score
+    return f"{score} "
 
 
 def _interval(values: Json) -> str:
     return f"[{values['low']:.1f}, {values['high']:.1f}]"
-
-
-MAX_SHOWN = 20
-_TERMINAL_WIDTH = 160
-"""About as many characters stand side by side; further tasks continue below."""
-
-
-def terminal_table(summary: Json, metric: str = MAIN_METRIC) -> str:
-    """Clients x tasks of one metric, own tasks and scores below their floor marked, then P and TTP with intervals."""
-    full = [task["task"] for task in summary["tasks"]]
-    names = short_names(full, 11)
-    first, *columns = _terminal_columns(summary, metric, names)
-    lines = [_extent(summary, metric)]
-    width = sum(max(map(len, column)) + 2 for column in columns)
-    num_blocks = math.ceil(width / (_TERMINAL_WIDTH - max(map(len, first))))
-    for block in range(num_blocks):
-        start, end = (len(columns) * edge // num_blocks for edge in (block, block + 1))
-        lines += ["", *aligned(zip(first, *columns[start:end], strict=True))]
-    lines += ["", f"* own task   ! below its floor: {FLOOR}"]
-    pairs = list(zip(names, full, strict=True))[:MAX_SHOWN]
-    lines += [f"{name} = {whole}" for name, whole in pairs if name != whole and "~" in name]
-    counts = [(len(summary["clients"]), "clients"), (len(full), "tasks")]
-    left_out = [f"{count - MAX_SHOWN} of {count} {noun}" for count, noun in counts if count > MAX_SHOWN]
-    lines += [f"not shown: {' and '.join(left_out)}"] if left_out else []
-    rows = []
-    for measure in measures(summary):
-        mean, interval, _, floor = overall(summary, measure, metric)
-        rows.append([measure, f"({MEASURES[measure]})", padded(mean), f"95 % interval {interval}", f"floor {floor}"])
-    return "\n".join([*lines, "", *aligned(rows, left=2)])
-
-
-def markdown_report(summary: Json, title: str, details: Mapping[str, str], pictures: Sequence[str]) -> str:
-    """The whole evaluation as Markdown; `pictures` are file names relative to the report."""
-    main = METRIC_NAMES[MAIN_METRIC]
-    parts = [f"# {escape(title)}", f"{_extent(summary, MAIN_METRIC)}."]
-    if details:
-        parts.append(markdown_table(["setting", "value"], [[escape(k), escape(v)] for k, v in details.items()], 2))
-    rows = [
-        [f"{measure}, {MEASURES[measure]}", METRIC_NAMES.get(metric, metric), *overall(summary, measure, metric)]
-        for measure in measures(summary)
-        for metric in summary["metrics"]
-    ]
-    parts += ["## P and TTP", f"`!`: below its floor, {FLOOR}."]
-    parts.append(markdown_table(["", "metric", "mean", "95 % interval", "standard error", "best floor"], rows, 2))
-    parts += [f"![{escape(name)}]({quote(name)})" for name in pictures]
-    parts += [f"## Clients and tasks: {main}, mean and 95 % interval", "Bold: the client's own task."]
-    parts.append(_score_table(summary, MAIN_METRIC, with_interval=True))
-    for metric in summary["metrics"]:
-        if metric != MAIN_METRIC:
-            parts += [f"### {METRIC_NAMES.get(metric, metric)}, mean", _score_table(summary, metric)]
-    floors = [
-        [escape(task["task"]), escape(task["constant_answer"])]
-        + [number((task["floors"].get(kind) or {}).get(MAIN_METRIC)) for kind in ("constant", "copy", "first_option")]
-        for task in summary["tasks"]
-    ]
-    header = ["task", "constant answer", "score of the constant answer", "copy of the prompt", "first option"]
-    parts += [f"## Floors: {main}", markdown_table(header, floors, 2)]
-    parts += ["## Alpha, the weight of the local adapter", *_alpha(summary)]
-    for kind, examples in summary["examples"].items():
-        parts += [f"## Examples: {kind}", _examples(examples)]
-    return "\n\n".join(parts) + "\n"
-
-
-def _terminal_columns(summary: Json, metric: str, names: Sequence[str]) -> list[list[str]]:
-    """Columns of cells: header, clients, floors, which floors; `names` head the tasks."""
-    clients = summary["clients"][:MAX_SHOWN]
-    labels = short_names([client["label"] for client in summary["clients"]], 24)[:MAX_SHOWN]
-    columns = [["client", *labels, "best floor", ""]]
-    for task, name in list(zip(summary["tasks"], names, strict=True))[:MAX_SHOWN]:
-        # Two places for the marks in every row, so that the numbers stand one below the other.
-        cells = (task_cell(client, task, metric) for client in clients)
-        marked = [f"{number(cell.mean)}{'*' * cell.own + '!' * cell.below:2}" if cell else "-  " for cell in cells]
-        floor, kind = highest_floor(task, metric)
-        columns.append([name, *marked, f"{floor:.1f}  ", f"{kind.split('_')[0]}  "])
-    for measure in measures(summary):
-        marked = [padded(measure_cell(summary, client, measure, metric)) for client in clients]
-        columns.append([measure, *marked, f"{number(overall_floor(summary, measure, metric))} ", ""])
-    return columns
-
-
-def _score_table(summary: Json, metric: str, with_interval: bool = False) -> str:
-    def shown(client: Json, task: Json) -> str:
-        cell = task_cell(client, task, metric)
-        if cell is None:
-            return "-"
-        mean = f"**{cell.mean:.1f}**" if cell.own else f"{cell.mean:.1f}"
-        return f"{mean}{'!' if cell.below else ''}{f' {cell.interval}' if with_interval else ''}"
-
-    rows = [
-        [
-            escape(client["label"]),
-            *(shown(client, task) for task in summary["tasks"]),
-            *(measure_cell(summary, client, measure, metric) for measure in measures(summary)),
-        ]
-        for client in summary["clients"]
-    ]
-    best = [highest_floor(task, metric) for task in summary["tasks"]]
-    floors = [f"{floor:.1f} {kind.replace('_', ' ')}" for floor, kind in best]
-    means = [number(overall_floor(summary, measure, metric)) for measure in measures(summary)]
-    header = ["client", *(escape(task["task"]) for task in summary["tasks"]), *measures(summary)]
-    return markdown_table(header, [*rows, ["best floor", *floors, *means]])
-
-
-def _alpha(summary: Json) -> list[str]:
-    """Paragraphs and tables; a weight that is the same everywhere needs one line."""
-    size = {task["task"]: task["num_instances"] for task in summary["tasks"]}
-    cells = [(client, task, values) for client in summary["clients"] for task, values in client["alpha"].items()]
-    if max(values["max"] for *_, values in cells) - min(values["min"] for *_, values in cells) < 1e-6:
-        return [f"Alpha is {cells[0][2]['mean']:.3f} for every answer."]
-    groups = [("all clients", cells)]
-    groups += [(escape(c["label"]), [cell for cell in cells if cell[0] is c]) for c in summary["clients"]]
-    groups += [(f"task {escape(name)}", [cell for cell in cells if cell[1] == name]) for name in size]
-    rows = []
-    for name, members in groups:
-        own = [(size[task], values) for client, task, values in members if task in client["own_tasks"]]
-        other = [(size[task], values) for client, task, values in members if task not in client["own_tasks"]]
-        rows.append([name, *_alpha_pool(own), *_alpha_pool(other)])
-    grid = [[escape(c["label"]), *(_alpha_cell(c["alpha"].get(name)) for name in size)] for c in summary["clients"]]
-    return [
-        markdown_table(["answers of", "own tasks: mean", "min to max", "other tasks: mean", "min to max"], rows),
-        "Mean and, in brackets, the 10 % and 90 % quantiles:",
-        markdown_table(["client", *map(escape, size)], grid),
-    ]
-
-
-def _alpha_pool(cells: Sequence[tuple[int, Json]]) -> tuple[str, str]:
-    """Mean over instances, and range, of cells given as (number of instances, their alpha)."""
-    if not cells:
-        return "-", "-"
-    mean = sum(count * values["mean"] for count, values in cells) / sum(count for count, _ in cells)
-    low, high = min(values["min"] for _, values in cells), max(values["max"] for _, values in cells)
-    return f"{mean:.3f}", f"{low:.3f} to {high:.3f}"
-
-
-def _alpha_cell(values: Json | None) -> str:
-    return "-" if values is None else f"{values['mean']:.3f} [{values['q10']:.3f}, {values['q90']:.3f}]"
-
-
-def _examples(examples: Sequence[Json]) -> str:
-    texts = ("task", "instruction", "reference", "answer")
-    rows = [
-        [number(e[MAIN_METRIC]), str(e["client"]), number(e["alpha"], 3), str(e["row"]), *(escape(e[t]) for t in texts)]
-        for e in examples
-    ]
-    return markdown_table([METRIC_NAMES[MAIN_METRIC], "client", "alpha", "row", *texts], rows, 8) if rows else "None."
-
-
-def _extent(summary: Json, metric: str) -> str:
-    counts = {"client": len(summary["clients"]), "task": len(summary["tasks"]), "instance": summary["num_instances"]}
-    extent = ", ".join(f"{count} {noun}{'s' * (count != 1)}" for noun, count in counts.items())
-    return f"{METRIC_NAMES.get(metric, metric)}, 0 to 100: {extent}"

@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from dpa_ds.config.schema import RunConfig
+from dpa_ds.config.schema import DataConfig, EvaluationConfig, RunConfig
 from dpa_ds.distributed.job_store import JobStore
 from dpa_ds.errors import ConfigError
 from dpa_ds.evaluation.answers import Instance
@@ -15,13 +16,15 @@ from dpa_ds.evaluation.dataset import (
     name_of_part,
     read_instances,
 )
-from dpa_ds.evaluation.tables import overall_floor
+from dpa_ds.evaluation.tables import MAIN_METRIC, overall_floor
 from dpa_ds.experiments.comparison import (
     DUAL,
     METHODS,
+    QUANTITIES,
     Candidate,
     Entry,
-    compare_entries,
+    Line,
+    compare_lines,
     held_out_curve,
     name_of_candidate,
     parse_weightings,
@@ -47,6 +50,27 @@ class Plan:
     tuning_instances: int
     """Held-out instances of each task, where a scale is to be chosen."""
 
+    def entries(self) -> list[Entry]:
+        """The lines of the table."""
+        return plan_entries(self.methods, self.weightings)
+
+    def trained_methods(self) -> list[str]:
+        """The methods that are to be trained, each once: their runs have the adapters of all others."""
+        return list(dict.fromkeys(entry.trained_as(self.methods) for entry in self.entries()))
+
+    def tunes(self) -> bool:
+        """Whether some scale is to be chosen on held-out data."""
+        return any(len(candidate.scales) > 1 for candidate in self.weightings)
+
+
+@dataclass(frozen=True)
+class EvaluatedEntry:
+    """An entry with its scale chosen, evaluated with every seed."""
+
+    entry: Entry
+    folders: tuple[Path, ...]
+    """Folder of the report of each seed."""
+
 
 def build_plan(methods: str, seeds: str, weightings: str | None, tuning_instances: str) -> Plan:
     """From the words of the command line; `weightings` None: `DEFAULT_WEIGHTINGS`.
@@ -54,13 +78,15 @@ def build_plan(methods: str, seeds: str, weightings: str | None, tuning_instance
     Raises:
         ConfigError: an unknown method, something that is no number, or weightings for methods with one adapter.
     """
+    # dict.fromkeys keeps the order and drops what is named twice.
     named = tuple(dict.fromkeys(word.strip() for word in methods.split(",")))
     unknown = [method for method in named if method not in METHODS]
     if unknown:
         raise ConfigError(f"--methods {unknown} are unknown: choose among {', '.join(METHODS)}")
     if weightings is not None and not set(named) & set(DUAL):
         raise ConfigError(
-            f"--weightings is for methods with both adapters, {' and '.join(DUAL)}, but --methods has neither: leave it out"
+            f"--weightings is for methods with both adapters, {' and '.join(DUAL)}, but --methods has neither: "
+            "leave it out"
         )
     candidates = tuple(parse_weightings(weightings or DEFAULT_WEIGHTINGS))
     try:
@@ -83,84 +109,111 @@ def compare(config: RunConfig, job: JobStore, plan: Plan, recipe_arguments: Sequ
     """
     job.start_watchdog(config.checkpoint.grace_seconds, config.cluster.heartbeat_timeout_seconds)
     setup_logging(is_coordinator=job.launch.global_rank == 0)
-    entries = plan_entries(plan.methods, plan.weightings)
     stages = Stages(config, job, recipe_arguments)
-    scored = replace(config, evaluation=replace(config.evaluation, split="test"))
-    instances = choose_instances(scored, read_instances(scored))
-    trained = dict.fromkeys(entry.trained_as(plan.methods) for entry in entries)
-    check_before_training(config, plan, entries, stages)
+    # Whatever the recipe says of the split: what is compared are scores on test data.
+    evaluation = replace(config.evaluation, split="test")
+    instances = choose_instances(read_instances(config.data, config.seed, "test"), evaluation)
+    # On every rank, and before the first training: an error after hours would be a waste of them.
+    check_before_training(plan, stages, config.data, evaluation)
     for seed in plan.seeds:
-        for method in trained:
+        for method in plan.trained_methods():
             stages.train(method, seed)
-    folders: dict[Entry, list[Path]] = {}
-    for entry in entries:
-        method = entry.trained_as(plan.methods)
-        scale = choose_scale(stages, plan, method, entry.candidate)
-        chosen = replace(entry, candidate=Candidate(entry.candidate.kind, scale))
-        folders[chosen] = [stages.evaluate(method, seed, chosen.candidate, "test") for seed in plan.seeds]
+    evaluated = [evaluate_entry(stages, plan, entry) for entry in plan.entries()]
     if job.launch.global_rank == 0:
-        evaluated = {
-            (entry.method, name_of_candidate(entry.candidate)): [
-                read_evaluation(folder, instances) for folder in of_seeds
-            ]
-            for entry, of_seeds in folders.items()
-        }
-        summary = read_summary(next(iter(folders.values()))[0] / "summary.json")
-        floors = {quantity: overall_floor(summary, quantity, "rouge1") for quantity in ("P", "TTP")}
-        series = {
-            " = ".join(
-                dict.fromkeys(e.method for e in entries if e.trained_as(plan.methods) == method)
-            ): held_out_curve([stages.run_dir(method, seed) for seed in plan.seeds])
-            for method in trained
-        }
-        report_dir = config.run_dir / "comparisons" / name_of_comparison(config, plan, instances)
-        logger.info("\n" + write_comparison(report_dir, compare_entries(evaluated, floors, plan.seeds), series))
+        decoding = (config.generation.num_beams, config.generation.max_new_tokens, config.model.precision)
+        asked = [asdict(instance) for instance in instances]
+        name = name_of_comparison(plan, evaluation, [config.federation.num_rounds, decoding, asked])
+        report_dir = config.run_dir / "comparisons" / name
+        logger.info("\n" + write_tables(report_dir, plan, stages, evaluated, instances))
 
 
-def name_of_comparison(config: RunConfig, plan: Plan, instances: Sequence[Instance]) -> str:
-    """Folder of the tables: readable, and another one where anything else is compared, so that none is replaced."""
-    part = name_of_part(None, config.evaluation.tasks, config.evaluation.instances_per_task)
-    decoding = (config.generation.num_beams, config.generation.max_new_tokens, config.model.precision)
-    asked = [asdict(instance) for instance in instances]
-    digest = digest_of([asdict(plan), config.federation.num_rounds, decoding, asked])
-    return f"{'+'.join(plan.methods)}-seeds_{'+'.join(map(str, plan.seeds))}-{part}-{digest}"
+def name_of_comparison(plan: Plan, evaluation: EvaluationConfig, details: Sequence[Any]) -> str:
+    """Folder of the tables: readable, and another one where anything else is compared, so that none is replaced.
+
+    Args:
+        details: JSON values that the numbers depend on, beside the plan.
+    """
+    methods = "+".join(plan.methods)
+    seeds = "+".join(map(str, plan.seeds))
+    part = name_of_part(None, evaluation.tasks, evaluation.instances_per_task)
+    return f"{methods}-seeds_{seeds}-{part}-{digest_of([asdict(plan), *details])}"
 
 
-def check_before_training(config: RunConfig, plan: Plan, entries: Sequence[Entry], stages: Stages) -> None:
+def check_before_training(plan: Plan, stages: Stages, data: DataConfig, evaluation: EvaluationConfig) -> None:
     """Refuse now what would end the comparison after hours of training. Collective: every rank of the job.
 
     Raises:
         ConfigError, CheckpointError, DataError: a recipe, a run that is there, or the data does not allow the plan.
     """
-    tunes = any(len(entry.candidate.scales) > 1 for entry in entries)
-    if tunes and config.data.held_out_fraction == 0:
-        raise ConfigError(
-            "--weightings with several scales chooses among them on held-out training data, but data.held_out_fraction is "
-            "0: set it (0.1 keeps a tenth back), or give each weighting one scale"
-        )
-    for entry in entries:
+    evaluations = [evaluation]
+    if plan.tunes():
+        if data.held_out_fraction == 0:
+            raise ConfigError(
+                "--weightings with several scales chooses among them on held-out training data, but "
+                "data.held_out_fraction is 0: set it (0.1 keeps a tenth back), or give each weighting one scale"
+            )
+        # The scale is chosen on data that no client trained on, but not on the test data that it is judged by.
+        evaluations.append(replace(evaluation, split="held_out"))
+    for entry in plan.entries():
         stages.resolve(entry.method, entry.candidate)
     for seed in plan.seeds:
-        for split in ("test", "held_out") if tunes else ("test",):
-            of_split = replace(config.evaluation, split=split)
-            check_some_task_is_trained(replace(config, seed=seed, evaluation=of_split))
-        for method in dict.fromkeys(entry.trained_as(plan.methods) for entry in entries):
+        for split in evaluations:
+            check_some_task_is_trained(data, seed, split)
+        for method in plan.trained_methods():
             stages.check(method, seed)
 
 
-def choose_scale(stages: Stages, plan: Plan, method: str, candidate: Candidate) -> tuple[float, ...]:
-    """Of several scales the one with the best TTP on held-out training data, the mean over seeds."""
+def evaluate_entry(stages: Stages, plan: Plan, entry: Entry) -> EvaluatedEntry:
+    """Evaluate an entry with every seed, with the best of its scales. Collective: every rank of the job."""
+    method = entry.trained_as(plan.methods)
+    chosen = replace(entry, candidate=choose_scale(stages, plan, method, entry.candidate))
+    folders = [stages.evaluate(method, seed, chosen.candidate, "test") for seed in plan.seeds]
+    return EvaluatedEntry(chosen, tuple(folders))
+
+
+def choose_scale(stages: Stages, plan: Plan, method: str, candidate: Candidate) -> Candidate:
+    """Of several scales the one with the best TTP on held-out training data, the mean over seeds.
+
+    Collective: every rank of the job.
+    """
     if len(candidate.scales) < 2:
-        return candidate.scales
+        return candidate
+    best = candidate.scales[0]
     scores: dict[float, float] = {}
     for scale in candidate.scales:
-        folders = [
-            stages.evaluate(method, seed, Candidate(candidate.kind, (scale,)), "held_out", plan.tuning_instances)
-            for seed in plan.seeds
-        ]
-        summaries = [read_summary(folder / "summary.json") for folder in folders]
-        scores[scale] = sum(s["TTP"]["rouge1"]["mean"] for s in summaries) / len(summaries)
-    best = max(scores, key=lambda scale: scores[scale])
+        single = Candidate(candidate.kind, (scale,))
+        of_seeds = []
+        for seed in plan.seeds:
+            folder = stages.evaluate(method, seed, single, "held_out", plan.tuning_instances)
+            of_seeds.append(read_summary(folder / "summary.json")["TTP"][MAIN_METRIC]["mean"])
+        scores[scale] = sum(of_seeds) / len(of_seeds)
+        if scores[scale] > scores[best]:
+            best = scale
     listed = ", ".join(f"{scale:g}: {score:.2f}" for scale, score in scores.items())
     logger.info(f"{method}, {candidate.kind}: TTP on held-out training data {listed}; chosen {best:g}")
-    return (best,)
+    return Candidate(candidate.kind, (best,))
+
+
+def write_tables(
+    report_dir: Path, plan: Plan, stages: Stages, evaluated: Sequence[EvaluatedEntry], instances: Sequence[Instance]
+) -> str:
+    """Write the tables and pictures of the comparison; returns the table as text. Rank 0 only."""
+    lines = []
+    for of_entry in evaluated:
+        evaluations = [read_evaluation(folder, instances) for folder in of_entry.folders]
+        entry = of_entry.entry
+        lines.append(Line(entry.method, name_of_candidate(entry.candidate), evaluations))
+    # The same instances everywhere, and so the same floors.
+    summary = read_summary(evaluated[0].folders[0] / "summary.json")
+    floors = {quantity: overall_floor(summary, quantity, MAIN_METRIC) for quantity in QUANTITIES}
+    series = {}
+    for method in plan.trained_methods():
+        run_dirs = [stages.run_dir(method, seed) for seed in plan.seeds]
+        series[_name_of_curve(plan, method)] = held_out_curve(run_dirs)
+    return write_comparison(report_dir, compare_lines(lines, floors, plan.seeds), series)
+
+
+def _name_of_curve(plan: Plan, trained: str) -> str:
+    """All methods whose rounds are those of the run that was `trained`."""
+    methods = [entry.method for entry in plan.entries() if entry.trained_as(plan.methods) == trained]
+    return " = ".join(dict.fromkeys(methods))

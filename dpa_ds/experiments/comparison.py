@@ -6,14 +6,14 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from dpa_ds.adapters.methods import GLOBAL, LOCAL
 from dpa_ds.config.schema import MethodName, WeightingKind
 from dpa_ds.data.sources import ClientInfo
 from dpa_ds.errors import CheckpointError, ConfigError
 from dpa_ds.evaluation.answers import Answer, Instance, read_answers, select_answers
-from dpa_ds.evaluation.figures import HELD_OUT_LOSS, curves, p_against_ttp
+from dpa_ds.evaluation.figures import HELD_OUT_LOSS, Point, Score, curves, p_against_ttp
 from dpa_ds.evaluation.statistics import Quantity, ScoreTable, oracle, over_seeds, paired_difference
 from dpa_ds.experiments.comparison_tables import comparison_markdown, comparison_table
 from dpa_ds.runs.storage import UNREADABLE, write_file
@@ -21,12 +21,15 @@ from dpa_ds.runs.tracking import read_records
 
 METHODS: tuple[MethodName, ...] = typing.get_args(MethodName)
 DUAL = ("feddpa_t", "feddpa_f")
+"""Methods with both adapters, whose answers depend on the weighting."""
 BASELINE = "fedit"
 QUANTITIES: tuple[Quantity, ...] = ("P", "TTP")
+ORACLE = "oracle: better adapter per task"
 _ALONE = {"fedit": GLOBAL, "fedlora": LOCAL, LOCAL: LOCAL, "centralized": GLOBAL}
+"""Method with one adapter -> that adapter, which is also the weighting that uses it alone."""
 _CONTAINED_IN = {"fedit": ("feddpa_f", "fedlora"), "fedlora": ("feddpa_f",)}
-"""The rounds of FedIT are those of FedDPA-F and FedLoRA, whose last phases are the same: one run has the adapters of all
-three, bit for bit (tests/multirank/test_compare.py)."""
+"""The rounds of FedIT are those of FedDPA-F and FedLoRA, whose last phases are the same: one run has the adapters of
+all three, bit for bit (tests/multirank/test_compare.py)."""
 
 
 @dataclass(frozen=True)
@@ -40,26 +43,52 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of the table."""
+    """A method and a weighting that are to be evaluated."""
 
     method: str
     candidate: Candidate
 
     def trained_as(self, methods: Sequence[str]) -> str:
         """The method whose run has this one's adapters, among `methods`."""
-        return next((other for other in _CONTAINED_IN.get(self.method, ()) if other in methods), self.method)
+        for other in _CONTAINED_IN.get(self.method, ()):
+            if other in methods:
+                return other
+        return self.method
 
 
-class Evaluated(NamedTuple):
+@dataclass(frozen=True)
+class Evaluated:
     """One evaluation, read back."""
 
     table: ScoreTable
     answers: Sequence[Answer]
 
 
+@dataclass(frozen=True)
+class Line:
+    """One line of the comparison, evaluated with every seed."""
+
+    method: str
+    weighting: str
+    evaluations: Sequence[Evaluated]
+    """One for each seed."""
+
+    @property
+    def tables(self) -> list[ScoreTable]:
+        """The scores of each seed."""
+        return [evaluated.table for evaluated in self.evaluations]
+
+    @property
+    def is_oracle(self) -> bool:
+        """Nobody gave these answers: they are chosen by their scores, and have no weights."""
+        return self.weighting == ORACLE
+
+
 def name_of_candidate(candidate: Candidate) -> str:
     """The kind, with its scale where there is one."""
-    return f"{candidate.kind} {candidate.scales[0]:g}" if candidate.scales else candidate.kind
+    if not candidate.scales:
+        return candidate.kind
+    return f"{candidate.kind} {candidate.scales[0]:g}"
 
 
 def parse_weightings(text: str) -> list[Candidate]:
@@ -68,27 +97,51 @@ def parse_weightings(text: str) -> list[Candidate]:
     ConfigError: an unknown kind, or a scale that is no number or out of the kind's range.
     """
     kinds = [kind for kind in typing.get_args(WeightingKind) if kind != "auto"]
-    candidates = []
-    for word in text.split(","):
-        kind, _, scales = word.strip().partition(":")
+    candidates: list[Candidate] = []
+    for part in text.split(","):
+        word = part.strip()
+        kind, _, scales = word.partition(":")
         if kind not in kinds:
-            raise ConfigError(f"--weightings {word.strip()} is unknown: choose among {', '.join(kinds)}")
-        if scales and kind in (GLOBAL, LOCAL):
-            raise ConfigError(
-                f"--weightings {word.strip()}: {kind} is one adapter alone and takes no scale: leave it out"
-            )
-        candidate = Candidate(kind, _parse_scales(word.strip(), kind, scales.split("|")) if scales else ())
+            raise ConfigError(f"--weightings {word} is unknown: choose among {', '.join(kinds)}")
+        candidate = Candidate(kind)
+        if scales:
+            candidate = Candidate(kind, _parse_scales(word, kind, scales))
         if candidate not in candidates:
             candidates.append(candidate)
     return candidates
+
+
+def _parse_scales(word: str, kind: str, scales: str) -> tuple[float, ...]:
+    if kind in (GLOBAL, LOCAL):
+        raise ConfigError(f"--weightings {word}: {kind} is one adapter alone and takes no scale: leave it out")
+    numbers: list[float] = []
+    try:
+        for scale in scales.split("|"):
+            number = float(scale)
+            if number not in numbers:
+                numbers.append(number)
+    except ValueError as error:
+        raise ConfigError(
+            f"--weightings {word}: scales are numbers, such as {kind}:0.5 or {kind}:0.25|0.5|1"
+        ) from error
+    highest, allowed = sys.float_info.max, "must be finite and >= 0"
+    if kind == "fixed":
+        highest, allowed = 1.0, "must be in [0, 1]"
+    for number in numbers:
+        if not 0 <= number <= highest:
+            raise ConfigError(f"--weightings {word}: scales of {kind} {allowed}, got {number:g}")
+    return tuple(numbers)
 
 
 def plan_entries(methods: Sequence[str], weightings: Sequence[Candidate]) -> list[Entry]:
     """The lines of the table: each weighting for a method with both adapters, the one adapter of the others."""
     entries = []
     for method in methods:
-        candidates = weightings if method in DUAL else [Candidate(_ALONE[method])]
-        entries += [Entry(method, candidate) for candidate in candidates]
+        candidates = weightings
+        if method not in DUAL:
+            candidates = [Candidate(_ALONE[method])]
+        for candidate in candidates:
+            entries.append(Entry(method, candidate))
     return entries
 
 
@@ -107,17 +160,32 @@ def read_summary(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: the file is damaged.
     """
+    remedy = "delete it, then run the same command again"
     try:
         summary: dict[str, Any] = json.loads(path.read_text())
-        clients = [(c["client"], c["label"], *c["own_tasks"]) for c in summary["clients"]]
-        means = [summary["TTP"] and summary["TTP"]["rouge1"]["mean"], *summary["floors"].values()]
-        whole = all(isinstance(n, int) and all(isinstance(text, str) for text in texts) for n, *texts in clients)
-        whole = whole and isinstance(summary["settings"], dict) and len(means) == 3
+        is_whole = _has_what_is_used(summary)
     except UNREADABLE as error:
-        raise CheckpointError(f"{path} is damaged ({error}): delete it, then run the same command again") from error
-    if not whole:
-        raise CheckpointError(f"{path} is damaged: delete it, then run the same command again")
+        raise CheckpointError(f"{path} is damaged ({error}): {remedy}") from error
+    if not is_whole:
+        raise CheckpointError(f"{path} is damaged: {remedy}")
     return summary
+
+
+def _has_what_is_used(summary: Mapping[str, Any]) -> bool:
+    """Whether the parts of a summary that a comparison uses have their types.
+
+    Raises:
+        one of UNREADABLE: a part is missing.
+    """
+    for client in summary["clients"]:
+        if not isinstance(client["client"], int):
+            return False
+        for text in (client["label"], *client["own_tasks"]):
+            if not isinstance(text, str):
+                return False
+    if summary["TTP"] and not isinstance(summary["TTP"]["rouge1"]["mean"], int | float):
+        return False
+    return isinstance(summary["settings"], dict) and len(summary["floors"].values()) == len(QUANTITIES)
 
 
 def read_evaluation(folder: Path, instances: Sequence[Instance]) -> Evaluated:
@@ -126,68 +194,126 @@ def read_evaluation(folder: Path, instances: Sequence[Instance]) -> Evaluated:
     Raises:
         CheckpointError: a file of the evaluation is damaged.
     """
-    summary = read_summary(folder / "summary.json")
-    clients = [ClientInfo(c["client"], c["label"], tuple(c["own_tasks"])) for c in summary["clients"]]
-    answers = select_answers(read_answers(folder.parent / "answers"), [c.client for c in clients], instances)
-    if len(answers) < len({client.client for client in clients}) * len(instances):
+    clients = []
+    for client in read_summary(folder / "summary.json")["clients"]:
+        clients.append(ClientInfo(client["client"], client["label"], tuple(client["own_tasks"])))
+    client_ids = {client.client for client in clients}
+    answers_dir = folder.parent / "answers"
+    answers = select_answers(read_answers(answers_dir), list(client_ids), instances)
+    if len(answers) < len(client_ids) * len(instances):
         raise CheckpointError(
-            f"{folder.parent / 'answers'} lacks answers that {folder} counts: delete {folder}, then run the same command again"
+            f"{answers_dir} lacks answers that {folder} counts: delete {folder}, then run the same command again"
         )
     return Evaluated(ScoreTable.build(instances, answers, clients), answers)
 
 
-def compare_entries(
-    entries: Mapping[tuple[str, str], Sequence[Evaluated]], floors: Mapping[str, float | None], seeds: Sequence[int]
+def compare_lines(
+    lines: Sequence[Line], floors: Mapping[Quantity, float | None], seeds: Sequence[int]
 ) -> dict[str, Any]:
-    """What `comparison_table` shows, from (method, weighting) -> one evaluation a seed.
+    """What `comparison_table` shows.
 
-    Adds a line for the oracle of each method whose adapters were both scored alone: per client and task the better one, the
-    ceiling of any weighting that chooses between them by task.
+    Adds a line for the oracle of each method whose adapters were both scored alone: per client and task the better one,
+    the ceiling of any weighting that chooses between them by task.
     """
-    lines = {line: [evaluated.table for evaluated in of_seeds] for line, of_seeds in entries.items()}
-    for method in dict.fromkeys(method for method, _ in entries):
-        alone = [lines.get((method, kind)) for kind in (GLOBAL, LOCAL)]
-        if all(alone):
-            pairs = zip(*(tables for tables in alone if tables), strict=True)
-            lines[method, "oracle: better adapter per task"] = [oracle({"g": g, "l": l}) for g, l in pairs]  # noqa: E741
-    baseline = next((tables for (method, _), tables in lines.items() if method == BASELINE), None)
+    all_lines = [*lines, *_oracles(lines)]
+    baseline = None
+    cosines: dict[str, Line] = {}
+    for line in all_lines:
+        if line.method == BASELINE and baseline is None:
+            baseline = line
+        if line.weighting.split()[0] == "cosine":
+            cosines.setdefault(line.method, line)
     methods = []
-    for (method, weighting), tables in lines.items():
-        cosine = next((t for (m, w), t in lines.items() if m == method and w.split()[0] == "cosine"), None)
-        evaluated = entries.get((method, weighting))
-        line: dict[str, Any] = {"method": method, "weighting": weighting, "floors": dict(floors)}
+    for line in all_lines:
+        described: dict[str, Any] = {"method": line.method, "weighting": line.weighting, "floors": dict(floors)}
         for quantity in QUANTITIES:
-            overall = [table.overall(quantity) for table in tables]
-            line[quantity] = over_seeds([values["rouge1"] for values in overall if values])
-            line[f"{quantity}_difference"] = _difference(tables, baseline, quantity)
-            line[f"{quantity}_to_cosine"] = _difference(tables, cosine, quantity) if evaluated else None
-        line["weights"] = describe_weights(evaluated) if evaluated else None
-        methods.append(line)
+            described[quantity] = over_seeds(_scores_of_seeds(line, quantity))
+            described[f"{quantity}_difference"] = _difference(line, baseline, quantity)
+            described[f"{quantity}_to_cosine"] = None
+            if not line.is_oracle:
+                described[f"{quantity}_to_cosine"] = _difference(line, cosines.get(line.method), quantity)
+        described["weights"] = None
+        if not line.is_oracle:
+            described["weights"] = describe_weights(line.evaluations)
+        methods.append(described)
     return {"baseline": BASELINE, "seeds": list(seeds), "methods": methods}
 
 
+def _oracles(lines: Sequence[Line]) -> list[Line]:
+    alone: dict[str, dict[str, Line]] = {}
+    for line in lines:
+        of_method = alone.setdefault(line.method, {})
+        if line.weighting in (GLOBAL, LOCAL):
+            of_method[line.weighting] = line
+    oracles = []
+    for method, of_method in alone.items():
+        if len(of_method) < 2:
+            continue
+        evaluations = []
+        for pair in zip(of_method[GLOBAL].tables, of_method[LOCAL].tables, strict=True):
+            evaluations.append(Evaluated(oracle(pair), answers=()))
+        oracles.append(Line(method, ORACLE, evaluations))
+    return oracles
+
+
+def _scores_of_seeds(line: Line, quantity: Quantity) -> list[float]:
+    scores = []
+    for table in line.tables:
+        by_metric = table.overall(quantity)
+        if by_metric is not None:
+            scores.append(by_metric["rouge1"])
+    return scores
+
+
+def _difference(line: Line, other: Line | None, quantity: Quantity) -> dict[str, float] | None:
+    """None where there is nothing to compare the line with, or only itself."""
+    if other is None or line is other:
+        return None
+    return paired_difference(line.tables, other.tables, quantity)
+
+
 def describe_weights(evaluations: Sequence[Evaluated]) -> dict[str, dict[str, float] | None]:
-    """Alpha of all answers of all seeds: `own` on tasks that the client trained on, `other` on the rest; None: no answers."""
-    alphas: dict[str, list[float]] = {"own": [], "other": []}
+    """Alpha of all answers of all seeds: `own` on tasks that the client trained on, `other` on the rest.
+
+    None where there are no answers.
+    """
+    own: list[float] = []
+    other: list[float] = []
     for evaluated in evaluations:
         own_tasks = {client.client: client.own_tasks for client in evaluated.table.clients}
         for answer in evaluated.answers:
-            alphas["own" if answer.task in own_tasks[answer.client] else "other"].append(answer.alpha)
-    return {kind: _describe(values) if values else None for kind, values in alphas.items()}
+            if answer.task in own_tasks[answer.client]:
+                own.append(answer.alpha)
+            else:
+                other.append(answer.alpha)
+    return {"own": _describe_alphas(own), "other": _describe_alphas(other)}
+
+
+def _describe_alphas(alphas: Sequence[float]) -> dict[str, float] | None:
+    if not alphas:
+        return None
+    return {
+        "num_answers": len(alphas),
+        "mean": sum(alphas) / len(alphas),
+        "min": min(alphas),
+        "max": max(alphas),
+        "share_zero": alphas.count(0.0) / len(alphas),
+    }
 
 
 def held_out_curve(run_dirs: Sequence[Path]) -> list[tuple[int, float]]:
-    """(round, held-out loss), the mean over runs."""
-    courses: list[dict[int, float]] = []
+    """(round, held-out loss), the mean over runs, of the rounds that all of them have."""
+    losses_by_round: dict[int, dict[Path, float]] = {}
     for run_dir in run_dirs:
-        records = [
-            r
-            for r in read_records(run_dir / "metrics.jsonl")
-            if r["kind"] == "round" and isinstance(r.get("held_out_loss"), float)
-        ]
-        courses.append({record["round"]: record["held_out_loss"] for record in records})
-    rounds = sorted(set.intersection(*(set(course) for course in courses)))
-    return [(r, sum(course[r] for course in courses) / len(courses)) for r in rounds]
+        for record in read_records(run_dir / "metrics.jsonl"):
+            if record["kind"] == "round" and isinstance(record.get("held_out_loss"), float):
+                losses_by_round.setdefault(record["round"], {})[run_dir] = record["held_out_loss"]
+    curve = []
+    for server_round, losses in sorted(losses_by_round.items()):
+        if len(losses) == len(run_dirs):
+            mean = sum(losses.values()) / len(losses)
+            curve.append((server_round, mean))
+    return curve
 
 
 def write_comparison(
@@ -196,43 +322,14 @@ def write_comparison(
     """Write comparison.json, comparison.md and two pictures into `folder`; returns the table as text."""
     write_file(folder / "comparison.json", json.dumps({**comparison, "curves": series}, indent=1))
     curves(series, folder / "convergence.png", HELD_OUT_LOSS, "Convergence: mean over clients")
-    points = [
-        {"label": f"{m['method']} {m['weighting']}", "P": m["P"]["mean"], "TTP": m["TTP"]["mean"]}
-        | {f"{q}_error": m[q]["standard_error"] for q in QUANTITIES}
-        | {f"floor_{q}": m["floors"][q] for q in QUANTITIES}
-        for m in comparison["methods"]
-    ]
+    points = []
+    for line in comparison["methods"]:
+        points.append(Point(f"{line['method']} {line['weighting']}", _score(line, "P"), _score(line, "TTP")))
     p_against_ttp(points, folder / "p_against_ttp.png")
     pictures = "![convergence](convergence.png)\n\n![P against TTP](p_against_ttp.png)\n"
     write_file(folder / "comparison.md", f"# Comparison\n\n{comparison_markdown(comparison)}\n{pictures}")
     return f"{comparison_table(comparison)}\ntable, numbers and pictures: {folder}/comparison.*, {folder}/*.png"
 
 
-def _parse_scales(word: str, kind: str, scales: Sequence[str]) -> tuple[float, ...]:
-    try:
-        numbers = tuple(dict.fromkeys(float(scale) for scale in scales))
-    except ValueError as error:
-        raise ConfigError(
-            f"--weightings {word}: scales are numbers, such as {kind}:0.5 or {kind}:0.25|0.5|1"
-        ) from error
-    highest, text = (1.0, "must be in [0, 1]") if kind == "fixed" else (sys.float_info.max, "must be finite and >= 0")
-    wrong = [number for number in numbers if not 0 <= number <= highest]
-    if wrong:
-        raise ConfigError(f"--weightings {word}: scales of {kind} {text}, got {wrong[0]:g}")
-    return numbers
-
-
-def _difference(
-    tables: Sequence[ScoreTable], others: Sequence[ScoreTable] | None, quantity: Quantity
-) -> dict[str, float] | None:
-    return None if others is None or tables is others else paired_difference(tables, others, quantity)
-
-
-def _describe(alphas: Sequence[float]) -> dict[str, float]:
-    return {
-        "num_answers": len(alphas),
-        "mean": sum(alphas) / len(alphas),
-        "min": min(alphas),
-        "max": max(alphas),
-        "share_zero": alphas.count(0.0) / len(alphas),
-    }
+def _score(line: Mapping[str, Any], quantity: Quantity) -> Score:
+    return Score(line[quantity]["mean"], line[quantity]["standard_error"], line["floors"][quantity])

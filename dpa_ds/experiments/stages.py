@@ -1,7 +1,7 @@
 """The trainings and evaluations that a comparison is made of, each started once.
 
-Every training and every evaluation is a process of its own on each rank, joined by a port of its own: memory is freed in
-between, and a launcher is needed only once.
+Every training and every evaluation is a process of its own on each rank, joined by a port of its own: memory is freed
+in between, and a launcher is needed only once.
 """
 
 import json
@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -33,9 +33,11 @@ class Stages:
     """Trainings and evaluations, each done once. Every method is collective: all ranks of the job."""
 
     def __init__(self, config: RunConfig, job: JobStore, recipe_arguments: Sequence[str]) -> None:
-        self._config, self._job, self._recipe_arguments = config, job, list(recipe_arguments)
+        self._config = config
+        self._job = job
+        self._recipe_arguments = list(recipe_arguments)
         self._num_clients = len(list_clients(config.data, config.seed))
-        self._num_stages = 0
+        self._num_decisions = 0
 
     def run_dir(self, method: str, seed: int) -> Path:
         """Folder of the run of `method` with `seed`."""
@@ -47,77 +49,116 @@ class Stages:
         Raises:
             ConfigError, CheckpointError: so it is.
         """
-        num_rounds, run_dir = self._config.federation.num_rounds, self.run_dir(method, seed)
+        num_rounds = self._config.federation.num_rounds
         completed = self._completed_rounds(method, seed)
         if completed > num_rounds:
             raise ConfigError(
-                f"federation.num_rounds is {num_rounds}, but {run_dir} has completed {completed} rounds: set it to "
-                f"{completed} or more, choose another name, or delete that folder"
+                f"federation.num_rounds is {num_rounds}, but {self.run_dir(method, seed)} has completed {completed} "
+                f"rounds: set it to {completed} or more, choose another name, or delete that folder"
             )
 
     def train(self, method: str, seed: int) -> None:
         """Run launch/run.py, unless all rounds are complete."""
         if self._completed_rounds(method, seed) < self._config.federation.num_rounds:
-            self._start(f"train {method}, seed {seed}", "run.py", self._arguments(method, seed))
+            self._start(f"train {method}, seed {seed}", "run.py", self._training_arguments(method, seed))
 
     def resolve(self, method: str, candidate: Candidate) -> Weighting:
         """What `candidate` means for `method`. Raises ConfigError if it does not go with the federation."""
         recipe = replace(
             self._config,
             method=replace(self._config.method, name=method),  # type: ignore[arg-type]
-            weighting=self._weighting(candidate),
+            weighting=self._weighting_config(candidate),
         )
         return resolve_weighting(recipe, build_schedule(recipe.method), self._num_clients)
 
     def evaluate(
         self, method: str, seed: int, candidate: Candidate, split: str, num_instances: int | None = None
     ) -> Path:
-        """Run launch/evaluate.py, unless this very evaluation is complete; its folder."""
-        run_dir, config = self.run_dir(method, seed), self._config
-        limit = config.evaluation.instances_per_task if num_instances is None else num_instances
-        weighting = self._weighting(candidate)
-        wanted: dict[str, Any] = {
-            "weighting": describe_weighting(self.resolve(method, candidate), config.weighting.num_references),
-            "precision": config.model.precision,
-            "split": split,
-            "adapters": RunFolder(run_dir).digest(config.federation.num_rounds),
-            "beams": config.generation.num_beams,
-            "max_new_tokens": config.generation.max_new_tokens,
-            "clients": None,
-            "tasks": config.evaluation.tasks,
-            "instances_per_task": limit,
-        }
-        if not self._from_rank_zero(lambda: find_evaluation(run_dir, wanted) is not None):
-            own = [f"--run={run_dir}", f"--split={split}", f"--weighting.scale={json.dumps(weighting.scale)}"]
-            own += [f"--weighting.{name}={getattr(weighting, name)}" for name in ("kind", "representation", "encoder")]
-            own += [
-                f"--evaluation.{name}={json.dumps(wanted[name])}" for name in ("clients", "tasks", "instances_per_task")
-            ]
-            own += [f"--generation.{name}={value}" for name, value in asdict(config.generation).items()]
-            self._start(f"evaluate {method}, seed {seed}: {name_of_candidate(candidate)}, {split}", "evaluate.py", own)
+        """Run launch/evaluate.py, unless this very evaluation is complete; its folder.
+
+        Args:
+            num_instances: of each task; None: `evaluation.instances_per_task`.
+        """
+        run_dir = self.run_dir(method, seed)
+        wanted = self._wanted_settings(method, seed, candidate, split, num_instances)
+
+        def is_there() -> bool:
+            return find_evaluation(run_dir, wanted) is not None
+
+        if not self._from_rank_zero(is_there):
+            arguments = self._evaluation_arguments(run_dir, candidate, wanted)
+            what = f"evaluate {method}, seed {seed}: {name_of_candidate(candidate)}, {split}"
+            self._start(what, "evaluate.py", arguments)
         folder = find_evaluation(run_dir, wanted)
         assert folder is not None, wanted
         return folder
 
-    def _arguments(self, method: str, seed: int) -> list[str]:
-        """Of the training. The recipe's order of phases is that of feddpa_t: the other methods have none to choose."""
-        run_dir, default = self.run_dir(method, seed), MethodConfig()
-        own = [f"--name={run_dir.name}", f"--output_dir={run_dir.parent}", f"--method.name={method}", f"--seed={seed}"]
+    def _wanted_settings(
+        self, method: str, seed: int, candidate: Candidate, split: str, num_instances: int | None
+    ) -> dict[str, Any]:
+        """What the summary.json of this evaluation says of its settings, and that of no other evaluation of the run."""
+        config = self._config
+        if num_instances is None:
+            num_instances = config.evaluation.instances_per_task
+        weighting = self.resolve(method, candidate)
+        return {
+            "weighting": describe_weighting(weighting, config.weighting.num_references),
+            "precision": config.model.precision,
+            "split": split,
+            "adapters": RunFolder(self.run_dir(method, seed)).digest(config.federation.num_rounds),
+            "beams": config.generation.num_beams,
+            "max_new_tokens": config.generation.max_new_tokens,
+            "clients": None,
+            "tasks": config.evaluation.tasks,
+            "instances_per_task": num_instances,
+        }
+
+    def _evaluation_arguments(self, run_dir: Path, candidate: Candidate, wanted: Mapping[str, Any]) -> list[str]:
+        weighting = self._weighting_config(candidate)
+        arguments = [
+            f"--run={run_dir}",
+            f"--split={wanted['split']}",
+            f"--weighting.scale={json.dumps(weighting.scale)}",
+            f"--weighting.kind={weighting.kind}",
+            f"--weighting.representation={weighting.representation}",
+            f"--weighting.encoder={weighting.encoder}",
+        ]
+        for name in ("clients", "tasks", "instances_per_task"):
+            arguments.append(f"--evaluation.{name}={json.dumps(wanted[name])}")
+        for name, value in asdict(self._config.generation).items():
+            arguments.append(f"--generation.{name}={value}")
+        return arguments
+
+    def _training_arguments(self, method: str, seed: int) -> list[str]:
+        run_dir = self.run_dir(method, seed)
+        arguments = [*self._recipe_arguments, f"--name={run_dir.name}", f"--output_dir={run_dir.parent}"]
+        arguments += [f"--method.name={method}", f"--seed={seed}"]
         if method != "feddpa_t":
-            own += [f"--method.{key}={getattr(default, key)}" for key in ("phase_order", "global_source")]
-        return [*self._recipe_arguments, *own]
+            # The recipe's order of phases is that of feddpa_t: the other methods have none to choose.
+            default = MethodConfig()
+            arguments.append(f"--method.phase_order={default.phase_order}")
+            arguments.append(f"--method.global_source={default.global_source}")
+        return arguments
 
     def _completed_rounds(self, method: str, seed: int) -> int:
-        recipe = load_config(self._arguments(method, seed))
-        return int(self._from_rank_zero(lambda: validate_run_dir(RunFolder(self.run_dir(method, seed)), recipe)))
+        recipe = load_config(self._training_arguments(method, seed))
+        folder = RunFolder(self.run_dir(method, seed))
 
-    def _weighting(self, candidate: Candidate) -> WeightingConfig:
-        scale = candidate.scales[0] if candidate.scales else None
+        def count() -> int:
+            return validate_run_dir(folder, recipe)
+
+        return int(self._from_rank_zero(count))
+
+    def _weighting_config(self, candidate: Candidate) -> WeightingConfig:
+        scale = None
+        if candidate.scales:
+            scale = candidate.scales[0]
         return WeightingConfig(candidate.kind, scale, self._config.weighting.num_references)  # type: ignore[arg-type]
 
-    def _from_rank_zero(self, decision: Callable[[], Any]) -> Any:
-        self._num_stages += 1
-        return self._job.broadcast_from_rank_zero(f"stage/{self._num_stages}", decision)
+    def _from_rank_zero(self, decide: Callable[[], Any]) -> Any:
+        """What rank 0 finds on the disk: another rank may look a moment later, and find something else."""
+        self._num_decisions += 1
+        return self._job.broadcast_from_rank_zero(f"stage/{self._num_decisions}", decide)
 
     def _start(self, what: str, program: str, arguments: Sequence[str]) -> None:
         """Run `program` on every rank.
@@ -126,32 +167,47 @@ class Stages:
             Preempted: a signal came meanwhile; it was passed on, and the program has saved what it had.
             DpaError: the program failed; it has said why.
         """
-        launch = self._job.launch
-        port = int(self._job.broadcast_from_rank_zero(f"port/{self._num_stages}", _free_port))
+        # Each start follows a decision: its number is new.
+        port = int(self._job.broadcast_from_rank_zero(f"port/{self._num_decisions}", _free_port))
         logger.info(f"\n=== {what}")
-        environment = {k: v for k, v in os.environ.items() if not k.startswith("TORCHELASTIC_")}
-        environment |= {"RANK": str(launch.global_rank), "WORLD_SIZE": str(launch.job_world_size)}
-        environment |= {
-            "LOCAL_RANK": str(launch.local_rank),
-            "MASTER_ADDR": launch.master_addr,
-            "MASTER_PORT": str(port),
-        }
+        # Else what is said here comes after what the program says, where the output is a file.
         sys.stdout.flush()
-        reported = False
-        with subprocess.Popen(
-            [sys.executable, str(REPOSITORY / "launch" / program), *arguments], env=environment
-        ) as running:
+        command = [sys.executable, str(REPOSITORY / "launch" / program), *arguments]
+        was_stopped = False
+        with subprocess.Popen(command, env=self._environment(port)) as running:
             while (status := running.poll()) is None:
-                if self._job.stop_requested and not reported:
+                if self._job.stop_requested and not was_stopped:
                     running.terminate()
-                    reported = True
+                    was_stopped = True
                 time.sleep(POLL_SECONDS)
-        if reported or status == Preempted.exit_code:
+        # Also where another rank alone was asked to stop: all programs of a stage end with this code then.
+        if was_stopped or status == Preempted.exit_code:
             self._job.preempt()
         if status:
-            failed = DpaError(f"could not {what} (see above); once that is mended the same command resumes from there")
-            failed.exit_code = status if status > 0 else 1
-            raise failed
+            message = f"could not {what} (see above); once that is mended the same command resumes from there"
+            raise program_failed(message, status)
+
+    def _environment(self, port: int) -> dict[str, str]:
+        """This rank's place, in the variables that every launcher sets."""
+        launch = self._job.launch
+        environment = {}
+        for name, value in os.environ.items():
+            # With them the processes would join the store of the launcher of this one (torch 2.13).
+            if not name.startswith("TORCHELASTIC_"):
+                environment[name] = value
+        environment["RANK"] = str(launch.global_rank)
+        environment["WORLD_SIZE"] = str(launch.job_world_size)
+        environment["LOCAL_RANK"] = str(launch.local_rank)
+        environment["MASTER_ADDR"] = launch.master_addr
+        environment["MASTER_PORT"] = str(port)
+        return environment
+
+
+def program_failed(message: str, status: int) -> DpaError:
+    """The error to end with after a program did, with its exit status; 1 where it is negative: a signal ended it."""
+    failed = DpaError(message)
+    failed.exit_code = max(status, 1)
+    return failed
 
 
 def _free_port() -> int:

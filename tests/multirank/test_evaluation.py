@@ -26,7 +26,7 @@ TASKS, UNSEEN = ("animal2", "colour0", "count1", "verb3"), ("which cat sings", "
 def evaluate_on_rank(job: Any, argv: Sequence[str]) -> str:
     """The evaluation that `launch/evaluate.py` starts with the arguments `argv`; the folder of the report."""
     from dpa_ds.cli.args import load_run_config
-    from dpa_ds.cli.evaluate import evaluate
+    from dpa_ds.evaluation.runner import evaluate
 
     return str(evaluate(load_run_config(argv, ""), job))
 

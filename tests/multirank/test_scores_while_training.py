@@ -60,7 +60,7 @@ def train(inputs: tuple[Path, Path], folder: Path, num_ranks: int, **overrides: 
 
 def evaluate_on_rank(job: Any, argv: Sequence[str]) -> None:
     from dpa_ds.cli.args import load_run_config
-    from dpa_ds.cli.evaluate import evaluate
+    from dpa_ds.evaluation.runner import evaluate
 
     evaluate(load_run_config(argv, ""), job)
 

@@ -12,7 +12,7 @@ from dpa_ds.evaluation.answers import Answer
 from dpa_ds.evaluation.metrics import METRICS
 from dpa_ds.evaluation.statistics import ScoreTable
 from dpa_ds.experiments.compare import build_plan
-from dpa_ds.experiments.comparison import Evaluated, compare_entries, describe_weights
+from dpa_ds.experiments.comparison import Evaluated, Line, compare_lines, describe_weights
 from dpa_ds.experiments.comparison_tables import comparison_markdown, comparison_table
 from tests.unit.test_evaluation_tables import shown, table_with
 
@@ -41,15 +41,19 @@ FEDIT = evaluated(dict.fromkeys(COSINE.table.cells, 45.0), constant(0.0))
 
 def test_each_weighting_is_set_against_the_cosine_of_its_method() -> None:
     """P: (70 + 56) / 2 - (60 + 50) / 2 = 8; TTP: (55 + 38) / 2 - (50 + 40) / 2 = 1.5, the same for every resample."""
-    lines = {("feddpa_t", "cosine 0.5"): [COSINE], ("feddpa_t", "centred_cosine"): [CENTRED]}
-    comparison = compare_entries({**lines, ("fedit", "global"): [FEDIT]}, {"P": 1.0, "TTP": 2.0}, [0])
+    lines = [
+        Line("feddpa_t", "cosine 0.5", [COSINE]),
+        Line("feddpa_t", "centred_cosine", [CENTRED]),
+        Line("fedit", "global", [FEDIT]),
+    ]
+    comparison = compare_lines(lines, {"P": 1.0, "TTP": 2.0}, [0])
     by_line = {(line["method"], line["weighting"]): line for line in comparison["methods"]}
     centred = by_line["feddpa_t", "centred_cosine"]
     assert centred["P_to_cosine"] == pytest.approx({"mean": 8.0, "low": 8.0, "high": 8.0})
     assert centred["TTP_to_cosine"] == pytest.approx({"mean": 1.5, "low": 1.5, "high": 1.5})
     assert centred["P_difference"]["mean"] == pytest.approx(63 - 45)
-    for line in (("feddpa_t", "cosine 0.5"), ("fedit", "global")):
-        assert (by_line[line]["P_to_cosine"], by_line[line]["TTP_to_cosine"]) == (None, None)
+    for names in (("feddpa_t", "cosine 0.5"), ("fedit", "global")):
+        assert (by_line[names]["P_to_cosine"], by_line[names]["TTP_to_cosine"]) == (None, None)
     table = table_with(comparison_markdown(comparison), "TTP - cosine")
     assert [list(map(shown, row)) for row in table[1:]] == [
         ["feddpa_t", "centred_cosine", "+8.00 [+8.00, +8.00] *", "+1.50 [+1.50, +1.50] *"]
@@ -66,8 +70,9 @@ def test_weights_on_own_and_on_other_tasks_over_all_seeds() -> None:
 
 
 def test_the_oracle_has_no_weight_and_no_weighting() -> None:
-    alone = {("feddpa_f", "global"): [COSINE], ("feddpa_f", "local"): [CENTRED], ("feddpa_f", "cosine"): [COSINE]}
-    *_, oracle = compare_entries(alone, {"P": 1.0, "TTP": 2.0}, [0])["methods"]
+    alone = {"global": COSINE, "local": CENTRED, "cosine": COSINE}
+    lines = [Line("feddpa_f", weighting, [evaluation]) for weighting, evaluation in alone.items()]
+    *_, oracle = compare_lines(lines, {"P": 1.0, "TTP": 2.0}, [0])["methods"]
     assert oracle["weighting"].startswith("oracle")
     assert oracle["P"]["mean"] == pytest.approx((70 + 56) / 2)
     assert (oracle["weights"], oracle["P_to_cosine"]) == (None, None)

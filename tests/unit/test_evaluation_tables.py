@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from dpa_ds.data.sources import ClientInfo
 from dpa_ds.evaluation.answers import Answer, Instance
-from dpa_ds.evaluation.layout import escape, markdown_table, place_labels, short_names
+from dpa_ds.evaluation.layout import escape, markdown_table, short_names
 from dpa_ds.evaluation.statistics import summarize
 from dpa_ds.evaluation.tables import client_floor, markdown_report, terminal_table
 
@@ -313,17 +313,3 @@ def test_short_names_keep_what_tells_them_apart() -> None:
         "trans_ger~1 = translation_germanic",
         "trans_ger~2 = translation_germany",
     ]
-
-
-def test_labels_keep_clear_of_each_other() -> None:
-    anchors = [(100.0 + 12 * k, 100.0 + 9 * k) for k in range(6)]
-    taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in anchors]
-    offsets = place_labels(anchors, [(60, 12)] * 6, taken, (0, 0, 300, 300))
-    boxes = [
-        (x + dx - 30, y + dy - 6, x + dx + 30, y + dy + 6) for (x, y), (dx, dy) in zip(anchors, offsets, strict=True)
-    ]
-    for place, one in enumerate(boxes):
-        assert min(one) >= 0
-        assert max(one) <= 300
-        for other in [*boxes[:place], *taken]:
-            assert one[2] <= other[0] or other[2] <= one[0] or one[3] <= other[1] or other[3] <= one[1]

@@ -4,20 +4,22 @@ import math
 import random
 import struct
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
+from matplotlib.legend import Legend
 from matplotlib.patches import Rectangle
-from matplotlib.text import Annotation, Text
 from test_evaluation_tables import FLAN, make_summary, score_of
 
 from dpa_ds.data.sources import ClientInfo
 from dpa_ds.errors import CheckpointError
 from dpa_ds.evaluation import figures
 from dpa_ds.evaluation.answers import Answer
+from dpa_ds.evaluation.figures import Point, Score
 
 ROUNDS = {"fedit": [(0, 4.0), (1, 3.0)], "feddpa_t": [(1, 2.5), (0, 4.0)]}
 
@@ -42,12 +44,26 @@ def make_answers(
     return answers, clients
 
 
-def make_points(num_points: int, error: float | None = 0.5) -> list[dict[str, Any]]:
-    draw = random.Random(5)
+def make_points(num_points: int, error: float | None = 0.5, label: str = "method") -> list[Point]:
+    generator = random.Random(5)
     return [
-        {"label": f"method {k}", "P": draw.gauss(72, 2), "TTP": draw.gauss(62, 2), "P_error": error, "TTP_error": error}
+        Point(f"{label} {k}", Score(generator.gauss(72, 2), error), Score(generator.gauss(62, 2), error))
         for k in range(num_points)
     ]
+
+
+def with_floors(point: Point, floor_p: float | None, floor_ttp: float | None) -> Point:
+    return Point(point.label, replace(point.p, floor=floor_p), replace(point.ttp, floor=floor_ttp))
+
+
+def legend_of(figure: Figure) -> Legend:
+    legend = figure.axes[0].get_legend()
+    assert legend is not None
+    return legend
+
+
+def names_in(legend: Legend) -> list[str]:
+    return [text.get_text() for text in legend.get_texts()]
 
 
 def heat_map_parts(figure: Figure) -> tuple[Any, list[str], list[tuple[int, int]]]:
@@ -130,46 +146,79 @@ def test_clients_without_other_tasks_or_answers() -> None:
     assert titles[2] == "client_9\nno answers"
 
 
-@pytest.mark.parametrize("num_points", [1, 2, 12])
-def test_points_have_their_place_and_labels_keep_clear(num_points: int) -> None:
+def points_shown(figure: Figure) -> list[tuple[str, str, float, float]]:
+    """Marker, colour and place of each point; the other lines are floors and the ends of error bars."""
+    lines = [line for line in figure.axes[0].lines if line.get_marker() not in ("None", "_", "|")]
+    return [(line.get_marker(), line.get_color(), *line.get_xydata()[0].tolist()) for line in lines]
+
+
+@pytest.mark.parametrize("num_points", [1, 2, 12, 20])
+def test_points_have_their_place_and_the_legend_names_each_by_its_look(num_points: int) -> None:
     points = make_points(num_points)
     figure = figures.p_against_ttp_figure(points)
-    (axes,) = figure.axes
-    notes = [text for text in axes.texts if isinstance(text, Annotation)]
-    assert [(note.get_text(), note.xy) for note in notes] == [(p["label"], (p["TTP"], p["P"])) for p in points]
+    shown = points_shown(figure)
+    assert [(x, y) for _, _, x, y in shown] == [(point.ttp.mean, point.p.mean) for point in points]
+    assert len({(marker, colour) for marker, colour, _, _ in shown}) == num_points, "two points look alike"
+    legend = legend_of(figure)
+    assert names_in(legend) == [point.label for point in points]
+    assert [(entry.get_marker(), entry.get_color()) for entry in legend.legend_handles] == [look[:2] for look in shown]
+
+
+@pytest.mark.parametrize("num_points", [21, 40, 60])
+def test_many_points_are_numbers_that_the_legend_explains(num_points: int) -> None:
+    points = make_points(num_points, error=None)
+    figure = figures.p_against_ttp_figure(points)
+    assert [marker for marker, *_ in points_shown(figure)] == [f"${k}$" for k in range(1, num_points + 1)]
+    legend = legend_of(figure)
+    assert names_in(legend) == [point.label for point in points]
+    assert [entry.get_marker() for entry in legend.legend_handles] == [f"${k + 1}$" for k in range(num_points)]
+
+
+def test_points_beyond_counting_have_no_names() -> None:
+    points = [with_floors(point, 50.0, None) for point in make_points(61, error=None)]
+    figure = figures.p_against_ttp_figure(points)
+    assert len(points_shown(figure)) == 61
+    assert names_in(legend_of(figure)) == ["floor of P"]
+    assert figures.p_against_ttp_figure(make_points(61)).axes[0].get_legend() is None
+
+
+@pytest.mark.parametrize("num_points", [1, 9, 40, 60])
+def test_the_legend_is_on_the_picture_beside_the_plot(num_points: int) -> None:
+    points = make_points(num_points, label="feddpa_t oracle: better adapter per task and more than anybody reads")
+    figure = figures.p_against_ttp_figure(points)
     figure.draw_without_rendering()
-    boxes = [Text.get_window_extent(note) for note in notes]
-    assert not any(one.overlaps(other) for place, one in enumerate(boxes) for other in boxes[:place])
-    assert all(axes.bbox.contains(*corner) for box in boxes for corner in (box.min, box.max))
-    for box in boxes:
-        assert not any(box.contains(*axes.transData.transform((p["TTP"], p["P"]))) for p in points)
+    legend, axes = legend_of(figure).get_window_extent(), figure.axes[0]
+    assert legend.x0 >= axes.bbox.x1
+    assert legend.y0 >= 0
+    assert legend.y1 <= figure.bbox.y1
+    assert legend.x1 <= figure.bbox.x1
+    assert axes.bbox.width >= 400, "room for the plot itself"
 
 
 def test_error_bars_only_where_errors_are_known() -> None:
-    points = [{**point, "P_error": 0.25} for point in make_points(2)] + make_points(1, error=None)
+    first, second = make_points(2)
+    points = [replace(first, p=replace(first.p, error=0.25)), second, *make_points(1, error=None)]
     (axes,) = figures.p_against_ttp_figure(points).axes
     assert [len(container.lines[2]) for container in axes.containers] == [2, 2, 0]
     across, up = axes.containers[0].lines[2]
-    x, y = points[0]["TTP"], points[0]["P"]
+    x, y = first.ttp.mean, first.p.mean
     np.testing.assert_allclose(across.get_segments()[0], [[x - 0.5, y], [x + 0.5, y]])
     np.testing.assert_allclose(up.get_segments()[0], [[x, y - 0.25], [x, y + 0.25]])
 
 
 def test_a_shared_floor_is_a_line_and_others_are_dashes() -> None:
-    points = [{**point, "floor_P": 50.0 + k, "floor_TTP": 55.0} for k, point in enumerate(make_points(3, error=None))]
-    (axes,) = figures.p_against_ttp_figure(points).axes
-    legend = axes.get_legend()
-    assert legend is not None
-    assert [text.get_text() for text in legend.get_texts()] == ["floor of P, each point's own", "floor of TTP"]
-    dashes = [
-        line.get_xydata()[0].tolist() for line in axes.lines if line.get_marker() == "_" and len(line.get_xydata())
-    ]
-    assert dashes == [[point["TTP"], point["floor_P"]] for point in points]
-    (shared,) = [line for line in axes.lines if line.get_linestyle() == "--"]
+    points = [with_floors(point, 50.0 + k, 55.0) for k, point in enumerate(make_points(3, error=None))]
+    figure = figures.p_against_ttp_figure(points)
+    names = [point.label for point in points]
+    assert names_in(legend_of(figure)) == [*names, "floor of P, each point's own", "floor of TTP"]
+    lines = figure.axes[0].lines
+    dashes = [line.get_xydata()[0].tolist() for line in lines if line.get_marker() == "_" and len(line.get_xydata())]
+    assert dashes == [[point.ttp.mean, point.p.floor] for point in points]
+    (shared,) = [line for line in lines if line.get_linestyle() == "--"]
     assert list(shared.get_xdata()) == [55.0, 55.0]
-    assert figures.p_against_ttp_figure(make_points(3)).axes[0].get_legend() is None
-    some = [{**make_points(1)[0], "floor_P": None}, {**make_points(2)[1], "floor_P": 60.0}]
-    assert figures.p_against_ttp_figure(some).axes[0].get_legend() is not None
+    first, second = make_points(2)
+    some = [with_floors(first, None, None), with_floors(second, 60.0, None)]
+    assert names_in(legend_of(figures.p_against_ttp_figure(some)))[2:] == ["floor of P, each point's own"]
 
 
 def test_curves_are_in_order_of_rounds() -> None:
@@ -182,7 +231,7 @@ def test_curves_are_in_order_of_rounds() -> None:
 
 def test_names_are_not_read_as_formulas() -> None:
     curves = figures.curves_figure({"$x_1$ and $": [(0, 1.0)]}, "$y$", "$t$")
-    points = figures.p_against_ttp_figure([{**make_points(1)[0], "label": r"$\frac"}])
+    points = figures.p_against_ttp_figure([replace(make_points(1)[0], label=r"$\frac")])
     for figure in (curves, points, figures.heat_map_figure(make_summary(1, ["a$b$c"]))):
         figure.draw_without_rendering()
     assert curves.axes[0].get_title() == r"\$t\$"
@@ -194,7 +243,8 @@ DRAWINGS: dict[str, Callable[[Path], None]] = {
     "heat map 25 x 30": lambda path: figures.heat_map(make_summary(25, [f"t{n}" for n in range(30)]), path),
     "alpha": lambda path: figures.alpha_histograms(*make_answers(8, FLAN, lambda own: 0.4 + 0.2 * own), path),
     "points": lambda path: figures.p_against_ttp(make_points(9), path),
-    "many points": lambda path: figures.p_against_ttp(make_points(40, error=None), path),
+    "many points": lambda path: figures.p_against_ttp(make_points(60, error=None, label="a long name " * 4), path),
+    "more points": lambda path: figures.p_against_ttp(make_points(200, error=None), path),
     "curves": lambda path: figures.curves(ROUNDS, path, "loss", "Convergence"),
     "no curves": lambda path: figures.curves({"fedit": []}, path, "loss", "Convergence"),
 }
@@ -223,6 +273,6 @@ def test_a_picture_that_fails_leaves_the_old_one(tmp_path: Path, monkeypatch: py
     with pytest.raises(CheckpointError, match=r"cannot write .*picture.png: .*No space left"):
         DRAWINGS["points"](path)
     with pytest.raises(KeyError):
-        figures.p_against_ttp([{"label": "no scores"}], path)
+        figures.heat_map({"clients": []}, path)
     assert path.read_bytes() == before
     assert [file.name for file in tmp_path.iterdir()] == ["picture.png"]

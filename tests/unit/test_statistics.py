@@ -137,13 +137,13 @@ def test_faults_of_the_caller_are_asserted(fault: str) -> None:
 
 def test_interval_of_a_binary_task_has_the_known_width() -> None:
     scores = column([100] * 140 + [0] * 60)
-    draws = ScoreTable((ClientInfo(0, "c", ("a",)),), {(0, "a"): scores}).draws(seed=0)[0, "a"]
-    assert draws.shape == (1 + NUM_RESAMPLES, len(METRICS))
-    assert draws[0].tolist() == [70] * len(METRICS)
+    means = ScoreTable((ClientInfo(0, "c", ("a",)),), {(0, "a"): scores}).resampled_means(seed=0)[0, "a"]
+    assert means.shape == (1 + NUM_RESAMPLES, len(METRICS))
+    assert means[0].tolist() == [70] * len(METRICS)
     standard_error = 100 * np.sqrt(0.7 * 0.3 / 200)
     assert standard_error == pytest.approx(3.24, abs=0.01)
-    assert draws[1:, 0].std() == pytest.approx(standard_error, rel=0.06)
-    low, high = np.percentile(draws[1:, 0], (2.5, 97.5))
+    assert means[1:, 0].std() == pytest.approx(standard_error, rel=0.06)
+    low, high = np.percentile(means[1:, 0], (2.5, 97.5))
     assert high - low == pytest.approx(2 * 1.96 * standard_error, rel=0.08)
     assert (low + high) / 2 == pytest.approx(70, abs=0.5)
 
@@ -152,14 +152,14 @@ def test_intervals_cover_the_truth() -> None:
     generator = np.random.default_rng(3)
     tasks = tuple(f"task {k}" for k in range(100))
     cells = {(0, task): column(100.0 * (generator.random(80) < 0.7)) for task in tasks}
-    draws = ScoreTable((ClientInfo(0, "c", tasks),), cells).draws(seed=0)
-    ends = [np.percentile(draws[cell][1:, 0], (2.5, 97.5)) for cell in cells]
+    means = ScoreTable((ClientInfo(0, "c", tasks),), cells).resampled_means(seed=0)
+    ends = [np.percentile(means[cell][1:, 0], (2.5, 97.5)) for cell in cells]
     # 95 of 100 expected, with a standard deviation of 2.2.
     assert sum(low <= 70 <= high for low, high in ends) >= 88
 
 
 def standard_error(table: ScoreTable, quantity: Quantity) -> float:
-    average = table.average(quantity, table.draws(seed=0))
+    average = table.average(quantity, table.resampled_means(seed=0))
     assert average is not None
     return float(average[1:, 0].std())
 
@@ -175,15 +175,15 @@ def test_clients_that_agree_are_no_further_evidence() -> None:
     assert standard_error(apart, "P") == pytest.approx(standard_error(one, "P") / np.sqrt(8), rel=0.15)
 
 
-def test_tasks_are_drawn_apart_and_repeatably() -> None:
+def test_tasks_are_resampled_apart_and_repeatably() -> None:
     table = random_table(1)
     same_scores = ScoreTable(CLIENTS, dict.fromkeys(table.cells, table.cells[0, "a"]))
-    draws = same_scores.draws(seed=0)
-    assert (draws[0, "a"] == draws[5, "a"]).all()
-    assert not (draws[0, "a"] == draws[0, "b"]).all()
+    means = same_scores.resampled_means(seed=0)
+    assert (means[0, "a"] == means[5, "a"]).all()
+    assert not (means[0, "a"] == means[0, "b"]).all()
     part = ScoreTable(CLIENTS, {(5, "a"): table.cells[5, "a"]})
-    assert part.draws(seed=0)[5, "a"] == pytest.approx(table.draws(seed=0)[5, "a"])
-    assert not (part.draws(seed=1)[5, "a"] == part.draws(seed=0)[5, "a"]).all()
+    assert part.resampled_means(seed=0)[5, "a"] == pytest.approx(table.resampled_means(seed=0)[5, "a"])
+    assert not (part.resampled_means(seed=1)[5, "a"] == part.resampled_means(seed=0)[5, "a"]).all()
 
 
 @pytest.mark.parametrize("quantity", QUANTITIES)
@@ -263,7 +263,7 @@ def test_over_seeds() -> None:
 
 def test_the_oracle_is_at_least_as_good_as_each() -> None:
     tables = {name: random_table(seed) for seed, name in enumerate(["global", "local", "mixed"])}
-    best = oracle(tables)
+    best = oracle(list(tables.values()))
     for cell, scores in best.cells.items():
         means = [table.cells[cell][:, 0].mean() for table in tables.values()]
         assert scores[:, 0].mean() == max(means)
@@ -275,10 +275,10 @@ def test_the_oracle_is_at_least_as_good_as_each() -> None:
             value = table.overall(quantity)
             assert value is not None
             assert of_oracle["rouge1"] >= value["rouge1"]
-    assert oracle({"one": tables["local"]}).overall("TTP") == tables["local"].overall("TTP")
+    assert oracle([tables["local"]]).overall("TTP") == tables["local"].overall("TTP")
     for other in (random_table(0, 41), ScoreTable(CLIENTS[:1], {(0, "a"): tables["local"].cells[0, "a"]})):
         with pytest.raises(AssertionError):
-            oracle({"one": tables["local"], "other": other})
+            oracle([tables["local"], other])
 
 
 def test_summary_of_a_whole_evaluation() -> None:

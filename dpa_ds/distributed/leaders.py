@@ -1,4 +1,4 @@
-"""The thin second group: leaders only, CPU tensors only, every byte counted. Groups that come and go: `elastic_group`."""
+"""The thin second group: leaders only, CPU tensors only, every byte counted. See elastic.py for groups that come and go."""
 
 import socket
 import time
@@ -16,7 +16,7 @@ POLL_SECONDS = 0.002
 
 
 class LeaderGroup(Protocol):
-    """The leaders, and what they do together."""
+    """The leaders of all rank groups, and what they do together."""
 
     timeout_seconds: float
     bytes_handed: Counter[str]
@@ -24,7 +24,7 @@ class LeaderGroup(Protocol):
 
     @property
     def is_coordinator(self) -> bool:
-        """This leader writes what belongs to all."""
+        """Whether this leader is the one that writes what belongs to all."""
         ...
 
     def all_reduce_(self, buffer: torch.Tensor, purpose: str) -> None:
@@ -41,7 +41,7 @@ class StaticGroup:
     Collective: every leader constructs it.
 
     Args:
-        stop_requested: asked while this leader waits for the others; once true, the wait ends with `Preempted`.
+        stop_requested: called while this leader waits for the others; once true, the wait ends with `Preempted`.
     """
 
     def __init__(
@@ -52,7 +52,9 @@ class StaticGroup:
         timeout_seconds: float,
         stop_requested: Callable[[], bool] = lambda: False,
     ) -> None:
-        self.rank, self.size, self._stop_requested = rank, size, stop_requested
+        self.rank = rank
+        self.size = size
+        self._stop_requested = stop_requested
         self.timeout_seconds = timeout_seconds
         self.bytes_handed: Counter[str] = Counter()
         """Bytes this leader handed to the group so far, by purpose."""
@@ -69,7 +71,7 @@ class StaticGroup:
 
     @property
     def is_coordinator(self) -> bool:
-        """Leader of the first group."""
+        """Whether this is the leader of the first group."""
         return self.rank == 0
 
     def all_reduce_(self, buffer: torch.Tensor, purpose: str) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dpa_ds.config.schema import ClusterConfig
-from dpa_ds.distributed.job_store import JobStore, _first_disagreement
+from dpa_ds.distributed.job_store import JobStore, _Hello, _judge
 from dpa_ds.distributed.topology import Topology
 from dpa_ds.distributed.world import build_world
 from dpa_ds.errors import ClusterError, ConfigError
@@ -67,12 +67,11 @@ def test_error_of_all_ranks_is_each_ones_own(tmp_path: Path) -> None:
 
 
 def test_disagreement_names_every_host_and_value() -> None:
-    hellos = [
-        {"host": host, "facts": {"code": code}, "error": None}
-        for host, code in (("n1", "a"), ("n1", "a"), ("n2", "b"), ("n3", "b"))
-    ]
-    assert "hosts differ in code: a on n1; b on n2, n3; make it equal" in _first_disagreement(hellos)["error"]
-    assert _first_disagreement(hellos[:2]) == {}
+    hellos = [_Hello(host, {"code": code}) for host, code in (("n1", "a"), ("n1", "a"), ("n2", "b"), ("n3", "b"))]
+    verdict = _judge(hellos)
+    assert "hosts differ in code: a on n1; b on n2, n3; make it equal" in verdict.error
+    assert (verdict.exit_code, verdict.hosts) == (3, ["n1", "n1", "n2", "n3"])
+    assert _judge(hellos[:2]).error == ""
 
 
 def wait_for_absent(job: JobStore) -> tuple[str, float]:

@@ -279,7 +279,8 @@ class ElasticGroup:
         if self._membership is Membership.FORMED and present < self._min_clients:
             raise ClusterError(
                 f"the groups that are left host {present} clients, fewer than federation.min_clients = "
-                f"{self._min_clients}: start the lost groups again; the same commands resume from the last complete round"
+                f"{self._min_clients}: start the lost groups again; the same commands resume from the last complete "
+                "round"
             )
 
     def _wait_for_quorum(self, shrink_only: bool) -> None:

@@ -152,7 +152,10 @@ class JobStore:
         return int(self.store.add(f"counter/{key}", amount)) - amount
 
     def barrier(self, key: str) -> None:
-        """Wait, at most `timeout_seconds`, until every rank is here; each `key` once. Collective: all ranks of the job."""
+        """Wait, at most `timeout_seconds`, until every rank is here; each `key` once.
+
+        Collective: all ranks of the job.
+        """
         self.store.set(f"{key}/{self.launch.global_rank}", "")
         self.broadcast_from_rank_zero(f"{key}/all", lambda: self._wait(self._key_of_each_rank(key)))
 

@@ -1,4 +1,7 @@
-"""The thin second group: leaders only, CPU tensors only, every byte counted. See elastic.py for groups that come and go."""
+"""The thin second group: leaders only, CPU tensors only, every byte counted.
+
+`StaticGroup` is here; `ElasticGroup`, for rank groups that come and go, is in elastic.py.
+"""
 
 import socket
 import time
@@ -36,7 +39,9 @@ class LeaderGroup(Protocol):
 
 
 class StaticGroup:
-    """All leaders of one job: the loss of one ends them all. gloo on CPU keeps device memory and NCCL out of the federation.
+    """All leaders of one job: the loss of one ends them all.
+
+    gloo on CPU tensors: exchanges between groups use no device memory, and NCCL stays within a group.
 
     Collective: every leader constructs it.
 

@@ -199,7 +199,7 @@ class ElasticGroup:
                 mine = handover.sync_state
                 others_run = handover.membership is Membership.FORMED
             all_came = num_present >= self._num_groups
-            # The exchange has told every leader the same two numbers, so all of them form the group now, or none.
+            # The sums are the same on every leader, so all of them form the group now, or none.
             if all_came or num_late > 0 or others_run:
                 self._membership = Membership.FORMED
             if self._membership is Membership.FORMED:

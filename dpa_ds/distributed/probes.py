@@ -36,7 +36,7 @@ class RankFacts:
     address: str
     """Address that the host's own name leads to, and the network interface that has it."""
     device: str
-    """Tells two devices of the job apart, whatever number each rank knows its own by; empty on a CPU."""
+    """Identity that no two devices of the job share, whatever number each rank knows its own by; empty on a CPU."""
     device_name: str
     num_threads: int
     num_cores: int

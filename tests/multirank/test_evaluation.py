@@ -25,10 +25,10 @@ TASKS, UNSEEN = ("animal2", "colour0", "count1", "verb3"), ("which cat sings", "
 
 def evaluate_on_rank(job: Any, argv: Sequence[str]) -> str:
     """The evaluation that `launch/evaluate.py` starts with the arguments `argv`; the folder of the report."""
-    from dpa_ds.cli.args import load_run_config
-    from dpa_ds.cli.evaluate import evaluate
+    from dpa_ds.cli.evaluate import load
+    from dpa_ds.cli.evaluation import evaluate
 
-    return str(evaluate(load_run_config(argv, ""), job))
+    return str(evaluate(load(argv), job))
 
 
 @dataclass(frozen=True)

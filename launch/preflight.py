@@ -1,4 +1,4 @@
-"""Before a long job, are hosts, network, disk and software in order? `deepspeed launch/preflight.py --config RECIPE`."""
+"""Are hosts, network, disk and software in order for a long job? `deepspeed launch/preflight.py --config RECIPE`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The one parser of all programs: each declares its options once, as a dataclass; usage, help and checks follow from it.
+"""The one parser of all programs: each declares its options once, as a dataclass; usage, help and checks follow.
 
     @dataclass(frozen=True, kw_only=True)
     class SearchOptions:
@@ -68,7 +68,9 @@ def positive_and_finite(value: float) -> bool:
 
 
 def parse(argv: Sequence[str], options: type[Options], start: str) -> tuple[Options, list[str]]:
-    """The options of `argv`, `--name VALUE` or `--name=VALUE` (given twice: the later wins), and all other words in order.
+    """The options of `argv`, `--name VALUE` or `--name=VALUE`, and all other words in order.
+
+    Of an option that is given twice, the later wins.
 
     Args:
         options: a frozen dataclass, every field of which is an `option`.
@@ -139,14 +141,14 @@ def _build_parser(options: type[Any], start: str) -> _Parser:
     parser = _Parser(
         usage=" ".join([*usage, "[--option VALUE ...]"]),
         description=description,
-        epilog=f"examples\n{examples}",
+        epilog=f"examples\n{examples}",  # under the options: the last thing on the screen is what can be copied
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        allow_abbrev=False,  # the recipe's --seed is no short form of --seeds
         exit_on_error=False,
     )
     helps = _field_docstrings(options)
     for field in fields_of(options):
-        text = helps[field.name].replace("%", "%%")
+        text = helps[field.name].replace("%", "%%")  # argparse fills in %(default)s and the like
         if field.default not in (MISSING, None):
             text = f"{text.removesuffix('.')} (default: {field.default})."
         parser.add_argument(f"--{name_of(field)}", dest=field.name, metavar=field.metadata["metavar"], help=text)

@@ -16,7 +16,7 @@ from dpa_ds.distributed.job_store import JOIN_TIMEOUT_SECONDS, JobStore, code_fi
 from dpa_ds.distributed.launchers import check_hostfile_of_launcher, discover_launch
 from dpa_ds.errors import DpaError
 
-Work = Callable[[RunConfig, JobStore], None]
+Work = Callable[[JobStore], None]
 """What a job does. Collective: every rank of the job."""
 PACKAGES = ("torch", "deepspeed", "transformers", "peft")
 RANK_VARIABLES = {
@@ -63,7 +63,7 @@ def run_job(argv: Sequence[str], prepare: Callable[[Sequence[str]], tuple[RunCon
         assert config is not None  # else there was a problem, and check_consistency raised it
         if config.cluster.device == "cpu":
             os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed chooses when it is first imported
-        work(config, job)
+        work(job)
         job.finish()
     except BaseException as error:
         if job is None:  # no store, no agreement on who speaks: one rank of each host

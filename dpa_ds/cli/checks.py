@@ -10,7 +10,7 @@ from dpa_ds.adapters.methods import build_schedule
 from dpa_ds.cli.session import describe_rank, place
 from dpa_ds.cli.verdicts import FAILED, SLOW_SHARE, Needs, judge, render
 from dpa_ds.config.deepspeed_json import load_deepspeed_json
-from dpa_ds.config.schema import RunConfig
+from dpa_ds.config.schema import EngineConfig, RunConfig
 from dpa_ds.distributed import probes
 from dpa_ds.distributed.job_store import JobStore
 from dpa_ds.distributed.probes import RankFacts
@@ -36,7 +36,15 @@ def preflight(config: RunConfig, job: JobStore, json_path: str | None = None) ->
     job.describe_rank = partial(describe_rank, topology, job)
     world = build_world(job, topology, config.cluster, config.federation.timeout_seconds)
     check_precision(config.model.precision)
-    needs = compute_needs(config, world)
+    with world.leader_first():
+        directory = resolve_model(config.model, config.data.cache_dir)
+    base, global_adapter, local_adapter = count_parameters(directory, config.lora)  # reads no weights
+    needs = Needs(
+        adapter=4 * global_adapter,
+        base_on_rank=base_bytes(base, config.model.precision, config.engine, world.world_size),
+        rounds_on_disk=disk_bytes(global_adapter, local_adapter, topology.num_clients, config.checkpoint.keep_rounds),
+        exchange_seconds=SLOW_SHARE * config.federation.timeout_seconds,
+    )
     facts = probe(job, world, config.run_dir, needs.adapter)
     job.publish(f"facts/{job.launch.global_rank}", asdict(facts))
     num_failed = job.broadcast_from_rank_zero("num_failed", partial(report, job, topology, needs, json_path))
@@ -45,23 +53,22 @@ def preflight(config: RunConfig, job: JobStore, json_path: str | None = None) ->
         raise ClusterError(f"{num_failed} of the checks above failed: mend that before the job is started")
 
 
-def compute_needs(config: RunConfig, world: World) -> Needs:
-    """From the recipe and the model's config; no weights are read. Collective: all ranks of the group."""
-    with world.leader_first():
-        directory = resolve_model(config.model, config.data.cache_dir)
-    base, global_adapter, local_adapter = count_parameters(directory, config.lora)
-    base_bytes = base * DTYPES[config.model.precision].itemsize
-    zero = load_deepspeed_json(config.engine.deepspeed_config).get("zero_optimization", {})
+def base_bytes(num_parameters: int, precision: str, engine: EngineConfig, world_size: int) -> int:
+    """Bytes of the frozen weights that a rank keeps: all, or its share under ZeRO-3."""
+    zero = load_deepspeed_json(engine.deepspeed_config).get("zero_optimization", {})
+    whole = num_parameters * DTYPES[precision].itemsize
     if zero.get("stage", 0) == 3:
-        base_bytes //= world.world_size
-    # A round holds the global adapter, and for each client its local one with two moments (method.* may need less).
-    round_bytes = 4 * (global_adapter + 3 * local_adapter * world.topology.num_clients)
-    return Needs(
-        adapter=4 * global_adapter,
-        base_on_rank=base_bytes,
-        rounds_on_disk=round_bytes * (config.checkpoint.keep_rounds + 1),
-        exchange_seconds=SLOW_SHARE * config.federation.timeout_seconds,
-    )
+        return whole // world_size
+    return whole
+
+
+def disk_bytes(global_adapter: int, local_adapter: int, num_clients: int, keep_rounds: int) -> int:
+    """Bytes of the checkpoints, from parameters in fp32.
+
+    A round holds the global adapter, and for each client its local one with two moments (method.* may need less).
+    """
+    of_round = 4 * (global_adapter + 3 * local_adapter * num_clients)
+    return of_round * (keep_rounds + 1)  # and the one that is being written
 
 
 def probe(job: JobStore, world: World, run_dir: Path, adapter_bytes: int) -> RankFacts:

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 from dpa_ds.cli.args import option, parse
 from dpa_ds.cli.bootstrap import Work, run_job
@@ -36,32 +35,31 @@ class CompareOptions:
     seeds: str = option("LIST", "0")
     """Seeds, each a training of its own."""
     weightings: str | None = option("LIST", None)
-    """For feddpa_t and feddpa_f (default: cosine,centred_cosine): KIND, KIND:LAMBDA, or KIND:LAMBDA|LAMBDA|..., of which
-    the best on held-out training data is taken (data.held_out_fraction > 0); fixed:ALPHA|ALPHA|... likewise. With global
-    and local among them the table has an oracle, too: the better adapter for each client and task."""
+    """For feddpa_t and feddpa_f (default: cosine,centred_cosine): KIND, KIND:LAMBDA, or KIND:LAMBDA|LAMBDA|..., of
+    which the best on held-out training data is taken (data.held_out_fraction > 0); fixed:ALPHA|ALPHA|... likewise.
+    With global and local among them the table has an oracle, too: the better adapter for each client and task."""
     tuning_instances: str = option("N", "15")
     """Held-out instances of each task for that choice."""
 
 
 def main(argv: Sequence[str]) -> int:
-    """Exit status. Under every launcher: deepspeed, torchrun, srun, mpirun, python. Collective: every rank of the job."""
+    """Do it under any launcher (deepspeed, torchrun, srun, mpirun) or none; the exit status.
+
+    Collective: every rank of the job.
+    """
     run_job(argv, prepare)
     return 0
 
 
 def prepare(argv: Sequence[str]) -> tuple[RunConfig, Work]:
-    """The recipe, and the comparison."""
+    """The recipe, and the comparison, which refuses an unknown method or weighting, and what is no number."""
     options, recipe = parse(argv, CompareOptions, "deepspeed launch/compare.py --config RECIPE")
-    return load_config(recipe), partial(work, options, recipe)
+    config = load_config(recipe)
 
+    def work(job: JobStore) -> None:
+        from dpa_ds.experiments.compare import build_plan, compare  # imports torch: only once ranks are in order
 
-def work(options: CompareOptions, recipe: Sequence[str], config: RunConfig, job: JobStore) -> None:
-    """Compare. Collective: every rank of the job.
+        plan = build_plan(options.methods, options.seeds, options.weightings, options.tuning_instances)
+        compare(config, job, plan, recipe)
 
-    Raises:
-        ConfigError: an unknown method or weighting, or what is no number.
-    """
-    from dpa_ds.experiments.compare import build_plan, compare  # imports torch: only once ranks are in order
-
-    plan = build_plan(options.methods, options.seeds, options.weightings, options.tuning_instances)
-    compare(config, job, plan, recipe)
+    return config, work

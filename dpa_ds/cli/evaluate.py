@@ -40,24 +40,27 @@ class EvaluateOptions(RunOptions):
 
 
 def main(argv: Sequence[str]) -> int:
-    """Exit status. Under every launcher: deepspeed, torchrun, srun, mpirun, python. Collective: every rank of the job."""
+    """Do it under any launcher (deepspeed, torchrun, srun, mpirun) or none; the exit status.
+
+    Collective: every rank of the job.
+    """
     run_job(argv, prepare)
     return 0
 
 
 def prepare(argv: Sequence[str]) -> tuple[RunConfig, Work]:
     """The run's recipe with what the command line changes, and the evaluation."""
-    return load(argv), work
+    config = load(argv)
+
+    def work(job: JobStore) -> None:
+        from dpa_ds.cli.evaluation import evaluate  # imports torch: only once config and ranks are in order
+
+        evaluate(config, job)
+
+    return config, work
 
 
 def load(argv: Sequence[str]) -> RunConfig:
     """The run's recipe with what the command line changes."""
     options, overrides = parse(argv, EvaluateOptions, "deepspeed launch/evaluate.py")
     return load_run_config(options, overrides)
-
-
-def work(config: RunConfig, job: JobStore) -> None:
-    """Evaluate. Collective: every rank of the job."""
-    from dpa_ds.cli.evaluation import evaluate  # imports DeepSpeed: only once config and ranks are in order
-
-    evaluate(config, job)

@@ -2,9 +2,7 @@
 
 import sys
 from collections.abc import Sequence
-from contextlib import redirect_stdout
 from dataclasses import dataclass
-from functools import partial
 
 from dpa_ds.cli.args import at_least_zero, option, parse
 from dpa_ds.cli.bootstrap import Work, run_job
@@ -22,7 +20,7 @@ class GenerateOptions(RunOptions):
     token by token with one beam, the default here. --SECTION.FIELD VALUE as for launch/evaluate.py.
 
     examples
-      python launch/generate.py --run runs/demo --client 0 --prompt "Is this film review positive or negative? A delight."
+      python launch/generate.py --run runs/demo --client 0 --prompt "Is this review positive or negative? A delight."
       python launch/generate.py --run runs/demo --client 6 --weighting local
       python launch/generate.py --run runs/demo --client 3 --input questions.txt > answers.jsonl
     """
@@ -37,14 +35,14 @@ class GenerateOptions(RunOptions):
     prompt: str | None = option("TEXT", None)
     """The instruction; the run's prompt template is put around it."""
     input: str | None = option("FILE", None)
-    """Prompts, one a line, or a table (.json, .jsonl, .csv, .parquet) with the run's instruction column; prints one JSON
-    object a line: prompt, alpha, answer."""
+    """Prompts, one a line, or a table (.json, .jsonl, .csv, .parquet) with the run's instruction column; prints one
+    JSON object a line: prompt, alpha, answer."""
     beams: str | None = option("N", "1", sets="generation.num_beams")
     """Beams; 1: greedy."""
 
 
 def main(argv: Sequence[str]) -> int:
-    """Exit status. One process, without a launcher."""
+    """Answer in one process, without a launcher; the exit status."""
     run_job(argv, prepare)
     return 0
 
@@ -59,19 +57,13 @@ def prepare(argv: Sequence[str]) -> tuple[RunConfig, Work]:
     config = load_run_config(options, overrides)
     if options.prompt is not None and options.input is not None:
         raise ConfigError("--prompt and --input exclude one another: leave one out")
-    return config, partial(work, options)
 
-
-def work(options: GenerateOptions, config: RunConfig, job: JobStore) -> None:
-    """Answer. One rank."""
-    if options.input is None:
+    def work(job: JobStore) -> None:
+        answers = sys.stdout
+        if options.input is not None:  # before libraries are imported that log to stdout: it is to be JSON lines alone
+            sys.stdout = sys.stderr
         from dpa_ds.inference.console import generate  # imports torch: only once config and ranks are in order
 
-        generate(config, job, options.client, options.prompt)
-        return
-    answers = sys.stdout
-    with redirect_stdout(sys.stderr):  # before libraries are imported that log to stdout: it is to be JSON lines alone
-        from dpa_ds.inference.console import generate_from_file
+        generate(config, job, options.client, options.prompt, options.input, answers)
 
-        generate_from_file(config, job, options.client, options.input, answers)
-    answers.flush()
+    return config, work

@@ -65,7 +65,7 @@ class PlanOptions:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Exit status. One process, without a launcher."""
+    """Print the plan in one process, without a launcher; the exit status."""
     return run_alone(partial(run, argv))
 
 

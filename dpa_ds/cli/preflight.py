@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 from dpa_ds.cli.args import option, parse
 from dpa_ds.cli.bootstrap import Work, run_job
@@ -32,7 +31,10 @@ class PreflightOptions:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Exit status. Under every launcher: deepspeed, torchrun, srun, mpirun, python. Collective: every rank of the job."""
+    """Do it under any launcher (deepspeed, torchrun, srun, mpirun) or none; the exit status.
+
+    Collective: every rank of the job.
+    """
     run_job(argv, prepare)
     return 0
 
@@ -40,11 +42,11 @@ def main(argv: Sequence[str]) -> int:
 def prepare(argv: Sequence[str]) -> tuple[RunConfig, Work]:
     """The recipe, and the checks."""
     options, recipe = parse(argv, PreflightOptions, "deepspeed launch/preflight.py --config RECIPE")
-    return load_config(recipe), partial(work, options)
+    config = load_config(recipe)
 
+    def work(job: JobStore) -> None:
+        from dpa_ds.cli.checks import preflight  # imports torch: only once config and ranks are in order
 
-def work(options: PreflightOptions, config: RunConfig, job: JobStore) -> None:
-    """Check. Collective: every rank of the job."""
-    from dpa_ds.cli.checks import preflight  # imports torch: only once config and ranks are in order
+        preflight(config, job, options.json)
 
-    preflight(config, job, options.json)
+    return config, work

@@ -41,7 +41,7 @@ class DemoOptions:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Exit status. One process, without a launcher."""
+    """Prepare the demo in one process, without a launcher; the exit status."""
     return run_alone(partial(run, argv))
 
 

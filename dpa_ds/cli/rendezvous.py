@@ -22,8 +22,9 @@ def _is_port(number: int) -> bool:
 class RendezvousOptions:
     """Keeps the list of the rank groups that are present (torchft's lighthouse).
 
-    Start it once, on a host that all groups reach, with the recipe of the run: its cluster.heartbeat_timeout_seconds and
-    federation.timeout_seconds are used. Then start each group with a launcher of its own, in any order, now or later.
+    Start it once, on a host that all groups reach, with the recipe of the run, of which
+    cluster.heartbeat_timeout_seconds and federation.timeout_seconds are used. Then start each group with a launcher of
+    its own, in any order, now or later.
 
     A group that dies, hangs (cluster.heartbeat_timeout_seconds) or does not finish its round in time
     (federation.timeout_seconds) is left out, and the others continue as long as they host federation.min_clients
@@ -42,7 +43,7 @@ class RendezvousOptions:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Exit status. One process, without a launcher."""
+    """Serve in one process, without a launcher; the exit status."""
     return run_alone(partial(run, argv))
 
 

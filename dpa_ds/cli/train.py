@@ -9,18 +9,21 @@ from dpa_ds.distributed.job_store import JobStore
 
 
 def main(argv: Sequence[str]) -> int:
-    """Exit status. Under every launcher: deepspeed, torchrun, srun, mpirun, python. Collective: every rank of the job."""
+    """Do it under any launcher (deepspeed, torchrun, srun, mpirun) or none; the exit status.
+
+    Collective: every rank of the job.
+    """
     run_job(argv, prepare)
     return 0
 
 
 def prepare(argv: Sequence[str]) -> tuple[RunConfig, Work]:
-    """The recipe; all options are its own, and its loader prints the help."""
-    return load_config(argv), work
+    """The recipe, and its training. All options are the recipe's, and its loader prints the help."""
+    config = load_config(argv)
 
+    def work(job: JobStore) -> None:
+        from dpa_ds.cli.session import train  # imports DeepSpeed: only once config and ranks are in order
 
-def work(config: RunConfig, job: JobStore) -> None:
-    """Train. Collective: every rank of the job."""
-    from dpa_ds.cli.session import train  # imports DeepSpeed: only once config and ranks are in order
+        train(config, job)
 
-    train(config, job)
+    return config, work

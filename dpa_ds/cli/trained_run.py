@@ -27,8 +27,8 @@ class RunOptions:
     )
     """The run, as launch/run.py wrote it."""
     weighting: str | None = option("KIND", None, sets="weighting.kind")
-    """Weight of the local adapter: centred_cosine, cosine (the paper's), pearson, l2, fixed, global, local, swapped (the
-    published code's convention); default: the recipe's, else what fits the method."""
+    """Weight of the local adapter: centred_cosine, cosine (the paper's), pearson, l2, fixed, global, local, swapped
+    (the published code's convention); default: the recipe's, else what fits the method."""
     lambda_: str | None = option("X", None, sets="weighting.scale")
     """Scale of the similarity (cosine 0.5, centred_cosine 1.0)."""
     alpha: str | None = option("X", None, sets="weighting.scale")
@@ -63,13 +63,13 @@ def load_run_config(options: RunOptions, others: Sequence[str]) -> RunConfig:
     differences = diff_configs({key: trained[key] for key in changed}, changed)
     if differences:
         raise ConfigError(
-            f"{run_dir} was trained with another value ({'; '.join(differences)}): leave that option out, or train a run "
-            "of its own with it"
+            f"{run_dir} was trained with another value ({'; '.join(differences)}): leave that option out, or train a "
+            "run of its own with it"
         )
     if options.alpha is not None and config.weighting.kind != "fixed":
         raise ConfigError(
-            f"--alpha is the weight of --weighting fixed, but weighting.kind is {config.weighting.kind}: add --weighting "
-            "fixed, or give the scale of the similarity with --lambda"
+            f"--alpha is the weight of --weighting fixed, but weighting.kind is {config.weighting.kind}: add "
+            "--weighting fixed, or give the scale of the similarity with --lambda"
         )
     return config
 

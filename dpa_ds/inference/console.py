@@ -1,4 +1,4 @@
-"""Answers of one client's model to a prompt, to a file of prompts, or to what is typed, with the weights they were given with."""
+"""Answers of one client's model to a prompt, to a file of prompts, or to what is typed, each with its alpha."""
 
 import json
 import sys
@@ -13,7 +13,6 @@ from dpa_ds.config.schema import RunConfig
 from dpa_ds.data.tables import read_rows, reading
 from dpa_ds.data.tokenize import tokenize_prompts
 from dpa_ds.distributed.job_store import JobStore
-from dpa_ds.distributed.world import World
 from dpa_ds.errors import ClusterError, ConfigError, DataError
 from dpa_ds.inference.client_model import ClientModel, Predictor, load_client_model
 from dpa_ds.inference.loading import build_predictor, place_base
@@ -29,7 +28,6 @@ TABLES = (".json", ".jsonl", ".csv", ".parquet")
 class Console:
     """One client's model, ready to answer."""
 
-    world: World
     predictor: Predictor
     client_model: ClientModel
     template: str
@@ -37,56 +35,29 @@ class Console:
     """Tokens are shown as they come: with one beam only."""
 
 
-def generate(config: RunConfig, job: JobStore, client: int, prompt: str | None) -> None:
-    """Answer one prompt, or without one whatever is typed, and show alpha. One rank.
+def generate(
+    config: RunConfig, job: JobStore, client: int, prompt: str | None, input_path: str | None, out: TextIO
+) -> None:
+    """Answer one prompt, all prompts of a file (as JSON lines on `out`), or what is typed. One rank.
 
     Raises:
-        ClusterError, ConfigError, DataError: more ranks than one, no such client, an empty prompt, or more than the
+        ClusterError, ConfigError, DataError: more ranks than one, no such client, nothing to answer, or more than the
             model can read.
-    """
-    if prompt is not None and not prompt.strip():
-        raise ConfigError("--prompt is empty: write a question, or leave --prompt out to be asked for one")
-    setup_logging(is_coordinator=True)
-    console = open_console(config, job, client)
-    if prompt is not None:
-        answer_on_stdout(console, prompt)
-    else:
-        for line in _typed_lines():
-            try:
-                answer_on_stdout(console, line)
-            except DataError as error:  # too long: who types can try again
-                sys.stdout.write(f"{error}\n")
-    console.world.close()
-
-
-def generate_from_file(config: RunConfig, job: JobStore, client: int, path: str, out: TextIO) -> None:
-    """Write a JSON line to `out` for every prompt of a file: prompt, alpha, answer. One rank.
-
-    Raises:
-        ClusterError, ConfigError, DataError: more ranks than one, no such client, no prompts, or more than the model
-            can read.
-    """
-    prompts = read_prompts(Path(path).expanduser(), config.data.instruction_column)
-    setup_logging(is_coordinator=False)  # answers alone
-    console = open_console(config, job, client)
-    for prompt in prompts:
-        answer_as_json(console, prompt, out)
-    console.world.close()
-
-
-def open_console(config: RunConfig, job: JobStore, client: int) -> Console:
-    """Load base and adapters. One rank.
-
-    Raises:
-        ClusterError, ConfigError: more ranks than one, no such client.
     """
     if job.launch.job_world_size != 1:
         raise ClusterError("launch/generate.py is one process: start it with python, without a launcher")
+    setup_logging(is_coordinator=input_path is None)
     folder = RunFolder(config.run_dir)
     server_round = folder.trained_round()
     existing = folder.clients(server_round)
     if client not in existing:
         raise ConfigError(f"{config.run_dir} has no client {client}: its clients are {existing}")
+    if prompt is not None and not prompt.strip():
+        raise ConfigError("--prompt is empty: write a question, or leave --prompt out to be asked for one")
+    prompts = []
+    if input_path is not None:  # before the base, whose loading takes much longer
+        prompts = read_prompts(Path(input_path).expanduser(), config.data.instruction_column)
+
     directory, world, partitioned = place_base(config, job, len(existing))
     folder.check_model(model_fingerprint(directory))
     predictor = build_predictor(config, folder, server_round, directory, world, partitioned)
@@ -95,8 +66,25 @@ def open_console(config: RunConfig, job: JobStore, client: int) -> Console:
     logger.info(f"{client_model.info.label} after round {server_round}, {weighting}")
     if not client_model.trained and not predictor.weighting.is_constant:
         logger.info("its local adapter was never trained: the global adapter alone answers, alpha is always 0")
-    streams = config.generation.num_beams == 1
-    return Console(world, predictor, client_model, config.data.template, streams)
+    console = Console(predictor, client_model, config.data.template, config.generation.num_beams == 1)
+
+    if input_path is not None:
+        for text in prompts:
+            answer_as_json(console, text, out)
+    elif prompt is not None:
+        answer_on_stdout(console, prompt)
+    else:
+        converse(console)
+    world.close()
+
+
+def converse(console: Console) -> None:
+    """Answer what is typed, until an empty line."""
+    for line in _typed_lines():
+        try:
+            answer_on_stdout(console, line)
+        except DataError as error:  # too long: who types can try again
+            sys.stdout.write(f"{error}\n")
 
 
 def answer_on_stdout(console: Console, prompt: str) -> None:

@@ -1,4 +1,7 @@
-"""Bytes per rank of a training step, by part, for one DeepSpeed layout. Upper bounds, measured by benchmarks/planner.py."""
+"""Bytes per rank of a training step, by part, for one DeepSpeed layout.
+
+Upper bounds, compared with measured peaks by benchmarks/planner.py.
+"""
 
 from dataclasses import dataclass
 
@@ -60,7 +63,7 @@ def model_bytes(shape: Shape, lora: Lora, layout: Layout) -> dict[str, float]:
     At the turn from forward to backward these are the last reuse_distance / 2, a single layer at least, and `prefetch`
     elements more are on their way. With recomputation it does not release what its prefetcher passed over: measured,
     what is gathered grows to the larger of reuse distance and max_live, and up to twice the prefetch bucket on its way.
-    Parameters of at most `persistence` elements stay gathered, and from run to run the embedding does, too, or does not.
+    Parameters of at most `persistence` elements stay gathered, and in some runs the embedding does, too.
     """
     element = BYTES[layout.precision]
     base = shape.parameters * element
@@ -101,7 +104,7 @@ def adapter_bytes(global_parameters: int, local_parameters: int, layout: Layout)
     working: float = both * BYTES[layout.precision]
     gradients: float = 4 * max(global_parameters, local_parameters)
     optimizer: float = 8 * both
-    if layout.stage > 0 or layout.precision != "fp32":
+    if layout.stage > 0 or layout.precision != "fp32":  # else the working copy is the master
         optimizer += 4 * both
     if layout.stage >= 1:
         optimizer /= layout.ranks
@@ -130,9 +133,10 @@ def activation_bytes(shape: Shape, lora: Lora, layout: Layout) -> dict[str, floa
 
 
 def buffer_bytes(layout: Layout) -> dict[str, float]:
-    """DeepSpeed's reduce bucket: made in full, however few parameters are trained; two at stages 1, 2 with overlap_comm.
+    """DeepSpeed's reduce bucket: made in full, however few parameters are trained.
 
-    Stage 1 in bf16 with fp32 gradient accumulation (BF16_Optimizer) and stage 0 have none.
+    Two at stages 1 and 2 with overlap_comm. Stage 0 has none, nor has stage 1 in bf16 with fp32 gradient accumulation
+    (BF16_Optimizer).
     """
     if layout.stage == 0 or (layout.stage == 1 and layout.precision == "bf16"):
         return {"buckets": 0.0}
@@ -162,7 +166,8 @@ def _layer_activations(shape: Shape, lora: Lora, layout: Layout) -> int:
 
 
 def _kept_inputs(shape: Shape, lora: Lora, layout: Layout) -> dict[str, int]:
-    """Inputs of linear layers that autograd keeps, and their width: each is kept once, by whichever layers it is read."""
+    """Inputs of linear layers that autograd keeps, and their width."""
+    # An input is kept once, however many layers read it.
     read_by = {
         "attention": ("q_proj", "k_proj", "v_proj"),
         "output": ("o_proj",),
@@ -171,6 +176,7 @@ def _kept_inputs(shape: Shape, lora: Lora, layout: Layout) -> dict[str, int]:
     }
     kept = {}
     for name, readers in read_by.items():
+        # With dropout an adapted layer reads a copy of its own, which `_layer_activations` counts.
         adapted = not lora.dropout and not set(readers).isdisjoint(lora.targets)
         if layout.stage == 3 or adapted:
             kept[name] = shape.linears[readers[0]][0]

@@ -85,10 +85,11 @@ def judge(scenario: Scenario, cluster: Cluster, layout: Layout) -> Plan:
     if layout.stage == 3:
         gathers = micro_batches * gathered_parameters(shape, scenario.lora, layout) / shape.parameters
     gather_bytes = gathers * base_bytes * (ranks - 1) / ranks
+    # One adapter is trained at a time: the plan is for the larger one.
     reduce_bytes = 2 * 4 * max(scenario.lora.parameters(shape)) * (ranks - 1) / ranks
     bandwidth = cluster.net
     if ranks <= cluster.gpus:  # the group stays inside a host
-        bandwidth = cluster.link / 2
+        bandwidth = cluster.link / 2  # published for both directions together
     seconds += (gather_bytes + reduce_bytes) / (LINK_EFFICIENCY * bandwidth)
 
     host_bytes = 0.0
@@ -97,7 +98,7 @@ def judge(scenario: Scenario, cluster: Cluster, layout: Layout) -> Plan:
     seconds += gathers * host_bytes / (LINK_EFFICIENCY * cluster.host_link)
 
     num_groups = _num_groups(scenario, cluster, layout)
-    turns = math.inf
+    turns = math.inf  # where a group has more ranks than the cluster
     if num_groups:
         turns = math.ceil(scenario.num_drawn / num_groups)
     return Plan(
@@ -169,7 +170,8 @@ def reason(scenario: Scenario, cluster: Cluster, ranked: Sequence[Plan]) -> str:
         base = "the base must be divided and offloaded"
     elif all(layout.stage == 3 for layout in fitting):
         base = "the base must be divided"
-    return f"{base}, and this is the fastest that fits: {_turns(scenario, cluster, first)}; equal times are ordered by memory"
+    turns = _turns(scenario, cluster, first)
+    return f"{base}, and this is the fastest that fits: {turns}; equal times are ordered by memory"
 
 
 def _turns(scenario: Scenario, cluster: Cluster, one: Plan) -> str:
@@ -197,7 +199,7 @@ def _layouts(scenario: Scenario, cluster: Cluster) -> Iterator[Layout]:
 
 
 def _micro_batches(scenario: Scenario) -> set[int]:
-    """Sizes in tokens: the recipe's, and those from the longest example to a step of longest examples, doubled each time."""
+    """Sizes in tokens: the recipe's, and from the longest example to a step of longest examples, doubled each time."""
     longest = scenario.max_length
     most = max(longest, min(MOST_TOKENS, scenario.train.batch_size * longest))
     doubled = [longest * factor for factor in _powers_of_two(most // longest)]

@@ -88,7 +88,8 @@ def simulate(
 
 
 def fit(points: Sequence[Point]) -> Costs:
-    """The costs, none negative, of least relative error. Which group was the slowest depends on them: found in turns."""
+    """The costs, none negative, of least relative error."""
+    # Which group was the slowest depends on the costs, and the costs on it: found in turns, from cost by tokens alone.
     costs = Costs(1.0, 0.0, 0.0)
     for _ in range(10):
         slowest = [_slowest_group(point, costs) for point in points]

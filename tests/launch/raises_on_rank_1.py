@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from functools import partial
 
 from dpa_ds.cli.bootstrap import Work, run_job
 from dpa_ds.config.load import load_config
@@ -35,7 +36,8 @@ def wait_for_each_other(config: RunConfig, job: JobStore) -> None:
 
 def prepare(argv: Sequence[str]) -> tuple[RunConfig, Work]:
     """The recipe, and the work."""
-    return load_config(argv), wait_for_each_other
+    config = load_config(argv)
+    return config, partial(wait_for_each_other, config)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Draw the explanatory pictures of the documentation: python docs/pictures/draw.py. (Pictures of measurements are drawn by benchmarks/.)"""
 
+import re
 from pathlib import Path
 
 import matplotlib
@@ -116,6 +117,36 @@ def one_round() -> None:
     plt.close(figure)
 
 
+def differences() -> None:
+    """P and TTP less FedIT's, with 95 % intervals: the rows of the table in docs/results.md, read from there."""
+    page = (FOLDER.parent / "results.md").read_text(encoding="utf-8")
+    table = page[page.index("## P and TTP") : page.index("## Weightings")]
+    number = r"([+-][\d.]+) \[([+-][\d.]+), ([+-][\d.]+)\]"
+    rows = []
+    for line in table.splitlines():
+        found = re.findall(number, line)
+        if len(found) == 2 and "oracle" not in line and "local alone" not in line:
+            method, weighting = (cell.strip() for cell in line.split("|")[1:3])
+            rows.append((f"{method}, {weighting}", [tuple(float(text) for text in triple) for triple in found]))
+    figure, panels = plt.subplots(1, 2, figsize=(10.4, 2.9), sharey=True)
+    for panel, (axes, title) in enumerate(zip(panels, ("P - FedIT", "TTP - FedIT"), strict=True)):
+        for height, (_, measures) in enumerate(reversed(rows)):
+            middle, low, high = measures[panel]
+            color = BLUE if low > 0 or high < 0 else "#9aa3ad"
+            axes.plot([low, high], [height, height], color=color, linewidth=2.5, solid_capstyle="butt")
+            axes.plot([middle], [height], "o", color=color, markersize=6)
+        axes.axvline(0, color=INK, linewidth=0.8)
+        axes.set_xlabel(f"{title}, points of ROUGE-1")
+        axes.set_xlim(-6, 13)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.tick_params(axis="y", length=0)
+    panels[0].set_yticks(range(len(rows)), [name for name, _ in reversed(rows)])
+    figure.tight_layout()
+    figure.savefig(FOLDER / "results.png", dpi=150)
+    plt.close(figure)
+
+
 if __name__ == "__main__":
     two_adapters()
     one_round()
+    differences()

@@ -18,7 +18,7 @@ from typing import Any
 from dpa_ds.adapters.methods import build_schedule
 from dpa_ds.config.load import load_config
 from dpa_ds.config.schema import MethodConfig, RunConfig, WeightingConfig
-from dpa_ds.config.validate import REPOSITORY
+from dpa_ds.config.validate import REPOSITORY, fingerprint_sections
 from dpa_ds.data.sources import list_clients
 from dpa_ds.distributed.job_store import POLL_SECONDS, JobStore
 from dpa_ds.errors import ConfigError, DpaError, Preempted
@@ -141,11 +141,11 @@ class Stages:
         return arguments
 
     def _completed_rounds(self, method: str, seed: int) -> int:
-        recipe = load_config(self._training_arguments(method, seed))
+        fingerprint = fingerprint_sections(load_config(self._training_arguments(method, seed)))
         folder = RunFolder(self.run_dir(method, seed))
 
         def count() -> int:
-            return validate_run_dir(folder, recipe)
+            return validate_run_dir(folder, fingerprint)
 
         return int(self._from_rank_zero(count))
 

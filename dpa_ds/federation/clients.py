@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from dpa_ds.adapters.adapter_model import AdapterModel
 from dpa_ds.adapters.methods import GLOBAL, LOCAL
 from dpa_ds.adapters.state import AdapterState
-from dpa_ds.config.schema import DataConfig
+from dpa_ds.config.schema import DataConfig, TrainConfig, WeightingConfig
 from dpa_ds.data.references import References, draw_references
 from dpa_ds.data.sources import ClientData, list_clients, pool_clients, read_clients
 from dpa_ds.data.tokenize import TokenizedExamples, load_or_tokenize
@@ -163,16 +163,16 @@ class _Restored:
 def embed_references(
     clients: Sequence[HostedClient],
     adapters: AdapterModel,
-    num_references: int,
+    weighting: WeightingConfig,
     seed: int,
     pad_id: int,
-    batch_tokens: int,
+    train: TrainConfig,
 ) -> None:
     """Draw and embed the reference prompts of clients that have none yet. Collective: all ranks of the group."""
     for client in clients:
         if client.references is None:
-            prompts = draw_references(client.examples, num_references, (seed, client.client_id))
-            client.references = References(prompts, embed(adapters, "none", prompts, pad_id, batch_tokens))
+            prompts = draw_references(client.examples, weighting.num_references, (seed, client.client_id))
+            client.references = References(prompts, embed(adapters, "none", prompts, pad_id, train.micro_batch_tokens))
 
 
 def _label(data: ClientData) -> str:

@@ -5,9 +5,9 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
-import peft
 import torch
 
+from dpa_ds.adapters.adapter_model import AdapterModel
 from dpa_ds.adapters.methods import GLOBAL, LOCAL
 from dpa_ds.adapters.state import AdapterState
 from dpa_ds.config.schema import CheckpointConfig
@@ -192,13 +192,13 @@ class RoundCommit:
         writer: BackgroundWriter,
         world: World,
         keep_rounds: int,
-        peft_configs: Mapping[str, peft.LoraConfig],
+        adapters: AdapterModel,
     ) -> None:
         self._folder = folder
         self._writer = writer
         self._world = world
         self._keep_rounds = keep_rounds
-        self._peft_configs = peft_configs
+        self._adapters = adapters
         self._wrote_server_state = False
 
     def start(
@@ -238,7 +238,7 @@ class RoundCommit:
             extras["reference_mean"] = {"reference_mean": state.reference_mean, "weight": weight}
         if state.optimizer:
             extras["server_optimizer"] = state.optimizer
-        self._save(server_round, GLOBAL, state.adapter, self._peft_configs[GLOBAL], extras, {"scalars": state.scalars})
+        self._save(server_round, GLOBAL, GLOBAL, state.adapter, extras, {"scalars": state.scalars})
 
     def _save_client(self, server_round: int, client: HostedClient, residual: AdapterState) -> None:
         extras: dict[str, AdapterState] = {}
@@ -249,15 +249,22 @@ class RoundCommit:
         if residual:
             extras["leader_state"] = residual
         info = {"label": client.label, "tasks": client.tasks, "steps_taken": client.state.num_steps}
-        self._save(server_round, client.folder, client.state.local_adapter, self._peft_configs[LOCAL], extras, info)
+        self._save(server_round, client.folder, LOCAL, client.state.local_adapter, extras, info)
 
     def _save(
         self,
         server_round: int,
         name: str,
-        adapter: AdapterState,
-        config: peft.LoraConfig,
+        adapter: str,
+        weights: AdapterState,
         extras: Mapping[str, AdapterState],
         info: Mapping[str, Any],
     ) -> None:
-        self._writer.submit(partial(self._folder.save_adapter, server_round, name, adapter, config, extras, info))
+        """Write one adapter as PEFT does, in the background.
+
+        Args:
+            name: of its folder in the round.
+            adapter: which of the adapters it is.
+        """
+        config = self._adapters.peft_config(adapter)
+        self._writer.submit(partial(self._folder.save_adapter, server_round, name, weights, config, extras, info))

@@ -15,6 +15,7 @@ from dpa_ds.federation.round_evaluation import RoundEvaluation
 from dpa_ds.federation.round_state import RoundCommit, RoundState
 from dpa_ds.federation.trainer import Trainer
 from dpa_ds.runs.folder import RunFolder
+from dpa_ds.runs.resume import RunLock
 from dpa_ds.runs.storage import BackgroundWriter
 from dpa_ds.runs.tracking import Tracker
 
@@ -61,6 +62,8 @@ class Session:
     round_state: RoundState
     commit: RoundCommit
     folder: RunFolder
+    lock: RunLock
+    """Of the run, on rank 0: held as long as the session lives."""
     writer: BackgroundWriter
     tracker: Tracker
     timer: RoundTimer

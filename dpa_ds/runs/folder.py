@@ -30,6 +30,7 @@ from dpa_ds.runs.storage import (
     check_finite,
     fsync,
     read_folder,
+    read_info,
     sha256_of,
     write_folder,
     write_text,
@@ -209,11 +210,7 @@ class RunFolder:
         Raises:
             CheckpointError: the file is missing or damaged.
         """
-        path = self.round_dir(server_round) / name / STATE
-        try:
-            return dict(json.loads(path.read_text())["info"])
-        except UNREADABLE as error:
-            raise CheckpointError(f"{path} cannot be read ({error}): restore it, or delete that round") from error
+        return read_info(self.round_dir(server_round) / name, "restore it, or delete that round")
 
     # ---- inside a round ---------------------------------------------------------------------------------------
 

@@ -3,38 +3,54 @@
 import json
 import os
 import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
 
 from dpa_ds.config.load import load_config
-from dpa_ds.config.schema import RunConfig
 from dpa_ds.config.validate import diff_configs, fingerprint_sections
 from dpa_ds.errors import CheckpointError, storage_errors
 from dpa_ds.runs.folder import META, RunFolder
 from dpa_ds.runs.storage import UNREADABLE, lock_file, sha256_of, verify_folder
 from dpa_ds.runs.tracking import logger
 
-_held: dict[str, int] = {}
-"""Descriptors of the locks of this process, which must stay open."""
 
-
-def acquire_run_lock(folder: RunFolder, config: RunConfig, creates: bool = False) -> None:
-    """Keep other jobs away from this run until the process ends: two that write one run would spoil it. Rank 0 of a job.
+class RunLock:
+    """Keeps other jobs away from a run as long as this object lives: two that write one run would spoil it.
 
     Args:
-        creates: the run begins to exist.
-
-    Raises:
-        CheckpointError: another job works on it, for longer than a job that is ending would.
+        group: of the job, where each rank group has a launcher, and a lock, of its own.
+        wait_seconds: a job that is ending may hold the lock so long.
     """
-    group = config.cluster.group
-    path = folder.run_dir / ("lock" if group is None else f"lock_group_{group}")
-    if str(path) not in _held:
-        descriptor = lock_file(path, config.checkpoint.grace_seconds, creates)
-        if descriptor is not None:
-            _held[str(path)] = descriptor
+
+    def __init__(self, run_dir: Path, group: int | None, wait_seconds: float) -> None:
+        name = "lock" if group is None else f"lock_group_{group}"
+        self._path = run_dir / name
+        self._wait_seconds = wait_seconds
+        self._descriptor: int | None = None
+        """Stays open: closing it would give the lock up."""
+
+    def acquire(self, creates: bool = False) -> None:
+        """Take the lock, unless it is held already. Rank 0 of a job.
+
+        Args:
+            creates: the run begins to exist; a run that does not needs no lock.
+
+        Raises:
+            CheckpointError: another job works on the run, for longer than a job that is ending would.
+        """
+        if self._descriptor is None:
+            self._descriptor = lock_file(self._path, self._wait_seconds, creates)
 
 
-def validate_run_dir(folder: RunFolder, config: RunConfig) -> int:
-    """Make sure that the folder is free, or holds this very run; the last complete round. Writes nothing.
+def validate_run_dir(folder: RunFolder, fingerprint: Mapping[str, Any]) -> int:
+    """Make sure that the folder is free, or holds this very run. Writes nothing.
+
+    Args:
+        fingerprint: of the recipe, `fingerprint_sections`.
+
+    Returns:
+        the last complete round.
 
     Raises:
         CheckpointError: another run lives here, or the place cannot be written.
@@ -43,7 +59,7 @@ def validate_run_dir(folder: RunFolder, config: RunConfig) -> int:
     recipe = run_dir / "config.yaml"
     if os.path.isfile(recipe):  # unlike Path.is_file it takes any path
         old = load_config(["--config", str(recipe)])
-        differences = diff_configs(fingerprint_sections(old), fingerprint_sections(config))
+        differences = diff_configs(fingerprint_sections(old), fingerprint)
         if differences:
             raise CheckpointError(
                 f"{run_dir} holds a different run ({'; '.join(differences)}): choose another name, or delete that folder"
@@ -56,35 +72,55 @@ def validate_run_dir(folder: RunFolder, config: RunConfig) -> int:
     return folder.latest_round()
 
 
-def find_resume_round(folder: RunFolder, config: RunConfig) -> int:
+def find_resume_round(
+    folder: RunFolder, fingerprint: Mapping[str, Any], policy: Literal["auto", "never", "must"]
+) -> int:
     """The round to resume after, 0 for the beginning. A damaged round is quarantined, and the one before it used.
 
+    Args:
+        policy: the recipe's `resume`.
+
     Raises:
-        CheckpointError: as `claim`; or `config.resume` forbids it; or no round is left whole.
+        CheckpointError: as `validate_run_dir`; or `policy` forbids it; or no round is left whole.
     """
-    last, run_dir = validate_run_dir(folder, config), folder.run_dir
-    if config.resume == "never" and (last or any(folder.rounds_dir.glob("*.tmp"))):
+    last, run_dir = validate_run_dir(folder, fingerprint), folder.run_dir
+    has_progress = any(folder.rounds_dir.glob("*.tmp"))
+    if policy == "never" and (last or has_progress):
         raise CheckpointError(
-            f"{run_dir} holds results (up to round {last}), and resume is never: choose another name, delete that folder, or "
-            "continue with --resume auto"
+            f"{run_dir} holds results (up to round {last}), and resume is never: choose another name, delete that folder, "
+            "or continue with --resume auto"
         )
+    last = _quarantine_damaged_rounds(folder)
+    if policy == "must" and last == 0 and not has_progress:
+        raise CheckpointError(f"{run_dir} holds nothing to resume from, and resume is must: see output_dir, name")
+    return last
+
+
+def _quarantine_damaged_rounds(folder: RunFolder) -> int:
+    """Rename what is damaged among the last rounds, so that nothing reads it; the last round that is whole, 0 if there is none.
+
+    Raises:
+        CheckpointError: there are rounds, and none is whole.
+    """
+    rounds = folder.complete_rounds()
     problems: dict[int, str] = {}
-    for last in reversed(folder.complete_rounds()):
-        if not (problem := _problem_of(folder, last)):
+    while rounds:
+        problem = _problem_of(folder, rounds[-1])
+        if not problem:
             break
-        problems[last] = problem
-    if last in problems:
+        problems[rounds.pop()] = problem
+    if problems and not rounds:
         first = next(iter(problems.values()))
-        raise CheckpointError(f"no complete round of {run_dir} is whole: restore one, or delete the folder ({first})")
+        raise CheckpointError(
+            f"no complete round of {folder.run_dir} is whole: restore one, or delete the folder ({first})"
+        )
     for damaged, problem in problems.items():
         aside = folder.round_dir(damaged).with_name(f"{folder.round_dir(damaged).name}.damaged")
         with storage_errors(aside):
             shutil.rmtree(aside, ignore_errors=True)
             folder.round_dir(damaged).rename(aside)
         logger.warning(f"round {damaged} is damaged and quarantined as {aside}: {problem}")
-    if config.resume == "must" and last == 0 and not any(folder.rounds_dir.glob("*.tmp")):
-        raise CheckpointError(f"{run_dir} holds nothing to resume from, and resume is must: see output_dir, name")
-    return last
+    return rounds[-1] if rounds else 0
 
 
 def _problem_of(folder: RunFolder, server_round: int) -> str:

@@ -86,17 +86,30 @@ def verify_folder(folder: Path, remedy: str) -> dict[str, Any]:
     Raises:
         CheckpointError: a file is missing or damaged; the message ends with `remedy`.
     """
+    info = read_info(folder, remedy)
     try:
-        state = json.loads((folder / STATE).read_text())
-        info = dict(state["info"])
-        damaged = _damaged_file(folder, dict(state["sha256"]))
-        # Runs of earlier versions have no checksum of `info`.
-        if state.get("info_sha256", _digest(info)) != _digest(info):
-            damaged = STATE
+        damaged = _damaged_file(folder, dict(json.loads((folder / STATE).read_text())["sha256"]))
     except UNREADABLE as error:
         raise CheckpointError(f"{folder} cannot be read ({error}): {remedy}") from error
     if damaged is not None:
         raise CheckpointError(f"{folder / damaged} is damaged (checksum differs): {remedy}")
+    return info
+
+
+def read_info(folder: Path, remedy: str) -> dict[str, Any]:
+    """The `info` of a folder that `write_folder` wrote, compared with its checksum; no other file is looked at.
+
+    Raises:
+        CheckpointError: it is missing or damaged; the message ends with `remedy`.
+    """
+    try:
+        state = json.loads((folder / STATE).read_text())
+        info = dict(state["info"])
+        is_whole = state["info_sha256"] == _digest(info)
+    except UNREADABLE as error:
+        raise CheckpointError(f"{folder / STATE} cannot be read ({error}): {remedy}") from error
+    if not is_whole:
+        raise CheckpointError(f"{folder / STATE} is damaged (checksum differs): {remedy}")
     return info
 
 

@@ -29,6 +29,7 @@ from dpa_ds.config.deepspeed_json import load_deepspeed_json
 from dpa_ds.config.fields import FIELDS
 from dpa_ds.config.load import load_config, to_yaml
 from dpa_ds.config.schema import DataConfig, ModelConfig, RunConfig, TrackingConfig
+from dpa_ds.config.validate import fingerprint_sections
 from dpa_ds.data.sources import ClientInfo, Example, read_clients, read_test_rows
 from dpa_ds.data.tables import read_rows
 from dpa_ds.data.tokenize import load_or_tokenize
@@ -304,7 +305,8 @@ def read_round(path: Path) -> None:
 
 
 def resume_run(path: Path) -> None:
-    find_resume_round(RunFolder(run_of(path)), config_of(run_of(path)))
+    fingerprint = fingerprint_sections(config_of(run_of(path)))
+    find_resume_round(RunFolder(run_of(path)), fingerprint, "auto")
 
 
 def read_progress(path: Path) -> None:
@@ -377,7 +379,9 @@ READERS = {
     "cache of tokens": Reader(token_cache, read_tokens),
     "recipe of a run": Reader(run("config.yaml"), lambda path: evaluate.load(["--run", str(path.parent)]), 20),
     "run to claim": Reader(
-        run("config.yaml"), lambda path: validate_run_dir(RunFolder(path.parent), config_of(path.parent)), 20
+        run("config.yaml"),
+        lambda path: validate_run_dir(RunFolder(path.parent), fingerprint_sections(config_of(path.parent))),
+        20,
     ),
     "fingerprint": Reader(run("model.json"), lambda path: RunFolder(path.parent).check_model("abc")),
     "meta.json": Reader(run(f"{ROUND}/meta.json"), resume_run, 20),

@@ -247,7 +247,10 @@ def _plan_rank(rows: Sequence[int], lengths: Sequence[int], num_micro_batches: i
 
 
 def _cut_evenly(rows: Sequence[int], lengths: Sequence[int], count: int) -> list[Sequence[int]]:
-    """`count` runs of consecutive rows with about as many tokens each; empty only where there are fewer rows."""
+    """`count` runs of `rows`, in ascending order of length, with about as many tokens each.
+
+    A run is empty only where there are fewer rows than runs.
+    """
     if len(rows) <= count:
         return [rows[k : k + 1] for k in range(count)]
     cumulated = np.cumsum([lengths[row] for row in rows])
@@ -255,8 +258,9 @@ def _cut_evenly(rows: Sequence[int], lengths: Sequence[int], count: int) -> list
     start = 0
     for k in range(1, count):
         nearest = int(np.searchsorted(cumulated, cumulated[-1] * k / count)) + 1
-        # At least one row for this run, and one for each of the runs that follow.
-        stop = min(max(nearest, start + 1), len(rows) - (count - k))
+        # One row must remain for each run that follows. That leaves one for this run, too: where a row spans the shares
+        # of two runs, those after it are as long, hence so few that this bound decides for both.
+        stop = min(nearest, len(rows) - (count - k))
         runs.append(rows[start:stop])
         start = stop
     runs.append(rows[start:])

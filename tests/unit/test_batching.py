@@ -171,6 +171,12 @@ def test_loads_of_ranks_are_close() -> None:
     assert max(loads) <= 1.05 * sum(loads) / 4
 
 
+def test_the_longest_example_is_given_away_first() -> None:
+    plan = plan_step([10, 10, 10, 10, 40], 2, 1024)
+    loads = [sum(micro_batch.num_tokens for micro_batch in rank.micro_batches) for rank in plan.ranks]
+    assert loads == [40, 40]
+
+
 def test_planning_is_fast() -> None:
     lengths = np.random.default_rng(0).integers(20, 200, size=64).tolist()
     times = []

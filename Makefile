@@ -1,35 +1,38 @@
-# make demo: install, fetch the demo's model and data, train, evaluate. make test: install, run all tests.
 PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test faults bench bench-gpu check install install-test clean
+.PHONY: help demo test faults bench bench-gpu check docs install install-test clean
+
+# Targets with a line after ## are listed by `make help`.
+help:  ## what there is to make
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 # Two ranks where there is no GPU (deepspeed's default is one per NUMA node): each trains four of the eight clients.
-demo: install
+demo: install  ## install; fetch the demo's model and data; train and evaluate eight clients
 	$(BIN)/python launch/prepare_demo.py
 	LOCAL_SIZE=2 $(BIN)/deepspeed launch/run.py --config launch/recipes/demo.yaml
 	LOCAL_SIZE=2 $(BIN)/deepspeed launch/evaluate.py --run runs/demo
 
 # Two files at a time: most of a test is one process that imports, or a wait. In this order the long files come first.
-test: install-test
+test: install-test  ## install; run all tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # Kill N real runs at random moments, start them again, and compare with an undisturbed one (a minute each on two cores).
 N ?= 20
-faults: install-test
+faults: install-test  ## kill N real runs at random moments (N=20), and compare with an undisturbed one
 	$(BIN)/python -m tests.faults --trials $(N)
 
 # Ratios of docs/performance.md, in minutes on two cores; the demo's model and data must be there (make demo).
-bench: install-test
+bench: install-test  ## the ratios of docs/performance.md, on a CPU
 	$(BIN)/python benchmarks/train_step.py --device cpu --threads 1 --clock cpu --steps 1 --repeats 3
 	$(BIN)/python benchmarks/padding.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/planner.py --cases 0 3
 	OMP_NUM_THREADS=2 $(BIN)/python benchmarks/checkpoint.py --steps 4
 
 # The same questions on one large GPU. Never run: docs/performance.md.
-bench-gpu: install-test
+bench-gpu: install-test  ## the same questions on one large GPU
 	$(BIN)/python benchmarks/train_step.py --steps 4
 	$(BIN)/python benchmarks/large_model.py --model llama-7b
 	$(BIN)/python benchmarks/large_model.py --model llama-13b
@@ -39,14 +42,19 @@ bench-gpu: install-test
 	$(BIN)/python -m pytest tests/launch/test_gpu.py
 
 # What CI checks beside the tests.
-check: install-test
+check: install-test  ## format, lint, types, import contracts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/interrogate dpa_ds launch benchmarks
 
-install: $(VENV)/.installed
+# The site of the documentation, in build/site. It fails on a warning, a broken link, or a reference that is not current.
+docs: $(VENV)/.installed-docs  ## build the documentation's site
+	$(BIN)/python docs/generate_reference.py --check
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+install: $(VENV)/.installed  ## make the environment (.venv)
 install-test: $(VENV)/.installed-test
 
 # torch first, because deepspeed needs it at build time. Which build (CPU, CUDA) that is depends on your package index:
@@ -62,5 +70,9 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --no-build-isolation -e ".[test]"
 	touch $@
 
-clean:
+$(VENV)/.installed-docs: $(VENV)/.installed
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --no-build-isolation -e ".[docs]"
+	touch $@
+
+clean:  ## remove the environment, caches and builds
 	rm -rf $(VENV) .cache build *.egg-info

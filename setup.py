@@ -16,6 +16,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["dpa_ds", "dpa_ds.*"]),
+    package_data={"dpa_ds": ["py.typed"]},
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.13,<2.14",
@@ -41,6 +42,7 @@ setup(
         "torchft>=0.2,<0.3",
     ],
     extras_require={
+        "docs": ["mkdocs-material>=9.8,<10"],
         "demo": ["pip"],  # launch/prepare_demo.py downloads with it; environments made by uv lack it
         "test": [
             "pytest>=9,<10",

@@ -37,7 +37,8 @@ class DpaEngine:
     ) -> None:
         job = JobStore(Launch("single", 0, 1, 0, "127.0.0.1", 0))
         world = build_world(job, Topology((1,), 1), config.cluster, config.federation.timeout_seconds)
-        ds_json = build_deepspeed_json(load_deepspeed_json(config.engine.deepspeed_config), config, 1)
+        path = config.engine.deepspeed_config
+        ds_json = build_deepspeed_json(load_deepspeed_json(path), path, config.train, config.model.precision, 1)
         self._engine = AdapterEngine(adapters, world, config.train, ds_json)
         self._train, self._examples, self._states = config.train, examples, states
         self._batching = BatchingConfig(config.train.micro_batch_tokens, pad_id, self._engine.packing.supports_prefix)

@@ -25,7 +25,7 @@ from one_by_one import OneByOne
 from table import processor, spread, where_and_when
 
 from dpa_ds.adapters.methods import build_schedule
-from dpa_ds.cli.args import load_run_config
+from dpa_ds.cli import evaluate
 from dpa_ds.config.schema import RunConfig
 from dpa_ds.distributed.job_store import JobStore
 from dpa_ds.distributed.launchers import Launch
@@ -110,7 +110,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Load the run twice, check that both ways agree on the sample, and time them in turns."""
     options = [f"--run={args.run}", f"--beams={args.beams}", f"--max_new_tokens={args.max_new_tokens}"]
     options += [f"--instances={args.instances}", f"--generation.batch_tokens={args.batch_tokens}"]
-    config = load_run_config(options, __doc__ or "")
+    config = evaluate.load(options)
     clock = CLOCKS[args.clock]
     job = JobStore(Launch("single", 0, 1, 0, "127.0.0.1", 0))
     folder = RunFolder(config.run_dir)

@@ -46,7 +46,8 @@ def measure_steps(engine: Any, config: Any, shape: Shape, args: argparse.Namespa
     from planner import Setting, _step
 
     from dpa_ds.adapters.methods import Phase
-    from dpa_ds.planning.plan import OVERHEAD, Workload, judge, layout_of
+    from dpa_ds.planning.plan import OVERHEAD, judge, layout_of
+    from dpa_ds.planning.scenario import Workload, scenario_of
 
     setting = Setting(vocab_size=shape.vocab, rows=args.rows, length=args.length, label_share=args.label_share)
     step, tokens = _step(setting, 1), args.rows * args.length
@@ -63,8 +64,9 @@ def measure_steps(engine: Any, config: Any, shape: Shape, args: argparse.Namespa
         f"step of {args.rows} x {args.length} tokens: {median:.0f} tokens/s ({rates[0]:.0f} to {rates[-1]:.0f}), "
         f"MFU {median * share:.1%} of {flops / 1e12:g} TFLOP/s"
     )
-    layout = replace(layout_of(config, _zero(config), 1), tokens=tokens, labels=round(tokens * args.label_share))
-    plan = judge(shape, config, parse_cluster(f"gpu={args.gpu}"), layout, Workload())
+    scenario = scenario_of(config, shape, _zero(config), Workload())
+    layout = replace(layout_of(scenario, 1), tokens=tokens, labels=round(tokens * args.label_share))
+    plan = judge(scenario, parse_cluster(f"gpu={args.gpu}"), layout)
     planned = plan.total - OVERHEAD
     if on_gpu:
         peak = torch.cuda.max_memory_allocated()
@@ -143,7 +145,8 @@ def _build(shape: Shape, args: argparse.Namespace) -> tuple[Any, Any]:
         max_position_embeddings=args.length,
     )
     world = build_world(JobStore(Launch("single", 0, 1, 0, "127.0.0.1", 0)), Topology((1,), 1), config.cluster, 600.0)
-    ds_json = build_deepspeed_json({"zero_optimization": _zero(config)}, config, 1)
+    file_json = {"zero_optimization": _zero(config)}
+    ds_json = build_deepspeed_json(file_json, "benchmarks/large_model.py", config.train, config.model.precision, 1)
     torch.set_default_dtype(DTYPES[args.precision])
     with tempfile.TemporaryDirectory() as folder, torch.device(world.device):
         LlamaForCausalLM(llama).save_pretrained(folder)  # stage 3 reads its shares from files

@@ -130,16 +130,18 @@ def planned(argv: list[str], setting: Setting, flops: float, bandwidth: float, r
     from dpa_ds.config.deepspeed_json import load_deepspeed_json
     from dpa_ds.config.load import load_config
     from dpa_ds.planning.hardware import parse_cluster
-    from dpa_ds.planning.plan import LINK_EFFICIENCY, Workload, judge, layout_of
+    from dpa_ds.planning.plan import LINK_EFFICIENCY, judge, layout_of
+    from dpa_ds.planning.scenario import Workload, scenario_of
     from dpa_ds.planning.shapes import read_shape
 
     tokens = setting.rows * setting.length
     config = load_config([*argv, f"--train.batch_size={setting.rows * ranks}", f"--train.micro_batch_tokens={tokens}"])
     zero = load_deepspeed_json(config.engine.deepspeed_config)["zero_optimization"]
-    layout = replace(layout_of(config, zero, ranks), tokens=tokens, labels=round(tokens * setting.label_share))
-    cluster = replace(parse_cluster(f"gpus={ranks},gpu=cpu,flops={flops},mfu=1"), link=2 * bandwidth / LINK_EFFICIENCY)
     shape = read_shape(config.model.path, None)
-    return judge(shape, config, cluster, layout, Workload(tokens=setting.length))
+    scenario = scenario_of(config, shape, zero, Workload(tokens=setting.length))
+    layout = replace(layout_of(scenario, ranks), tokens=tokens, labels=round(tokens * setting.label_share))
+    cluster = replace(parse_cluster(f"gpus={ranks},gpu=cpu,flops={flops},mfu=1"), link=2 * bandwidth / LINK_EFFICIENCY)
+    return judge(scenario, cluster, layout)
 
 
 def measure(job: Any, setting: Setting, argv: list[str], timed: bool = False) -> dict[str, float]:
@@ -200,7 +202,8 @@ def _build(job: Any, argv: list[str]) -> Any:
 
     config, size = load_config(argv), job.launch.job_world_size
     world = build_world(job, plan_topology(size, 1, size), config.cluster, 60.0)
-    ds_json = build_deepspeed_json(load_deepspeed_json(config.engine.deepspeed_config), config, size)
+    path = config.engine.deepspeed_config
+    ds_json = build_deepspeed_json(load_deepspeed_json(path), path, config.train, config.model.precision, size)
     base = load_base(config.model, Path(config.model.path), ds_json)
     adapters = AdapterModel(base, adapter_table(config.lora), config.lora)
     return AdapterEngine(adapters, world, config.train, ds_json)

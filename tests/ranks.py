@@ -15,7 +15,7 @@ from typing import Any
 PRELOADED = [
     "datasets",
     "dpa_ds.config.load",
-    "dpa_ds.cli.train",
+    "dpa_ds.cli.session",
     "matplotlib.figure",
     # What these would import when they are first used, half of a small run's time:
     "deepspeed.runtime.zero.muon.muon_optimizer",  # deepspeed.initialize: torch.compile, and with it torch._inductor
@@ -64,7 +64,7 @@ def run_on_ranks(
 
 def train_on_rank(job: Any, argv: Sequence[str]) -> None:
     """For `run_on_ranks`: the training that `launch/run.py` starts with the arguments `argv`."""
-    from dpa_ds.cli.train import train
+    from dpa_ds.cli.session import train
     from dpa_ds.config.load import load_config
 
     train(load_config(argv), job)

@@ -1,9 +1,10 @@
-"""A frozen base with a table of LoRA adapters: which are mixed in with what weight, and which parameters they have.
+"""A frozen base with a table of LoRA adapters: which are mixed in with what weight, and which
+parameters they have.
 
     h = W0 x + sum over adapters of mix * s * B A x        s = lora.alpha / lora.rank
 
-The mix is a tensor: a weight for each instance, layer and adapter. PEFT is used unforked; its LoRA layers compute all
-adapters at once (`mixed_lora.py`).
+The mix is a tensor: a weight for each instance, layer and adapter. PEFT is used unforked; its LoRA
+layers compute all adapters at once (`mixed_lora.py`).
 """
 
 import hashlib
@@ -14,6 +15,7 @@ from collections.abc import Mapping, Sequence
 import peft
 import torch
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from dpa_ds.adapters.methods import AdapterSpec
 from dpa_ds.adapters.mixed_lora import MixedLora, with_mixed_layers
@@ -37,16 +39,22 @@ class AdapterModel:
         self.layers = [module for module in self.peft_model.modules() if isinstance(module, MixedLora)]
         """The adapted layers, in the order of the middle dimension of a mix."""
         self.scale = config.alpha / config.rank
-        self.parameters = {name: _adapter_parameters(self.peft_model, name) for name in self.table}
-        """Per adapter: PEFT's adapter-less key -> parameter, in a fixed order."""
-        # Full shapes, kept because ZeRO-3 empties the parameters themselves.
-        self.shapes = {name: _shapes(parameters) for name, parameters in self.parameters.items()}
-        # Before DeepSpeed takes over all must require gradients: it only manages what then does.
-        for parameters in self.parameters.values():
+        self.parameters: dict[str, dict[str, torch.nn.Parameter]] = {}
+        """Per adapter: PEFT's adapter-less key -> parameter, keys sorted."""
+        self.shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+        """Full shapes of `parameters`, kept because ZeRO-3 empties the parameters themselves."""
+        for spec in table:
+            parameters = _adapter_parameters(self.peft_model, spec.name)
+            self.parameters[spec.name] = parameters
+            self.shapes[spec.name] = _shapes(parameters)
+            # Before DeepSpeed takes over all must require gradients: it only manages what then does.
             for parameter in parameters.values():
                 parameter.requires_grad_(True)
         self.one_logit = _one_logit(base)
-        """Arguments of a forward pass whose logits nobody needs: the output head then runs at one position a row."""
+        """Arguments of a forward pass whose logits nobody needs.
+
+        The output head then runs at one position a row.
+        """
         self.set_mix(self.no_mix)
 
     @property
@@ -60,32 +68,37 @@ class AdapterModel:
         return torch.zeros(1, 1, len(self.table))
 
     def set_mix(self, mix: torch.Tensor, compute_all: bool = False) -> None:
-        """Weight the adapters of every layer. An adapter whose weight is 0 everywhere in `mix` is not computed at all.
+        """Weight the adapters of every layer.
+
+        An adapter whose weight is 0 everywhere in `mix` is not computed at all.
 
         Args:
-            mix: fp32 on the CPU, shape (batch or 1, layers or 1, adapters); `global_local_mix` makes it for two.
-            compute_all: compute the adapters of weight 0 too. Needed where the base is partitioned and ranks have
-                different weights: they gather the parameters of the same adapters together.
+            mix: fp32 on the CPU, shape (batch or 1, layers or 1, adapters).
+            compute_all: compute the adapters of weight 0 too. Needed where the base is partitioned
+                and ranks have different weights: they gather the same parameters together.
         """
         _, num_layers, num_adapters = mix.shape
         assert num_layers in (1, len(self.layers)), num_layers
         assert num_adapters == len(self.table), num_adapters
         assert mix.dtype == torch.float32, mix.dtype
-        specs, columns = [], []
+        names: list[str] = []
+        columns: list[int] = []
         for column, spec in enumerate(self.table.values()):
             if compute_all or mix[..., column].any():
-                specs.append(spec)
-                columns.append(column)
-        ranks = torch.tensor([spec.rank for spec in specs], dtype=torch.int64)
-        # Expanded on the CPU, where it costs nothing: one small copy to the device serves all layers.
-        weights = (mix[..., columns] * self.scale).repeat_interleave(ranks, dim=-1).to(self.device)
-        names = [spec.name for spec in specs]
-        for i, layer in enumerate(self.layers):
-            layer_weights = weights if num_layers == 1 else weights[:, i : i + 1]
+                names.append(spec.name)
+                # A column for each rank: the weights then multiply the low-rank product as they are.
+                columns += [column] * spec.rank
+        # On the CPU up to here, where it costs nothing: one small copy to the device serves all layers.
+        weights = (mix * self.scale)[..., columns].to(self.device)
+        per_layer = torch.split(weights.expand(-1, len(self.layers), -1), 1, dim=1)
+        for layer, layer_weights in zip(self.layers, per_layer, strict=True):
             layer.mix(names, layer_weights)
 
     def set_trainable(self, adapter: str, trainable: bool) -> None:
-        """Freeze `adapter`, or free those of its matrices that the table trains. Gradients still flow through a frozen one."""
+        """Freeze `adapter`, or free those of its matrices that the table trains.
+
+        A frozen adapter stays in the graph: gradients still flow through it.
+        """
         for key, parameter in self.parameters[adapter].items():
             parameter.requires_grad_(trainable and self.table[adapter].trains(key))
 
@@ -103,13 +116,13 @@ class AdapterModel:
     def check_shapes(self, adapter: str, state: AdapterState) -> None:
         """Raise ModelError unless `state` has the keys and shapes of `adapter` on this model."""
         expected, found = self.shapes[adapter], _shapes(state)
-        if found == expected:
-            return
-        key = next(key for key in (*expected, *found) if expected.get(key) != found.get(key))
-        raise ModelError(
-            f"the saved {adapter} adapter does not fit this model: {key} has shape {found.get(key, 'none')}, expected "
-            f"{expected.get(key, 'none')}: set model.path and lora.* to what it was trained with"
-        )
+        for key in (*expected, *found):
+            if expected.get(key) != found.get(key):
+                raise ModelError(
+                    f"the saved {adapter} adapter does not fit this model: {key} has shape "
+                    f"{found.get(key, 'none')}, expected {expected.get(key, 'none')}: set model.path "
+                    "and lora.* to what it was trained with"
+                )
 
     def initial_state(self, adapter: str, seed: Sequence[int]) -> AdapterState:
         """Fresh weights as PEFT draws them (A: Kaiming uniform, B: zero), a pure function of `seed`.
@@ -126,9 +139,11 @@ class AdapterModel:
 
 
 def global_local_mix(alpha: float | torch.Tensor) -> torch.Tensor:
-    """The mix (1 - alpha, alpha) of the global and the local adapter (`adapter_table`), shape (batch or 1, 1, 2).
+    """The mix (1 - alpha, alpha) of the global and the local adapter (`adapter_table`), shape
+    (batch or 1, 1, 2).
 
-    alpha weights the LOCAL adapter (FedDPA, section 3; the published code reverses it at inference).
+    alpha weights the LOCAL adapter (FedDPA, section 3; the published code reverses it at
+    inference).
 
     Args:
         alpha: one weight in [0, 1], or one for each instance, shape (batch,), on any device.
@@ -183,28 +198,25 @@ def _initial_tensor(key: str, shape: Sequence[int], seed: Sequence[int]) -> torc
     if ".lora_B." in key:
         return torch.zeros(shape)
     digest = hashlib.sha256(f"{list(seed)} {key}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)  # 63 bits: torch's are signed
+    # 63 bits, because torch's seeds are signed.
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     bound = 1 / math.sqrt(shape[1])  # kaiming_uniform_(a=sqrt(5)) with fan-in shape[1]
     return torch.empty(tuple(shape)).uniform_(-bound, bound, generator=generator)
 
 
 def _check_target_modules(base: PreTrainedModel, config: LoraConfig) -> None:
     # PEFT complains only if none of the names matches.
-    linear = []
+    missing = set(config.target_modules)
+    available = set()
     for name, module in base.named_modules():
-        if isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D":
-            linear.append(name)
-    missing = [target for target in config.target_modules if not _matches_any(target, linear)]
+        if isinstance(module, (torch.nn.Linear, Conv1D)):
+            available.add(name.rsplit(".", 1)[-1])
+            missing = {target for target in missing if not f".{name}".endswith(f".{target}")}
     if missing:
-        available = sorted({name.rsplit(".", 1)[-1] for name in linear})
+        listed = [target for target in config.target_modules if target in missing]
         raise ModelError(
-            f"lora.target_modules {missing} are not linear layers of {type(base).__name__}; it has {available}"
+            f"lora.target_modules {listed} are not linear layers of {type(base).__name__}; it has {sorted(available)}"
         )
-
-
-def _matches_any(target: str, names: Sequence[str]) -> bool:
-    """Whether PEFT finds `target`: a name, or the end of one."""
-    return any(name == target or name.endswith("." + target) for name in names)
 
 
 def _check_ranks(base: PreTrainedModel, config: LoraConfig) -> None:

@@ -1,8 +1,9 @@
 """The table of adapters, and FedDPA and its baselines as schedules of phases: data, not branches.
 
-A round of a client runs the phases `before` the aggregation, those that `overlap` it because they need nothing of it, and
-those `after` it; when all rounds are over, those in `final` once. Source: FedDPA (arXiv 2403.19211) sections 3.2 and 3.3;
-`local_first` is the order of the authors' published code.
+A round of a client runs the phases `before` the aggregation, those that `overlap` it because they
+need nothing of it, and those `after` it; when all rounds are over, those in `final` once. Source:
+FedDPA (arXiv 2403.19211) sections 3.2 and 3.3; `local_first` is the order of the authors' published
+code.
 """
 
 from dataclasses import dataclass, replace
@@ -11,9 +12,10 @@ from typing import Final, Literal, get_args
 from dpa_ds.config.schema import LoraConfig, MethodConfig
 
 GLOBAL: Final = "global"
-"""Name of the adapter that all clients share; also the encoder and the weighting that use it alone."""
+"""Name of the adapter that all clients share; also of the encoder and the weighting that use it alone."""
 LOCAL: Final = "local"
-"""Name of the adapter that each client keeps; also the encoder, the weighting and the baseline that use it alone."""
+"""Name of the adapter that each client keeps; also of the encoder, the weighting and the baseline
+that use it alone."""
 
 Matrix = Literal["A", "B"]
 BOTH: tuple[Matrix, ...] = get_args(Matrix)
@@ -26,7 +28,8 @@ class AdapterSpec:
     name: str
     rank: int
     shared: tuple[Matrix, ...] = ()
-    """Matrices whose changes leave the client and are aggregated; empty: the client keeps the adapter to itself."""
+    """Matrices whose changes leave the client and are aggregated; empty: the client keeps the
+    adapter to itself."""
     trained: tuple[Matrix, ...] = BOTH
     """Matrices that its phases train; the others keep their initial values."""
 
@@ -45,7 +48,8 @@ class AdapterSpec:
 
 
 def adapter_table(lora: LoraConfig) -> tuple[AdapterSpec, AdapterSpec]:
-    """The two adapters of FedDPA: the global one, of which all is shared, and the local one, of which nothing is."""
+    """The two adapters of FedDPA: the global one, of which all is shared, and the local one, of
+    which nothing is."""
     return (
         AdapterSpec(GLOBAL, lora.rank, shared=BOTH),
         AdapterSpec(LOCAL, lora.local_rank or lora.rank),
@@ -88,7 +92,8 @@ class Schedule:
     weighted_by_instance: bool = False
     """Inference mixes both adapters, with a weight for each instance."""
     inference_alpha: float = 0.0
-    """Fixed weight of the local adapter when no per-instance weight is used (0 for a client that never trained it)."""
+    """Fixed weight of the local adapter when no per-instance weight is used (0 for a client that
+    never trained it)."""
 
     def phases(self, stage: Stage, server_round: int) -> tuple[Phase, ...]:
         """Phases of `stage` that run in `server_round`."""

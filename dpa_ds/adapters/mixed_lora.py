@@ -1,12 +1,13 @@
 """A LoRA layer that computes all active adapters as one low-rank product.
 
-PEFT's own layer (0.21) computes each adapter for itself: A, B, scaling and sum, the last two in passes over
-(tokens, out_features). They cost more than the arithmetic, which is memory-bound. Here the A lie below one another, the
-B side by side:
+PEFT's own layer (0.21) computes each adapter for itself: A, B, scaling and sum, the last two in
+passes over (tokens, out_features). They cost more than the arithmetic, which is memory-bound. Here
+the A are stacked in rows, the B in columns:
 
     h = W0 x + [B_1 B_2 ...] diag(weights) [A_1; A_2; ...] x
 
-PEFT makes it by its documented way to register modules of one's own ("dynamic dispatch of custom modules").
+PEFT makes it by its documented way to register modules of one's own ("dynamic dispatch of custom
+modules").
 """
 
 from collections.abc import Sequence
@@ -26,8 +27,8 @@ class MixedLora(lora.Linear):
         """Have the adapters `names` take part; with none the frozen layer answers alone.
 
         Args:
-            weights: fp32 on the layer's device, shape (batch or 1, 1, sum of the adapters' ranks): an adapter's weight
-                stands once for each of its ranks.
+            weights: fp32 on the layer's device, shape (batch or 1, 1, sum of the adapters' ranks):
+                an adapter's weight stands once for each of its ranks.
         """
         self._active_adapter = list(names)  # set_adapter() would switch requires_grad as well
         self._weights = weights

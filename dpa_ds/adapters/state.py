@@ -3,7 +3,8 @@
 import torch
 
 AdapterState = dict[str, torch.Tensor]
-"""Full fp32 CPU tensors of one adapter under PEFT's adapter-less keys: the only thing that crosses a client border."""
+"""Full fp32 CPU tensors of one adapter under PEFT's adapter-less keys: the only thing that crosses
+a client border."""
 
 
 def flatten(state: AdapterState) -> torch.Tensor:

@@ -1,104 +1,189 @@
-"""From the command line of a program that uses a trained run to its RunConfig: `--run runs/NAME [--option VALUE ...]`."""
+"""The one parser of all programs: each declares its options once, as a dataclass; usage, help and checks follow.
 
-import os
-import sys
-from collections.abc import Sequence
-from pathlib import Path
+    @dataclass(frozen=True, kw_only=True)
+    class SearchOptions:
+        '''What the program does. An indented list after a line `examples` ends the help.'''
 
-from dpa_ds.config.load import load_config
-from dpa_ds.config.schema import RunConfig
-from dpa_ds.config.validate import diff_configs, fingerprint_sections
+        text: str = option("TEXT", missing="nothing to look for: give it with --text TEXT")
+        '''The docstring of a field is its help.'''
+        limit: int = option("N", 10, must_be="a whole number >= 1", test=at_least_one)
+
+Words that are not options of the program are handed back: overrides of the recipe, `--section.field VALUE`, have a
+loader of their own (config/load.py), which knows all fields.
+"""
+
+import argparse
+import dataclasses
+import inspect
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING
+from types import NoneType
+from typing import Any, Literal, NoReturn, TypeVar
+
+import docstring_parser
+
+from dpa_ds.config.fields import alternatives, describe
 from dpa_ds.errors import ConfigError
 
-SHORT = {
-    "clients": "evaluation.clients",
-    "tasks": "evaluation.tasks",
-    "split": "evaluation.split",
-    "instances": "evaluation.instances_per_task",
-    "weighting": "weighting.kind",
-    "lambda": "weighting.scale",
-    "alpha": "weighting.scale",
-    "beams": "generation.num_beams",
-    "max_new_tokens": "generation.max_new_tokens",
-}
-"""Options of these programs and the fields that they set."""
-_MAY_DIFFER = {"model.path", "model.precision", "data.path", "data.test_path", "data.num_clients"}
+Options = TypeVar("Options")
+_EXAMPLES = "\n\nexamples\n"
 
 
-def load_run_config(argv: Sequence[str], usage: str) -> RunConfig:
-    """The recipe of the run that `--run` names, with overrides of what does not belong to its training.
+def option(
+    metavar: str,
+    default: Any = MISSING,
+    *,
+    missing: str = "",
+    must_be: str = "",
+    test: Callable[[Any], bool] | None = None,
+    sets: str = "",
+) -> Any:
+    """A field of a program's options. A trailing `_` of its name is not part of the option: `lambda_` is --lambda.
 
-    ConfigError: no such run, an unknown option, a field that the run was trained with, or --alpha where the weight is not
-    fixed. SystemExit(0): --help, which prints `usage`.
+    Args:
+        metavar: what usage and help show as its value.
+        missing: the message where a field without a default is not given.
+        must_be: what a value must be, in words, where the type alone does not say it.
+        test: whether a value of the right type is allowed.
+        sets: the field of the recipe that the option stands for.
     """
-    if any(word in ("-h", "--help") for word in argv):
-        sys.stdout.write(usage.rstrip() + "\n")
-        raise SystemExit(0)
-    options = _options(argv)
-    if "run" not in options:
-        raise ConfigError("no run: give one with --run runs/NAME (a folder that launch/run.py wrote; see --help)")
-    run_dir = Path(options.pop("run")).expanduser()
-    recipe = run_dir / "config.yaml"
-    if not os.path.isfile(recipe):  # unlike Path.is_file it takes any path
-        found = sorted(path.parent.name for path in run_dir.absolute().parent.glob("*/config.yaml"))
-        there = f"; runs beside it: {', '.join(found[:8])}{', ...' if len(found) > 8 else ''}" if found else ""
-        raise ConfigError(f"--run {run_dir}: no such run (no {recipe}): give a folder that launch/run.py wrote{there}")
-    base = ["--config", str(recipe), f"--name={run_dir.absolute().name}", f"--output_dir={run_dir.absolute().parent}"]
-    trained = fingerprint_sections(load_config(base))
-    config = load_config([*base, *(f"--{key}={value}" for key, value in options.items())])
-    changed = {key: value for key, value in fingerprint_sections(config).items() if key not in _MAY_DIFFER}
-    differences = diff_configs({key: trained[key] for key in changed}, changed)
-    if differences:
-        raise ConfigError(
-            f"{run_dir} was trained with another value ({'; '.join(differences)}): leave that option out, or train a run "
-            "of its own with it"
-        )
-    if config.weighting.kind != "fixed" and any(word.partition("=")[0] == "--alpha" for word in argv):
-        raise ConfigError(
-            f"--alpha is the weight of --weighting fixed, but weighting.kind is {config.weighting.kind}: add --weighting "
-            "fixed, or give the scale of the similarity with --lambda"
-        )
-    return config
+    metadata = {"metavar": metavar, "missing": missing, "must_be": must_be, "test": test, "sets": sets}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
-def take_options(argv: Sequence[str], names: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """The options `names` (`--name VALUE` or `--name=VALUE`) with their values, and all other words.
+def at_least_zero(value: float) -> bool:
+    """A test for `option`."""
+    return value >= 0
 
-    ConfigError: an option without a value.
+
+def at_least_one(value: float) -> bool:
+    """A test for `option`."""
+    return value >= 1
+
+
+def positive_and_finite(value: float) -> bool:
+    """A test for `option`; False for NaN."""
+    return 0 < value < float("inf")
+
+
+def parse(argv: Sequence[str], options: type[Options], start: str) -> tuple[Options, list[str]]:
+    """The options of `argv`, `--name VALUE` or `--name=VALUE`, and all other words in order.
+
+    Of an option that is given twice, the later wins.
+
+    Args:
+        options: a frozen dataclass, every field of which is an `option`.
+        start: how the program is started, such as `deepspeed launch/evaluate.py`.
+
+    Raises:
+        ConfigError: an option without a value, with a wrong one, or one that is missing.
+        SystemExit: status 0 after --help, which prints to stdout.
     """
-    taken: dict[str, str] = {}
-    others, rest = [], list(argv)
-    while rest:
-        word = rest.pop(0)
-        name, has_value, value = word.removeprefix("--").partition("=")
-        if not word.startswith("--") or name not in names:
-            others.append(word)
-            continue
-        if not has_value and (not rest or rest[0].startswith("--")):
-            raise ConfigError(f"--{name} needs a value: --{name} VALUE (see --help)")
-        taken[name] = value if has_value else rest.pop(0)
-    return taken, others
+    try:
+        namespace, others = _build_parser(options, start).parse_known_args(list(argv))
+    except argparse.ArgumentError as error:
+        name = error.argument_name
+        raise ConfigError(f"{name} needs a value: {name} VALUE (see --help)") from error
+    kinds = typing.get_type_hints(options)
+    values = {}
+    for field in fields_of(options):
+        text = getattr(namespace, field.name)
+        if text is not None:
+            values[field.name] = _read(field, kinds[field.name], text)
+        elif field.default is MISSING:
+            raise ConfigError(field.metadata["missing"])
+    return options(**values), others
 
 
-def _options(argv: Sequence[str]) -> dict[str, str]:
-    """`--name VALUE` or `--name=VALUE` -> field of the recipe (or `run`) and its value."""
-    options: dict[str, str] = {}
-    rest = list(argv)
-    while rest:
-        word = rest.pop(0)
+def refuse_unknown(words: Sequence[str], options: type[Any], also: Sequence[str] = ()) -> None:
+    """Refuse every word that `parse` handed back, for a program that has no use for others.
+
+    Args:
+        also: further names that the message offers.
+
+    Raises:
+        ConfigError: a word that is no option, or an option that the program lacks.
+    """
+    known = [name_of(field) for field in fields_of(options)]
+    offered = ", ".join(f"--{name}" for name in [*known, *also])
+    for word in words:
         if not word.startswith("--"):
             raise ConfigError(f"unexpected argument {word!r}: options look like --name VALUE (see --help)")
-        name, has_value, value = word.removeprefix("--").partition("=")
-        if not has_value:
-            if not rest or rest[0].startswith("--"):
-                raise ConfigError(f"--{name} needs a value: --{name} VALUE (see --help)")
-            value = rest.pop(0)
-        if name in ("local_rank", "local-rank"):  # the DeepSpeed launcher adds it
-            continue
-        key = SHORT.get(name, name)
-        if key != "run" and "." not in key:
-            raise ConfigError(
-                f"--{name} is not an option; options are --run, {', '.join(f'--{name}' for name in SHORT)}, --section.field"
-            )
-        options[key] = f"[{value}]" if name in ("clients", "tasks") and not value.startswith("[") else value
-    return options
+        name = word.removeprefix("--").partition("=")[0]
+        if name not in ("local_rank", "local-rank"):  # launchers add it; the environment says the same
+            raise ConfigError(f"--{name} is not an option; options are {offered}")
+
+
+def fields_of(options: type[Any]) -> Sequence[dataclasses.Field[Any]]:
+    """The declared options, those of base classes first."""
+    return dataclasses.fields(options)
+
+
+def name_of(field: dataclasses.Field[Any]) -> str:
+    """The option's name, without dashes."""
+    return field.name.rstrip("_")
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises where argparse would print its usage and exit with a status of its own."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message)
+
+
+def _build_parser(options: type[Any], start: str) -> _Parser:
+    description, _, examples = inspect.cleandoc(options.__doc__ or "").partition(_EXAMPLES)
+    usage = [start]
+    for field in fields_of(options):
+        if field.default is MISSING:
+            usage.append(f"--{name_of(field)} {field.metadata['metavar']}")
+    parser = _Parser(
+        usage=" ".join([*usage, "[--option VALUE ...]"]),
+        description=description,
+        epilog=f"examples\n{examples}",  # under the options: the last thing on the screen is what can be copied
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # the recipe's --seed is no short form of --seeds
+        exit_on_error=False,
+    )
+    helps = _field_docstrings(options)
+    for field in fields_of(options):
+        text = helps[field.name].replace("%", "%%")  # argparse fills in %(default)s and the like
+        if field.default not in (MISSING, None):
+            text = f"{text.removesuffix('.')} (default: {field.default})."
+        parser.add_argument(f"--{name_of(field)}", dest=field.name, metavar=field.metadata["metavar"], help=text)
+    return parser
+
+
+def _field_docstrings(options: type[Any]) -> dict[str, str]:
+    """Field -> the docstring below it, of the class and of its bases."""
+    found = {}
+    for kind in reversed(options.__mro__[:-1]):
+        for documented in docstring_parser.parse_from_object(kind).params:
+            found[documented.arg_name] = documented.description or ""
+    return found
+
+
+def _read(field: dataclasses.Field[Any], annotation: Any, text: str) -> Any:
+    """`text` as the declared type, and tested.
+
+    Raises:
+        ConfigError: it is of another type, or not allowed.
+    """
+    kind = next(one for one in alternatives(annotation) if one is not NoneType)
+    name, test = name_of(field), field.metadata["test"]
+    if typing.get_origin(kind) is Literal:
+        choices = typing.get_args(kind)
+        if text not in choices:
+            raise ConfigError(f"--{name} is {' or '.join(choices)}, got {text!r}")
+        return text
+    if typing.get_origin(kind) is tuple:
+        return tuple(text.removeprefix("[").removesuffix("]").split(","))
+    try:
+        value = kind(text)
+        allowed = test is None or test(value)
+    except ValueError:
+        allowed = False
+    if not allowed:
+        raise ConfigError(f"--{name} must be {field.metadata['must_be'] or describe(kind)}, got {text!r}")
+    return value

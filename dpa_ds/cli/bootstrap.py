@@ -1,20 +1,23 @@
 """From a process that some launcher started to a job whose ranks agree on what they run."""
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from dpa_ds.config.deepspeed_json import load_deepspeed_json
-from dpa_ds.config.load import load_config, to_yaml
+from dpa_ds.config.load import to_yaml
 from dpa_ds.config.schema import RunConfig
 from dpa_ds.distributed.job_store import JOIN_TIMEOUT_SECONDS, JobStore, code_fingerprint
 from dpa_ds.distributed.launchers import check_hostfile_of_launcher, discover_launch
 from dpa_ds.errors import DpaError
 
+Work = Callable[[JobStore], None]
+"""What a job does. Collective: every rank of the job."""
 PACKAGES = ("torch", "deepspeed", "transformers", "peft")
 RANK_VARIABLES = {
     "RANK": "WORLD_SIZE",
@@ -22,63 +25,87 @@ RANK_VARIABLES = {
     "PMI_RANK": "PMI_SIZE",
     "SLURM_PROCID": "SLURM_STEP_NUM_TASKS",
 }
-"""What launchers tell a rank, and the number of ranks."""
+"""Variables in which launchers say a rank, and the number of ranks."""
 
 
-def run_job(
-    argv: Sequence[str],
-    work: Callable[[RunConfig, JobStore], None],
-    load: Callable[[Sequence[str]], RunConfig] = load_config,
-) -> None:
-    """Find this rank's place, `load` the config, agree with the other ranks, and do `work(config, job)`.
+def run_job(argv: Sequence[str], prepare: Callable[[Sequence[str]], tuple[RunConfig, Work]]) -> None:
+    """Find this rank's place, `prepare(argv)` config and work, agree with the other ranks, and do the work.
 
-    Ends the process with the error's exit code if anything fails on this rank; one rank of the job says what.
+    Torch is imported by the work, not before: what is wrong with recipe or ranks is reported without that wait. Ends
+    the process with the error's exit code if anything fails on this rank; one rank of the job reports what.
     Collective: every rank of the job.
     """
+    # torch reads it when it is first imported. Below ERROR each rank adds 40 lines of C++ stack to a peer's one line.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         launch = discover_launch()
     except DpaError as error:
         if not _is_further_rank(os.environ):
-            sys.stderr.write(f"error: {error}\n")
+            _report(error)
         sys.exit(error.exit_code)
-    config, problem, facts = None, None, dict[str, str]()
+    config: RunConfig | None = None
+    problem: DpaError | None = None
+    facts: dict[str, str] = {}
     try:
         check_hostfile_of_launcher()
-        with _silent_unless(launch.global_rank == 0):  # --help and --print_config are reported once
-            config = load(argv)
+        with _stdout_of(launch.global_rank == 0):  # --help and --print_config are written once
+            config, work = prepare(argv)
         facts = _facts(config)
     except DpaError as error:
         problem = error
     job = None
     try:
         job = JobStore(launch)
-        timeout = config.cluster.timeout_seconds if config else JOIN_TIMEOUT_SECONDS
-        job.check_consistency(facts, problem, timeout)
-        assert config is not None  # else there was a problem, and agree() raised it
+        timeout_seconds = JOIN_TIMEOUT_SECONDS
+        if config is not None:
+            timeout_seconds = config.cluster.timeout_seconds
+        job.check_consistency(facts, problem, timeout_seconds)
+        assert config is not None  # else there was a problem, and check_consistency raised it
         if config.cluster.device == "cpu":
             os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed chooses when it is first imported
-        work(config, job)
+        work(job)
         job.finish()
     except BaseException as error:
         if job is None:  # no store, no agreement on who speaks: one rank of each host
             if launch.local_rank == 0:
-                sys.stderr.write(f"error: {error}\n")
+                _report(error)
             launch.exit(getattr(error, "exit_code", 1))
         job.fail(error)
 
 
+def run_alone(work: Callable[[], None]) -> int:
+    """Do the work of a program that is one process without a launcher.
+
+    Returns:
+        The exit status: 0, or that of the error, which is reported in one line.
+    """
+    try:
+        work()
+        sys.stdout.flush()
+    except DpaError as error:
+        _report(error)
+        return error.exit_code
+    except BrokenPipeError:  # `| head` has read enough; Python flushes once more as it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def _report(error: BaseException) -> None:
+    sys.stderr.write(f"error: {error}\n")
+
+
 def _is_further_rank(environ: Mapping[str, str]) -> bool:
-    """Whether this is surely not rank 0, which then says what is wrong with the environment of all."""
+    """Whether this is surely not rank 0, which reports what is wrong with the environment of all."""
     for rank_name, size_name in RANK_VARIABLES.items():
         if rank_name in environ:
             rank, size = environ[rank_name], environ.get(size_name, "")
-            return bool(
-                re.fullmatch("[0-9]{1,9}", rank) and re.fullmatch("[0-9]{1,9}", size) and 0 < int(rank) < int(size)
-            )
+            are_numbers = re.fullmatch("[0-9]{1,9}", rank) and re.fullmatch("[0-9]{1,9}", size)
+            return bool(are_numbers) and 0 < int(rank) < int(size)
     return False
 
 
 def _facts(config: RunConfig) -> dict[str, str]:
+    """What must be equal on all ranks."""
     versions = " ".join(f"{name}-{importlib.metadata.version(name)}" for name in PACKAGES)
     return {
         "the code of dpa_ds": code_fingerprint(),
@@ -88,15 +115,11 @@ def _facts(config: RunConfig) -> dict[str, str]:
     }
 
 
-class _silent_unless:
-    """Let only one rank print what --help and --print_config write to stdout."""
-
-    def __init__(self, speaks: bool) -> None:
-        self._speaks, self._stdout = speaks, sys.stdout
-
-    def __enter__(self) -> None:
-        if not self._speaks:
-            sys.stdout = open(os.devnull, "w")
-
-    def __exit__(self, *_: object) -> None:
-        sys.stdout = self._stdout
+@contextlib.contextmanager
+def _stdout_of(speaks: bool) -> Iterator[None]:
+    """What is written to stdout is dropped unless this rank speaks."""
+    if speaks:
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield

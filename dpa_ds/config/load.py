@@ -73,6 +73,7 @@ def load_config(argv: Sequence[str]) -> RunConfig:
     if not given.recipes and not given.flags:
         raise ConfigError("no recipe: give one with --config RECIPE.yaml (recipes lie in launch/recipes/; see --help)")
 
+    # Defaults, recipes, overrides, in this order: each step overwrites what the ones before it gave.
     namespace = parser.get_defaults()
     for path in given.recipes:
         namespace = _parse_recipe(parser, _read_recipe(path), namespace)
@@ -174,7 +175,7 @@ def _collect(source: _Source, loader: RecipeLoader, node: yaml.MappingNode, pref
 def _parse_recipe(
     parser: jsonargparse.ArgumentParser, recipe: _Source, namespace: jsonargparse.Namespace
 ) -> jsonargparse.Namespace:
-    _check_scalars(recipe)
+    _check_scalars(recipe)  # before jsonargparse, which would convert what should be refused
     try:
         parsed: jsonargparse.Namespace = parser.parse_object(recipe.values, namespace=namespace)
     except argparse.ArgumentError as error:
@@ -256,5 +257,8 @@ def _build_parser() -> jsonargparse.ArgumentParser:
     parser.add_argument("--config", action="config", metavar="RECIPE", help="YAML recipe; several: the later wins.")
     parser.add_class_arguments(RunConfig, None)
     for section, group in (parser.groups or {}).items():
-        group.title = f"{section}: {group.title}" if section in SECTIONS else "run"
+        if section in SECTIONS:
+            group.title = f"{section}: {group.title}"
+        else:
+            group.title = "run"
     return parser

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 YEAR_SECONDS = 365 * 24 * 3600
-MAX_NAME_BYTES = 200
+MAX_NAME_BYTES = 200  # a file system allows 255
 
 Metadata = dict[str, Any]
 
@@ -102,6 +102,7 @@ def _is_path(text: str) -> bool:
         names = os.fsencode(text).split(b"/")
     except UnicodeEncodeError:
         return False
+    # NAME_MAX and PATH_MAX of Linux: beyond them, and at a NUL, the file system's own error is a traceback.
     return "\0" not in text and len(text) < 4000 and max(map(len, names)) <= 255
 
 

@@ -137,7 +137,7 @@ class MethodConfig:
     name: MethodName = "feddpa_t"
     """feddpa_t / feddpa_f: the method; the others are baselines."""
     alpha: float = field(default=0.5, metadata=within("[0, 1]"))
-    """Weight of the local adapter in the local phase, in [0, 1]; the global one has 1 - alpha."""
+    """Share of the local adapter in the local phase, in [0, 1]; the global one has 1 - alpha."""
     phase_order: Literal["global_first", "local_first"] = "global_first"
     """feddpa_t: the paper's order, or that of its published code."""
     global_source: Literal["own", "aggregated"] = "own"
@@ -155,7 +155,7 @@ class FederationConfig:
     stratify_by_group: bool = False
     """Sample the same number of clients from every rank group, so that no group idles."""
     aggregation_weights: Literal["uniform", "num_examples"] = "uniform"
-    """Weight of a client's update in the average."""
+    """What a client's update counts by in the average: all the same, or by its number of training examples."""
     aggregation: Literal["mean"] = "mean"
     """Rule that turns the clients' updates into one pseudo-gradient; mean: their average by aggregation_weights."""
     compression: Literal["fp32", "int16"] = "fp32"
@@ -216,7 +216,7 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class WeightingConfig:
-    """Weight alpha of the local adapter, for each test instance: alpha = scale x mean similarity to own prompts."""
+    """Share alpha of the local adapter, for each test instance: scale x mean similarity to own prompts."""
 
     kind: WeightingKind = "auto"
     """auto: centred_cosine (less the clients' mean) for feddpa_t and feddpa_f, one client: cosine; else one adapter."""
@@ -319,7 +319,7 @@ class RunConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
     """DeepSpeed."""
     weighting: WeightingConfig = field(default_factory=WeightingConfig)
-    """Weight of the local adapter for each test instance."""
+    """Share of the local adapter, for each test instance."""
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     """How answers are decoded."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)

@@ -199,7 +199,7 @@ class ElasticGroup:
                 mine = handover.sync_state
                 others_run = handover.membership is Membership.FORMED
             all_came = num_present >= self._num_groups
-            # The exchange has told every leader the same two numbers, so all of them form the group now, or none.
+            # The sums are the same on every leader, so all of them form the group now, or none.
             if all_came or num_late > 0 or others_run:
                 self._membership = Membership.FORMED
             if self._membership is Membership.FORMED:
@@ -279,7 +279,8 @@ class ElasticGroup:
         if self._membership is Membership.FORMED and present < self._min_clients:
             raise ClusterError(
                 f"the groups that are left host {present} clients, fewer than federation.min_clients = "
-                f"{self._min_clients}: start the lost groups again; the same commands resume from the last complete round"
+                f"{self._min_clients}: start the lost groups again; the same commands resume from the last complete "
+                "round"
             )
 
     def _wait_for_quorum(self, shrink_only: bool) -> None:

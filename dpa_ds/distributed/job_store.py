@@ -1,4 +1,4 @@
-"""All ranks launched together: the store where they meet, what they agree on, and who tells of a failure."""
+"""All ranks launched together: the store where they meet, what they agree on, and which of them reports a failure."""
 
 import contextlib
 import hashlib
@@ -7,15 +7,15 @@ import os
 import sys
 import time
 import traceback
-from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from dpa_ds.distributed.launchers import Launch
 from dpa_ds.distributed.watchdog import Watchdog
-from dpa_ds.errors import ClusterError, DpaError, Preempted
+from dpa_ds.errors import ClusterError, DpaError, Preempted, list_some
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 JOIN_TIMEOUT_SECONDS = 300.0
 POLL_SECONDS = 0.05
 STORE_SECONDS_AT_END = 3.0
-"""How long a failing rank bothers with the store: launchers end the others meanwhile."""
+"""How long a failing rank waits for the store and the others: launchers end the others meanwhile."""
 
 
 class JobStore:
@@ -37,22 +37,24 @@ class JobStore:
         self.hosts: list[str] = [launch.hostname]
         self.store = store if store is not None else _job_store(launch)
         self.timeout_seconds = JOIN_TIMEOUT_SECONDS
-        """Bound on every wait for other ranks; `cluster.timeout_seconds` once `agree` has begun."""
+        """Bound on every wait for other ranks; `cluster.timeout_seconds` once `check_consistency` has begun."""
         self.describe_rank: Callable[[int], str] = self._name_and_host
-        """What messages call a rank; the topology knows more."""
+        """What messages call a rank; see `topology.describe_rank` for more than its host."""
         self._watchdog: Watchdog | None = None
 
     def start_watchdog(self, grace_seconds: float, heartbeat_timeout_seconds: float) -> None:
-        """From now on hear signals, silent ranks and failures, whatever this rank is doing. Main thread only."""
+        """From now on notice signals, silent ranks and failures, whatever this rank is doing. Main thread only."""
+
+        def describe(rank: int) -> str:
+            return self.describe_rank(rank)  # read when it is needed: it is set once the topology is planned
+
         store = self.store if self.launch.job_world_size > 1 else None
-        self._watchdog = Watchdog(
-            self.launch, store, grace_seconds, heartbeat_timeout_seconds, lambda rank: self.describe_rank(rank)
-        )
+        self._watchdog = Watchdog(self.launch, store, grace_seconds, heartbeat_timeout_seconds, describe)
         self._watchdog.start()
 
     @property
     def stop_requested(self) -> bool:
-        """A signal asked the job to stop: save and call `preempt`."""
+        """The job was asked to stop: save and call `preempt`."""
         return self._watchdog is not None and self._watchdog.stop_requested
 
     def preempt(self) -> NoReturn:
@@ -61,10 +63,13 @@ class JobStore:
         Raises:
             Preempted: always.
         """
-        raise Preempted(self._watchdog.stop_reason if self._watchdog else "asked to stop")
+        if self._watchdog is None:
+            raise Preempted("a request to stop")
+        raise Preempted(self._watchdog.stop_reason)
 
     def _name_and_host(self, rank: int) -> str:
-        return f"rank {rank} ({self.hosts[rank] if len(self.hosts) > rank else '?'})"
+        host = self.hosts[rank] if rank < len(self.hosts) else "?"
+        return f"rank {rank} ({host})"
 
     def check_consistency(self, facts: Mapping[str, str], error: DpaError | None, timeout_seconds: float) -> None:
         """Compare `facts` (code version, config, packages) of all ranks before anything is built or written.
@@ -76,28 +81,28 @@ class JobStore:
             ClusterError: ranks differ in a fact, or did not arrive in time (their ranks are named).
             DpaError: a rank had an error.
         """
-        mine: dict[str, Any] = {"host": self.launch.hostname, "facts": dict(facts), "error": None}
+        mine = _Hello(self.launch.hostname, dict(facts))
         if error is not None:
-            mine |= {"error": str(error), "exit_code": error.exit_code}
+            mine = _Hello(self.launch.hostname, dict(facts), str(error), error.exit_code)
         self.timeout_seconds = timeout_seconds
         self.store.set_timeout(timedelta(seconds=timeout_seconds))
-        self.store.set(f"hello/{self.launch.global_rank}", json.dumps(mine))
+        self.store.set(f"hello/{self.launch.global_rank}", json.dumps(asdict(mine)))
         if self.launch.global_rank == 0:
-            hellos = self._collect_hellos()
-            verdict = {**_first_disagreement(hellos), "hosts": [hello["host"] for hello in hellos]}
-            self.store.set("verdict", json.dumps(verdict))
+            self.store.set("verdict", json.dumps(asdict(_judge(self._collect_hellos()))))
         self._wait({"verdict": "rank 0"})
-        verdict = json.loads(self.store.get("verdict"))
-        self.hosts = verdict["hosts"]
-        if "error" in verdict:
-            reported = ClusterError(verdict["error"])
-            reported.exit_code = verdict["exit_code"]
-            raise error or reported
+        verdict = _Verdict(**json.loads(self.store.get("verdict")))
+        self.hosts = verdict.hosts
+        if verdict.error:
+            if error is not None:  # a rank with an error of its own raises that: its type and its text are complete
+                raise error
+            reported = ClusterError(verdict.error)
+            reported.exit_code = verdict.exit_code
+            raise reported
 
-    def _collect_hellos(self) -> list[dict[str, Any]]:
+    def _collect_hellos(self) -> "list[_Hello]":
         keys = self._key_of_each_rank("hello")
         self._wait(keys)
-        return [json.loads(self.store.get(key)) for key in keys]
+        return [_Hello(**json.loads(self.store.get(key))) for key in keys]
 
     def _key_of_each_rank(self, name: str) -> dict[str, str]:
         return {f"{name}/{rank}": f"rank {rank}" for rank in range(self.launch.job_world_size)}
@@ -106,18 +111,22 @@ class JobStore:
         """Wait for keys, at most `timeout_seconds`. Polls, so that a rank which failed ends the others' wait.
 
         Args:
-            owners: key -> who is to publish it, for the message.
+            owners: key -> which rank publishes it, for the message.
         """
-        missing, deadline = list(owners), time.monotonic() + self.timeout_seconds
+        missing = list(owners)
+        deadline = time.monotonic() + self.timeout_seconds
         try:
-            while missing := [key for key in missing if not self.store.check([key])]:
+            while True:
+                missing = [key for key in missing if not self.store.check([key])]
+                if not missing:
+                    return
                 if self.store.check(["failure"]):
                     raise ClusterError("another rank of the job failed")  # and said why: this one stays silent
                 if time.monotonic() > deadline:
-                    named = ", ".join(owners[key] for key in missing[:8]) + (", ..." if len(missing) > 8 else "")
                     raise ClusterError(
-                        f"rank {self.launch.global_rank} of {self.launch.job_world_size} waited {self.timeout_seconds:g} s "
-                        f"(cluster.timeout_seconds) in vain for {named}: look at the output there"
+                        f"rank {self.launch.global_rank} of {self.launch.job_world_size} waited "
+                        f"{self.timeout_seconds:g} s (cluster.timeout_seconds) in vain for "
+                        f"{list_some([owners[key] for key in missing])}: look at the output there"
                     )
                 time.sleep(POLL_SECONDS)
         except RuntimeError as error:
@@ -128,7 +137,7 @@ class JobStore:
         self.store.set(f"published/{key}", json.dumps(value))
 
     def lookup(self, key: str) -> Any:
-        """What some rank published under `key`; waits for it, at most `cluster.timeout_seconds`."""
+        """What some rank published under `key`; waits for it, at most `timeout_seconds`."""
         self._wait({f"published/{key}": f"the rank that publishes {key}"})
         return json.loads(self.store.get(f"published/{key}"))
 
@@ -143,13 +152,16 @@ class JobStore:
         return int(self.store.add(f"counter/{key}", amount)) - amount
 
     def barrier(self, key: str) -> None:
-        """Wait, at most `timeout_seconds`, until every rank is here; `key` once. Collective: all ranks of the job."""
+        """Wait, at most `timeout_seconds`, until every rank is here; each `key` once.
+
+        Collective: all ranks of the job.
+        """
         self.store.set(f"{key}/{self.launch.global_rank}", "")
         self.broadcast_from_rank_zero(f"{key}/all", lambda: self._wait(self._key_of_each_rank(key)))
 
     def finish(self) -> None:
         """Wait until every rank has come this far: the store lives on rank 0. Collective: all ranks of the job."""
-        self._end_watch()
+        self._end_watchdog()
         self.store.set(f"done/{self.launch.global_rank}", "")
         if self.launch.global_rank == 0:
             self._wait(self._key_of_each_rank("done"))
@@ -160,16 +172,12 @@ class JobStore:
             self.barrier("stopped")
             if self.launch.global_rank == 0:
                 sys.stderr.write(f"stopped by {reason}: all is saved, and the same command resumes from there\n")
-        self._end_watch()
+        self._end_watchdog()
         self._outlive_others()
         self.launch.exit(reason.exit_code)
 
-    def _end_watch(self) -> None:
-        if self._watchdog is not None:
-            self._watchdog.end()
-
     def fail(self, error: BaseException) -> NoReturn:
-        """End this rank; the first rank of the job to fail tells why, the others are silent.
+        """End this rank. The first rank of the job to fail reports why and sets the exit code; the others are silent.
 
         A user's error is one line; anything else is a traceback, from that one rank.
         """
@@ -181,23 +189,36 @@ class JobStore:
             self.store.set_timeout(timedelta(seconds=STORE_SECONDS_AT_END))
             first = self.store.compare_set("failure", "", mine).decode()
         except RuntimeError:  # the store lived on rank 0, which is gone and has said why
-            first = mine if self.launch.global_rank == 0 else "0 3"
+            first = mine if self.launch.global_rank == 0 else f"0 {ClusterError.exit_code}"
         if first == mine:
-            where = f"[rank {self.launch.global_rank} on {self.launch.hostname}] " if len(self.hosts) > 1 else ""
-            text = f"error: {error}\n" if isinstance(error, DpaError) else "".join(traceback.format_exception(error))
-            sys.stderr.write(where + text)
-            sys.stderr.flush()
+            self._report(error)
         self._outlive_others()
-        self.launch.exit(int(first.split()[1]))
+        _, first_code = first.split()
+        self.launch.exit(int(first_code))
+
+    def _report(self, error: BaseException) -> None:
+        text = "".join(traceback.format_exception(error))
+        if isinstance(error, DpaError):
+            text = f"error: {error}\n"
+        if len(self.hosts) > 1:
+            text = f"[rank {self.launch.global_rank} on {self.launch.hostname}] {text}"
+        sys.stderr.write(text)
+        sys.stderr.flush()
+
+    def _end_watchdog(self) -> None:
+        if self._watchdog is not None:
+            self._watchdog.end()
 
     def _outlive_others(self) -> None:
-        """Keep the store, which lives on rank 0, until the others have read why the job fails, or for a moment."""
+        """Keep the store, which lives on rank 0, until the others have read why the job ends, or for a moment."""
         deadline = time.monotonic() + STORE_SECONDS_AT_END
         with contextlib.suppress(RuntimeError):
-            ended = self.store.add("ended", 1)
-            while self.launch.global_rank == 0 and ended < self.launch.job_world_size and time.monotonic() < deadline:
+            num_ended = self.store.add("ended", 1)
+            if self.launch.global_rank != 0:
+                return
+            while num_ended < self.launch.job_world_size and time.monotonic() < deadline:
                 time.sleep(POLL_SECONDS)
-                ended = self.store.add("ended", 0)
+                num_ended = self.store.add("ended", 0)
 
 
 def code_fingerprint() -> str:
@@ -207,6 +228,53 @@ def code_fingerprint() -> str:
     for path in sorted(root.rglob("*.py")):
         digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class _Hello:
+    """What a rank says about itself as it arrives."""
+
+    host: str
+    facts: dict[str, str]
+    error: str = ""
+    exit_code: int = 0
+
+
+@dataclass(frozen=True)
+class _Verdict:
+    """What rank 0 concludes from what all ranks said."""
+
+    hosts: list[str]
+    """Host of each rank."""
+    error: str = ""
+    """What keeps the job from starting; empty if nothing does."""
+    exit_code: int = 0
+
+
+def _judge(hellos: Sequence[_Hello]) -> _Verdict:
+    """Errors before differences: a rank whose recipe cannot be read has no facts to compare."""
+    hosts = [hello.host for hello in hellos]
+    wrong = [hello for hello in hellos if hello.error]
+    if wrong:
+        first = wrong[0]
+        text = first.error
+        same = [hello.host for hello in wrong if hello.error == first.error]
+        if len(same) < len(hellos):
+            text += f" (only on {', '.join(dict.fromkeys(same))})"
+        return _Verdict(hosts, text, first.exit_code)
+    for name in hellos[0].facts:
+        hosts_of_value: dict[str, set[str]] = {}
+        for hello in hellos:
+            value = hello.facts.get(name, "missing")
+            hosts_of_value.setdefault(value, set()).add(hello.host)
+        if len(hosts_of_value) > 1:
+            values = [f"{value} on {', '.join(sorted(where))}" for value, where in hosts_of_value.items()]
+            text = (
+                f"hosts differ in {name}: {'; '.join(values)}; make it equal everywhere (a shared folder or the same "
+                "checkout)"
+            )
+            return _Verdict(hosts, text, ClusterError.exit_code)
+    return _Verdict(hosts)
 
 
 def _job_store(launch: Launch) -> "dist.Store":
@@ -222,31 +290,11 @@ def _job_store(launch: Launch) -> "dist.Store":
             launch.master_addr, launch.master_port, None, serves, timeout=timeout, wait_for_workers=False
         )
     except RuntimeError as error:
+        verb = "serve" if serves else "reach"
         raise ClusterError(
-            f"rank {launch.global_rank} cannot {'serve' if serves else 'reach'} the job's store at "
-            f"{launch.master_addr}:{launch.master_port}: {str(error).splitlines()[0]}; "
-            "choose another MASTER_PORT (deepspeed --master_port)"
+            f"rank {launch.global_rank} cannot {verb} the job's store at {launch.master_addr}:{launch.master_port}: "
+            f"{str(error).splitlines()[0]}; choose another MASTER_PORT (deepspeed --master_port)"
         ) from error
     # A restarted torchrun attempt must not read the keys of the one before.
-    return dist.PrefixStore(f"dpa_ds/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-
-
-def _first_disagreement(hellos: list[dict[str, Any]]) -> dict[str, Any]:
-    """`error` and `exit_code` of what keeps the job from starting; empty if nothing does."""
-    wrong = [hello for hello in hellos if hello["error"]]
-    if wrong:
-        same = [hello["host"] for hello in wrong if hello["error"] == wrong[0]["error"]]
-        where = f" (only on {', '.join(dict.fromkeys(same))})" if len(same) < len(hellos) else ""
-        return {"error": wrong[0]["error"] + where, "exit_code": wrong[0]["exit_code"]}
-    for name in hellos[0]["facts"]:
-        values: dict[str, set[str]] = defaultdict(set)
-        for hello in hellos:
-            values[hello["facts"].get(name, "missing")].add(hello["host"])
-        if len(values) > 1:
-            listed = "; ".join(f"{value} on {', '.join(sorted(hosts))}" for value, hosts in values.items())
-            return {
-                "error": f"hosts differ in {name}: {listed}; make it equal everywhere (a shared folder or the same "
-                "checkout)",
-                "exit_code": ClusterError.exit_code,
-            }
-    return {}
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"dpa_ds/{attempt}", store)

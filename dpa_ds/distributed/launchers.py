@@ -1,5 +1,6 @@
 """Which rank am I: answered the same way under deepspeed, torchrun, srun, mpirun and a plain python."""
 
+import itertools
 import os
 import re
 import signal
@@ -32,7 +33,7 @@ MPI_SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
 @dataclass(frozen=True)
 class Launch:
-    """Place of this process in the job, as its launcher tells it."""
+    """Place of this process in the job, as its launcher reports it."""
 
     launcher: Literal["env", "slurm", "mpi", "single"]
     global_rank: int
@@ -59,8 +60,10 @@ class Launch:
             from mpi4py import MPI
 
             MPI.COMM_WORLD.Abort(code)
-        if code != 0 and self.launchers and self.launchers[0][1] == FORGETFUL:
-            os.kill(self.launchers[0][0], signal.SIGTERM)
+        if code != 0 and self.launchers:
+            process, name = self.launchers[0]
+            if name == FORGETFUL:
+                os.kill(process, signal.SIGTERM)
         os._exit(code)  # interpreter teardown may wait for a peer's sockets
 
 
@@ -71,8 +74,8 @@ def discover_launch(environ: Mapping[str, str] = os.environ) -> Launch:
     Collective under mpirun: all ranks of the job.
 
     Raises:
-        ClusterError: variables are missing or contradict each other, mpirun and libmpi do not belong together, or deepspeed's
-            launcher is gone already.
+        ClusterError: variables are missing or contradict each other, mpirun and libmpi do not belong together, or
+            deepspeed's launcher is gone already.
     """
     launchers = tuple(launchers_above() or ())
     if "CROSS_RANK" in environ and not launchers and Path("/proc/self").exists():  # set by deepspeed.launcher.launch
@@ -85,14 +88,20 @@ def discover_launch(environ: Mapping[str, str] = os.environ) -> Launch:
 def launchers_above() -> list[tuple[int, str]] | None:
     """Process ids and names of the launchers above this process, the nearest first.
 
-    `deepspeed` starts ranks through a second process, and tells them nothing of its own end. Not a shell, which a process may
-    well outlive (nohup). Empty where there is no /proc; None if it cannot be read just now.
+    `deepspeed` starts ranks through a second process, and does not report its own end to them. Not a shell, which a
+    process may well outlive (nohup). Empty where there is no /proc; None if it cannot be read just now.
     """
-    found, process = list[tuple[int, str]](), os.getppid()
+    found: list[tuple[int, str]] = []
+    process = os.getppid()
     try:
-        while name := _name_of_launcher((Path("/proc") / str(process) / "cmdline").read_text(errors="replace")):
+        while True:
+            folder = Path("/proc") / str(process)
+            name = _name_of_launcher((folder / "cmdline").read_text(errors="replace"))
+            if not name:
+                break
             found.append((process, name))
-            process = int((Path("/proc") / str(process) / "stat").read_text().rpartition(")")[2].split()[1])
+            # "pid (name) state parent ...", where the name itself may hold blanks and parentheses.
+            process = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
     except (FileNotFoundError, ProcessLookupError):  # no /proc, or gone while looking
         pass
     except OSError:
@@ -103,8 +112,13 @@ def launchers_above() -> list[tuple[int, str]] | None:
 def _name_of_launcher(command_line: str) -> str:
     """Empty for any other process."""
     program, *words = command_line.split("\0")
-    names = (name for end, name in LAUNCHERS.items() for word in words if word == end or word.endswith(f"/{end}"))
-    return next(names, "") if "python" in program else ""
+    if "python" not in program:
+        return ""
+    for end, name in LAUNCHERS.items():
+        for word in words:
+            if word == end or word.endswith(f"/{end}"):
+                return name
+    return ""
 
 
 def _discover(environ: Mapping[str, str]) -> Launch:
@@ -127,18 +141,23 @@ def check_hostfile_of_launcher(commandline: list[str] | None = None) -> None:
     Raises:
         ClusterError: the file named on the deepspeed command line is missing.
     """
-    words = _deepspeed_commandline() if commandline is None else commandline
+    words = commandline
+    if words is None:
+        words = _deepspeed_commandline()
     for i, word in enumerate(words):
         if word.endswith(".py"):  # what follows belongs to the script
             return
         match = re.fullmatch(r"(?:--hostfile|-H)(?:=(.*))?", word)
-        if match:
-            path = match[1] if match[1] is not None else (words[i + 1] if i + 1 < len(words) else "")
-            if not Path(path).is_file():
-                raise ClusterError(
-                    f"hostfile {path!r} does not exist: deepspeed would silently use this host alone; "
-                    "correct the path (format: one `hostname slots=N` a line, see hostfile.example)"
-                )
+        if match is None:
+            continue
+        path = match[1]
+        if path is None:  # --hostfile PATH, in two words
+            path = "".join(words[i + 1 : i + 2])
+        if not Path(path).is_file():
+            raise ClusterError(
+                f"hostfile {path!r} does not exist: deepspeed would silently use this host alone; "
+                "correct the path (format: one `hostname slots=N` a line, see hostfile.example)"
+            )
 
 
 def _deepspeed_commandline() -> list[str]:
@@ -180,7 +199,8 @@ def _integer(environ: Mapping[str, str], name: str, default: int | None = None) 
 
 
 def _rank_and_size(environ: Mapping[str, str], rank_name: str, size_name: str) -> tuple[int, int]:
-    rank, size = _integer(environ, rank_name), _integer(environ, size_name)
+    rank = _integer(environ, rank_name)
+    size = _integer(environ, size_name)
     if size < 1:
         raise ClusterError(f"{size_name} must be the number of ranks of the job, at least 1, got {size}")
     if not 0 <= rank < size:
@@ -203,14 +223,15 @@ def _slurm_step_of_one(environ: Mapping[str, str]) -> bool:
 def _from_slurm(environ: Mapping[str, str]) -> Launch:
     rank, size = _rank_and_size(environ, "SLURM_PROCID", "SLURM_STEP_NUM_TASKS")
     hosts = expand_hostlist(environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST") or "localhost")
-    job_id, step_id = _integer(environ, "SLURM_JOB_ID", 0), _integer(environ, "SLURM_STEP_ID", 0)
+    job_id = _integer(environ, "SLURM_JOB_ID", 0)
+    step_id = _integer(environ, "SLURM_STEP_ID", 0)
     return Launch(
         launcher="slurm",
         global_rank=rank,
         job_world_size=size,
         local_rank=_integer(environ, "SLURM_LOCALID", 0),
         master_addr=environ.get("MASTER_ADDR", hosts[0]),
-        # two jobs or steps on one host must not meet
+        # Two jobs or steps on one host must not meet: ports that differ by job, and for seven steps of each.
         master_port=_port(environ, 20000 + (job_id * 7 + step_id) % 20000),
     )
 
@@ -223,32 +244,43 @@ def expand_hostlist(text: str) -> list[str]:
     """
     hosts: list[str] = []
     for item in re.findall(r"(?:[^,\[\]]+|\[[^\]]*\])+", text):
-        expanded = [""]
-        for literal, ranges in re.findall(r"([^\[\]]+)|\[([^\]]*)\]", item):
-            ends = [literal] if literal else [end for part in ranges.split(",") for end in _expand_range(part, text)]
-            if len(expanded) * len(ends) > MAX_HOSTS:
-                raise _no_hostlist(text)
-            expanded = [start + end for start in expanded for end in ends]
-        hosts += expanded
+        hosts += _expand_item(item, text)
     if not hosts:
         raise _no_hostlist(text)
     return hosts
+
+
+def _expand_item(item: str, text: str) -> list[str]:
+    """One item such as `r[1-2]n[1-2]`: every start goes with every end, the last bracket counting fastest."""
+    expanded = [""]
+    for literal, ranges in re.findall(r"([^\[\]]+)|\[([^\]]*)\]", item):
+        ends = [literal]
+        if not literal:
+            ends = []
+            for part in ranges.split(","):
+                ends += _expand_range(part, text)
+        if len(expanded) * len(ends) > MAX_HOSTS:
+            raise _no_hostlist(text)
+        expanded = [start + end for start, end in itertools.product(expanded, ends)]
+    return expanded
 
 
 def _expand_range(part: str, text: str) -> list[str]:
     match = re.fullmatch(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", part)
     if match is None:
         raise _no_hostlist(text)
-    first, last = int(match[1]), int(match[2] or match[1])
+    first = int(match[1])
+    last = int(match[2] or match[1])
     if not first <= last < first + MAX_HOSTS:
         raise _no_hostlist(text)
-    return [f"{i:0{len(match[1])}d}" for i in range(first, last + 1)]
+    width = len(match[1])  # zero padding is part of the names
+    return [f"{number:0{width}d}" for number in range(first, last + 1)]
 
 
 def _no_hostlist(text: str) -> ClusterError:
     return ClusterError(
-        f"SLURM_STEP_NODELIST must be a list of hosts such as n[1-4],login, got {text[:80]!r}: set MASTER_ADDR to the host "
-        "of rank 0, and SLURM_STEP_NODELIST to that, too"
+        f"SLURM_STEP_NODELIST must be a list of hosts such as n[1-4],login, got {text[:80]!r}: set MASTER_ADDR to the "
+        "host of rank 0, and SLURM_STEP_NODELIST to that, too"
     )
 
 
@@ -258,14 +290,18 @@ def _from_mpi(environ: Mapping[str, str]) -> Launch:
 
     comm = MPI.COMM_WORLD
     if comm.Get_size() != promised:
+        library = MPI.Get_library_version().splitlines()[0].split(",")[0]
         raise ClusterError(
-            f"mpirun started {promised} ranks, but libmpi ({MPI.Get_library_version().split(chr(10))[0].split(',')[0]}) "
-            f"sees a world of {comm.Get_size()}: mpirun and the libmpi that mpi4py loads come from different MPIs; "
-            "use the mpirun that lies beside this python, or set MPI4PY_MPIABI / LD_LIBRARY_PATH"
+            f"mpirun started {promised} ranks, but libmpi ({library}) sees a world of {comm.Get_size()}: mpirun and "
+            "the libmpi that mpi4py loads come from different MPIs; use the mpirun that lies beside this python, or "
+            "set MPI4PY_MPIABI / LD_LIBRARY_PATH"
         )
     local_rank = comm.Split_type(MPI.COMM_TYPE_SHARED).Get_rank()
-    addr, port = comm.bcast(_free_address() if comm.Get_rank() == 0 else None, root=0)
-    return Launch("mpi", comm.Get_rank(), comm.Get_size(), local_rank, addr, port)
+    address = None
+    if comm.Get_rank() == 0:
+        address = _free_address()
+    host, port = comm.bcast(address, root=0)
+    return Launch("mpi", comm.Get_rank(), comm.Get_size(), local_rank, host, port)
 
 
 def _free_address() -> tuple[str, int]:

@@ -1,4 +1,7 @@
-"""The thin second group: leaders only, CPU tensors only, every byte counted. Groups that come and go: `elastic_group`."""
+"""The thin second group: leaders only, CPU tensors only, every byte counted.
+
+`StaticGroup` is here; `ElasticGroup`, for rank groups that come and go, is in elastic.py.
+"""
 
 import socket
 import time
@@ -16,7 +19,7 @@ POLL_SECONDS = 0.002
 
 
 class LeaderGroup(Protocol):
-    """The leaders, and what they do together."""
+    """The leaders of all rank groups, and what they do together."""
 
     timeout_seconds: float
     bytes_handed: Counter[str]
@@ -24,7 +27,7 @@ class LeaderGroup(Protocol):
 
     @property
     def is_coordinator(self) -> bool:
-        """This leader writes what belongs to all."""
+        """Whether this leader is the one that writes what belongs to all."""
         ...
 
     def all_reduce_(self, buffer: torch.Tensor, purpose: str) -> None:
@@ -36,12 +39,14 @@ class LeaderGroup(Protocol):
 
 
 class StaticGroup:
-    """All leaders of one job: the loss of one ends them all. gloo on CPU keeps device memory and NCCL out of the federation.
+    """All leaders of one job: the loss of one ends them all.
+
+    gloo on CPU tensors: exchanges between groups use no device memory, and NCCL stays within a group.
 
     Collective: every leader constructs it.
 
     Args:
-        stop_requested: asked while this leader waits for the others; once true, the wait ends with `Preempted`.
+        stop_requested: called while this leader waits for the others; once true, the wait ends with `Preempted`.
     """
 
     def __init__(
@@ -52,7 +57,9 @@ class StaticGroup:
         timeout_seconds: float,
         stop_requested: Callable[[], bool] = lambda: False,
     ) -> None:
-        self.rank, self.size, self._stop_requested = rank, size, stop_requested
+        self.rank = rank
+        self.size = size
+        self._stop_requested = stop_requested
         self.timeout_seconds = timeout_seconds
         self.bytes_handed: Counter[str] = Counter()
         """Bytes this leader handed to the group so far, by purpose."""
@@ -69,7 +76,7 @@ class StaticGroup:
 
     @property
     def is_coordinator(self) -> bool:
-        """Leader of the first group."""
+        """Whether this is the leader of the first group."""
         return self.rank == 0
 
     def all_reduce_(self, buffer: torch.Tensor, purpose: str) -> None:

@@ -1,4 +1,4 @@
-"""What a rank finds out about its host, its device and its network, in seconds and without a model."""
+"""What a rank measures of its host, its device and its network, in seconds and without a model."""
 
 import os
 import shutil
@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -18,37 +19,38 @@ from dpa_ds.distributed.leaders import LeaderGroup
 from dpa_ds.distributed.world import World
 from dpa_ds.errors import storage_errors
 
-GATHER_BYTES = {"cpu": 16_000_000, "accelerator": 256_000_000}
-"""Of one timed all-gather, over all ranks of a group: some layers of a large model."""
+CPU_GATHER_BYTES = 16_000_000
+DEVICE_GATHER_BYTES = 256_000_000
+"""Size of one timed all-gather, over all ranks of a group: some layers of a large model."""
 NUM_REPEATS = 5
 NUM_PINGS = 20
 
 
 @dataclass(frozen=True)
 class RankFacts:
-    """One rank. Seconds, bytes, bytes per second."""
+    """What one rank found: times in seconds, sizes in bytes, bandwidths in bytes per second."""
 
     rank: int
     host: str
     group: int
     address: str
-    """That the host's own name leads to, and the network interface that has it."""
+    """Address that the host's own name leads to, and the network interface that has it."""
     device: str
-    """Tells two devices of the job apart, whatever number each rank knows its own by; empty on a CPU."""
+    """Identity that no two devices of the job share, whatever number each rank knows its own by; empty on a CPU."""
     device_name: str
     num_threads: int
     num_cores: int
     free_device_memory: int
-    """On a CPU that of the host."""
+    """On a CPU the free memory of the host."""
     free_host_memory: int
     free_disk: int
-    """Where the run is written."""
+    """Free space where the run is written."""
     sees_token: bool
-    """The file that rank 0 has just written there is seen here, too."""
+    """Whether the file that rank 0 has just written there is seen here, too."""
     clock_offset: float
-    """Seconds by which this host's clock is before that of rank 0."""
+    """Seconds by which this host's clock is ahead of that of rank 0."""
     gather_bandwidth: float
-    """Of the group's all-gather: bytes that a rank receives, per second. 0 in a group of one."""
+    """Bytes that a rank receives per second in the group's all-gather; 0 in a group of one."""
     gather_latency: float
     exchange_seconds: float
     """One all-reduce of the global adapter among the leaders; 0 elsewhere, and where there is one group."""
@@ -62,29 +64,33 @@ def gather_speed(world: World) -> tuple[float, float]:
     """
     if world.world_size == 1:
         return 0.0, 0.0
-    on_cpu = world.device.type == "cpu"
-    share = GATHER_BYTES["cpu" if on_cpu else "accelerator"] // world.world_size
-
-    def gather(num_bytes: int) -> Callable[[], None]:
-        mine = torch.zeros(num_bytes, dtype=torch.uint8, device=world.device)
-        whole = torch.empty(num_bytes * world.world_size, dtype=torch.uint8, device=world.device)
-
-        def once() -> None:
-            dist.all_gather_into_tensor(whole, mine)
-            if not on_cpu:
-                torch.accelerator.synchronize()
-
-        return once
-
-    seconds = _median_seconds(gather(share), NUM_REPEATS)
-    return share * (world.world_size - 1) / seconds, _median_seconds(gather(1), NUM_PINGS)
+    num_bytes = CPU_GATHER_BYTES if world.device.type == "cpu" else DEVICE_GATHER_BYTES
+    share = num_bytes // world.world_size
+    seconds = _median_seconds(_all_gather(world, share), NUM_REPEATS)
+    latency = _median_seconds(_all_gather(world, 1), NUM_PINGS)
+    return share * (world.world_size - 1) / seconds, latency
 
 
 def exchange_speed(group: LeaderGroup, num_bytes: int) -> tuple[float, float]:
-    """Seconds of one exchange of `num_bytes` among the leaders, and of one that is empty. Collective: all leaders."""
-    buffer, nothing = torch.zeros(num_bytes // 4), torch.zeros(1)
-    seconds = _median_seconds(lambda: group.all_reduce_(buffer, "check"), NUM_REPEATS)
-    return seconds, _median_seconds(lambda: group.all_reduce_(nothing, "check"), NUM_PINGS)
+    """Seconds of one exchange of `num_bytes` among the leaders, and of one of four bytes. Collective: all leaders."""
+    buffer = torch.zeros(num_bytes // 4)
+    single = torch.zeros(1)
+    seconds = _median_seconds(partial(group.all_reduce_, buffer, "preflight"), NUM_REPEATS)
+    latency = _median_seconds(partial(group.all_reduce_, single, "preflight"), NUM_PINGS)
+    return seconds, latency
+
+
+def _all_gather(world: World, num_bytes: int) -> Callable[[], None]:
+    """An all-gather of `num_bytes` of each rank, to be repeated with the same buffers."""
+    mine = torch.zeros(num_bytes, dtype=torch.uint8, device=world.device)
+    whole = torch.empty(num_bytes * world.world_size, dtype=torch.uint8, device=world.device)
+
+    def gather() -> None:
+        dist.all_gather_into_tensor(whole, mine)
+        if world.device.type != "cpu":  # else only the launch of the kernel would be timed
+            torch.accelerator.synchronize()
+
+    return gather
 
 
 def _median_seconds(work: Callable[[], None], num_repeats: int) -> float:
@@ -98,7 +104,7 @@ def _median_seconds(work: Callable[[], None], num_repeats: int) -> float:
 
 
 def clock_offset(job: JobStore) -> float:
-    """Seconds by which this rank's clock is before rank 0's, to half of a question's way there and back.
+    """Seconds by which this rank's clock is ahead of rank 0's, to within half of a question's way there and back.
 
     One rank after the other, so that none waits while it is timed. Collective: every rank of the job.
     """
@@ -120,7 +126,7 @@ def sees_token(job: JobStore, folder: Path, patience_seconds: float = 5.0) -> bo
     """Whether a file that rank 0 writes into `folder` is there for this rank, too. Collective: every rank of the job.
 
     Args:
-        patience_seconds: network file systems may tell of a new file late.
+        patience_seconds: network file systems may show a new file late.
 
     Raises:
         CheckpointError: on rank 0, where it cannot write.
@@ -135,8 +141,10 @@ def sees_token(job: JobStore, folder: Path, patience_seconds: float = 5.0) -> bo
 
     token = Path(job.broadcast_from_rank_zero("token", write))
     deadline = time.monotonic() + patience_seconds
-    while not (seen := token.exists()) and time.monotonic() < deadline:
+    seen = token.exists()
+    while not seen and time.monotonic() < deadline:
         time.sleep(0.1)
+        seen = token.exists()
     job.barrier("token_seen")
     if job.launch.global_rank == 0:
         token.unlink()
@@ -145,7 +153,9 @@ def sees_token(job: JobStore, folder: Path, patience_seconds: float = 5.0) -> bo
 
 def free_disk(folder: Path) -> int:
     """Bytes that may be written below `folder`, which need not exist yet."""
-    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    existing = folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
     return shutil.disk_usage(existing).free
 
 
@@ -158,12 +168,12 @@ def device_facts(world: World) -> tuple[str, str, int]:
 
 
 def num_threads() -> int:
-    """With which torch computes."""
+    """Number of threads that torch computes with."""
     return torch.get_num_threads()
 
 
 def free_host_memory() -> int:
-    """Bytes."""
+    """Bytes of host memory that can be had without swapping."""
     return int(psutil.virtual_memory().available)
 
 
@@ -173,5 +183,7 @@ def own_address() -> str:
         address = socket.gethostbyname(socket.gethostname())
     except OSError:
         return "unknown"
-    interfaces = psutil.net_if_addrs().items()
-    return f"{address} ({next((name for name, own in interfaces if any(a.address == address for a in own)), '?')})"
+    for interface, addresses in psutil.net_if_addrs().items():
+        if any(own.address == address for own in addresses):
+            return f"{address} ({interface})"
+    return f"{address} (?)"

@@ -1,4 +1,4 @@
-"""A rank's second pair of eyes: threads that see signals, silent ranks and failed jobs while the rank is busy or blocked.
+"""A rank's second pair of eyes: threads that see signals, silent ranks and failed jobs while the rank is busy.
 
 A rank that waits in a collective runs no Python signal handler and reads no store. Its watchdog does both, every half
 second: a signal on any rank asks all ranks of the job to stop; a rank whose heartbeats cease fails the job; a job that
@@ -190,7 +190,7 @@ class Watchdog:
         )
 
 
-# ---- what the threads know, each written by one call ------------------------------------------------------------------
+# ---- what the threads know ----------------------------------------------------------------------------------------
 
 
 @dataclass

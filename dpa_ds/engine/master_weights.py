@@ -1,11 +1,12 @@
 """Where DeepSpeed keeps the fp32 master of each adapter parameter on this rank, for every ZeRO stage.
 
-The one place that knows the insides of DeepSpeed's optimizers (0.19.8). Its own accessors do not serve: under ZeRO-3
-`safe_get_full_fp32_param` returns None for a frozen parameter, `safe_set_full_fp32_param` fails where the size is not a
-multiple of the ranks, and there is none that resets a step count.
+The one place that knows the insides of DeepSpeed's optimizers (0.19.8). Its own accessors do not
+serve: under ZeRO-3 `safe_get_full_fp32_param` returns None for a frozen parameter,
+`safe_set_full_fp32_param` fails where the size is not a multiple of the ranks, and there is none
+that resets a step count.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,10 @@ class Fragment:
         """This fragment of `flat`, or of a state tensor of the same layout, as a view."""
         return flat.detach().view(-1)[self.offset : self.offset + self.numel]
 
+    def part_of(self, values: torch.Tensor) -> torch.Tensor:
+        """The same elements of the flattened parameter `values`, as a view."""
+        return values[self.start : self.start + self.numel]
+
 
 def locate_masters(
     optimizer: Any, stage: int, rank: int, parameters: Mapping[str, torch.nn.Parameter]
@@ -42,27 +47,31 @@ def locate_masters(
     """
     match stage:
         case 0:
-            masters = {id(working): master for working, master in _pairs_of_stage_zero(optimizer)}
-            return {key: Fragment(m, 0, 0, m.numel()) for key, p in parameters.items() for m in [masters[id(p)]]}
+            return _of_stage_zero(optimizer, parameters)
         case 1 | 2:
-            return {key: _of_stage_one_or_two(optimizer, p) for key, p in parameters.items()}
+            return {key: _of_stage_one_or_two(optimizer, parameter) for key, parameter in parameters.items()}
         case _:
-            return {key: _of_stage_three(optimizer, p, rank) for key, p in parameters.items()}
+            return {key: _of_stage_three(optimizer, parameter, rank) for key, parameter in parameters.items()}
 
 
-def _pairs_of_stage_zero(optimizer: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """(working copy, master): the same tensor in fp32; FP16_UnfusedOptimizer keeps two lists in fp16 and bf16."""
-    if isinstance(optimizer, torch.optim.Optimizer):
-        for group in optimizer.param_groups:
-            yield from ((parameter, parameter) for parameter in group["params"])
-    else:
-        for working, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
-            yield from zip(working, masters, strict=True)
+def _of_stage_zero(optimizer: Any, parameters: Mapping[str, torch.nn.Parameter]) -> dict[str, Fragment | None]:
+    if isinstance(optimizer, torch.optim.Optimizer):  # fp32: the working copy is the master
+        masters = {id(parameter): parameter for parameter in parameters.values()}
+    else:  # fp16 and bf16: FP16_UnfusedOptimizer keeps two lists
+        masters = {}
+        for working_copies, group_masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+            for working_copy, master in zip(working_copies, group_masters, strict=True):
+                masters[id(working_copy)] = master
+    fragments: dict[str, Fragment | None] = {}
+    for key, parameter in parameters.items():
+        master = masters[id(parameter)]
+        fragments[key] = Fragment(master, offset=0, start=0, numel=master.numel())
+    return fragments
 
 
 def _of_stage_one_or_two(optimizer: Any, parameter: Any) -> Fragment | None:
     mapping = parameter._hp_mapping
-    if mapping is None:
+    if mapping is None:  # all of it lies in other ranks' partitions
         return None
     flats = getattr(optimizer, "single_partition_of_fp32_groups", None)
     if flats is None:  # BF16_Optimizer: stage 1 with fp32 gradient accumulation
@@ -76,4 +85,6 @@ def _of_stage_three(optimizer: Any, parameter: Any, rank: int) -> Fragment | Non
     group, offset, partition = optimizer.grad_position[parameter.ds_id]
     start = min(partition * rank, parameter.ds_numel)
     numel = min(partition, parameter.ds_numel - start)  # the last rank's partition is padded
-    return Fragment(optimizer.fp32_partitioned_groups_flat[group], offset, start, numel) if numel else None
+    if numel == 0:
+        return None
+    return Fragment(optimizer.fp32_partitioned_groups_flat[group], offset, start, numel)

@@ -1,10 +1,11 @@
 """Attention over examples that are packed in one row: inside each, and nowhere else.
 
-transformers (5.24) hands the keyword arguments of a forward pass on to the attention function that its config names. For
-`sdpa` that is one of ours, which calls transformers' own for each segment of equal rows: there is no mask, and no work
-between examples. A prefix that all examples share lies in the row once; each example's attention is given a copy of its queries, keys and values,
-so that it computes what it would alone. `flash_attention_2` takes the borders of the rows itself; for `eager` transformers finds them in the
-position ids and makes a mask.
+transformers (5.24) passes the keyword arguments of a forward pass to the attention function that
+its config names. For `sdpa` that is one of ours, which calls transformers' own for each segment of
+equal rows: there is no mask, and no work between examples. A prefix that all examples share is in
+the row once; each example's attention gets a copy of the prefix's queries, keys and values, so that
+it computes what it would alone. `flash_attention_2` takes the borders of the rows itself; for
+`eager` transformers finds them in the position ids and makes a mask.
 """
 
 from typing import Any
@@ -23,7 +24,9 @@ SEGMENTS = "packed_sdpa"
 class PackedAttention:
     """A context in which `base` takes rows of several examples, in the forward and in the backward pass.
 
-    ModelError: the model's attention cannot be chosen, so that examples in one row would see one another.
+    Raises:
+        ModelError: the model's attention cannot be chosen, so that examples in one row would see
+            one another.
     """
 
     def __init__(self, base: PreTrainedModel) -> None:
@@ -31,8 +34,9 @@ class PackedAttention:
         self._chosen = str(self._config._attn_implementation)
         if not base._supports_attention_backend:
             raise ModelError(
-                f"{type(base).__name__} has attention of its own that transformers cannot replace: use a model whose class "
-                "supports attention backends (Llama, Mistral, Qwen, GPT-2, OPT and most others do)"
+                f"{type(base).__name__} has attention of its own that transformers cannot replace: use a "
+                "model whose class supports attention backends (Llama, Mistral, Qwen, GPT-2, OPT and most "
+                "others do)"
             )
 
     def __enter__(self) -> None:
@@ -54,8 +58,11 @@ class PackedAttention:
         assert micro_batch.prefix == 0, self._chosen
         if self._chosen != "flash_attention_2":
             return {}
-        lengths = torch.tensor([0, *(length for rows, length in micro_batch.segments for _ in range(rows))])
-        borders, longest = lengths.cumsum(0).to(device, torch.int32), int(lengths.max())
+        lengths = [0]
+        for rows, length in micro_batch.segments:
+            lengths += [length] * rows
+        borders = torch.tensor(lengths).cumsum(0).to(device, torch.int32)
+        longest = max(lengths)
         return {
             "cu_seq_lens_q": borders,
             "cu_seq_lens_k": borders,
@@ -86,18 +93,38 @@ def packed_attention(
     segments, prefix = micro_batch.segments, micro_batch.prefix
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """(rows, heads, length, head_dim) each -> (rows, length, heads, head_dim)."""
         mask = _window_mask(q.shape[2], kwargs.get("sliding_window"), query.device)
         return sdpa_attention_forward(module, q, k, v, mask, **kwargs)[0]
 
     sizes = [prefix, *(rows * length for rows, length in segments)]
-    first, *parts = zip(*(torch.split(tensor, sizes, dim=2) for tensor in (query, key, value)), strict=True)
-    outputs = [attend(*first)[0]] if prefix else []
-    for (rows, length), part in zip(segments, parts, strict=True):
-        own = [tensor[0].unflatten(1, (rows, length)).transpose(0, 1) for tensor in part]
-        if prefix:
-            own = [torch.cat([a.expand(rows, -1, -1, -1), b], dim=2) for a, b in zip(first, own, strict=True)]
-        outputs.append(attend(*own)[:, prefix:].flatten(0, 1))
+    queries = torch.split(query, sizes, dim=2)
+    keys = torch.split(key, sizes, dim=2)
+    values = torch.split(value, sizes, dim=2)
+    outputs = []
+    if prefix:
+        outputs.append(attend(queries[0], keys[0], values[0])[0])
+    for i, (rows, length) in enumerate(segments, start=1):
+        output = attend(
+            _rows_after_prefix(queries[0], queries[i], rows, length),
+            _rows_after_prefix(keys[0], keys[i], rows, length),
+            _rows_after_prefix(values[0], values[i], rows, length),
+        )
+        # What the prefix attends to does not depend on what follows: it was computed once, above.
+        outputs.append(output[:, prefix:].flatten(0, 1))
     return torch.cat(outputs).unsqueeze(0), None
+
+
+def _rows_after_prefix(prefix: torch.Tensor, segment: torch.Tensor, rows: int, length: int) -> torch.Tensor:
+    """Each row of a segment with a copy of the prefix before it.
+
+    (1, heads, prefix, head_dim), (1, heads, rows * length, head_dim)
+    -> (rows, heads, prefix + length, head_dim)
+    """
+    own = torch.unflatten(segment[0], 1, (rows, length)).transpose(0, 1)
+    if prefix.shape[2] == 0:
+        return own
+    return torch.cat([prefix.expand(rows, -1, -1, -1), own], dim=2)
 
 
 def _window_mask(length: int, window: int | None, device: torch.device) -> torch.Tensor | None:
@@ -108,5 +135,6 @@ def _window_mask(length: int, window: int | None, device: torch.device) -> torch
     return ((distance >= 0) & (distance < window))[None, None]
 
 
-# Not compiled with the rest by torch.compile: segments differ in every step, and each would be compiled again.
+# Not compiled with the rest by torch.compile: segments differ in every step, and each would be
+# compiled again.
 AttentionInterface.register(SEGMENTS, torch.compiler.disable(packed_attention))  # type: ignore[no-untyped-call]

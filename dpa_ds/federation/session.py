@@ -23,7 +23,7 @@ from dpa_ds.runs.tracking import Tracker
 class RoundTimer:
     """Seconds of each part of the current round; with `--profile` also reported to the profile."""
 
-    profile: Profile | None
+    profile: Profile
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     began: float = field(default_factory=time.monotonic)
 
@@ -31,18 +31,15 @@ class RoundTimer:
     def part(self, name: str) -> Iterator[None]:
         """Add the block's duration to the part `name`."""
         started = time.monotonic()
-        if self.profile is not None:
-            self.profile.enter(name)
+        self.profile.enter(name)
         yield
-        if self.profile is not None:
-            self.profile.enter("")
+        self.profile.enter("")
         self.seconds[name] += time.monotonic() - started
 
     def end_round(self, server_round: int) -> None:
         """Forget the round's times; with `--profile` report those of the first."""
         now = time.monotonic()
-        if self.profile is not None:
-            self.profile.report(server_round, self.seconds, now - self.began)
+        self.profile.report(server_round, self.seconds, now - self.began)
         self.seconds.clear()
         self.began = now
 

@@ -12,7 +12,7 @@ from dpa_ds.distributed.topology import Topology
 from dpa_ds.distributed.world import World, build_world
 from dpa_ds.engine.engine import AdapterEngine, build_deepspeed_json
 from dpa_ds.errors import ClusterError, ModelError
-from dpa_ds.inference.client_model import Predictor
+from dpa_ds.inference.client_model import Install, Predictor
 from dpa_ds.inference.weighting import resolve_weighting
 from dpa_ds.model.base import check_precision, fits_one_rank, load_base, resolve_model
 from dpa_ds.model.directory import load_tokenizer
@@ -64,11 +64,14 @@ def build_predictor(
     """
     weighting = resolve_weighting(config, build_schedule(config.method), len(folder.clients(server_round)))
     shared = folder.load_adapter(server_round, GLOBAL)
-    ds_json = build_deepspeed_json(PARTITIONED if partitioned else {}, config, world.world_size)
+    file_json = PARTITIONED if partitioned else {}
+    ds_json = build_deepspeed_json(
+        file_json, config.engine.deepspeed_config, config.train, config.model.precision, world.world_size
+    )
     base = load_base(config.model, directory, ds_json)
     adapters = AdapterModel(base, adapter_table(config.lora), config.lora)
     if partitioned:
-        install = AdapterEngine(adapters, world, config.train, ds_json).write_state
+        install: Install = AdapterEngine(adapters, world, config.train, ds_json).write_state
     else:
         adapters.base_model.to(world.device)  # type: ignore[arg-type]
         install = adapters.load_state

@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dpa_ds.config.validate import read_text
 from dpa_ds.errors import ModelError
@@ -21,39 +22,65 @@ class Shape:
     vocab: int
     head_dim: int
     tied: bool = False
+    """The output head is the embedding."""
     qkv_bias: bool = False
+
+    @property
+    def query_width(self) -> int:
+        """Outputs of q_proj, and inputs of o_proj."""
+        return self.heads * self.head_dim
+
+    @property
+    def key_width(self) -> int:
+        """Outputs of k_proj and of v_proj."""
+        return self.kv_heads * self.head_dim
+
+    @property
+    def embedding_parameters(self) -> int:
+        """Parameters of the embedding, and of an output head that is not tied to it."""
+        return self.vocab * self.hidden
 
     @property
     def linears(self) -> dict[str, tuple[int, int]]:
         """(inputs, outputs) of each linear layer of a decoder layer."""
-        h, q, kv, f = self.hidden, self.heads * self.head_dim, self.kv_heads * self.head_dim, self.intermediate
         return {
-            "q_proj": (h, q),
-            "k_proj": (h, kv),
-            "v_proj": (h, kv),
-            "o_proj": (q, h),
-            "gate_proj": (h, f),
-            "up_proj": (h, f),
-            "down_proj": (f, h),
+            "q_proj": (self.hidden, self.query_width),
+            "k_proj": (self.hidden, self.key_width),
+            "v_proj": (self.hidden, self.key_width),
+            "o_proj": (self.query_width, self.hidden),
+            "gate_proj": (self.hidden, self.intermediate),
+            "up_proj": (self.hidden, self.intermediate),
+            "down_proj": (self.intermediate, self.hidden),
         }
 
     @property
     def layer_parameters(self) -> int:
-        """Linear layers, two norms, and the biases of q, k, v where there are any."""
-        bias = (self.heads + 2 * self.kv_heads) * self.head_dim if self.qkv_bias else 0
-        return sum(i * o for i, o in self.linears.values()) + 2 * self.hidden + bias
+        """Parameters of a decoder layer: linear layers, two norms, and the biases of q, k, v where there are any."""
+        num = 2 * self.hidden
+        for inputs, outputs in self.linears.values():
+            num += inputs * outputs
+        if self.qkv_bias:
+            num += self.query_width + 2 * self.key_width
+        return num
 
     @property
     def parameters(self) -> int:
-        """Layers, embedding, output head unless it is tied to the embedding, last norm."""
-        return self.layers * self.layer_parameters + (1 if self.tied else 2) * self.vocab * self.hidden + self.hidden
+        """Parameters of all layers, the embedding, the output head unless it is tied, and the last norm."""
+        num = self.layers * self.layer_parameters + self.embedding_parameters + self.hidden
+        if not self.tied:
+            num += self.embedding_parameters
+        return num
 
     def lora_parameters(self, rank: int, targets: Sequence[str]) -> int:
-        """rank x (inputs + outputs) for each adapted linear layer. ModelError: a name that the model lacks."""
+        """Parameters of a LoRA: rank x (inputs + outputs) for each adapted linear layer.
+
+        Raises:
+            ModelError: a name that the model lacks.
+        """
         unknown = [name for name in targets if name not in self.linears]
         if unknown:
             raise ModelError(f"lora.target_modules {unknown} are unknown to the planner; it has {sorted(self.linears)}")
-        return self.layers * sum(rank * sum(self.linears[name]) for name in targets)
+        return self.layers * rank * sum(sum(self.linears[name]) for name in targets)
 
 
 PRESETS = {
@@ -68,7 +95,11 @@ PRESETS = {
 
 
 def read_shape(path: str, preset: str | None) -> Shape:
-    """The preset, or what `path`/config.json says. ModelError: neither is there, or a field is missing."""
+    """The preset, or what `path`/config.json says.
+
+    Raises:
+        ModelError: neither is there, or a field is missing.
+    """
     if preset is not None:
         if preset not in PRESETS:
             raise ModelError(f"--model {preset}: no such preset: use one of {', '.join(PRESETS)}")
@@ -77,19 +108,24 @@ def read_shape(path: str, preset: str | None) -> Shape:
     if not file.is_file():
         raise ModelError(f"model.path {path} has no config.json: correct it, or give --model {' | '.join(PRESETS)}")
     try:
-        fields = json.loads(read_text(file, "model.path", "give a model directory"))
-        heads = int(fields["num_attention_heads"])
-        hidden = int(fields["hidden_size"])
-        return Shape(
-            hidden=hidden,
-            layers=int(fields["num_hidden_layers"]),
-            heads=heads,
-            kv_heads=int(fields.get("num_key_value_heads") or heads),
-            intermediate=int(fields["intermediate_size"]),
-            vocab=int(fields["vocab_size"]),
-            head_dim=int(fields.get("head_dim") or hidden // heads),
-            tied=bool(fields.get("tie_word_embeddings", False)),
-            qkv_bias=bool(fields.get("attention_bias", fields.get("model_type") == "qwen2")),
-        )
+        return _shape_of(json.loads(read_text(file, "model.path", "give a model directory")))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{file}: not a config of a LLaMA-like model ({error}): use a --model preset") from error
+
+
+def _shape_of(fields: dict[str, Any]) -> Shape:
+    """Raises ValueError, KeyError, TypeError or AttributeError where `fields` is no config of such a model."""
+    heads, hidden = int(fields["num_attention_heads"]), int(fields["hidden_size"])
+    # Qwen2 always has these biases, and its config.json does not say so.
+    has_bias = fields.get("attention_bias", fields.get("model_type") == "qwen2")
+    return Shape(
+        hidden=hidden,
+        layers=int(fields["num_hidden_layers"]),
+        heads=heads,
+        kv_heads=int(fields.get("num_key_value_heads") or heads),
+        intermediate=int(fields["intermediate_size"]),
+        vocab=int(fields["vocab_size"]),
+        head_dim=int(fields.get("head_dim") or hidden // heads),
+        tied=bool(fields.get("tie_word_embeddings", False)),
+        qkv_bias=bool(has_bias),
+    )

@@ -6,8 +6,11 @@ WHERE: all_reduce or store, what rank 0 waits in; killed, if rank 1 is to die wi
 import os
 import signal
 import sys
+from collections.abc import Sequence
+from functools import partial
 
-from dpa_ds.cli.bootstrap import run_job
+from dpa_ds.cli.bootstrap import Work, run_job
+from dpa_ds.config.load import load_config
 from dpa_ds.config.schema import RunConfig
 from dpa_ds.distributed.job_store import JobStore
 from dpa_ds.distributed.topology import Topology
@@ -31,5 +34,11 @@ def wait_for_each_other(config: RunConfig, job: JobStore) -> None:
     world.leaders.all_reduce_(torch.ones(3), "update")
 
 
+def prepare(argv: Sequence[str]) -> tuple[RunConfig, Work]:
+    """The recipe, and the work."""
+    config = load_config(argv)
+    return config, partial(wait_for_each_other, config)
+
+
 if __name__ == "__main__":
-    run_job([argument for argument in sys.argv[2:] if not argument.startswith("--local")], wait_for_each_other)
+    run_job([argument for argument in sys.argv[2:] if not argument.startswith("--local")], prepare)

@@ -65,7 +65,7 @@ EVALUATIONS = [
         "8",
     ),
     evaluation(
-        "unknown option of evaluate", "--color is not an option; options are --run, --clients", *RUN, "--color", "red"
+        "unknown option of evaluate", "--color is not an option; options are --run, --weighting", *RUN, "--color", "red"
     ),
     evaluation(
         "alpha of no number",

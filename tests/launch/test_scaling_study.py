@@ -1,16 +1,15 @@
 """launch/scaling_study.py: real runs of two sizes, a table and a picture; what is wrong is one line, before anything runs."""
 
 import json
-import runpy
 from pathlib import Path
 
 import pytest
 
+from dpa_ds.cli.scaling_study import main
 from tests import tiny
 from tests.launch.processes import PYTHON, run, run_forked
 
 pytestmark = pytest.mark.launch
-main = runpy.run_path("launch/scaling_study.py")["main"]
 
 
 def test_two_sizes_and_a_prediction(tmp_path: Path) -> None:

@@ -127,7 +127,7 @@ def test_a_signal_to_the_deepspeed_launcher(
 def test_a_signal_to_the_first_process_of_deepspeed_alone(
     tmp_path: Path, arguments: Callable[..., list[str]], uninterrupted: dict[int, Path]
 ) -> None:
-    """It dies of it and tells nobody; the ranks see it, save and end (`Running.wait` asserts that nothing is left)."""
+    """It dies of it and reports it to nobody; the ranks see it, save and end (`Running.wait` asserts that nothing is left)."""
     argv, run_dir = arguments(tmp_path), tmp_path / "runs" / "tiny"
     launcher = [beside_python("deepspeed"), "--num_gpus", "2", "--master_port", str(free_port()), *RUN[1:], *argv]
     with Running(launcher) as running:

@@ -21,6 +21,7 @@ LAYOUTS = [
     for stage in ("zero0", "zero1", "zero2", "zero3", "zero3_offload_cpu")
     for precision in ("fp32", "bf16")
 ]
+MOMENTS = ("exp_avg", "exp_avg_sq")
 GLOBAL, LOCAL = Phase("global", 0.0), Phase("local", 0.5)
 
 
@@ -30,7 +31,9 @@ def argv(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return tiny.recipe(tiny.make_model(folder / "model"), tiny.make_federation(folder / "data"), folder / "runs")
 
 
-def build(job: Any, argv: Sequence[str], stage: str = "zero1", precision: str = "fp32", **json: Any) -> tuple[Any, Any]:
+def build(
+    job: Any, argv: Sequence[str], stage: str = "zero1", precision: str = "fp32", table: Any = None, **json: Any
+) -> tuple[Any, Any]:
     """The engine of one rank group that holds all ranks of `job`, and a function that makes training steps."""
     from dpa_ds.adapters.adapter_model import AdapterModel
     from dpa_ds.data.batching import BatchingConfig, build_step
@@ -46,10 +49,11 @@ def build(job: Any, argv: Sequence[str], stage: str = "zero1", precision: str = 
     config = load_config([*argv, stage_file, f"--model.precision={precision}"])
     size = job.launch.job_world_size
     world = build_world(job, plan_topology(size, 1, size), config.cluster, 60.0)
-    ds_json = {**build_deepspeed_json(load_deepspeed_json(config.engine.deepspeed_config), config, size), **json}
+    path = config.engine.deepspeed_config
+    ds_json = build_deepspeed_json(load_deepspeed_json(path), path, config.train, config.model.precision, size) | json
     directory = resolve_model(config.model, config.data.cache_dir)
     base = load_base(config.model, directory, ds_json)
-    adapters = AdapterModel(base, adapter_table(config.lora), config.lora)
+    adapters = AdapterModel(base, table or adapter_table(config.lora), config.lora)
     engine = AdapterEngine(adapters, world, config.train, ds_json)
     for i, adapter in enumerate(adapters.table):
         engine.write_state(adapter, randomised(adapters.initial_state(adapter, (7, i))))
@@ -78,6 +82,24 @@ def working_copy(engine: Any, adapter: str) -> dict[str, torch.Tensor]:
         return {key: p.detach().float().clone() for key, p in parameters.items()}
 
 
+def read(engine: Any, adapter: str, what: str = "read_state") -> dict[str, torch.Tensor]:
+    """What the engine gives the leader, and it alone, on every rank."""
+    state = getattr(engine, what)(adapter)
+    assert (state is None) == (engine.world.rank > 0)
+    if state is None:
+        shapes = engine.adapters.shapes[adapter]
+        state = {key: torch.empty(shape) for key, shape in shapes.items()}
+        if what == "read_optimizer_state":
+            moments = {f"{moment}.{key}": tensor.clone() for key, tensor in state.items() for moment in MOMENTS}
+            state = {"step": torch.empty(1), **moments}
+    return {key: engine.world.broadcast_(state[key]) for key in sorted(state)}
+
+
+def of_leader(engine: Any, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor] | None:
+    """What each rank passes to have `state` written."""
+    return state if engine.world.is_leader else None
+
+
 def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
@@ -86,15 +108,15 @@ def idle_stays(job: Any, argv: Sequence[str], stage: str, precision: str) -> dic
     engine, step = build(job, argv, stage, precision)
     result = {}
     for phase, idle in ((GLOBAL, "local"), (LOCAL, "global"), (GLOBAL, "local")):
-        master, copy = engine.read_state(idle), working_copy(engine, idle)
-        before = engine.read_state(phase.trainable)
+        master, copy = read(engine, idle), working_copy(engine, idle)
+        before = read(engine, phase.trainable)
         engine.activate(phase)
         for k in range(3):
             engine.train_step(step(k), 1e-2)
         name = f"{phase.trainable} {len(result)}"
-        result[f"{name}: idle master"] = equal(engine.read_state(idle), master)
+        result[f"{name}: idle master"] = equal(read(engine, idle), master)
         result[f"{name}: idle copy"] = equal(working_copy(engine, idle), copy)
-        after = engine.read_state(phase.trainable)
+        after = read(engine, phase.trainable)
         result[f"{name}: trained"] = all(not torch.equal(after[key], before[key]) for key in after)
         dtype = torch.float32 if precision == "fp32" else torch.bfloat16
         rounded = {key: value.to(dtype).float() for key, value in after.items()}
@@ -111,6 +133,33 @@ def test_idle_adapter_stays_bit_identical(
         assert all(result.values()), result
 
 
+def half_trained(job: Any, argv: Sequence[str], stage: str) -> dict[str, bool]:
+    """Three steps with weight decay of an adapter of which only B is trained."""
+    from dpa_ds.adapters.methods import AdapterSpec
+
+    table = (AdapterSpec("global", 4, trained=("B",)), AdapterSpec("local", 4))
+    engine, step = build(job, [*argv, "--train.weight_decay=0.5"], stage, table=table)
+    before, copy = read(engine, "global"), working_copy(engine, "global")
+    engine.activate(GLOBAL)
+    for k in range(3):
+        engine.train_step(step(k), 1e-2)
+    after, copy_after = read(engine, "global"), working_copy(engine, "global")
+    result = {}
+    for key in before:
+        kept = torch.equal(after[key], before[key]) and torch.equal(copy_after[key], copy[key])
+        result[key] = kept if ".lora_A." in key else not kept
+    optimizer = read(engine, "global", "read_optimizer_state")
+    result["three steps counted"] = float(optimizer["step"]) == 3.0
+    return result
+
+
+@pytest.mark.parametrize("stage", ["zero0", "zero1", "zero2", "zero3"])
+def test_of_an_adapter_only_what_the_table_says_is_trained(argv: list[str], tmp_path: Path, stage: str) -> None:
+    for result in run_on_ranks(half_trained, 2, tmp_path, argv, stage):
+        assert len(result) == 4 * 2 + 1
+        assert all(result.values()), result
+
+
 def reading_and_writing(job: Any, argv: Sequence[str], stage: str, precision: str) -> dict[str, bool]:
     engine, step = build(job, argv, stage, precision)
     result = {}
@@ -118,27 +167,27 @@ def reading_and_writing(job: Any, argv: Sequence[str], stage: str, precision: st
     engine.train_step(step(0), 1e-2)
     for i, adapter in enumerate(engine.adapters.table):
         wanted = randomised(engine.adapters.initial_state(adapter, (99, i)))
-        engine.write_state(adapter, wanted)
+        engine.write_state(adapter, of_leader(engine, wanted))
         dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-        result[f"{adapter} master"] = equal(engine.read_state(adapter), wanted)
+        result[f"{adapter} master"] = equal(read(engine, adapter), wanted)
         result[f"{adapter} copy"] = equal(
             working_copy(engine, adapter), {key: value.to(dtype).float() for key, value in wanted.items()}
         )
     # AdamW state, written back after a reset, continues as if nothing had happened.
     engine.train_step(step(1), 1e-2)
-    weights, optimizer = engine.read_state("local"), engine.read_optimizer_state("local")
+    weights, optimizer = read(engine, "local"), read(engine, "local", "read_optimizer_state")
     result["two steps counted"] = float(optimizer["step"]) == 2.0
     result["moments are not zero"] = all(bool(v.abs().sum() > 0) for k, v in optimizer.items())
     engine.train_step(step(2), 1e-2)
-    wanted = engine.read_state("local")
+    wanted = read(engine, "local")
     engine.activate(LOCAL)
-    cleared = engine.read_optimizer_state("local")
+    cleared = read(engine, "local", "read_optimizer_state")
     result["reset"] = all(bool((value == 0).all()) for value in cleared.values())
-    engine.write_state("local", weights)
-    engine.write_optimizer_state("local", optimizer)
-    result["optimizer state read back"] = equal(engine.read_optimizer_state("local"), optimizer)
+    engine.write_state("local", of_leader(engine, weights))
+    engine.write_optimizer_state("local", of_leader(engine, optimizer))
+    result["optimizer state read back"] = equal(read(engine, "local", "read_optimizer_state"), optimizer)
     engine.train_step(step(2), 1e-2)
-    result["continues"] = equal(engine.read_state("local"), wanted)
+    result["continues"] = equal(read(engine, "local"), wanted)
     return result
 
 
@@ -159,7 +208,7 @@ def fresh_adamw(job: Any, argv: Sequence[str], stage: str) -> float:
         engine.train_step(step(k), 3e-2)
     engine.activate(LOCAL)
     engine.activate(GLOBAL)
-    parameters = {k: torch.nn.Parameter(v) for k, v in engine.read_state("global").items()}
+    parameters = {k: torch.nn.Parameter(v) for k, v in read(engine, "global").items()}
     optimizer = torch.optim.AdamW(parameters.values(), lr=1e-2, weight_decay=0.0)
     from deepspeed.utils import safe_get_full_grad
 
@@ -173,7 +222,7 @@ def fresh_adamw(job: Any, argv: Sequence[str], stage: str) -> float:
         torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
         engine.engine.step()
         optimizer.step()
-    ours = engine.read_state("global")
+    ours = read(engine, "global")
     return max(float((ours[key] - p.detach()).norm() / p.detach().norm()) for key, p in parameters.items())
 
 
@@ -205,7 +254,7 @@ def two_steps(job: Any, argv: Sequence[str], stage: str) -> tuple[Any, int]:
     engine.activate(LOCAL)
     for k in range(2):
         engine.train_step(step(k), 1e-2)
-    return flatten(engine.read_state("local")).numpy(), len(calls)
+    return flatten(read(engine, "local")).numpy(), len(calls)
 
 
 def norms_with_threshold(job: Any, argv: Sequence[str], threshold: int) -> list[float]:

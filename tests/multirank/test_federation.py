@@ -39,7 +39,7 @@ def train_and_count(job: Any, argv: Sequence[str]) -> list[tuple[int, int]]:
     """Train, and note every call of the process group that joins the leaders: (elements, bytes)."""
     import torch.distributed as dist
 
-    from dpa_ds.cli.train import train
+    from dpa_ds.cli.session import train
 
     handed: list[tuple[int, int]] = []
 
@@ -80,7 +80,7 @@ def test_only_the_global_adapter_the_reference_mean_and_the_metrics_cross(
 
 def train_and_hold_the_update_back(job: Any, argv: Sequence[str]) -> list[str]:
     """Train; the update travels only once this group's local phases are done. What happened, in order."""
-    from dpa_ds.cli.train import train
+    from dpa_ds.cli.session import train
     from dpa_ds.distributed.leaders import StaticGroup
     from dpa_ds.federation.trainer import Trainer
 
@@ -292,7 +292,7 @@ def test_a_run_in_which_nobody_trains_stops(inputs: tuple[Path, Path], tmp_path:
 
 def train_with_bad_client(job: Any, argv: Sequence[str], bad: int, kind: str) -> list[list[float]]:
     """Train; the update of client `bad` in round 1 gets a NaN (kind `nan`). The update of every client, flat; [] if none."""
-    from dpa_ds.cli.train import train
+    from dpa_ds.cli.session import train
     from dpa_ds.engine.engine import AdapterEngine
     from dpa_ds.federation.trainer import Trainer
 
@@ -349,7 +349,7 @@ def test_a_bad_update_never_enters_the_average(inputs: tuple[Path, Path], tmp_pa
 
 def train_with_bad_local_phases(job: Any, argv: Sequence[str], bad: Sequence[int]) -> str:
     """Train; in round 1 the local adapters of the clients `bad` get a NaN. The error, if there is one."""
-    from dpa_ds.cli.train import train
+    from dpa_ds.cli.session import train
     from dpa_ds.engine.engine import AdapterEngine
     from dpa_ds.errors import TrainingError
     from dpa_ds.federation.trainer import Trainer
@@ -395,7 +395,7 @@ def test_a_local_phase_that_diverges_while_the_update_travels_is_undone_alone(
 
 
 def flat_initial_adapter(argv: Sequence[str]) -> list[float]:
-    from dpa_ds.cli.train import GLOBAL_SEED
+    from dpa_ds.cli.session import GLOBAL_SEED
 
     config = load_config(argv)
     base = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float32)

@@ -63,7 +63,7 @@ def start(inputs: tuple[Path, Path, Path], pooled: bool = False) -> tuple[plain.
 
     from dpa_ds.adapters.adapter_model import AdapterModel
     from dpa_ds.adapters.methods import adapter_table
-    from dpa_ds.cli.train import GLOBAL_SEED
+    from dpa_ds.cli.session import GLOBAL_SEED
     from dpa_ds.federation.clients import LOCAL_SEED
 
     model, data, folder = inputs

@@ -59,10 +59,10 @@ def train(inputs: tuple[Path, Path], folder: Path, num_ranks: int, **overrides: 
 
 
 def evaluate_on_rank(job: Any, argv: Sequence[str]) -> None:
-    from dpa_ds.cli.args import load_run_config
+    from dpa_ds.cli.evaluate import load
     from dpa_ds.evaluation.runner import evaluate
 
-    evaluate(load_run_config(argv, ""), job)
+    evaluate(load(argv), job)
 
 
 def test_scores_do_not_depend_on_the_layout_and_equal_an_evaluation(inputs: tuple[Path, Path], tmp_path: Path) -> None:

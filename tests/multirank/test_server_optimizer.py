@@ -45,7 +45,7 @@ def recipe(inputs: tuple[Path, Path], folder: Path, num_rounds: int) -> list[str
 
 def train_and_note_updates(job: Any, argv: Sequence[str]) -> dict[int, list[list[float]]]:
     """Train; round -> the adapter that each client of this leader handed in, flat."""
-    from dpa_ds.cli.train import train
+    from dpa_ds.cli.session import train
     from dpa_ds.federation.trainer import Trainer
 
     updates: dict[int, list[list[float]]] = {}
@@ -70,7 +70,7 @@ def initial_adapter(argv: Sequence[str]) -> np.ndarray:
     from transformers import AutoModelForCausalLM
 
     from dpa_ds.adapters.methods import adapter_table
-    from dpa_ds.cli.train import GLOBAL_SEED
+    from dpa_ds.cli.session import GLOBAL_SEED
 
     config = load_config(argv)
     base = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float32)

@@ -2,14 +2,17 @@
 
 import json
 import re
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dpa_ds.config.deepspeed_json import check_deepspeed_owner, load_deepspeed_json
 from dpa_ds.config.fields import FIELDS, RENAMED
 from dpa_ds.config.load import load_config, to_yaml
+from dpa_ds.config.ranges import within
 from dpa_ds.config.schema import (
     ClusterConfig,
     DataConfig,
@@ -239,6 +242,22 @@ def test_a_server_optimizer_with_momentum_is_accepted(tmp_path: Path) -> None:
     federation = load(tmp_path, text).federation
     assert (federation.server_optimizer, federation.server_momentum) == ("momentum", 0.5)
     assert federation.server_learning_rate == 0.1
+
+
+def test_a_field_says_in_words_what_it_demands() -> None:
+    demanded = {item.name: item.metadata.get("requirement") for item in fields(ClusterConfig)}
+    assert demanded["timeout_seconds"] == "must be > 0 and must be at most 31536000, a year"
+    assert demanded["group"] == "must be >= 0, or null for all groups in one job"
+    assert demanded["device"] is None
+
+
+@given(st.integers(-3, 3), st.integers(1, 3), st.sampled_from("[("), st.sampled_from("])"), st.integers(-8, 8))
+def test_an_interval_is_tested_as_it_is_written(low: int, width: int, left: str, right: str, halves: int) -> None:
+    value, high = halves / 2, low + width
+    is_inside = (value >= low if left == "[" else value > low) and (value <= high if right == "]" else value < high)
+    demand = within(f"{left}{low}, {high}{right}")
+    assert demand["requirement"] == f"must be in {left}{low}, {high}{right}"
+    assert [check.holds(value) for check in demand["checks"]] == [is_inside]
 
 
 def test_no_recipe_says_how_to_give_one() -> None:

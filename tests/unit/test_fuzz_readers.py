@@ -24,11 +24,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dpa_ds.cli.args import load_run_config
+from dpa_ds.cli import evaluate
 from dpa_ds.config.deepspeed_json import load_deepspeed_json
 from dpa_ds.config.fields import FIELDS
 from dpa_ds.config.load import load_config, to_yaml
-from dpa_ds.config.schema import DataConfig, EngineConfig, ModelConfig, RunConfig, TrackingConfig
+from dpa_ds.config.schema import DataConfig, ModelConfig, RunConfig, TrackingConfig
 from dpa_ds.data.sources import ClientInfo, Example, read_clients, read_test_rows
 from dpa_ds.data.tables import read_rows
 from dpa_ds.data.tokenize import load_or_tokenize
@@ -153,8 +153,7 @@ def file(name: str, content: str | bytes) -> Callable[[Path], Path]:
 
 
 def read_deepspeed(path: Path) -> None:
-    config = replace(CONFIG, engine=EngineConfig(deepspeed_config=str(path)))
-    build_deepspeed_json(load_deepspeed_json(str(path)), config, 1)
+    build_deepspeed_json(load_deepspeed_json(str(path)), str(path), CONFIG.train, CONFIG.model.precision, 1)
 
 
 # ---- data --------------------------------------------------------------------------------------------------------
@@ -376,7 +375,7 @@ READERS = {
     "sdist": Reader(tarred, read_archive, 100),
     "manifest of the demo": Reader(manifest, lambda path: verified_manifest(path.parent)),
     "cache of tokens": Reader(token_cache, read_tokens),
-    "recipe of a run": Reader(run("config.yaml"), lambda path: load_run_config(["--run", str(path.parent)], ""), 20),
+    "recipe of a run": Reader(run("config.yaml"), lambda path: evaluate.load(["--run", str(path.parent)]), 20),
     "run to claim": Reader(
         run("config.yaml"), lambda path: validate_run_dir(RunFolder(path.parent), config_of(path.parent)), 20
     ),
@@ -444,7 +443,7 @@ def test_override(key: str, value: str) -> None:
 @settings(FUZZ, max_examples=60)
 @given(st.lists(st.one_of(WORDS, st.sampled_from(["--config", "--train", "--seed", "--run", "--x.y", "--", "--="]))))
 def test_command_lines(words: list[str]) -> None:
-    for read in (load_config, lambda words: load_run_config(words, ""), check_hostfile_of_launcher):
+    for read in (load_config, evaluate.load, check_hostfile_of_launcher):
         with suppress(DpaError):
             read(words)
 

@@ -4,7 +4,6 @@ import json
 import math
 import os
 import re
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -18,16 +17,16 @@ from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from dpa_ds.adapters.methods import build_schedule
+from dpa_ds.cli.plan import main
 from dpa_ds.config.deepspeed_json import load_deepspeed_json
 from dpa_ds.config.load import load_config
-from dpa_ds.config.schema import MethodConfig
+from dpa_ds.config.schema import MethodConfig, RanksPerGroup
 from dpa_ds.errors import ModelError
-from dpa_ds.planning.hardware import parse_cluster
+from dpa_ds.planning.hardware import GPUS, Cluster, parse_cluster
 from dpa_ds.planning.memory import Layout, Lora, adapter_bytes, model_bytes
-from dpa_ds.planning.plan import PHASES, Plan, Workload, judge, layout_of, ranks_of_recipe
+from dpa_ds.planning.plan import Plan, judge, layout_of, ranks_of_recipe
+from dpa_ds.planning.scenario import PHASES, Scenario, Workload, scenario_of
 from dpa_ds.planning.shapes import PRESETS, Shape, read_shape
-
-main = runpy.run_path("launch/plan.py")["main"]
 
 
 def real_model(shape: Shape) -> torch.nn.Module:
@@ -131,8 +130,9 @@ def test_the_command_ranks_layouts(tmp_path: Path, capsys: pytest.CaptureFixture
         ({"--cluster": "cpus=2"}, "unknown key cpus"),
         ({"--cluster": "gpus=8,mfu=40"}, "in (0, 1]"),
         ({"--cluster": "gpus=8,net=nan"}, "every number must be > 0"),
-        ({"--clients": "0"}, "must be > 0"),
-        ({"--tokens": "many"}, "take a number"),
+        ({"--clients": "0"}, "--clients must be a whole number > 0, got '0'"),
+        ({"--tokens": "many"}, "--tokens must be a number > 0, got 'many'"),
+        ({"--tokens": "nan"}, "--tokens must be a number > 0, got 'nan'"),
         ({"--json": "/dev/null/plan.json"}, "choose another file with --json"),
         ({"--cluster.ranks_per_group": "16"}, "--cluster has 8 GPUs"),
         ({"--model": "gpt-5"}, "no such preset"),
@@ -162,7 +162,12 @@ def judged(cluster: str, work: Workload = DATASET1, **changed: str) -> Plan:
     words = [f"--{key.replace('__', '.')}={value}" for key, value in changed.items()]
     config, hosts = load_config([*ARGUMENTS[:2], *words]), parse_cluster(cluster)
     zero = load_deepspeed_json(config.engine.deepspeed_config)["zero_optimization"]
-    return judge(LLAMA, config, hosts, layout_of(config, zero, ranks_of_recipe(config, hosts, work)), work)
+    return judge_recipe(scenario_of(config, LLAMA, zero, work), config.cluster.ranks_per_group, hosts)
+
+
+def judge_recipe(scenario: Scenario, wanted: RanksPerGroup, hosts: Cluster) -> Plan:
+    """The layout that the recipe itself has."""
+    return judge(scenario, hosts, layout_of(scenario, ranks_of_recipe(wanted, scenario, hosts)))
 
 
 def test_rounds_of_methods_and_clients() -> None:
@@ -215,6 +220,14 @@ def test_a_local_adapter_of_another_rank() -> None:
     assert {part: wider[part] / alike[part] for part in alike} == {"adapters": 2, "gradients": 3, "optimizer": 2}
 
 
+def test_help_names_what_can_be_chosen(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0
+    words = set(re.findall(r"[\w.-]*\w", capsys.readouterr().out))
+    assert {*GPUS, *PRESETS} <= words
+
+
 def test_a_closed_pipe_is_no_traceback() -> None:
     command = [sys.executable, "launch/plan.py", *ARGUMENTS, "--model", "llama-7b"]
     plan, reader = subprocess.PIPE, os.pipe()
@@ -248,8 +261,8 @@ def test_recipes_say_what_the_planner_expects(recipe: str, preset: str) -> None:
     assert f"--nodes={hosts} " in text
     cluster = parse_cluster(f"nodes={hosts},gpus=8,gpu=h100-80g,net=400Gb")
     zero = load_deepspeed_json(config.engine.deepspeed_config)["zero_optimization"]
-    ranks = ranks_of_recipe(config, cluster, DATASET1)
-    one = judge(PRESETS[preset], config, cluster, layout_of(config, zero, ranks), DATASET1)
+    scenario = scenario_of(config, PRESETS[preset], zero, DATASET1)
+    one = judge_recipe(scenario, config.cluster.ranks_per_group, cluster)
     said = (f"{one.total / 1e9:.1f}", f"{one.memory['base'] / 1e9:.1f}", f"{one.round_seconds:.0f}")
     assert said == (found[1], found[2], found[3]), "write these into the recipe"
     assert one.fits

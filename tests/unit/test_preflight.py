@@ -1,4 +1,4 @@
-"""Verdicts of check_comms, each both ways, on made-up facts."""
+"""Verdicts of launch/preflight.py, each both ways, on made-up facts."""
 
 from dataclasses import replace
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from dpa_ds.cli.preflight import FAILED, OK, WARNING, Needs, Row, judge, render
+from dpa_ds.cli.verdicts import FAILED, OK, WARNING, Needs, Row, judge, render
 from dpa_ds.config.schema import LoraConfig
 from dpa_ds.distributed.probes import RankFacts
 from dpa_ds.distributed.topology import Topology

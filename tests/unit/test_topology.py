@@ -4,7 +4,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from dpa_ds.distributed.topology import Topology, plan_topology
+from dpa_ds.config.schema import ClusterConfig
+from dpa_ds.distributed.topology import Topology, describe_rank, plan, plan_topology
 from dpa_ds.errors import ClusterError
 
 SIZES = st.lists(st.integers(1, 5), min_size=1, max_size=8)
@@ -32,6 +33,25 @@ def test_plan(job_world_size: int, num_clients: int, ranks_per_group: object, si
     topology = plan_topology(job_world_size, num_clients, ranks_per_group)  # type: ignore[arg-type]
     assert topology == Topology(sizes, num_clients)
     assert topology.job_world_size == job_world_size
+
+
+def test_plan_of_a_job_that_is_one_of_several_groups() -> None:
+    cluster = ClusterConfig(group=2, num_groups=3, rendezvous="n1:1")
+    topology = plan(cluster, job_world_size=4, num_clients=7)
+    assert topology == Topology((4,), 7, first_group=2, num_groups_elsewhere=2)
+    assert topology.clients_of_group(2) == (2, 5)
+    assert [topology.group_of_rank(rank) for rank in range(4)] == [2] * 4
+    assert plan(ClusterConfig(group=6, rendezvous="n1:1"), 1, 7).num_groups == 7, "one for each client"
+    with pytest.raises(ClusterError, match=r"cluster\.group 7 of 7 groups for 7 clients"):
+        plan(ClusterConfig(group=7, rendezvous="n1:1"), 1, 7)
+
+
+def test_plan_of_a_job_of_all_groups() -> None:
+    assert plan(ClusterConfig(ranks_per_group=[2, 1]), 3, 5) == Topology((2, 1), 5)
+
+
+def test_a_rank_is_described_by_what_depends_on_it() -> None:
+    assert describe_rank(Topology((2, 1), 5), ["n1", "n1", "n2"], 2) == "rank 2 (n2, group 1, clients 1, 3)"
 
 
 REFUSED = [
@@ -92,7 +112,7 @@ def test_ranks_and_clients_are_divided_without_rest(sizes: list[int], num_client
     counts = [len(topology.clients_of_group(group)) for group in range(len(sizes))]
     assert max(counts) - min(counts) <= 1
     for group in range(len(sizes)):
-        assert all(topology.group_of_client(client) == group for client in topology.clients_of_group(group))
+        assert all(client % len(sizes) == group for client in topology.clients_of_group(group))
 
 
 @given(st.integers(1, 64), st.integers(1, 64))

@@ -1,4 +1,4 @@
-"""What ranks say to each other, on real ranks: agreement, decisions, failure, the all-reduce of the leaders."""
+"""What ranks exchange, on real ranks: facts, decisions, failure, the all-reduce of the leaders."""
 
 import time
 from datetime import timedelta
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dpa_ds.config.schema import ClusterConfig
-from dpa_ds.distributed.job_store import JobStore, _first_disagreement
+from dpa_ds.distributed.job_store import JobStore, _Hello, _judge
 from dpa_ds.distributed.topology import Topology
 from dpa_ds.distributed.world import build_world
 from dpa_ds.errors import ClusterError, ConfigError
@@ -27,22 +27,22 @@ def outcome(call: Any, *args: Any) -> str:
         return f"{type(error).__name__} {error.exit_code}: {error}"
 
 
-# ---- agree -------------------------------------------------------------------------------------------------------
+# ---- check_consistency -------------------------------------------------------------------------------------------------------
 
 
-def agree(job: JobStore, facts: list[dict[str, str]], errors: list[str | None], timeout_seconds: float = 30.0) -> str:
+def check(job: JobStore, facts: list[dict[str, str]], errors: list[str | None], timeout_seconds: float = 30.0) -> str:
     rank = job.launch.global_rank
     error = ConfigError(errors[rank]) if errors[rank] else None  # type: ignore[arg-type]
     return outcome(job.check_consistency, facts[rank], error, timeout_seconds)
 
 
 def test_ranks_that_agree_learn_each_others_hosts(tmp_path: Path) -> None:
-    results = run_on_ranks(_hosts_after_agreement, 3, tmp_path)
+    results = run_on_ranks(_hosts_after_check, 3, tmp_path)
     assert all(len(hosts) == 3 for hosts in results)
     assert len({tuple(hosts) for hosts in results}) == 1
 
 
-def _hosts_after_agreement(job: JobStore) -> list[str]:
+def _hosts_after_check(job: JobStore) -> list[str]:
     job.hosts = []
     job.check_consistency({"code": "1"}, None, 30.0)
     return job.hosts
@@ -50,29 +50,28 @@ def _hosts_after_agreement(job: JobStore) -> list[str]:
 
 def test_a_fact_that_differs_is_reported_to_all(tmp_path: Path) -> None:
     facts = [{"code": "1", "config": "a"}, {"code": "1", "config": "b"}]
-    reported = run_on_ranks(agree, 2, tmp_path, facts, [None, None])
+    reported = run_on_ranks(check, 2, tmp_path, facts, [None, None])
     assert reported[0] == reported[1]
     assert reported[0].startswith("ClusterError 3: hosts differ in config: a on ")
 
 
 def test_error_of_one_rank_reaches_all_with_its_host_and_exit_code(tmp_path: Path) -> None:
-    reported = run_on_ranks(agree, 2, tmp_path, [{}, {}], [None, "no such recipe"])
+    reported = run_on_ranks(check, 2, tmp_path, [{}, {}], [None, "no such recipe"])
     assert reported[0].startswith("ClusterError 2: no such recipe (only on ")
     assert reported[1] == "ConfigError 2: no such recipe"
 
 
 def test_error_of_all_ranks_is_each_ones_own(tmp_path: Path) -> None:
-    reported = run_on_ranks(agree, 2, tmp_path, [{}, {}], ["unknown key"] * 2)
+    reported = run_on_ranks(check, 2, tmp_path, [{}, {}], ["unknown key"] * 2)
     assert reported == ["ConfigError 2: unknown key"] * 2
 
 
 def test_disagreement_names_every_host_and_value() -> None:
-    hellos = [
-        {"host": host, "facts": {"code": code}, "error": None}
-        for host, code in (("n1", "a"), ("n1", "a"), ("n2", "b"), ("n3", "b"))
-    ]
-    assert "hosts differ in code: a on n1; b on n2, n3; make it equal" in _first_disagreement(hellos)["error"]
-    assert _first_disagreement(hellos[:2]) == {}
+    hellos = [_Hello(host, {"code": code}) for host, code in (("n1", "a"), ("n1", "a"), ("n2", "b"), ("n3", "b"))]
+    verdict = _judge(hellos)
+    assert "hosts differ in code: a on n1; b on n2, n3; make it equal" in verdict.error
+    assert (verdict.exit_code, verdict.hosts) == (3, ["n1", "n1", "n2", "n3"])
+    assert _judge(hellos[:2]).error == ""
 
 
 def wait_for_absent(job: JobStore) -> tuple[str, float]:
@@ -89,10 +88,10 @@ def test_rank_that_does_not_arrive_is_named_in_time(tmp_path: Path) -> None:
     assert seconds < 2
 
 
-# ---- decide, publish, fail ----------------------------------------------------------------------------------------
+# ---- broadcast_from_rank_zero, publish, fail ----------------------------------------------------------------------------------------
 
 
-def decide(job: JobStore) -> tuple[list[Any], int]:
+def broadcast(job: JobStore) -> tuple[list[Any], int]:
     calls: list[int] = []
 
     def decision() -> Any:
@@ -107,7 +106,7 @@ def decide(job: JobStore) -> tuple[list[Any], int]:
 
 
 def test_rank_0_decides_for_all(tmp_path: Path) -> None:
-    results = run_on_ranks(decide, 3, tmp_path)
+    results = run_on_ranks(broadcast, 3, tmp_path)
     expected = [{"rounds": 3, "by": 0}] * 2 + [0, 10, 20]
     assert [answers for answers, _ in results] == [expected] * 3
     assert [calls for _, calls in results] == [2, 0, 0]
@@ -139,7 +138,7 @@ def fail(job: JobStore, folder: str, order: list[float]) -> None:
     output = os.open(f"{folder}/{rank}.txt", os.O_CREAT | os.O_WRONLY)
     os.dup2(output, 2)
     sys.stderr = os.fdopen(2, "w")
-    exit_code = os.fork()  # the process that fails ends; this one tells how
+    exit_code = os.fork()  # the process that fails ends; this one reports how
     if exit_code == 0:
         time.sleep(order[rank])
         job.fail(ConfigError("wrong") if rank == 1 else ValueError("consequence"))

@@ -1,0 +1,161 @@
+"""Answers of one client's model to a prompt, to a file of prompts, or to what is typed, each with its alpha."""
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+from transformers import TextStreamer
+
+from dpa_ds.config.schema import RunConfig
+from dpa_ds.data.tables import read_rows, reading
+from dpa_ds.data.tokenize import tokenize_prompts
+from dpa_ds.distributed.job_store import JobStore
+from dpa_ds.errors import ClusterError, ConfigError, DataError
+from dpa_ds.inference.client_model import ClientModel, Predictor, load_client_model
+from dpa_ds.inference.loading import build_predictor, place_base
+from dpa_ds.inference.weighting import describe_weighting
+from dpa_ds.model.directory import model_fingerprint
+from dpa_ds.runs.folder import RunFolder
+from dpa_ds.runs.tracking import logger, setup_logging
+
+TABLES = (".json", ".jsonl", ".csv", ".parquet")
+
+
+@dataclass(frozen=True)
+class Console:
+    """One client's model, ready to answer."""
+
+    predictor: Predictor
+    client_model: ClientModel
+    template: str
+    streams: bool
+    """Tokens are shown as they come: with one beam only."""
+
+
+def generate(
+    config: RunConfig, job: JobStore, client: int, prompt: str | None, input_path: str | None, out: TextIO
+) -> None:
+    """Answer one prompt, all prompts of a file (as JSON lines on `out`), or what is typed. One rank.
+
+    Raises:
+        ClusterError, ConfigError, DataError: more ranks than one, no such client, nothing to answer, or more than the
+            model can read.
+    """
+    if job.launch.job_world_size != 1:
+        raise ClusterError("launch/generate.py is one process: start it with python, without a launcher")
+    setup_logging(is_coordinator=input_path is None)
+    folder = RunFolder(config.run_dir)
+    server_round = folder.trained_round()
+    existing = folder.clients(server_round)
+    if client not in existing:
+        raise ConfigError(f"{config.run_dir} has no client {client}: its clients are {existing}")
+    if prompt is not None and not prompt.strip():
+        raise ConfigError("--prompt is empty: write a question, or leave --prompt out to be asked for one")
+    prompts = []
+    if input_path is not None:  # before the base, whose loading takes much longer
+        prompts = read_prompts(Path(input_path).expanduser(), config.data.instruction_column)
+
+    directory, world, partitioned = place_base(config, job, len(existing))
+    folder.check_model(model_fingerprint(directory))
+    predictor = build_predictor(config, folder, server_round, directory, world, partitioned)
+    client_model = load_client_model(folder, server_round, client)
+    weighting = describe_weighting(predictor.weighting, config.weighting.num_references)
+    logger.info(f"{client_model.info.label} after round {server_round}, {weighting}")
+    if not client_model.trained and not predictor.weighting.is_constant:
+        logger.info("its local adapter was never trained: the global adapter alone answers, alpha is always 0")
+    console = Console(predictor, client_model, config.data.template, config.generation.num_beams == 1)
+
+    if input_path is not None:
+        for text in prompts:
+            answer_as_json(console, text, out)
+    elif prompt is not None:
+        answer_on_stdout(console, prompt)
+    else:
+        converse(console)
+    world.close()
+
+
+def converse(console: Console) -> None:
+    """Answer what is typed, until an empty line."""
+    for line in _typed_lines():
+        try:
+            answer_on_stdout(console, line)
+        except DataError as error:  # too long: who types can try again
+            sys.stdout.write(f"{error}\n")
+
+
+def answer_on_stdout(console: Console, prompt: str) -> None:
+    """Write the answer, as it comes where there is one beam, and then alpha.
+
+    Raises:
+        DataError: prompt and answer do not fit the model's context.
+    """
+    streamer = None
+    if console.streams:
+        streamer = TextStreamer(console.predictor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    alpha, answer = _answer(console, prompt, streamer)
+    if streamer is None:
+        sys.stdout.write(f"{answer}\n")
+    sys.stdout.write(f"[alpha {alpha:.3f}: local adapter {alpha:.0%}, global adapter {1 - alpha:.0%}]\n")
+    sys.stdout.flush()
+
+
+def answer_as_json(console: Console, prompt: str, out: TextIO) -> None:
+    """Write prompt, alpha and answer as one line to `out`.
+
+    Raises:
+        DataError: prompt and answer do not fit the model's context.
+    """
+    alpha, answer = _answer(console, prompt)
+    line = json.dumps({"prompt": prompt, "alpha": alpha, "answer": answer}, ensure_ascii=False)
+    out.write(line + "\n")
+    out.flush()
+
+
+def read_prompts(path: Path, instruction_column: str) -> list[str]:
+    """Instructions of a table (.json, .jsonl, .csv, .parquet), else one prompt a line.
+
+    Raises:
+        DataError: no such file, not UTF-8, or nothing in it.
+    """
+    with reading(path):
+        if path.suffix.lower() in TABLES:
+            prompts = [row.text(instruction_column) for row in read_rows(path)]
+        else:
+            prompts = _nonempty_lines(path)
+    if not prompts:
+        raise DataError(f"{path}: no prompts: write one a line, or give a table with {instruction_column!r}")
+    return prompts
+
+
+def _answer(console: Console, prompt: str, streamer: TextStreamer | None = None) -> tuple[float, str]:
+    """Alpha and the answer."""
+    predictor = console.predictor
+    prompts = tokenize_prompts([prompt], predictor.tokenizer, console.template)
+    predictor.check_context(len(prompts[0]), f"the prompt {prompt[:40]!r}")
+    alphas = predictor.weights(console.client_model, prompts)
+    (answer,) = predictor.answer(console.client_model, prompts, alphas, streamer)
+    return float(alphas[0]), answer
+
+
+def _nonempty_lines(path: Path) -> list[str]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: byte {error.start} is not UTF-8: convert the file to UTF-8") from error
+    return [line for line in lines if line.strip()]
+
+
+def _typed_lines() -> Iterator[str]:
+    """What is typed, a line at a time, until an empty line or the end of input."""
+    sys.stdout.write("Ask something; an empty line ends.\n")
+    while True:
+        sys.stdout.write("> ")
+        sys.stdout.flush()
+        line = sys.stdin.readline().strip()
+        if not line:
+            return
+        yield line

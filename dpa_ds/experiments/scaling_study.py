@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from dpa_ds.config.load import load_config
 from dpa_ds.config.schema import DataConfig
@@ -26,7 +26,8 @@ RANK_AXES = ("ranks_per_group", "groups")
 """What may be varied beside the fields of the recipe."""
 
 
-class RunSpec(NamedTuple):
+@dataclass(frozen=True)
+class RunSpec:
     """One run of the study."""
 
     ranks_per_group: int

@@ -93,8 +93,8 @@ def run(argv: Sequence[str]) -> None:
     points = run_points(plan)
     sys.stdout.write(f"\n{report(plan, points)}\n\n{plan.folder}/scale.md, scale.png, points.json\n")
     if wanted is not None:
-        _, _, words = plan.point(plan.values[-1])
-        num_bytes = _adapter_bytes(load_config(words).run_dir)
+        largest = load_config(plan.point(plan.values[-1]).arguments)
+        num_bytes = _adapter_bytes(largest.run_dir)
         sys.stdout.write(predict(points, wanted.ranks, wanted.clients, num_bytes, wanted.net) + "\n")
 
 

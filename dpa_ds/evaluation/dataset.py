@@ -48,6 +48,7 @@ def read_instances(data: DataConfig, seed: int, split: Literal["test", "held_out
         num_rows[task] += 1
     if not instances:
         raise DataError("there is nothing to evaluate: the test data has no rows")
+    # By task: what a digest of them is, and in which order they are answered, does not depend on how a file mixes tasks.
     return sorted(instances, key=_task_and_row)
 
 
@@ -84,6 +85,7 @@ def check_some_task_is_trained(data: DataConfig, seed: int, evaluation: Evaluati
     num_clients = len(list_clients(data, seed))
     trained: set[str] = set()
     for client in read_clients(data, seed, range(num_clients)):
+        # A client whose data names no task trains on NO_TASK, as the instances without one are of it.
         tasks = {example.task for example in client.train} - {""}
         trained |= tasks or {NO_TASK}
     if not scored & trained:

@@ -16,7 +16,15 @@ from dpa_ds.data.sources import ClientInfo
 from dpa_ds.errors import CheckpointError
 from dpa_ds.evaluation.answers import Answer
 from dpa_ds.evaluation.layout import short_names
-from dpa_ds.evaluation.tables import MAIN_METRIC, METRIC_NAMES, Json, highest_floor, task_score
+from dpa_ds.evaluation.tables import (
+    MAIN_METRIC,
+    METRIC_NAMES,
+    Json,
+    client_labels,
+    highest_floor,
+    task_names,
+    task_score,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -141,8 +149,8 @@ def _write_number(axes: "Axes", row: int, column: int, score: float, below: bool
 
 
 def _name_rows_and_columns(axes: "Axes", summary: Json, font_size: int) -> None:
-    tasks = short_names([task["task"] for task in summary["tasks"]], 24)
-    clients = short_names([client["label"] for client in summary["clients"]], 28)
+    tasks = short_names(task_names(summary), 24)
+    clients = short_names(client_labels(summary), 28)
     rows = [*map(_plain, clients), "best floor"]
     axes.set_xticks(range(len(tasks)), [*map(_plain, tasks)], fontsize=font_size)
     for label in axes.get_xticklabels():

@@ -11,6 +11,7 @@ def short_names(names: Sequence[str], limit: int) -> list[str]:
     counts = Counter(short)
     taken = {name for name in short if counts[name] == 1}
     for place, name in enumerate(short):
+        # Cut names may collide with each other and with a whole name that looks like a cut one.
         number = 1
         while counts[name] > 1 and short[place] in taken | {name}:
             suffix = f"~{number}"
@@ -47,6 +48,7 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], left: i
 
 def escape(text: str, limit: int = 200, empty: str = "*(empty)*") -> str:
     """Text that Markdown shows as it is, on one line of a table, cut to `limit` characters."""
+    # Cut before escaping: a backslash must not lose what it escapes.
     text = text.strip()
     if len(text) > limit:
         text = f"{text[: limit - 1]}…"

@@ -60,6 +60,7 @@ def write_report(run_dir: Path, num_groups: int, seconds: float) -> str:
     evaluated = [course for course in courses if course.was_evaluated]
     if evaluated:
         series = {course.label: course.held_out_loss for course in evaluated}
+        # In round 0 B is 0 in both adapters: the model is the base.
         title = "Held-out loss of each client (round 0: the base model)"
         curves(series, run_dir / "held_out_loss.png", HELD_OUT_LOSS, title)
         num_fallen = sum(course.change < 0 for course in evaluated)
@@ -114,6 +115,7 @@ def _points_of(summary: Json) -> list[Point]:
     for client in summary["clients"]:
         if client["P"] and client["TTP"]:
             points.append(Point(client["label"], Score(client["P"][MAIN_METRIC]), Score(client["TTP"][MAIN_METRIC])))
+    # Error and floor of the mean only: a client's own would need a line each, and the report's tables have them.
     if points:
         points.append(Point("mean", _overall_score(summary, "P"), _overall_score(summary, "TTP")))
     return points
@@ -156,6 +158,7 @@ def _held_out_table(courses: Sequence[_ClientCourse]) -> list[str]:
 def _cost_lines(last_round: Mapping[str, Any], num_groups: int) -> list[str]:
     update = _size(last_round.get("bytes_handed/update", 0))
     metrics = _size(last_round.get("bytes_handed/metrics", 0))
+    # Also a single leader counts the bytes that it would send: that they stayed on the host has to be said.
     crossing = "between leaders"
     if num_groups == 1:
         crossing = "(one group: nothing crossed a network)"

@@ -31,22 +31,22 @@ _TOLERANCE = 1e-6
 
 def terminal_table(summary: Json, metric: str = MAIN_METRIC) -> str:
     """Clients x tasks of one metric, own tasks and scores below their floor marked, then P and TTP with intervals."""
-    task_names = short_names([task["task"] for task in summary["tasks"]], _LONGEST_TASK)
+    shown_names = short_names(task_names(summary), _LONGEST_TASK)
     lines = [_extent(summary, metric)]
-    lines += _side_by_side(_terminal_columns(summary, metric, task_names))
+    lines += _side_by_side(_terminal_columns(summary, metric, shown_names))
     lines += ["", f"* own task   ! below its floor: {FLOOR}"]
-    lines += _explain_names(summary, task_names)
+    lines += _explain_names(summary, shown_names)
     lines += _name_what_is_left_out(summary)
     lines += ["", *_terminal_measures(summary, metric)]
     return "\n".join(lines)
 
 
-def _terminal_columns(summary: Json, metric: str, task_names: Sequence[str]) -> list[list[str]]:
+def _terminal_columns(summary: Json, metric: str, shown_names: Sequence[str]) -> list[list[str]]:
     """Columns of cells: header, one cell a client, the best floor, and which floor that is."""
     clients = summary["clients"][:MAX_SHOWN]
-    labels = short_names([client["label"] for client in summary["clients"]], _LONGEST_LABEL)
+    labels = short_names(client_labels(summary), _LONGEST_LABEL)
     columns = [["client", *labels[:MAX_SHOWN], "best floor", ""]]
-    for task, name in zip(summary["tasks"][:MAX_SHOWN], task_names, strict=False):
+    for task, name in zip(summary["tasks"][:MAX_SHOWN], shown_names, strict=False):
         cells = [_terminal_score(task_score(client, task, metric)) for client in clients]
         floor = highest_floor(task, metric)
         kind = floor.kind.split("_")[0]
@@ -89,12 +89,12 @@ def _width(column: Sequence[str]) -> int:
     return max(map(len, column))
 
 
-def _explain_names(summary: Json, task_names: Sequence[str]) -> list[str]:
+def _explain_names(summary: Json, shown_names: Sequence[str]) -> list[str]:
     """A line for each shown name that a number alone tells from others."""
     lines = []
-    for name, task in zip(task_names, summary["tasks"][:MAX_SHOWN], strict=False):
-        if "~" in name and name != task["task"]:
-            lines.append(f"{name} = {task['task']}")
+    for name, task in zip(shown_names, task_names(summary)[:MAX_SHOWN], strict=False):
+        if "~" in name and name != task:
+            lines.append(f"{name} = {task}")
     return lines
 
 
@@ -213,8 +213,7 @@ class _AlphaCell:
 def _alpha_tables(summary: Json) -> list[str]:
     """Paragraphs and tables; a weight that is the same everywhere needs one line."""
     cells = _alpha_cells(summary)
-    lowest = min(cell.values["min"] for cell in cells)
-    highest = max(cell.values["max"] for cell in cells)
+    lowest, highest = _alpha_range(cells)
     if highest - lowest < _TOLERANCE:
         return [f"Alpha is {cells[0].values['mean']:.3f} for every answer."]
     pools = [_alpha_row("all clients", cells)]
@@ -228,7 +227,7 @@ def _alpha_tables(summary: Json) -> list[str]:
         pools.append(_alpha_row(f"task {escape(task['task'])}", of_task))
         for row, client in zip(by_task, summary["clients"], strict=True):
             row.append(_alpha_quantiles(client["alpha"].get(task["task"])))
-    tasks = [escape(task["task"]) for task in summary["tasks"]]
+    tasks = map(escape, task_names(summary))
     return [
         markdown_table(["answers of", "own tasks: mean", "min to max", "other tasks: mean", "min to max"], pools),
         "Mean and, in brackets, the 10 % and 90 % quantiles:",
@@ -256,11 +255,19 @@ def _pool_alpha(cells: Sequence[_AlphaCell]) -> list[str]:
     """Mean over all instances, and the range."""
     if not cells:
         return ["-", "-"]
-    total = sum(cell.num_instances * cell.values["mean"] for cell in cells)
-    mean = total / sum(cell.num_instances for cell in cells)
-    low = min(cell.values["min"] for cell in cells)
-    high = max(cell.values["max"] for cell in cells)
+    total, num_instances = 0.0, 0
+    for cell in cells:
+        total += cell.num_instances * cell.values["mean"]
+        num_instances += cell.num_instances
+    mean = total / num_instances
+    low, high = _alpha_range(cells)
     return [f"{mean:.3f}", f"{low:.3f} to {high:.3f}"]
+
+
+def _alpha_range(cells: Sequence[_AlphaCell]) -> tuple[float, float]:
+    lowest = min(cell.values["min"] for cell in cells)
+    highest = max(cell.values["max"] for cell in cells)
+    return lowest, highest
 
 
 def _alpha_quantiles(values: Json | None) -> str:
@@ -326,6 +333,16 @@ class Floor:
     score: float
     kind: str
     """One of FLOOR_KINDS."""
+
+
+def task_names(summary: Json) -> list[str]:
+    """Names of the evaluated tasks."""
+    return [task["task"] for task in summary["tasks"]]
+
+
+def client_labels(summary: Json) -> list[str]:
+    """Names of the clients that were asked."""
+    return [client["label"] for client in summary["clients"]]
 
 
 def measures(summary: Json) -> list[str]:

@@ -200,6 +200,7 @@ def read_evaluation(folder: Path, instances: Sequence[Instance]) -> Evaluated:
     client_ids = {client.client for client in clients}
     answers_dir = folder.parent / "answers"
     answers = select_answers(read_answers(answers_dir), list(client_ids), instances)
+    # A report may outlive its answers: they are other files, which are deleted or cut off on their own.
     if len(answers) < len(client_ids) * len(instances):
         raise CheckpointError(
             f"{answers_dir} lacks answers that {folder} counts: delete {folder}, then run the same command again"
@@ -221,6 +222,7 @@ def compare_lines(
     for line in all_lines:
         if line.method == BASELINE and baseline is None:
             baseline = line
+        # By the first word: a scale may follow. Of several scales the first line counts.
         if line.weighting.split()[0] == "cosine":
             cosines.setdefault(line.method, line)
     methods = []
@@ -250,6 +252,7 @@ def _oracles(lines: Sequence[Line]) -> list[Line]:
         if len(of_method) < 2:
             continue
         evaluations = []
+        # Seed by seed: adapters of different trainings are never mixed.
         for pair in zip(of_method[GLOBAL].tables, of_method[LOCAL].tables, strict=True):
             evaluations.append(Evaluated(oracle(pair), answers=()))
         oracles.append(Line(method, ORACLE, evaluations))
@@ -310,6 +313,7 @@ def held_out_curve(run_dirs: Sequence[Path]) -> list[tuple[int, float]]:
                 losses_by_round.setdefault(record["round"], {})[run_dir] = record["held_out_loss"]
     curve = []
     for server_round, losses in sorted(losses_by_round.items()):
+        # Else the mean would jump where a run drops out.
         if len(losses) == len(run_dirs):
             mean = sum(losses.values()) / len(losses)
             curve.append((server_round, mean))

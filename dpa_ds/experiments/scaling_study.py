@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from dpa_ds.config.load import load_config
 from dpa_ds.config.schema import DataConfig
@@ -26,7 +26,8 @@ RANK_AXES = ("ranks_per_group", "groups")
 """What may be varied beside the fields of the recipe."""
 
 
-class RunSpec(NamedTuple):
+@dataclass(frozen=True)
+class RunSpec:
     """One run of the study."""
 
     ranks_per_group: int
@@ -173,17 +174,20 @@ def read_point(run_dir: Path, ranks: int, num_groups: int) -> Point:
     Args:
         ranks: of a group.
     """
-    records = [record for record in read_records(run_dir / "metrics.jsonl") if record["round"] > 0]
-    rounds = [record for record in records if record["kind"] == "round"]
-    if not rounds:
+    records = read_records(run_dir / "metrics.jsonl")
+    seconds: list[float] = []
+    last_round = 0
+    for record in records:
+        if record["kind"] == "round" and record["round"] > 0:
+            seconds.append(_seconds_of(record))
+            last_round = max(last_round, record["round"])
+    if not seconds:
         raise ConfigError(f"{run_dir} has no complete round: delete it, and run the same command again")
-    last_round = max(record["round"] for record in rounds)
     groups: list[list[Work]] = [[] for _ in range(num_groups)]
     for record in records:
         if record["kind"] == "client" and record["round"] == last_round:
             work = Work(record["computed_tokens"], record["num_steps"])
             groups[record["client"] % num_groups].append(work)
-    seconds = [_seconds_of(record) for record in rounds]
     return Point(tuple(map(tuple, groups)), ranks, statistics.median(seconds[1:] or seconds))
 
 
@@ -200,7 +204,7 @@ def report(plan: Plan, points: Sequence[Point]) -> str:
     for number, (value, point) in enumerate(zip(plan.values, points, strict=True)):
         num_groups = len(point.groups)
         num_ranks = point.ranks * num_groups
-        num_clients = sum(len(group) for group in point.groups)
+        num_clients = sum(map(len, point.groups))
         speed = _tokens_per_second(point)
         # Of a rank, against a rank of the first point.
         efficiency = speed / num_ranks / (_tokens_per_second(first) / first.ranks / len(first.groups))
@@ -252,12 +256,13 @@ def predict(points: Sequence[Point], ranks: int, clients: int, adapter_bytes: fl
 
 def _mean_work(point: Point) -> Work:
     """The work of a mean client."""
-    clients: list[Work] = []
+    tokens, steps, num_clients = 0.0, 0.0, 0
     for group in point.groups:
-        clients += group
-    tokens = sum(client.tokens for client in clients)
-    steps = sum(client.steps for client in clients)
-    return Work(tokens / len(clients), steps / len(clients))
+        for client in group:
+            tokens += client.tokens
+            steps += client.steps
+            num_clients += 1
+    return Work(tokens / num_clients, steps / num_clients)
 
 
 def _tokens_per_second(point: Point) -> float:
@@ -272,7 +277,8 @@ def _plot(plan: Plan, points: Sequence[Point]) -> None:
     left, right = figure.subplots(1, 2)
     places = range(len(points))
     predicted = [predict_without(points, number) for number in places]
-    left.plot(places, [point.seconds for point in points], "o-", label="measured")
+    seconds = [point.seconds for point in points]
+    left.plot(places, seconds, "o-", label="measured")
     left.plot(places, predicted, "x", color="black", label="predicted by the others")
     left.set(ylabel="seconds a round", ylim=(0, None))
     left.legend(fontsize="small")

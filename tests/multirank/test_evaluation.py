@@ -164,8 +164,8 @@ def test_alphas_and_answers_equal_a_plain_computation(
         assert (1.0 in alphas) == (scale == 6.0)
 
 
-def test_references_and_the_federations_mean_state(run: Run) -> None:
-    """Prompts of the client's own examples, the base's states of them, and their mean weighted by examples."""
+def test_references_and_the_reference_mean_of_the_federation(run: Run) -> None:
+    """Prompts of the client's own examples, their embeddings by the base, and the mean of these, weighted by examples."""
     means = []
     for client, size in enumerate(SIZES):
         plain = plain_client(run, client)
@@ -194,7 +194,7 @@ def with_unseen_task(run: Run, tmp_path: Path) -> str:
 
 
 def test_ranks_and_zero3_change_nothing(run: Run, tmp_path: Path) -> None:
-    """With states by the local adapter. Of the riddles the second rank of the partitioned base gets one token only."""
+    """With embeddings by the local adapter. Of the riddles the second rank of the partitioned base gets one token only."""
     options = [with_unseen_task(run, tmp_path), "--clients=1,3", "--tasks=count1,riddle", "--max_new_tokens=4"]
     options += ["--weighting=cosine", "--lambda=8"]
     layouts = {"one": (1, []), "three": (3, []), "zero3": (2, ["--evaluation.sharding=always"])}
@@ -281,7 +281,7 @@ def test_unseen_tasks_count_apart(run: Run, greedy: Path, tmp_path: Path) -> Non
     assert evaluation_set == {(c, "riddle", row) for c in range(4) for row in range(len(UNSEEN))}
 
 
-def test_a_client_that_was_never_drawn_uses_the_global_adapter(train: Callable[..., Run], tmp_path: Path) -> None:
+def test_a_client_that_was_never_sampled_uses_the_global_adapter(train: Callable[..., Run], tmp_path: Path) -> None:
     partly = train("partly", federation__client_fraction=0.5, federation__num_rounds=1, train__max_steps=5)
     folders = [partly.folder / f"adapters/local/client_{client:02d}" for client in range(len(SIZES))]
     steps = [json.loads((folder / "state.json").read_text())["info"]["steps_taken"] for folder in folders]

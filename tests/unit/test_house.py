@@ -31,9 +31,7 @@ UNDER_WORK: set[str] = {
     "dpa_ds/inference/unfinished.py",
     "dpa_ds/inference/weighting.py",
     "dpa_ds/planning/memory.py",
-    "tests/launch/test_evaluate.py",
     "tests/multirank/test_compression.py",
-    "tests/multirank/test_evaluation.py",
     "tests/multirank/test_federation.py",
     "tests/unit/test_weighting.py",
 }

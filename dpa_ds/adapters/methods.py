@@ -42,7 +42,7 @@ class AdapterSpec:
         """Whether the parameter under PEFT's `key` leaves the client."""
         return _matrix(key) in self.shared
 
-    def trains(self, key: str) -> bool:
+    def is_trained(self, key: str) -> bool:
         """Whether the parameter under PEFT's `key` is trained in the adapter's phases."""
         return _matrix(key) in self.trained
 

@@ -14,7 +14,15 @@ from dpa_ds.adapters.adapter_model import AdapterModel
 from dpa_ds.adapters.methods import GLOBAL, Schedule, adapter_table, build_schedule
 from dpa_ds.config.deepspeed_json import load_deepspeed_json
 from dpa_ds.config.load import to_yaml
-from dpa_ds.config.schema import EngineConfig, LoraConfig, ModelConfig, RunConfig, TrainConfig
+from dpa_ds.config.schema import (
+    DataConfig,
+    EngineConfig,
+    FederationConfig,
+    LoraConfig,
+    ModelConfig,
+    RunConfig,
+    TrainConfig,
+)
 from dpa_ds.config.validate import fingerprint_sections
 from dpa_ds.data.batching import BatchingConfig
 from dpa_ds.data.references import REPRESENTATIONS
@@ -27,12 +35,12 @@ from dpa_ds.engine.profiling import Profile
 from dpa_ds.errors import CheckpointError
 from dpa_ds.evaluation.report import write_report
 from dpa_ds.evaluation.while_training import Scorer, instances_to_score
-from dpa_ds.federation.aggregation.base import ServerOptimizer, ServerState
+from dpa_ds.federation.aggregation.base import LeaderState, ServerOptimizer, ServerState
 from dpa_ds.federation.aggregation.pipeline import build_aggregation
 from dpa_ds.federation.clients import ClientBuilder, HostedClient, client_names, embed_references
 from dpa_ds.federation.loop import run_rounds
 from dpa_ds.federation.round_evaluation import RoundEvaluation
-from dpa_ds.federation.round_state import RoundCommit, RoundState
+from dpa_ds.federation.round_state import RoundCommit, RoundSaving, RoundState
 from dpa_ds.federation.session import RoundTimer, Session
 from dpa_ds.federation.trainer import Trainer
 from dpa_ds.inference.weighting import resolve_weighting
@@ -70,38 +78,32 @@ def build_session(config: RunConfig, job: JobStore) -> Session:
     leaves nothing behind.
     """
     started = time.monotonic()
+    aggregation = build_aggregation(config.federation, config.seed)
     place = find_place(config, job)
-    world, folder, schedule = place.world, place.folder, place.schedule
+    world, schedule = place.world, place.schedule
     model = load_model(config.model, config.lora, config.train, config.engine, config.data.cache_dir, world)
-    folder.check_model(model.fingerprint)
-    builder = ClientBuilder(config.data, config.seed, schedule.pooled, world, model.tokenizer, model.adapters, folder)
-    clients, leader_state = builder.build(place.completed_rounds)
+    place.folder.check_model(model.fingerprint)
+    clients, leader_state = host_clients(config.data, config.seed, place, model)
+    aggregation.reduction.leader_state = leader_state
     # After the data: DeepSpeed's start takes seconds, and a wrong file is to be reported before.
     profile = Profile(config.run_dir / "profile" if config.tracking.profile else None, world)
     engine = AdapterEngine(model.adapters, world, config.train, model.deepspeed_json, profile)
     if schedule.weighted_by_instance:
         embed_references(clients, model.adapters, config.weighting, config.seed, model.pad_id, config.train)
-    aggregation = build_aggregation(config.federation, config.seed)
-    aggregation.reduction.leader_state = leader_state
     state = restore_server_state(place, model.adapters, aggregation.server_optimizer, config.seed)
     labels, trained_tasks = exchange_labels(job, world, clients, place.names)
-    if world.is_coordinator:  # everything that a user can get wrong was read by now: from here on the run exists
+    # Everything that a user can get wrong was read by now: from here on the run exists.
+    if world.is_coordinator:
         create_run(place, to_yaml(config), {"fingerprint": model.fingerprint, "path": config.model.path})
     tracker = Tracker(config.run_dir if world.is_leader else None, world.is_coordinator, config.tracking)
     writer = BackgroundWriter()
-    layout = {
-        "ranks": world.world_size,
-        "zero_stage": engine.stage,
-        "num_rounds": config.federation.num_rounds,
-        "micro_batch_tokens": config.train.micro_batch_tokens,
-    }
-    on_bad_update = config.federation.on_bad_update
-    round_state = RoundState(
-        folder, writer, world, job, config.checkpoint, on_bad_update, layout, state, place.completed_rounds
-    )
+    layout = describe_layout(engine, config.train, config.federation)
+    saving = RoundSaving(place.folder, writer, config.checkpoint, layout)
+    round_state = RoundState(saving, world, job, config.federation.on_bad_update, state, place.completed_rounds)
     batching = BatchingConfig(config.train.micro_batch_tokens, model.pad_id, engine.packing.supports_prefix)
-    transforms = aggregation.transforms
-    trainer = Trainer(engine, world, schedule, config.train, config.seed, batching, transforms, round_state, tracker)
+    trainer = Trainer(
+        engine, schedule, config.train, config.seed, batching, aggregation.transforms, round_state, tracker
+    )
     scorer = None
     if config.evaluation.scores_every_rounds:
         weighting = resolve_weighting(config, schedule, len(place.names))
@@ -119,8 +121,8 @@ def build_session(config: RunConfig, job: JobStore) -> Session:
         aggregation=aggregation,
         evaluation=RoundEvaluation(config.evaluation, config.federation.num_rounds, trainer, scorer, tracker),
         round_state=round_state,
-        commit=RoundCommit(folder, writer, world, config.checkpoint.keep_rounds, model.adapters),
-        folder=folder,
+        commit=RoundCommit(place.folder, writer, world, config.checkpoint.keep_rounds, model.adapters),
+        folder=place.folder,
         lock=place.lock,
         writer=writer,
         tracker=tracker,
@@ -149,7 +151,8 @@ def find_place(config: RunConfig, job: JobStore) -> Place:
     """Divide the ranks among the clients, and find the round to resume after. Collective: every rank of the job.
 
     Raises:
-        ClusterError, CheckpointError: ranks and clients do not fit, or the run folder is another job's or another run's.
+        ClusterError, CheckpointError: ranks and clients do not fit, or the run folder is another job's or
+        another run's.
     """
     job.start_watchdog(config.checkpoint.grace_seconds, config.cluster.heartbeat_timeout_seconds)
     setup_logging(is_coordinator=job.launch.global_rank == 0)
@@ -220,7 +223,12 @@ class LoadedModel:
 
 
 def load_model(
-    model: ModelConfig, lora: LoraConfig, train: TrainConfig, engine: EngineConfig, cache_dir: str, world: World
+    model: ModelConfig,
+    lora: LoraConfig,
+    train: TrainConfig,
+    engine: EngineConfig,
+    cache_dir: str,
+    world: World,
 ) -> LoadedModel:
     """Load the base and add the adapters. Collective: all ranks of the group.
 
@@ -235,7 +243,13 @@ def load_model(
     deepspeed_json = build_deepspeed_json(load_deepspeed_json(path), path, train, model.precision, world.world_size)
     base = load_base(model, directory, deepspeed_json)
     adapters = AdapterModel(base, adapter_table(lora), lora)
-    return LoadedModel(tokenizer, int(tokenizer.pad_token_id), adapters, deepspeed_json, model_fingerprint(directory))
+    return LoadedModel(
+        tokenizer,
+        int(tokenizer.pad_token_id),
+        adapters,
+        deepspeed_json,
+        model_fingerprint(directory),
+    )
 
 
 def restore_server_state(
@@ -268,6 +282,32 @@ def restore_server_state(
         optimizer=saved.extras.get("server_optimizer", {}),
         scalars=saved.info["scalars"],
     )
+
+
+def host_clients(
+    data: DataConfig, seed: int, place: Place, model: LoadedModel
+) -> tuple[list[HostedClient], LeaderState]:
+    """The clients of this rank group, and what its leader keeps. Collective: all ranks of the group."""
+    builder = ClientBuilder(
+        data=data,
+        seed=seed,
+        pooled=place.schedule.pooled,
+        world=place.world,
+        tokenizer=model.tokenizer,
+        adapters=model.adapters,
+        run_folder=place.folder,
+    )
+    return builder.build(place.completed_rounds)
+
+
+def describe_layout(engine: AdapterEngine, train: TrainConfig, federation: FederationConfig) -> dict[str, Any]:
+    """What must be equal for the work inside a round to be resumed bit for bit."""
+    return {
+        "ranks": engine.world.world_size,
+        "zero_stage": engine.stage,
+        "num_rounds": federation.num_rounds,
+        "micro_batch_tokens": train.micro_batch_tokens,
+    }
 
 
 def exchange_labels(

@@ -17,7 +17,6 @@ from dpa_ds.config.fields import REQUIREMENTS
 from dpa_ds.config.schema import (
     ClusterConfig,
     DataConfig,
-    FederationConfig,
     LoraConfig,
     MethodConfig,
     RunConfig,
@@ -61,8 +60,7 @@ def validate(config: RunConfig) -> None:
         _group_problems(config.cluster),
         _partition_problems(config.data),
         _method_problems(config.method, config.lora),
-        _server_problems(config.federation),
-        _weighting_problems(config.weighting, config.method),
+            _weighting_problems(config.weighting, config.method),
     )
     first = next(problems, None)
     if first is not None:
@@ -207,15 +205,6 @@ def _feddpa_t_problems(method: MethodConfig) -> Iterator[str]:
         yield (
             "method.global_source: aggregated contradicts method.phase_order: local_first (this round's average does "
             "not exist yet when the local phase comes first): choose global_source own or phase_order global_first"
-        )
-
-
-def _server_problems(federation: FederationConfig) -> Iterator[str]:
-    default = FederationConfig()
-    if federation.server_optimizer == "sgd" and federation.server_momentum != default.server_momentum:
-        yield (
-            f"federation.server_momentum: {show(federation.server_momentum)} has no effect with "
-            "federation.server_optimizer sgd, only with momentum: leave it out"
         )
 
 

@@ -42,7 +42,12 @@ def run_rounds(session: Session) -> None:
 
 def train_round(session: Session, cohort: Cohort, server_round: int) -> None:
     """From the server state that a round starts from to the next one. Collective: every rank of the job."""
-    rounds, trainer, aggregation, part = session.round_state, session.trainer, session.aggregation, session.timer.part
+    rounds, trainer, aggregation, part = (
+        session.round_state,
+        session.trainer,
+        session.aggregation,
+        session.timer.part,
+    )
     with part("train"):
         accumulator = aggregation.accumulator(rounds.server_state)
         for client in cohort.hosted:
@@ -94,7 +99,11 @@ def sample_cohort(session: Session, server_round: int) -> Cohort:
     """The clients of a round: every rank computes the same."""
     settings = session.federation
     client_ids = sample_clients(
-        session.world.topology, settings.client_fraction, session.seed, server_round, settings.stratify_by_group
+        session.world.topology,
+        settings.client_fraction,
+        session.seed,
+        server_round,
+        settings.stratify_by_group,
     )
     return Cohort(client_ids, [client for client in session.clients if client.client_id in client_ids])
 
@@ -156,7 +165,8 @@ def remaining_steps(session: Session) -> int:
 
 
 def start_rounds(session: Session) -> None:
-    """Before the first round of this process: agree with the other groups, and resume what an earlier process left undone.
+    """Before the first round of this process: agree with the other groups, and resume what an earlier process
+    left undone.
 
     Collective: every rank of the job.
     """

@@ -1,4 +1,5 @@
-"""The numbers of a round: each leader fills its clients' rows of one table, whose sum all have; the coordinator records it."""
+"""The numbers of a round: each leader fills its clients' rows of one table, whose sum all have; the
+coordinator records it."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -13,8 +14,15 @@ from dpa_ds.runs.tracking import Tracker
 
 EVALUATED = {"held_out_loss": "held_out/loss", "P": "scores/P", "TTP": "scores/TTP"}
 """Columns that have numbers in some rounds only, NaN in the others, and their TensorBoard tags."""
-COLUMNS = ("present", "participated", "num_examples", *EVALUATED, *(f.name for f in fields(RoundMetrics)))
-"""One row a client in the table that leaders sum after each round. Beside it, only its label and task names leave the group."""
+COLUMNS = (
+    "present",
+    "participated",
+    "num_examples",
+    *EVALUATED,
+    *(f.name for f in fields(RoundMetrics)),
+)
+"""One row a client in the table that leaders sum after each round. Beside it, only its label and task names
+leave the group."""
 TOKENS = ("real_tokens", "restored_tokens", "computed_tokens")
 
 Row = dict[str, float]
@@ -42,9 +50,18 @@ class MetricsTable:
         return bool(client_ids) and all(self.rows[client_id]["rejected"] for client_id in client_ids)
 
 
-def fill_row(client: HostedClient, progress: RoundProgress, participated: bool, evaluated: Mapping[str, float]) -> Row:
+def fill_row(
+    client: HostedClient,
+    progress: RoundProgress,
+    participated: bool,
+    evaluated: Mapping[str, float],
+) -> Row:
     """What a leader says of one of its clients."""
-    row: Row = {"present": 1.0, "participated": float(participated), "num_examples": float(len(client.examples))}
+    row: Row = {
+        "present": 1.0,
+        "participated": float(participated),
+        "num_examples": float(len(client.examples)),
+    }
     row |= dict.fromkeys(EVALUATED, math.nan)
     row |= evaluated
     row |= asdict(progress.metrics)
@@ -71,7 +88,11 @@ def exchange_metrics(world: World, rows: Mapping[int, Row], labels: Sequence[str
 
 
 def record_round(
-    world: World, tracker: Tracker, server_round: int, table: MetricsTable, seconds: Mapping[str, float]
+    world: World,
+    tracker: Tracker,
+    server_round: int,
+    table: MetricsTable,
+    seconds: Mapping[str, float],
 ) -> None:
     """Write one record a client and one of the round. The coordinator of all leaders does; others return at once.
 

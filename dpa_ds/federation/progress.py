@@ -15,7 +15,8 @@ class ClientState:
     num_steps: dict[str, int]
     """Optimizer steps per adapter so far: the x axis of the client's curves."""
     local_optimizer: AdapterState | None = None
-    """AdamW state of the local adapter, if `train.keep_optimizer_state` and there is one; empty on other ranks than its leader."""
+    """AdamW state of the local adapter, if `train.keep_optimizer_state` and there is one; empty on other ranks
+    than its leader."""
 
 
 @dataclass
@@ -64,7 +65,8 @@ class RoundProgress:
     """Of the phase that comes next."""
     metrics: RoundMetrics = field(default_factory=RoundMetrics)
     update: AdapterState | None = None
-    """The client's own global adapter, on its leader; None while it is the shared one, and once nobody here needs it."""
+    """The client's own global adapter, on its leader; None while it is the shared one, and once nobody here
+    needs it."""
     is_update_saved: bool = False
     """The whole update is among the files of this round: it need not be kept in memory."""
     optimizer: AdapterState | None = None

@@ -24,7 +24,12 @@ class RoundEvaluation:
     """
 
     def __init__(
-        self, config: EvaluationConfig, num_rounds: int, trainer: Trainer, scorer: Scorer | None, tracker: Tracker
+        self,
+        config: EvaluationConfig,
+        num_rounds: int,
+        trainer: Trainer,
+        scorer: Scorer | None,
+        tracker: Tracker,
     ) -> None:
         self._config = config
         self._num_rounds = num_rounds
@@ -55,7 +60,8 @@ class RoundEvaluation:
         return self._scorer is not None and server_round > 0 and server_round % every == 0
 
     def _held_out_loss(self, client: HostedClient) -> float:
-        """With the method's fixed mix. A local adapter that was never trained (client not sampled so far) gets no weight."""
+        """With the method's fixed mix. A local adapter that was never trained (client not sampled so far) gets
+        no weight."""
         assert client.held_out is not None
         self._trainer.engine.write_state(LOCAL, client.state.local_adapter)
         alpha = self._trainer.schedule.inference_alpha if client.state.num_steps[LOCAL] else 0.0

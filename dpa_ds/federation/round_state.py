@@ -1,7 +1,9 @@
-"""The current round on disk and in memory: how far each hosted client has come, undoing, resuming, and what makes a round count."""
+"""The current round on disk and in memory: how far each hosted client has come, undoing, resuming, and what
+makes a round count."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -25,37 +27,41 @@ from dpa_ds.runs.storage import BackgroundWriter, SavedFolder
 from dpa_ds.runs.tracking import logger
 
 
+@dataclass(frozen=True)
+class RoundSaving:
+    """Where and when the progress inside a round is saved."""
+
+    folder: RunFolder
+    writer: BackgroundWriter
+    checkpoint: CheckpointConfig
+    layout: Mapping[str, Any]
+    """What must be equal for work inside a round to be resumed bit for bit: ranks, ZeRO stage, ..."""
+
+
 class RoundState:
     """Where the run stands, and how far this group's clients have come in the current round: the hooks of the trainer.
 
     Args:
         server_state: that the next round starts from; empty on ranks that are no leaders.
         num_completed: complete rounds.
-        layout: what must be equal for work inside a round to be resumed bit for bit: ranks, ZeRO stage, ...
     """
 
     def __init__(
         self,
-        folder: RunFolder,
-        writer: BackgroundWriter,
+        saving: RoundSaving,
         world: World,
         job: JobStore,
-        checkpoint: CheckpointConfig,
         on_bad_update: Literal["skip", "stop"],
-        layout: Mapping[str, Any],
         server_state: ServerState,
         num_completed: int,
     ) -> None:
         self.server_state = server_state
         self.num_completed = num_completed
-        self._folder = folder
-        self._writer = writer
+        self._saving = saving
         self._world = world
         self._job = job
-        self._every_steps = checkpoint.every_steps
         self._on_bad_update = on_bad_update
-        self._layout = dict(layout)
-        self._preemption = PreemptionSync(job, world, checkpoint.every_minutes)
+        self._preemption = PreemptionSync(job, world, saving.checkpoint.every_minutes)
         self._progress: dict[int, RoundProgress] = {}
         self.seconds_saving = 0.0
         """In the current round: how long training waited for snapshots of its progress."""
@@ -97,7 +103,7 @@ class RoundState:
     def before_step(self, run: PhaseRun, snapshot: Callable[[PhaseRun], None]) -> None:
         """See `TrainerHooks.before_step`. Collective: all ranks of the group."""
         action = self._preemption.check()
-        step, every = run.inside.step, self._every_steps
+        step, every = run.inside.step, self._saving.checkpoint.every_steps
         is_due = every is not None and step % every == 0 and bool(run.shares)  # not again where it has just resumed
         if action != "go" or is_due:
             started = time.monotonic()
@@ -105,7 +111,7 @@ class RoundState:
             self.seconds_saving += time.monotonic() - started
             self.save(run.client, run.server_round)
         if action == "stop":
-            self._writer.wait()
+            self._saving.writer.wait()
             self._job.preempt()
 
     def save(self, client: HostedClient, server_round: int) -> None:
@@ -119,19 +125,19 @@ class RoundState:
             "update": progress.update,
             "optimizer": progress.optimizer,
         }
-        tensors = {"local": client.state.local_adapter}
+        tensors = {LOCAL: client.state.local_adapter}
         for name, state in optional.items():
             if state is not None:
                 tensors[name] = state
         kept = ["update"] if progress.is_update_saved and progress.update is None else []
         info = {
-            "layout": self._layout,
+            "layout": dict(self._saving.layout),
             "steps_taken": client.state.num_steps,
             "has_local_optimizer": client.state.local_optimizer is not None,
             **progress.to_json(),
         }
-        write = partial(self._folder.save_progress, server_round, client.client_id, tensors, info, kept)
-        self._writer.submit(write)
+        write = partial(self._saving.folder.save_progress, server_round, client.client_id, tensors, info, kept)
+        self._saving.writer.submit(write)
         self.seconds_saving += time.monotonic() - started
 
     # ---- resuming ---------------------------------------------------------------------------------------------
@@ -154,17 +160,17 @@ class RoundState:
             progress.optimizer = tensors.get("optimizer")
             self._progress[client.client_id] = progress
             optimizer = tensors.get("local_optimizer", {}) if info["has_local_optimizer"] else None
-            client.state = ClientState(tensors.get("local", {}), dict(info["steps_taken"]), optimizer)
+            client.state = ClientState(tensors.get(LOCAL, {}), dict(info["steps_taken"]), optimizer)
 
     def _find(self, client: HostedClient, server_round: int) -> SavedFolder | None:
         """What was saved of a client's progress in `server_round`; None: it starts the round from scratch."""
-        saved = self._folder.load_progress(server_round, client.client_id, logger.warning)
+        saved = self._saving.folder.load_progress(server_round, client.client_id, logger.warning)
         if saved is None:
             return None
-        if saved.info.get("layout") != self._layout:
+        if saved.info.get("layout") != dict(self._saving.layout):
             logger.warning(
-                f"client {client.client_id} starts round {server_round} from scratch: what it had done of it was done with "
-                f"another layout ({saved.info.get('layout')}, now {self._layout})"
+                f"client {client.client_id} starts round {server_round} from scratch: what it had done of it was done "
+                f"with another layout ({saved.info.get('layout')}, now {dict(self._saving.layout)})"
             )
             return None
         return saved
@@ -173,17 +179,20 @@ class RoundState:
 class RoundCommit:
     """Makes a round count, or leaves no trace of it: the commit protocol.
 
-    1. Every leader writes the adapters of its clients into `round_N.tmp`, the coordinator also `global/`, in the background
+    1. Every leader writes the adapters of its clients into `round_N.tmp`, the coordinator also `global/`, in
+    the background
        (`start`): held-out loss is computed meanwhile.
-    2. A leader waits until its own files are on disk (`wait`), and only then hands its row to the exchange of metrics. So that
+    2. A leader waits until its own files are on disk (`wait`), and only then hands its row to the exchange of
+    metrics. So that
        exchange is the barrier: once a leader has its result, all leaders that are present have saved.
     3. The coordinator records the metrics: a complete round is also a recorded one (`metrics.record_round`).
-    4. The coordinator completes the round (`finish`): it copies what absent clients had, writes `meta.json` with the checksums
-       of all state, and renames `round_N.tmp` to `round_N`. The rename is what makes the round count. Older rounds are deleted
-       afterwards.
+    4. The coordinator completes the round (`finish`): it copies what absent clients had, writes `meta.json`
+    with the checksums
+       of all state, and renames `round_N.tmp` to `round_N`. The rename is what makes the round count. Older
+       rounds are deleted afterwards.
 
-    A process that ends before the rename leaves round N - 1 as the last one, and its clients' progress in `round_N.tmp`.
-    Every method may be called by all ranks; leaders act.
+    A process that ends before the rename leaves round N - 1 as the last one, and its clients' progress in
+    `round_N.tmp`. Every method may be called by all ranks; leaders act.
     """
 
     def __init__(
@@ -202,7 +211,11 @@ class RoundCommit:
         self._wrote_server_state = False
 
     def start(
-        self, server_round: int, clients: Sequence[HostedClient], state: ServerState, leader_state: LeaderState
+        self,
+        server_round: int,
+        clients: Sequence[HostedClient],
+        state: ServerState,
+        leader_state: LeaderState,
     ) -> None:
         """Step 1."""
         if self._world.leaders is None:

@@ -8,7 +8,11 @@ from dpa_ds.distributed.topology import Topology
 
 
 def sample_clients(
-    topology: Topology, fraction: float, seed: int, server_round: int, stratify_by_group: bool = False
+    topology: Topology,
+    fraction: float,
+    seed: int,
+    server_round: int,
+    stratify_by_group: bool = False,
 ) -> tuple[int, ...]:
     """Clients of round `server_round`, ascending: max(1, round(fraction * C)) of C, without replacement.
 

@@ -18,7 +18,6 @@ from dpa_ds.adapters.state import AdapterState
 from dpa_ds.config.schema import TrainConfig
 from dpa_ds.data.batching import BatchingConfig, build_step, num_steps, step_indices
 from dpa_ds.data.tokenize import TokenizedExamples
-from dpa_ds.distributed.world import World
 from dpa_ds.engine.engine import AdapterEngine
 from dpa_ds.errors import TrainingError
 from dpa_ds.federation.aggregation.base import LocalUpdate, ServerState, Transform
@@ -79,7 +78,6 @@ class Trainer:
     def __init__(
         self,
         engine: AdapterEngine,
-        world: World,
         schedule: Schedule,
         train: TrainConfig,
         seed: int,
@@ -91,7 +89,7 @@ class Trainer:
         self.engine = engine
         self.schedule = schedule
         self.batching = batching
-        self._world = world
+        self._world = engine.world
         self._train = train
         self._seed = seed
         self._transforms = transforms
@@ -121,7 +119,8 @@ class Trainer:
         return update
 
     def run_stage(self, stage: Stage, clients: Sequence[HostedClient], state: ServerState, server_round: int) -> None:
-        """Run a later stage of each client. Where its phases come to nothing, what the client has uploaded counts all the same."""
+        """Run a later stage of each client. Where its phases come to nothing, what the client has uploaded
+        counts all the same."""
         for client in clients:
             self._run_later_stage(client, stage, state, server_round)
 
@@ -188,7 +187,8 @@ class Trainer:
             self._run_phase(client, phase, server_round)
             progress.phase += 1
             progress.inside = PhaseProgress()
-            # From the end of the stage on the update is whole, and later saves keep its file instead of writing it again.
+            # From the end of the stage on the update is whole, and later saves keep its file instead of
+            # writing it again.
             progress.is_update_saved |= stage == "before" and phase is todo[-1]
             self._hooks.save(client, server_round)
 
@@ -240,7 +240,8 @@ class Trainer:
         self._record(run, time.monotonic() - started)
 
     def _take_steps(self, run: PhaseRun) -> None:
-        """The optimizer steps of a phase that are not done yet. What a step computes is a function of the seed words alone."""
+        """The optimizer steps of a phase that are not done yet. What a step computes is a function of the seed
+        words alone."""
         adapter_word = 0 if run.phase.trainable == GLOBAL else 1
         words = (self._seed, run.server_round, run.client.client_id, adapter_word)
         examples, metrics, world = run.client.examples, run.progress.metrics, self._world
@@ -262,7 +263,8 @@ class Trainer:
         self._sum_losses(run)
 
     def _sum_losses(self, run: PhaseRun) -> None:
-        """Losses and norms of the last steps. One exchange for many steps: no rank waits for numbers that are only looked at."""
+        """Losses and norms of the last steps. One exchange for many steps: no rank waits for numbers that are
+        only looked at."""
         if run.shares:
             run.inside.losses += self._world.all_reduce_(torch.stack(run.shares)).tolist()
             run.inside.norms += torch.stack(run.norms).tolist()
@@ -277,7 +279,8 @@ class Trainer:
         raise TrainingError(
             f"{run.client.label} diverged in round {run.server_round}, {run.phase.trainable} phase: "
             f"{run.inside.num_skipped} of {run.num_steps} steps had no finite gradient, losses {losses[0]:.4g} to "
-            f"{losses[-1]:.4g}; lower train.learning_rate, or use model.precision bf16 or fp32. Earlier rounds are intact"
+            f"{losses[-1]:.4g}; lower train.learning_rate, or use model.precision bf16 or fp32. Earlier rounds are "
+            "intact"
         )
 
     def _record(self, run: PhaseRun, seconds: float) -> None:
@@ -294,7 +297,10 @@ class Trainer:
         }
         client = run.client
         self._tracker.scalars(f"client_{client.client_id:02d}", series, client.state.num_steps[adapter])
-        num_steps = {**client.state.num_steps, adapter: client.state.num_steps[adapter] + len(inside.losses)}
+        num_steps = {
+            **client.state.num_steps,
+            adapter: client.state.num_steps[adapter] + len(inside.losses),
+        }
         client.state = replace(client.state, num_steps=num_steps)
 
     # ---- in and out of the engine -----------------------------------------------------------------------------
@@ -303,7 +309,8 @@ class Trainer:
         return self._train.keep_optimizer_state and phase.trainable == LOCAL
 
     def _restore_optimizer(self, run: PhaseRun) -> None:
-        """Give the engine the optimizer state of an interrupted phase, or the one that the client keeps between rounds."""
+        """Give the engine the optimizer state of an interrupted phase, or the one that the client keeps
+        between rounds."""
         client, adapter = run.client, run.phase.trainable
         if run.inside.step:
             self.engine.write_optimizer_state(adapter, run.progress.optimizer)
@@ -329,7 +336,8 @@ class Trainer:
             run.progress.update = state
 
     def _on_leader(self, compute: Callable[[], T], prefix: str = "") -> T | None:
-        """What `compute()` gives on the leader, None elsewhere. A TrainingError of it is raised on all ranks of the group."""
+        """What `compute()` gives on the leader, None elsewhere. A TrainingError of it is raised on all ranks
+        of the group."""
         result, problem = None, None
         if self._world.is_leader:
             try:

@@ -2,12 +2,13 @@
 
     runs/NAME/rounds/round_000003/global/{adapter_model.safetensors, adapter_config.json, state.json}
                                   local/client_02/{..., references.safetensors, optimizer.safetensors}
-                                  meta.json               written last: the round is complete; checksums of all state.json
+                                  meta.json               written last: the round is complete; checksums of all
+                                  state.json
     runs/NAME/rounds/round_000004.tmp/progress/client_02/000017/...        how far a client has come in round 4
     runs/NAME/adapters -> rounds/round_000003
 
-Every leader writes its clients; the coordinator the rest. All hosts see the folder (a shared file system). The frozen base is
-never written.
+Every leader writes its clients; the coordinator the rest. All hosts see the folder (a shared file system). The
+frozen base is never written.
 """
 
 import hashlib
@@ -87,7 +88,10 @@ class RunFolder:
 
     def complete_rounds(self) -> list[int]:
         """All complete rounds, in their order."""
-        names = (path.parent.name.removeprefix("round_") for path in self.rounds_dir.glob(f"round_??????/{META}"))
+        names = (
+            path.parent.name.removeprefix("round_")
+            for path in self.rounds_dir.glob(f"round_??????/{META}")
+        )
         return sorted(int(name) for name in names if name.isdecimal())
 
     def trained_round(self) -> int:
@@ -98,7 +102,9 @@ class RunFolder:
         """
         server_round = self.latest_round()
         if server_round == 0:
-            raise CheckpointError(f"{self.run_dir} has no complete round yet: train it with launch/run.py first")
+            raise CheckpointError(
+                f"{self.run_dir} has no complete round yet: train it with launch/run.py first"
+            )
         return server_round
 
     def round_dir(self, server_round: int) -> Path:
@@ -107,7 +113,10 @@ class RunFolder:
 
     def clients(self, server_round: int) -> list[int]:
         """Ids of the clients whose local adapters a complete round holds."""
-        return sorted(int(p.name.removeprefix("client_")) for p in self.round_dir(server_round).glob("local/client_*"))
+        return sorted(
+            int(p.name.removeprefix("client_"))
+            for p in self.round_dir(server_round).glob("local/client_*")
+        )
 
     def digest(self, server_round: int) -> str:
         """Which adapters a complete round holds, from the checksums that were saved with them: 16 hex digits."""
@@ -136,7 +145,10 @@ class RunFolder:
         """Give a round that is not yet complete the local adapters of `clients` as they were one round before."""
         for client in clients:
             name = f"local/client_{client:02d}"
-            old, new = self.round_dir(server_round - 1) / name, self._unfinished(server_round) / name
+            old, new = (
+                self.round_dir(server_round - 1) / name,
+                self._unfinished(server_round) / name,
+            )
             if old.is_dir():
                 with storage_errors(new):
                     shutil.rmtree(new, ignore_errors=True)
@@ -250,7 +262,8 @@ class RunFolder:
     def load_progress(
         self, server_round: int, client: int, on_damage: Callable[[CheckpointError], None]
     ) -> SavedFolder | None:
-        """The newest whole progress of a client in a round, if there is one; `on_damage` is reported what was passed over."""
+        """The newest whole progress of a client in a round, if there is one; `on_damage` is reported what was
+        passed over."""
         for folder in sorted(self._progress(server_round, client).glob("[0-9]*"), reverse=True):
             if (folder / STATE).exists():  # else the write was interrupted
                 try:
@@ -266,7 +279,9 @@ class RunFolder:
         stale += [path for path in current.glob("*") if path.name != "progress"]
         stale += self.rounds_dir.glob("round_??????/progress")
         for path in stale:
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(
+                missing_ok=True
+            )
 
     def _progress(self, server_round: int, client: int) -> Path:
         return self._unfinished(server_round) / "progress" / f"client_{client:02d}"

@@ -62,7 +62,8 @@ def validate_run_dir(folder: RunFolder, fingerprint: Mapping[str, Any]) -> int:
         differences = diff_configs(fingerprint_sections(old), fingerprint)
         if differences:
             raise CheckpointError(
-                f"{run_dir} holds a different run ({'; '.join(differences)}): choose another name, or delete that folder"
+                f"{run_dir} holds a different run ({'; '.join(differences)}): choose another name, or delete that "
+                "folder"
             )
     elif os.path.lexists(run_dir) and (not run_dir.is_dir() or any(run_dir.iterdir())):
         raise CheckpointError(f"{run_dir} exists but is not a run (no config.yaml): choose another name")
@@ -87,8 +88,8 @@ def find_resume_round(
     has_progress = any(folder.rounds_dir.glob("*.tmp"))
     if policy == "never" and (last or has_progress):
         raise CheckpointError(
-            f"{run_dir} holds results (up to round {last}), and resume is never: choose another name, delete that folder, "
-            "or continue with --resume auto"
+            f"{run_dir} holds results (up to round {last}), and resume is never: choose another name, delete that "
+            "folder, or continue with --resume auto"
         )
     last = _quarantine_damaged_rounds(folder)
     if policy == "must" and last == 0 and not has_progress:
@@ -97,7 +98,8 @@ def find_resume_round(
 
 
 def _quarantine_damaged_rounds(folder: RunFolder) -> int:
-    """Rename what is damaged among the last rounds, so that nothing reads it; the last round that is whole, 0 if there is none.
+    """Rename what is damaged among the last rounds, so that nothing reads it; the last round that is whole, 0
+    if there is none.
 
     Raises:
         CheckpointError: there are rounds, and none is whole.

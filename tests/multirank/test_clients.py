@@ -1,4 +1,5 @@
-"""Hundreds of clients on one rank group: memory does not grow from round to round, and by an adapter for each client."""
+"""Hundreds of clients on one rank group: memory does not grow from round to round, and by an adapter for each
+client."""
 
 from pathlib import Path
 from typing import Any
@@ -38,10 +39,18 @@ def test_two_hundred_clients_cost_their_adapters(tmp_path: Path) -> None:
     for num_clients in (20, 200):
         folder = tmp_path / str(num_clients)
         data = tiny.make_federation(folder / "data", sizes=(4,) * num_clients)
-        words = {"federation__num_rounds": ROUNDS, "train__max_steps": 1, "evaluation__every_rounds": 0}
+        words = {
+            "federation__num_rounds": ROUNDS,
+            "train__max_steps": 1,
+            "evaluation__every_rounds": 0,
+        }
         argv = tiny.recipe(model, data, folder / "runs", **words)
         (after[num_clients],) = run_on_ranks(live_bytes, 1, tmp_path, argv)
-        finals = list((folder / "runs" / "tiny" / "adapters" / "local").glob("client_*/adapter_model.safetensors"))
+        finals = list(
+            (folder / "runs" / "tiny" / "adapters" / "local").glob(
+                "client_*/adapter_model.safetensors"
+            )
+        )
         assert len(finals) == num_clients
         adapter = sum(file.stat().st_size for file in finals) / num_clients
         saved = folder / "runs" / "tiny" / "rounds" / f"round_{ROUNDS:06d}" / "local" / "client_00"
@@ -49,5 +58,7 @@ def test_two_hundred_clients_cost_their_adapters(tmp_path: Path) -> None:
     for found in after.values():
         assert found[-1] <= 1.01 * found[1], f"memory grows from round to round: {found}"
     per_client = (after[200][-1] - after[20][-1]) / 180
-    everything = sum(file.stat().st_size for file in saved.glob("*.safetensors"))  # its adapter, its references
+    everything = sum(
+        file.stat().st_size for file in saved.glob("*.safetensors")
+    )  # its adapter, its references
     assert adapter * 0.7 < per_client < 1.5 * everything

@@ -13,6 +13,7 @@ from dpa_ds.adapters.adapter_model import AdapterModel
 from dpa_ds.adapters.state import flatten
 from dpa_ds.config.load import load_config
 from dpa_ds.config.schema import FederationConfig
+from dpa_ds.errors import ConfigError
 from dpa_ds.federation.aggregation.base import PseudoGradient, ServerState
 from dpa_ds.federation.aggregation.pipeline import build_aggregation
 from tests import tiny
@@ -63,7 +64,9 @@ def train_and_note_updates(job: Any, argv: Sequence[str]) -> dict[int, list[list
 
 def saved(folder: Path, server_round: int, file: str) -> torch.Tensor:
     """What a complete round holds of the server state, flat."""
-    return flatten(load_file(folder / f"tiny/rounds/round_{server_round:06d}/global/{file}.safetensors"))
+    return flatten(
+        load_file(folder / f"tiny/rounds/round_{server_round:06d}/global/{file}.safetensors")
+    )
 
 
 def initial_adapter(argv: Sequence[str]) -> np.ndarray:
@@ -79,10 +82,13 @@ def initial_adapter(argv: Sequence[str]) -> np.ndarray:
 
 
 def test_momentum_is_that_of_numpy_over_a_resume(inputs: tuple[Path, Path], tmp_path: Path) -> None:
-    """v = b v + D, theta += eta v, in fp64 beside the run, which ends after round 3 and goes further in another process."""
+    """v = b v + D, theta += eta v, in fp64 beside the run, which ends after round 3 and goes further in
+    another process."""
     updates: dict[int, list[list[float]]] = {}
     for num_rounds in (3, ROUNDS):
-        (noted,) = run_on_ranks(train_and_note_updates, 1, tmp_path, recipe(inputs, tmp_path / "runs", num_rounds))
+        (noted,) = run_on_ranks(
+            train_and_note_updates, 1, tmp_path, recipe(inputs, tmp_path / "runs", num_rounds)
+        )
         updates |= noted
     assert sorted(updates) == [1, 2, 3, 4, 5]
     theta = initial_adapter(recipe(inputs, tmp_path / "runs", ROUNDS))
@@ -92,7 +98,10 @@ def test_momentum_is_that_of_numpy_over_a_resume(inputs: tuple[Path, Path], tmp_
         velocity = MOMENTUM * velocity + delta
         theta = theta + RATE * velocity
         np.testing.assert_allclose(
-            saved(tmp_path / "runs", server_round, "adapter_model").numpy(), theta, rtol=1e-5, atol=1e-7
+            saved(tmp_path / "runs", server_round, "adapter_model").numpy(),
+            theta,
+            rtol=1e-5,
+            atol=1e-7,
         )
         found = saved(tmp_path / "runs", server_round, "server_optimizer").numpy()
         np.testing.assert_allclose(found, velocity, rtol=1e-4, atol=1e-7)
@@ -124,15 +133,21 @@ def test_momentum_of_zero_at_rate_one_is_fedavg_to_the_bit() -> None:
         start = random_state(0)
         state = ServerState(start, torch.zeros(0, 0), optimizer=optimizer.initial_tensors(start))
         for server_round in (1, 2, 3):
-            state = optimizer.step(state, PseudoGradient(state.adapter, random_state(server_round)), server_round)
+            state = optimizer.step(
+                state, PseudoGradient(state.adapter, random_state(server_round)), server_round
+            )
         ends.append(state.adapter)
     assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
 
 
 def test_a_server_state_survives_being_flat() -> None:
     """As a leader that joins receives it."""
-    state = ServerState(random_state(0), torch.randn(2, 3), 7.0, random_state(1), {"round": 3.0, "epsilon": 0.1})
-    like = ServerState(random_state(2), torch.zeros(2, 3), 0.0, random_state(3), {"round": 0.0, "epsilon": 0.0})
+    state = ServerState(
+        random_state(0), torch.randn(2, 3), 7.0, random_state(1), {"round": 3.0, "epsilon": 0.1}
+    )
+    like = ServerState(
+        random_state(2), torch.zeros(2, 3), 0.0, random_state(3), {"round": 0.0, "epsilon": 0.0}
+    )
     found = like.unflatten(state.flatten())
     assert found.scalars == state.scalars
     assert found.reference_weight == 7.0
@@ -140,3 +155,8 @@ def test_a_server_state_survives_being_flat() -> None:
     for name in ("adapter", "optimizer"):
         expected, kept = getattr(state, name), getattr(found, name)
         assert all(torch.equal(kept[key], expected[key]) for key in expected)
+
+
+def test_a_momentum_that_has_no_effect_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"server_momentum: 0.5 has no effect with federation.server_optimizer sgd"):
+        build_aggregation(FederationConfig(server_momentum=0.5), seed=0)

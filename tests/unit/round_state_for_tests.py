@@ -14,7 +14,7 @@ from dpa_ds.distributed.world import World
 from dpa_ds.federation.aggregation.base import ServerState
 from dpa_ds.federation.clients import HostedClient
 from dpa_ds.federation.progress import ClientState
-from dpa_ds.federation.round_state import RoundState
+from dpa_ds.federation.round_state import RoundSaving, RoundState
 from dpa_ds.runs.folder import RunFolder
 from dpa_ds.runs.storage import BackgroundWriter
 
@@ -23,7 +23,9 @@ LAYOUT = {"ranks": 1}
 
 def one_client(state: ClientState) -> HostedClient:
     """Client 0 in this state."""
-    examples = TokenizedExamples(np.zeros(0, np.int32), np.zeros(1, np.int64), np.zeros(0, np.int64), 0)
+    examples = TokenizedExamples(
+        np.zeros(0, np.int32), np.zeros(1, np.int64), np.zeros(0, np.int64), 0
+    )
     return HostedClient(0, "client_0", (), examples, None, state, None)
 
 
@@ -31,6 +33,5 @@ def make_round_state(run_dir: Path, writer: BackgroundWriter) -> RoundState:
     """Of a job of one rank."""
     job = JobStore(Launch("single", 0, 1, 0, "127.0.0.1", 0))
     world = World(Topology((1,), 1), 0, 0, 1, torch.device("cpu"), None)
-    return RoundState(
-        RunFolder(run_dir), writer, world, job, CheckpointConfig(), "skip", LAYOUT, ServerState.empty(), 0
-    )
+    saving = RoundSaving(RunFolder(run_dir), writer, CheckpointConfig(), LAYOUT)
+    return RoundState(saving, world, job, "skip", ServerState.empty(), 0)

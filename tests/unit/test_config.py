@@ -143,10 +143,6 @@ BAD_OVERRIDES = [
     (["--federation.server_learning_rate=0"], "federation.server_learning_rate must be > 0, got 0.0"),
     (["--federation.server_momentum=1"], "federation.server_momentum must be in [0, 1), got 1.0"),
     (["--federation.server_momentum=-0.1"], "federation.server_momentum must be in [0, 1), got -0.1"),
-    (
-        ["--federation.server_momentum=0.5"],
-        "federation.server_momentum: 0.5 has no effect with federation.server_optimizer sgd, only with momentum",
-    ),
     (["--method.name=fedit", "--method.phase_order=local_first"], "method.phase_order: local_first has no effect with"),
     (["--method.name=feddpa_f", "--method.global_source=aggregated"], "aggregated has no effect with method feddpa_f"),
     (["--method.phase_order=local_first", "--method.global_source=aggregated"], "contradicts method.phase_order"),

@@ -1,41 +1,17 @@
-"""Rules of the house that a linter cannot see: who may use which library, what nobody uses, and which words are gone."""
+"""Rules of the house that a linter cannot see: who may use which library, what nobody uses, and which words
+are gone."""
 
 import ast
 import re
+import typing
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[2] / "dpa_ds"
+from dpa_ds.config.schema import FederationConfig
 
-UNDER_WORK: set[str] = {
-    "README.md",
-    "benchmarks/round.py",
-    "docs/architecture.md",
-    "docs/cluster.md",
-    "docs/performance.md",
-    "docs/reliability.md",
-    "dpa_ds/config/schema.py",
-    "dpa_ds/config/validate.py",
-    "dpa_ds/distributed/elastic.py",
-    "dpa_ds/federation/aggregation/compression.py",
-    "dpa_ds/federation/aggregation/mean.py",
-    "dpa_ds/federation/clients.py",
-    "dpa_ds/federation/loop.py",
-    "dpa_ds/federation/round_state.py",
-    "dpa_ds/federation/session.py",
-    "dpa_ds/federation/trainer.py",
-    "dpa_ds/inference/client_model.py",
-    "dpa_ds/inference/generation.py",
-    "dpa_ds/inference/unfinished.py",
-    "dpa_ds/inference/weighting.py",
-    "dpa_ds/planning/memory.py",
-    "tests/multirank/test_compression.py",
-    "tests/multirank/test_federation.py",
-    "tests/unit/test_weighting.py",
-}
-"""Files whose old words are still to be replaced. A test fails for one that has none left, so this set only shrinks."""
+PACKAGE = Path(__file__).parents[2] / "dpa_ds"
 
 OWNERS = {
     "torch.distributed": ("distributed/",),
@@ -51,15 +27,13 @@ OWNERS = {
 """Dotted names, with all below them, and the only files and folders of dpa_ds that may use them."""
 
 LAST_RESORT = ("cli/bootstrap.py", "model/directory.py")
-"""Files that may catch everything: a rank that fails, whatever the reason, has to tell the others; and at a damaged file
-tokenizers raises bare Exception."""
+"""Files that may catch everything: a rank that fails, whatever the reason, has to tell the others; and at a
+damaged file tokenizers raises bare Exception."""
 
 
-ADAPTER_NAMES = ("adapters/methods.py", "config/schema.py", "planning/plan.py")
-"""The only files that spell "global" and "local"; the others use the constants of adapters/methods.py, which the planner
-cannot import (it needs no torch and no adapters)."""
-STILL_SPELLED = ("federation/clients.py", "federation/loop.py", "federation/trainer.py")
-"""Until they take the constants."""
+ADAPTER_NAMES = ("adapters/methods.py", "config/schema.py", "planning/scenario.py")
+"""The only files that spell "global" and "local"; the others use the constants of adapters/methods.py, which
+the planner cannot import (it needs no torch and no adapters)."""
 
 
 def used_names(tree: ast.Module) -> Iterator[tuple[int, str]]:
@@ -97,7 +71,11 @@ def faults(source: str, file: str) -> list[str]:
             case ast.Call(func=ast.Name(id="print")):
                 found.add(f"{file}:{node.lineno}: print")
             case ast.ExceptHandler(type=kind) if file not in LAST_RESORT:
-                kinds = {"BaseException"} if kind is None else {ast.unparse(part) for part in ast.walk(kind)}
+                kinds = (
+                    {"BaseException"}
+                    if kind is None
+                    else {ast.unparse(part) for part in ast.walk(kind)}
+                )
                 if kinds & {"Exception", "BaseException"}:
                     found.add(f"{file}:{node.lineno}: blanket except")
     return sorted(found)
@@ -106,19 +84,27 @@ def faults(source: str, file: str) -> list[str]:
 def test_the_package_keeps_the_rules() -> None:
     files = sorted(PACKAGE.rglob("*.py"))
     assert len(files) > 20
-    found = [fault for path in files for fault in faults(path.read_text(), path.relative_to(PACKAGE).as_posix())]
+    found = [
+        fault
+        for path in files
+        for fault in faults(path.read_text(), path.relative_to(PACKAGE).as_posix())
+    ]
     assert found == []
 
 
 def spells_adapter_names(source: str) -> bool:
-    constants = [node.value for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Constant)]
+    constants = [
+        node.value for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Constant)
+    ]
     return "global" in constants or "local" in constants
 
 
 def test_names_of_adapters_are_spelled_in_one_place() -> None:
-    files = {path.relative_to(PACKAGE).as_posix(): path.read_text() for path in PACKAGE.rglob("*.py")}
+    files = {
+        path.relative_to(PACKAGE).as_posix(): path.read_text() for path in PACKAGE.rglob("*.py")
+    }
     found = {name for name, source in files.items() if spells_adapter_names(source)}
-    assert found == {*ADAPTER_NAMES, *STILL_SPELLED}
+    assert found == set(ADAPTER_NAMES)
     assert spells_adapter_names('state["local"]')
     assert not spells_adapter_names('"""The local adapter."""\nf"local/{client}"')
 
@@ -129,9 +115,17 @@ def test_names_of_adapters_are_spelled_in_one_place() -> None:
         ("import torch.distributed as dist", "federation/loop.py", "torch.distributed"),
         ("from torch import distributed", "cli/train.py", "torch.distributed"),
         ("import torch; torch.distributed.barrier()", "engine/engine.py", "torch.distributed"),
-        ("from deepspeed.accelerator import get_accelerator", "distributed/topology.py", "deepspeed"),
+        (
+            "from deepspeed.accelerator import get_accelerator",
+            "distributed/topology.py",
+            "deepspeed",
+        ),
         ("def f():\n import deepspeed", "cli/train.py", "deepspeed"),
-        ("from torch.utils.tensorboard import SummaryWriter", "cli/train.py", "torch.utils.tensorboard"),
+        (
+            "from torch.utils.tensorboard import SummaryWriter",
+            "cli/train.py",
+            "torch.utils.tensorboard",
+        ),
         ("import pickle", "runs/tracking.py", "pickle"),
         ("import torch as t\nt.load(p)", "runs/folder.py", "torch.load"),
         ("print(1)", "runs/tracking.py", "print"),
@@ -190,7 +184,6 @@ OLD_NAMES = {
     "took_part": "participated",
     r"(?<!benchmarks/)hosting\.py": "clients.py",
     r"records\.py": "metrics.py",
-    r"progress\.py": "round_state.py",
     r"(?<!_)packing\.py": "packed_attention.py",
     r"ask\.py": "generate.py",
     "run_arguments": "args",
@@ -285,15 +278,9 @@ def test_old_words_are_gone() -> None:
     files = texts()
     assert len(files) > 200
     offenders = []
-    for file in files.keys() - UNDER_WORK:
-        offenders += old_words(files[file], file)
+    for file, text in files.items():
+        offenders += old_words(text, file)
     assert not offenders, "\n".join(["old words:", *sorted(offenders)])
-
-
-def test_no_clean_file_is_under_work() -> None:
-    files = texts()
-    clean = [file for file in sorted(UNDER_WORK) if not old_words(files.get(file, ""), file)]
-    assert not clean, f"no old word is left there: take them out of UNDER_WORK: {clean}"
 
 
 @pytest.mark.parametrize(
@@ -353,3 +340,103 @@ def test_renamed_keys_may_stand_in_their_table_only() -> None:
     line = '"federation.upload": "federation.compression",  # told'
     assert len(old_words(line, "dpa_ds/config/schema.py")) == 2
     assert len(old_words(line, "dpa_ds/config/fields.py")) == 1
+
+
+# ---- the layout, and how it reads ------------------------------------------------------------------------------
+
+
+def test_the_top_of_the_package_holds_packages_only() -> None:
+    modules = {path.name for path in PACKAGE.glob("*.py")}
+    assert modules == {"__init__.py", "errors.py"}
+    loose = [
+        path.name
+        for path in PACKAGE.iterdir()
+        if path.is_dir() and not (path / "__init__.py").exists()
+    ]
+    assert set(loose) <= {"__pycache__"}
+
+
+def test_programs_are_shims() -> None:
+    """launch/ holds no logic: a package that is installed has the same programs."""
+    programs = sorted((PACKAGE.parent / "launch").glob("*.py"))
+    assert len(programs) >= 9
+    for program in programs:
+        statements = ast.parse(program.read_text()).body
+        assert len(statements) <= 4, program.name
+        assert "dpa_ds.cli" in program.read_text(), program.name
+
+
+AGGREGATION = PACKAGE / "federation" / "aggregation"
+CHOICES = {
+    "reductions": "compression",
+    "rules": "aggregation",
+    "server_optimizers": "server_optimizer",
+}
+"""Folder of the parts of aggregation -> field of the recipe's section `federation` whose Literal names its files."""
+
+
+@pytest.mark.parametrize("kind", CHOICES)
+def test_a_part_of_aggregation_is_one_file_and_one_literal(kind: str) -> None:
+    """The next one is added in two places of the package: nothing else mentions one by its name."""
+    names = set(typing.get_args(typing.get_type_hints(FederationConfig)[CHOICES[kind]]))
+    assert {path.stem for path in (AGGREGATION / kind).glob("*.py")} - {"__init__"} == names
+    for name in names:
+        module = f"aggregation.{kind}.{name}"
+        mentions = []
+        for path in PACKAGE.rglob("*.py"):
+            source = path.read_text()
+            imports_it = any(module in used for _, used in used_names(ast.parse(source)))
+            if imports_it or re.search(rf"federation.*[\"']{name}[\"']", source):
+                mentions.append(path.relative_to(PACKAGE).as_posix())
+        assert set(mentions) <= {"config/schema.py"}, f"{name} is known to {mentions}"
+
+
+def function_lines(node: ast.FunctionDef) -> int:
+    assert node.end_lineno is not None
+    return node.end_lineno - node.lineno + 1
+
+
+def takes_whole_recipe(node: ast.FunctionDef) -> bool:
+    arguments = [*node.args.args, *node.args.kwonlyargs]
+    return any(
+        a.annotation is not None and ast.unparse(a.annotation) == "RunConfig" for a in arguments
+    )
+
+
+def num_loops(node: ast.expr) -> int:
+    """Loops of a comprehension, those nested in it included."""
+    return sum(
+        len(inner.generators) for inner in ast.walk(node) if isinstance(inner, COMPREHENSIONS)
+    )
+
+
+COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+EXPRESSIONS = (*COMPREHENSIONS, ast.Lambda, ast.IfExp)
+MAX_FUNCTION_LINES = 60
+MAX_WHOLE_RECIPES = 15
+MAX_EXPRESSIONS_PER_100_LINES = 4.0
+
+
+def test_the_code_reads_aloud() -> None:
+    """Long functions, nested comprehensions and builders that take the whole recipe are found before a reader is."""
+    long_functions, nested, whole_recipes = [], [], []
+    num_lines = num_expressions = 0
+    for path in sorted(PACKAGE.rglob("*.py")):
+        source = path.read_text()
+        place = path.relative_to(PACKAGE).as_posix()
+        num_lines += sum(
+            1 for line in source.splitlines() if line.strip() and not line.strip().startswith("#")
+        )
+        for node in ast.walk(ast.parse(source)):
+            num_expressions += isinstance(node, EXPRESSIONS)
+            if isinstance(node, COMPREHENSIONS) and num_loops(node) > 2:
+                nested.append(f"{place}:{node.lineno}")
+            if isinstance(node, ast.FunctionDef):
+                if function_lines(node) > MAX_FUNCTION_LINES:
+                    long_functions.append(f"{place}:{node.name}")
+                if takes_whole_recipe(node):
+                    whole_recipes.append(f"{place}:{node.name}")
+    assert not long_functions
+    assert not nested
+    assert len(whole_recipes) <= MAX_WHOLE_RECIPES, whole_recipes
+    assert 100 * num_expressions / num_lines <= MAX_EXPRESSIONS_PER_100_LINES

@@ -1,4 +1,5 @@
-"""Progress inside a round: an interrupted write is passed over, damage as well, but aloud; a handed-over update stays on disk."""
+"""Progress inside a round: an interrupted write is passed over, damage as well, but aloud; a handed-over
+update stays on disk."""
 
 import logging
 from pathlib import Path
@@ -45,7 +46,9 @@ def test_the_newest_counts(saved: Path, tmp_path: Path, caplog: pytest.LogCaptur
     assert not caplog.records
 
 
-def test_an_interrupted_write_is_passed_over(saved: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_interrupted_write_is_passed_over(
+    saved: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     unfinished = saved.with_name("000009")
     unfinished.mkdir()
     (unfinished / "local.safetensors").write_bytes(b"half")
@@ -53,7 +56,9 @@ def test_an_interrupted_write_is_passed_over(saved: Path, tmp_path: Path, caplog
     assert not caplog.records
 
 
-def test_damage_is_passed_over_aloud(saved: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_damage_is_passed_over_aloud(
+    saved: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     file = saved / "local.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
@@ -65,7 +70,8 @@ def test_damage_is_passed_over_aloud(saved: Path, tmp_path: Path, caplog: pytest
 
 
 def test_an_update_that_was_handed_over_is_kept_on_disk(tmp_path: Path) -> None:
-    """Memory forgets it; a process that resumes after any later save has it again, since it must be reduced once more."""
+    """Memory forgets it; a process that resumes after any later save has it again, since it must be reduced
+    once more."""
     client = one_client(ClientState(ADAPTER, NUM_STEPS))
     update = {"a.lora_A.weight": torch.full((2, 3), 5.0)}
     with BackgroundWriter() as writer:

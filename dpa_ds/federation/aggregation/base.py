@@ -2,8 +2,8 @@
 
     LocalUpdate -> transforms -> reduction -> rule -> server optimizer -> ServerState
 
-Each part is one choice of the recipe's section `federation`, independent of the others, and one file of the folder that bears its
-name. docs/extending.md shows how one is added.
+Each part is one choice of the recipe's section `federation`, independent of the others, and one file of the
+folder that bears its name. docs/extending.md shows how one is added.
 """
 
 from collections.abc import Callable, Sequence
@@ -38,7 +38,8 @@ class ServerState:
     adapter: AdapterState
     """The global adapter."""
     reference_mean: torch.Tensor
-    """(representations, hidden size) mean of the clients' reference means; (0, 0) where the method weights nothing by instance."""
+    """(representations, hidden size) mean of the clients' reference means; (0, 0) where the method weights
+    nothing by instance."""
     reference_weight: float = 0.0
     """Sum of the aggregation weights behind `reference_mean`: of all clients that took part so far."""
     optimizer: AdapterState = field(default_factory=dict)
@@ -54,7 +55,11 @@ class ServerState:
     def flatten(self) -> torch.Tensor:
         """All of it as one flat fp64 vector, which holds every fp32 number exactly."""
         scalars = [self.reference_weight, *(self.scalars[name] for name in sorted(self.scalars))]
-        parts = [flatten(self.adapter), self.reference_mean.flatten(), torch.tensor(scalars, dtype=torch.float64)]
+        parts = [
+            flatten(self.adapter),
+            self.reference_mean.flatten(),
+            torch.tensor(scalars, dtype=torch.float64),
+        ]
         if self.optimizer:
             parts.append(flatten(self.optimizer))
         return torch.cat([part.double() for part in parts])
@@ -74,7 +79,8 @@ class ServerState:
 
 @dataclass(frozen=True)
 class LeaderState:
-    """What one leader keeps for its next reduction, such as rounding errors. Summed where clients of two leaders meet."""
+    """What one leader keeps for its next reduction, such as rounding errors. Summed where clients of two
+    leaders meet."""
 
     residual: AdapterState = field(default_factory=dict)
 
@@ -113,7 +119,8 @@ class PseudoGradient:
 
 
 Transform = Callable[[LocalUpdate, ServerState], LocalUpdate]
-"""What is done to one client's update before it may leave. TrainingError: the update may not leave; its round is undone."""
+"""What is done to one client's update before it may leave. TrainingError: the update may not leave; its round
+is undone."""
 
 
 class Summands(Protocol):

@@ -31,7 +31,8 @@ class ReducedRound:
 
 
 class Accumulator:
-    """The updates of the clients that one leader hosts, in one round: each is added as its client ends, and forgotten."""
+    """The updates of the clients that one leader hosts, in one round: each is added as its client ends, and
+    forgotten."""
 
     def __init__(self, reduction: Reduction, weighs_examples: bool, state: ServerState) -> None:
         self._summands = reduction.summands(state.adapter)

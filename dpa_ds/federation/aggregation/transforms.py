@@ -15,7 +15,8 @@ def build_transforms(config: FederationConfig) -> tuple[Transform, ...]:
 
 
 class NormBound:
-    """Refuses an update whose change of the global adapter is longer than `max_update_norm` (L2, over all parameters)."""
+    """Refuses an update whose change of the global adapter is longer than `max_update_norm` (L2, over all
+    parameters)."""
 
     def __init__(self, max_update_norm: float) -> None:
         self._bound = max_update_norm

@@ -1,8 +1,8 @@
 """Sums in 16 bits a parameter; what rounding leaves over is added to the next update (error feedback).
 
-Error feedback: Seide et al. 2014; Karimireddy et al. 2019 (arXiv 1901.09847). Whole numbers, not bf16: sums of bf16 numbers are
-rounded again at every hop of an all-reduce, and no leader knows what gets lost there. On a grid that all leaders share, sums are
-exact.
+Error feedback: Seide et al. 2014; Karimireddy et al. 2019 (arXiv 1901.09847). Whole numbers, not bf16: sums of bf16
+numbers are rounded again at every hop of an all-reduce, and no leader knows what gets lost there. On a grid that all
+leaders share, sums are exact.
 """
 
 import torch
@@ -83,7 +83,8 @@ def build(config: FederationConfig) -> Int16Reduction:
 
 
 def _pack(numbers: torch.Tensor) -> torch.Tensor:
-    """Two numbers of 16 bits in an int32. Such pairs can be summed: a negative lower half borrows from the upper one."""
+    """Two numbers of 16 bits in an int32. Such pairs can be summed: a negative lower half borrows from the
+    upper one."""
     lower, upper = torch.nn.functional.pad(numbers, (0, len(numbers) % 2)).chunk(2)
     return upper * 2**16 + lower
 

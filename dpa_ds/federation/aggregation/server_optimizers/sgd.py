@@ -6,6 +6,7 @@ import torch
 
 from dpa_ds.adapters.state import AdapterState
 from dpa_ds.config.schema import FederationConfig
+from dpa_ds.errors import ConfigError
 from dpa_ds.federation.aggregation.base import PseudoGradient, ServerState
 
 
@@ -30,5 +31,14 @@ class Sgd:
 
 
 def build(config: FederationConfig) -> Sgd:
-    """For `federation.server_optimizer: sgd`."""
+    """For `federation.server_optimizer: sgd`.
+
+    Raises:
+        ConfigError: a momentum is given, which has no effect here.
+    """
+    if config.server_momentum != FederationConfig().server_momentum:
+        raise ConfigError(
+            f"federation.server_momentum: {config.server_momentum:g} has no effect with federation.server_optimizer "
+            "sgd: leave it out, or choose another optimizer"
+        )
     return Sgd(config.server_learning_rate)

@@ -100,7 +100,7 @@ class AdapterModel:
         A frozen adapter stays in the graph: gradients still flow through it.
         """
         for key, parameter in self.parameters[adapter].items():
-            parameter.requires_grad_(trainable and self.table[adapter].trains(key))
+            parameter.requires_grad_(trainable and self.table[adapter].is_trained(key))
 
     @torch.no_grad()
     def load_state(self, adapter: str, state: AdapterState) -> None:

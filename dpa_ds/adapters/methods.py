@@ -38,11 +38,11 @@ class AdapterSpec:
         """Whether anything of the adapter leaves the client."""
         return bool(self.shared)
 
-    def shares(self, key: str) -> bool:
+    def is_shared(self, key: str) -> bool:
         """Whether the parameter under PEFT's `key` leaves the client."""
         return _matrix(key) in self.shared
 
-    def trains(self, key: str) -> bool:
+    def is_trained(self, key: str) -> bool:
         """Whether the parameter under PEFT's `key` is trained in the adapter's phases."""
         return _matrix(key) in self.trained
 

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from dpa_ds.adapters.methods import GLOBAL
 from dpa_ds.cli.args import at_least_one, option, parse
 from dpa_ds.cli.bootstrap import run_alone
 from dpa_ds.config.load import load_config
@@ -130,4 +131,4 @@ def _parse_prediction(text: str | None) -> Prediction | None:
 
 def _adapter_bytes(run_dir: Path) -> int:
     """Size of what leaders exchange."""
-    return (run_dir / "adapters" / "global" / "adapter_model.safetensors").stat().st_size
+    return (run_dir / "adapters" / GLOBAL / "adapter_model.safetensors").stat().st_size

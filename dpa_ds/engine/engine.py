@@ -320,7 +320,7 @@ class AdapterEngine:
         total = torch.zeros(2, dtype=torch.float64)  # of the steps, and of the fragments that count them
         for key, fragment in self._fragments[adapter].items():
             # At stage 0 AdamW passes over what is never trained, and does not count.
-            if fragment is not None and self.adapters.table[adapter].trains(key):
+            if fragment is not None and self.adapters.table[adapter].is_trained(key):
                 total += torch.tensor([float(self._optimizer_entry(fragment)["step"]), 1.0])
         self.world.all_reduce_(total)
         return float(total[0] / total[1])
@@ -387,7 +387,7 @@ def _optimizer_groups(adapters: AdapterModel) -> list[dict[str, Any]]:
     members: dict[str, list[torch.nn.Parameter]] = defaultdict(list)
     for name, spec in adapters.table.items():
         for key, parameter in adapters.parameters[name].items():
-            group = name if spec.trains(key) else UNTRAINED
+            group = name if spec.is_trained(key) else UNTRAINED
             members[group].append(parameter)
     return [{"params": params, "name": name, "lr": 0.0, "weight_decay": 0.0} for name, params in members.items()]
 

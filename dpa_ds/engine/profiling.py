@@ -62,7 +62,7 @@ class Profile:
     # ---- called by the engine ---------------------------------------------------------------------------------
 
     def region(self, name: Region) -> AbstractContextManager[None]:
-        """Time the block as a piece of work of the engine, and name it in the trace."""
+        """Time the block as work of the engine, and name it in the trace."""
         return self._timed(name) if self._watching else NOTHING
 
     def begin_phase(self, adapter: str) -> None:

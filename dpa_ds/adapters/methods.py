@@ -38,7 +38,7 @@ class AdapterSpec:
         """Whether anything of the adapter leaves the client."""
         return bool(self.shared)
 
-    def shares(self, key: str) -> bool:
+    def is_shared(self, key: str) -> bool:
         """Whether the parameter under PEFT's `key` leaves the client."""
         return _matrix(key) in self.shared
 

@@ -210,8 +210,8 @@ def test_a_table_says_what_is_trained_and_shared(tmp_path: Path) -> None:
     model.set_trainable(LOCAL, False)
     for key, parameter in model.parameters[GLOBAL].items():
         assert parameter.requires_grad == (".lora_B." in key)
-        assert table[0].shares(key) == (".lora_A." in key)
-        assert not table[1].shares(key)
+        assert table[0].is_shared(key) == (".lora_A." in key)
+        assert not table[1].is_shared(key)
     assert not any(parameter.requires_grad for parameter in model.parameters[LOCAL].values())
     assert [spec.federated for spec in table] == [True, False]
     assert [spec.federated for spec in adapter_table(LORA)] == [True, False]

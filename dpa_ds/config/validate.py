@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -133,13 +134,19 @@ def _not_finite(values: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _out_of_range(values: Mapping[str, Any]) -> Iterator[str]:
+    found = []
     for key, requirements in REQUIREMENTS.items():
         value = values[key]
         if value is None:  # the types were checked, so this field may be null
             continue
-        for requirement in requirements:
+        for position, requirement in enumerate(requirements):
             if not requirement.holds(value):
-                yield f"{key} {requirement.text}, got {show(value)}"
+                found.append((position, f"{key} {requirement.text}, got {show(value)}"))
+                break  # a later demand takes the earlier ones for granted
+    # The first demand of each field before any second one: a path that is wrong, before another that is missing.
+    found.sort(key=itemgetter(0))
+    for _, message in found:
+        yield message
 
 
 def _group_problems(cluster: ClusterConfig) -> Iterator[str]:

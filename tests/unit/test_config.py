@@ -191,6 +191,7 @@ BAD_RECIPES = [
     ("# only a comment\n", "got nothing"),
     ("#" * (1 << 20) + "\n", "is larger than 1 MiB"),
     ("model: {path: m}\n", "data.path must not be empty"),
+    ('data: {path: "a\\0b"}\n', "data.path must be a path (no NUL character"),
     ("data: {path: m}\n", "model.path must not be empty"),
     (BASE + "train: {learning_rate: .inf}\n", "train.learning_rate must be finite"),
     (BASE + "train: {learning_rate: 1" + "0" * 400 + "}\n", "train.learning_rate must be a number"),

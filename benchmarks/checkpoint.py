@@ -1,18 +1,20 @@
-"""Share of a round in which training waits for checkpoints: snapshots inside phases, and the wait for the writer at the end.
+"""Share of a round in which training waits for checkpoints: snapshots inside phases, and the writer at the end.
 
     python benchmarks/checkpoint.py --config launch/recipes/demo.yaml --steps 20 --every_steps 5
 
-Runs the recipe, two rounds of it, on one rank, and reads the times from its metrics.jsonl. The bytes written per round stand beside them.
+Runs the recipe, two rounds of it, on one rank, and reads the times from its metrics.jsonl. The bytes written per round
+stand beside them.
 """
 
 import argparse
-import json
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 from table import where_and_when
+
+from dpa_ds.runs.tracking import read_records
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -23,17 +25,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="checkpoint_") as folder:
         command = [sys.executable, "launch/run.py", "--config", args.config, "--name", "run", "--output_dir", folder]
         command += ["--federation.num_rounds", "2", "--train.max_steps", str(args.steps)]
-        command += ["--checkpoint.every_steps", str(args.every_steps)] if args.every_steps else []
+        if args.every_steps:
+            command += ["--checkpoint.every_steps", str(args.every_steps)]
         subprocess.run(command, cwd=REPOSITORY, check=True, stdout=subprocess.DEVNULL)
-        lines = (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()
-        rounds = [r for r in map(json.loads, lines) if r["kind"] == "round" and r["round"] > 0]
-        size = sum(
-            path.stat().st_size for path in (Path(folder) / "run/rounds/round_000002").rglob("*") if path.is_file()
-        )
+        records = read_records(Path(folder) / "run" / "metrics.jsonl")
+        rounds = [record for record in records if record["kind"] == "round" and record["round"] > 0]
+        files = [path for path in (Path(folder) / "run/rounds/round_000002").rglob("*") if path.is_file()]
+        size = sum(path.stat().st_size for path in files) / 1e6
     print(where_and_when())
-    print(
-        f"{args.config}, {args.steps} steps a phase, saved every {args.every_steps or 'phase'}; {size / 1e6:.1f} MB a round"
-    )
+    saved = f"saved every {args.every_steps or 'phase'}; {size:.1f} MB a round"
+    print(f"{args.config}, {args.steps} steps a phase, {saved}")
     print(f"{'round':>6}{'s in all':>12}{'s in phases waiting':>22}{'s at the end waiting':>22}{'share':>10}")
     for record in rounds:
         parts = {name: value for name, value in record.items() if name.startswith("seconds/")}

@@ -2,8 +2,8 @@
 
     python benchmarks/hosting.py --clients 20 200
 
-Real runs of launch/run.py, one rank, on a tiny random Llama with the demo's tokenizer and table (make demo): one step a phase, so
-that what is not training shows.
+Real runs of launch/run.py, one rank, on a tiny random Llama with the demo's tokenizer and table (make demo): one step a
+phase, so that what is not training shows.
 """
 
 import argparse
@@ -43,12 +43,14 @@ def main() -> None:
                 peaks[clients].append(run(model, run_dir, clients, args.rounds) / 1e6)
                 seconds[clients].append(read_point(run_dir, 1, 1).seconds)
     print("\n| clients | s a round | ms a client | to the first | peak memory, MB |\n|---|---|---|---|---|")
-    first = [one / args.clients[0] for one in seconds[args.clients[0]]]
+    fewest = args.clients[0]
     for clients in args.clients:
-        each = [one / clients for one in seconds[clients]]
-        ratios = [one / other for one, other in zip(each, first, strict=True)]
-        figures = [spread(seconds[clients]), spread([1e3 * one for one in each], ".0f"), spread(ratios)]
-        print(" | ".join([f"| {clients}", *figures, spread(peaks[clients], ".0f")]) + " |")
+        milliseconds, ratios = [], []
+        for whole, whole_of_fewest in zip(seconds[clients], seconds[fewest], strict=True):
+            milliseconds.append(1e3 * whole / clients)
+            ratios.append((whole / clients) / (whole_of_fewest / fewest))  # within a repeat
+        cells = [str(clients), spread(seconds[clients]), spread(milliseconds, ".0f"), spread(ratios)]
+        print(f"| {' | '.join([*cells, spread(peaks[clients], '.0f')])} |")
 
 
 def run(model: Path, run_dir: Path, num_clients: int, num_rounds: int) -> float:

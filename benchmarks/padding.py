@@ -4,7 +4,7 @@ Without a shared prefix (padding alone) and with one.
 """
 
 import argparse
-import itertools
+from collections.abc import Sequence
 from pathlib import Path
 
 from dpa_ds.config.schema import DataConfig
@@ -21,20 +21,29 @@ def main() -> None:
     parser.add_argument("--data", default=".cache/demo/federation", help="a folder in the authors' layout")
     parser.add_argument("--micro_batch_tokens", type=int, default=4096)
     arguments = parser.parse_args()
-    config, tokenizer = DataConfig(path=arguments.data), load_tokenizer(arguments.model)
+    config = DataConfig(path=arguments.data)
+    tokenizer = load_tokenizer(arguments.model)
     clients = read_clients(config, 0, range(len(list_clients(config, 0))))
     tokens = [tokenize_examples(c.train, tokenizer, config.template, config.max_length, c.name) for c in clients]
     print("batch  ranks   padded  shared prefix   (of the client with most)")
-    for batch_size, world_size in itertools.product((16, 32, 64), (1, 2, 4)):
-        print(f"{batch_size:5d}  {world_size:5d}", end="")
-        for prefix_sharing in (False, True):
-            batching = BatchingConfig(arguments.micro_batch_tokens, 0, prefix_sharing)
-            counts = [
-                _count(examples, client, batch_size, world_size, batching) for client, examples in enumerate(tokens)
-            ]
-            real, computed = (sum(column) for column in zip(*counts, strict=True))
-            print(f"   {computed / real:.3f} ({max(c / r for r, c in counts):.3f})", end="")
-        print()
+    for batch_size in (16, 32, 64):
+        for world_size in (1, 2, 4):
+            cells = [f"{batch_size:5d}  {world_size:5d}"]
+            for prefix_sharing in (False, True):
+                batching = BatchingConfig(arguments.micro_batch_tokens, 0, prefix_sharing)
+                cells.append(_measure(tokens, batch_size, world_size, batching))
+            print("   ".join(cells))
+
+
+def _measure(clients: Sequence[TokenizedExamples], batch_size: int, world_size: int, batching: BatchingConfig) -> str:
+    """Computed tokens for each real one, of all clients and (of the worst)."""
+    all_real, all_computed, worst = 0, 0, 0.0
+    for client, examples in enumerate(clients):
+        real, computed = _count(examples, client, batch_size, world_size, batching)
+        all_real += real
+        all_computed += computed
+        worst = max(worst, computed / real)
+    return f"{all_computed / all_real:.3f} ({worst:.3f})"
 
 
 def _count(
@@ -42,8 +51,12 @@ def _count(
 ) -> tuple[int, int]:
     """Real and computed tokens of a client's epoch."""
     epoch = step_indices(len(examples), batch_size, num_steps(len(examples), batch_size, 1.0, None), (0, 1, client, 0))
-    steps = [build_step(examples, indices, 0, world_size, batching) for indices in epoch]
-    return sum(s.real_tokens for s in steps), sum(s.computed_tokens for s in steps)
+    real, computed = 0, 0
+    for indices in epoch:
+        step = build_step(examples, indices, 0, world_size, batching)
+        real += step.real_tokens
+        computed += step.computed_tokens
+    return real, computed
 
 
 if __name__ == "__main__":

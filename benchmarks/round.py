@@ -62,12 +62,12 @@ def _leader(rank: int, leaders: int, folder: str, model: str, repeats: int) -> N
     torch.set_num_threads(1)
     group = StaticGroup(dist.FileStore(f"{folder}/store", leaders), rank, leaders, 60.0)
     shape = PRESETS[model]
-    adapter = {
-        f"{layer:02d}.{name}.{part}": torch.randn(*size)
-        for layer in range(shape.layers)
-        for name in ("q_proj", "v_proj")
-        for part, size in (("A", (8, shape.linears[name][0])), ("B", (shape.linears[name][1], 8)))
-    }
+    adapter = {}
+    for layer in range(shape.layers):
+        for name in ("q_proj", "v_proj"):
+            inputs, outputs = shape.linears[name]
+            adapter[f"{layer:02d}.{name}.A"] = torch.randn(8, inputs)
+            adapter[f"{layer:02d}.{name}.B"] = torch.randn(outputs, 8)
     shared = Shared(adapter, torch.zeros(2, shape.hidden))
     update = ClientUpdate(rank, 300, adapter, shared.reference_mean)
     buffer = torch.zeros(sum(t.numel() for t in adapter.values()) + 2 * shape.hidden + 2)

@@ -1,15 +1,17 @@
-"""How a round scales, over eight axes of launch/scaling_study.py, several times each: a table and a picture of docs/performance.md.
+"""How a round scales, over eight axes of launch/scaling_study.py, several times each: a table and a picture.
 
     python benchmarks/scaling.py --output runs/scaling --repeats 3
 
-Real runs of two rank groups at most, on small random Llamas with the demo's tokenizer and table (make demo). Interrupted, the same
-command continues. The model of the round, fitted to all runs of other work, predicts each.
+Real runs of two rank groups at most, on small random Llamas with the demo's tokenizer and table (make demo), for
+docs/performance.md. Interrupted, the same command resumes. The model of the round, fitted to all runs of other work,
+predicts each.
 """
 
 import argparse
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from matplotlib.figure import Figure
 from planner import Setting, write_model
@@ -45,7 +47,7 @@ class Experiment:
     title: str
     axis: str
     values: tuple[str, ...]
-    mode: str = "strong"
+    mode: Literal["strong", "weak"] = "strong"
     clients: int = 8
 
 
@@ -61,6 +63,8 @@ EXPERIMENTS = (
 )
 OTHER_COSTS = ("lora.rank", "model.path")
 """Along these axes the costs themselves change: no point says anything of another."""
+Repeats = list[list[Point]]
+"""Of an experiment: the points of each repeat, one for each value."""
 
 
 def main() -> None:
@@ -70,15 +74,15 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="(%(default)s)")
     args = parser.parse_args()
     print(where_and_when())
-    tokenizer = AutoTokenizer.from_pretrained(DEMO / "SmolLM2-135M-Instruct")
-    for name, setting in MODELS.items():
-        folder = args.output / "models" / name
-        if not folder.exists():
-            tokenizer.save_pretrained(folder)
-            write_model(folder, replace(setting, vocab_size=len(tokenizer)))
-    found = {e.title: [run(e, args.output, repeat) for repeat in range(args.repeats)] for e in EXPERIMENTS}
-    costs_apply = [found[e.title] for e in EXPERIMENTS if e.axis not in OTHER_COSTS]
-    pool = [point for repeats in costs_apply for repeat in repeats for point in repeat]
+    write_models(args.output / "models")
+    found: dict[str, Repeats] = {}
+    pool: list[Point] = []
+    for experiment in EXPERIMENTS:
+        repeats = [run(experiment, args.output, repeat) for repeat in range(args.repeats)]
+        found[experiment.title] = repeats
+        if experiment.axis not in OTHER_COSTS:
+            for points in repeats:
+                pool += points
     print("\n| | | ranks | s a round | tokens/s | times the first | measured / predicted by the others |")
     print("|---" * 7 + "|")
     for experiment in EXPERIMENTS:
@@ -88,6 +92,15 @@ def main() -> None:
     adapter = args.output / "0/groups/runs/groups_1/adapters/global/adapter_model.safetensors"
     print(predict(pool, ranks=1024, clients=1000, adapter_bytes=adapter.stat().st_size, net=100e9 / 8))
     draw(found, pool, args.output / "scaling.png")
+
+
+def write_models(folder: Path) -> None:
+    """Those that are not there yet, each with the demo's tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(DEMO / "SmolLM2-135M-Instruct")
+    for name, setting in MODELS.items():
+        if not (folder / name).exists():
+            tokenizer.save_pretrained(folder / name)
+            write_model(folder / name, replace(setting, vocab_size=len(tokenizer)))
 
 
 def run(experiment: Experiment, output: Path, repeat: int) -> list[Point]:
@@ -103,30 +116,38 @@ def run(experiment: Experiment, output: Path, repeat: int) -> list[Point]:
     return run_points(Plan(recipe, experiment.axis, values, experiment.mode, 1, 1, folder, LAUNCH))
 
 
-def rows(experiment: Experiment, repeats: list[list[Point]], pool: list[Point]) -> list[str]:
+def rows(experiment: Experiment, repeats: Repeats, pool: list[Point]) -> list[str]:
     """Lines of the table: median (lowest to highest) over the repeats."""
     lines = []
+    title = experiment.title
     for number, value in enumerate(experiment.values):
-        points = [repeat[number] for repeat in repeats]
-        ranks = points[0].ranks * len(points[0].groups)
-        rates = [point.tokens / point.seconds for point in points]
-        first = [repeat[0].tokens / repeat[0].seconds for repeat in repeats]
-        gains = [rate / one for rate, one in zip(rates, first, strict=True)]
-        figures = [spread([p.seconds for p in points]), spread(rates, ".0f"), spread(gains)]
-        predicted = predict_alike(points[0], pool)
-        known = points[0] in pool
-        figures.append(spread([point.seconds / predicted for point in points]) if known else "")
-        lines.append(" | ".join(["| " + experiment.title * (number == 0), value, str(ranks), *figures]) + " |")
+        seconds, rates, gains, errors = [], [], [], []
+        for points in repeats:
+            point, first = points[number], points[0]
+            rate = point.tokens / point.seconds
+            seconds.append(point.seconds)
+            rates.append(rate)
+            gains.append(rate / (first.tokens / first.seconds))  # within a repeat: the machine may change between them
+            if point in pool:
+                errors.append(point.seconds / predict_alike(point, pool))
+        error = ""
+        if errors:
+            error = spread(errors)
+        ranks = str(point.ranks * len(point.groups))
+        cells = [title, value, ranks, spread(seconds), spread(rates, ".0f"), spread(gains), error]
+        lines.append(f"| {' | '.join(cells)} |")
+        title = ""  # once, in the first line
     return lines
 
 
 def predict_alike(point: Point, pool: list[Point]) -> float:
     """Seconds of `point` by the costs that all points of other work give."""
+    # Not the repeats of this one either: they would predict their own noise.
     others = [other for other in pool if (other.groups, other.ranks) != (point.groups, point.ranks)]
     return simulate(point.groups, point.ranks, fit(others)).seconds
 
 
-def draw(found: dict[str, list[list[Point]]], pool: list[Point], path: Path) -> None:
+def draw(found: dict[str, Repeats], pool: list[Point], path: Path) -> None:
     """Seconds a round over each axis: every repeat a dot, the prediction from all points of other work a cross."""
     figure = Figure(figsize=(11, 5), layout="constrained")
     for axes, experiment in zip(figure.subplots(2, 4).flat, EXPERIMENTS, strict=True):

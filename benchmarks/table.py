@@ -15,9 +15,11 @@ Steps = Sequence[Sequence[int]]
 def processor() -> str:
     """Name of this machine's CPU."""
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def where_and_when(hardware: str | None = None, packages: Sequence[str] = ("torch", "deepspeed")) -> str:
@@ -59,13 +61,12 @@ def render(result: dict[str, Any]) -> str:
         f"   ours / this (lowest to highest)",
     ]
     for v in result["variants"]:
-        ratios = "; ".join(
-            f"{phase} {median:.2f} ({low:.2f} to {high:.2f})"
-            for phase, (median, low, high) in v["ours_over_this"].items()
-        )
+        ratios = []
+        for phase, (median, low, high) in v["ours_over_this"].items():
+            ratios.append(f"{phase} {median:.2f} ({low:.2f} to {high:.2f})")
         lines.append(
             f"{v['phase']:8}{v['name']:20}{v['examples_per_second']:11.2f}{v['tokens_per_second']:10.0f}"
-            f"{v['real_over_computed']:14.2f}{v['flops_per_second'] / 1e9:9.1f}{v['share_of_peak']:9.0%}   {ratios}"
+            f"{v['real_over_computed']:14.2f}{v['flops_per_second'] / 1e9:9.1f}{v['share_of_peak']:9.0%}   {'; '.join(ratios)}"
         )
     return "\n".join(lines)
 
@@ -74,14 +75,14 @@ def summarize(
     variants: Sequence[Variant], num_examples: int, real_tokens: int, flops: float, peak: float
 ) -> list[dict[str, Any]]:
     """One entry a variant; ratios are taken within a repeat, and their median, lowest and highest are kept."""
-    ours = {v.phase: v for v in variants if v.name == "ours"}
+    ours = {variant.phase: variant for variant in variants if variant.name == "ours"}
     summaries = []
     for v in variants:
         seconds = statistics.median(v.seconds)
-        ratios = {
-            phase: [this / own for this, own in zip(v.seconds, ours[phase].seconds, strict=True)]
-            for phase in (ours if v.phase == "any" else (v.phase,))
-        }
+        ratios = {}
+        for phase, own in ours.items():
+            if v.phase in (phase, "any"):
+                ratios[phase] = _ratios(v, own)
         summaries.append(
             {
                 "phase": v.phase,
@@ -93,10 +94,16 @@ def summarize(
                 "real_over_computed": real_tokens / v.computed_tokens,
                 "flops_per_second": flops / seconds,
                 "share_of_peak": flops / seconds / peak,
-                "ours_over_this": {p: [statistics.median(r), min(r), max(r)] for p, r in ratios.items()},
+                "ours_over_this": ratios,
             }
         )
     return summaries
+
+
+def _ratios(this: Variant, own: Variant) -> list[float]:
+    """Median, lowest and highest of the seconds of `this` by those of `own`."""
+    ratios = [one / other for one, other in zip(this.seconds, own.seconds, strict=True)]
+    return [statistics.median(ratios), min(ratios), max(ratios)]
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
@@ -106,9 +113,10 @@ def draw(result: dict[str, Any], path: Path) -> None:
     variants = result["variants"]
     figure = Figure(figsize=(7, 0.45 * len(variants) + 1), layout="constrained")
     axes = figure.subplots()
-    num_examples = [v["examples_per_second"] * statistics.median(v["seconds"]) for v in variants]
-    for place, (v, examples) in enumerate(zip(variants, num_examples, strict=True)):
-        rate, rates = v["examples_per_second"], [examples / seconds for seconds in v["seconds"]]
+    for place, v in enumerate(variants):
+        rate = v["examples_per_second"]
+        num_examples = rate * statistics.median(v["seconds"])
+        rates = [num_examples / seconds for seconds in v["seconds"]]
         color = {"ours": "tab:blue", "floo": "0.5"}.get(v["name"][:4], "tab:orange")
         axes.barh(place, rate, color=color, xerr=[[rate - min(rates)], [max(rates) - rate]], capsize=3)
     axes.set_yticks(range(len(variants)), [f"{v['name']}, {v['phase']} phase" for v in variants], fontsize="small")

@@ -16,8 +16,8 @@ from dpa_ds.errors import ConfigError
 class GenerateOptions(RunOptions):
     """Answers as one client of a trained run would, and shows alpha, the weight of its local adapter for this prompt.
 
-    The global adapter gets the rest. Without --prompt and --input it asks you; an empty line ends. Answers stream
-    token by token with one beam, the default here. --SECTION.FIELD VALUE as for launch/evaluate.py.
+    The global adapter gets the rest. Without --prompt and --input it answers what you type, until an empty line.
+    Answers stream token by token with one beam, the default here. --SECTION.FIELD VALUE as for launch/evaluate.py.
 
     examples
       python launch/generate.py --run runs/demo --client 0 --prompt "Is this review positive or negative? A delight."

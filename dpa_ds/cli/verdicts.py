@@ -63,6 +63,15 @@ class Host:
         """The host's rank that stands for all in what does not differ."""
         return self.ranks[0]
 
+    @property
+    def num_threads(self) -> int:
+        """Threads of all its ranks."""
+        return sum(fact.num_threads for fact in self.ranks)
+
+    def base_bytes(self, needs: Needs) -> int:
+        """Bytes of the frozen weights of all its ranks."""
+        return len(self.ranks) * needs.base_on_rank
+
 
 def judge(facts: Sequence[RankFacts], topology: Topology, needs: Needs) -> list[Row]:
     """The table's rows. A function of its arguments only."""
@@ -146,9 +155,8 @@ def _judge_placement(facts: Sequence[RankFacts], hosts: Sequence[Host], topology
 def _judge_cores(facts: Sequence[RankFacts], hosts: Sequence[Host]) -> Row:
     bad = []
     for host in hosts:
-        num_threads = sum(fact.num_threads for fact in host.ranks)
-        if num_threads > host.first.num_cores:
-            bad.append(f"{host.name} ({num_threads} threads, {host.first.num_cores} cores)")
+        if host.num_threads > host.first.num_cores:
+            bad.append(f"{host.name} ({host.num_threads} threads, {host.first.num_cores} cores)")
     remedy = "threads that share a core slow each other down: set OMP_NUM_THREADS, or start fewer ranks"
     return Row("devices", _device_names(facts), "a core for each thread").unless(bad, WARNING, remedy)
 
@@ -178,8 +186,8 @@ def _judge_device_memory(facts: Sequence[RankFacts], needs: Needs) -> Row:
 
 
 def _judge_host_memory(facts: Sequence[RankFacts], hosts: Sequence[Host], needs: Needs) -> Row:
-    bad = [host.name for host in hosts if host.first.free_host_memory < len(host.ranks) * needs.base_on_rank]
-    most_ranks = max(len(host.ranks) for host in hosts)
+    bad = [host.name for host in hosts if host.first.free_host_memory < host.base_bytes(needs)]
+    most = max(host.base_bytes(needs) for host in hosts)
     least = min(fact.free_host_memory for fact in facts)
     remedy = (
         "ranks read the weights through host memory: start fewer ranks per host, or more ranks in a group under ZeRO-3"
@@ -187,8 +195,7 @@ def _judge_host_memory(facts: Sequence[RankFacts], hosts: Sequence[Host], needs:
     verdict = WARNING
     if _on_cpu(facts):  # where the weights then stay
         verdict = FAILED
-    needed = _weights(most_ranks * needs.base_on_rank)
-    return Row("free host memory", _gigabytes(least), needed).unless(bad, verdict, remedy)
+    return Row("free host memory", _gigabytes(least), _weights(most)).unless(bad, verdict, remedy)
 
 
 def _judge_disk(facts: Sequence[RankFacts], hosts: Sequence[Host], needs: Needs) -> Row:

@@ -151,7 +151,7 @@ def _nonempty_lines(path: Path) -> list[str]:
 
 def _typed_lines() -> Iterator[str]:
     """What is typed, a line at a time, until an empty line or the end of input."""
-    sys.stdout.write("Ask something; an empty line ends.\n")
+    sys.stdout.write("Type a prompt; an empty line ends.\n")
     while True:
         sys.stdout.write("> ")
         sys.stdout.flush()

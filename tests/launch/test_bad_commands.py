@@ -26,15 +26,15 @@ pytestmark = pytest.mark.launch
 ADAPTER = f"{LAST}/global/adapter_model.safetensors"
 RUN = ("--run", "{run}")
 CLIENT = (*RUN, "--client", "0")
-ASK = (*CLIENT, "--prompt", "red")
+GENERATE = (*CLIENT, "--prompt", "red")
 
 
 def evaluation(name: str, says: str | tuple[str, ...], *arguments: str, exit_code: int = 2, **more: Any) -> Case:
     return Case(name, says, arguments or RUN, exit_code=exit_code, program="launch/evaluate.py", **more)
 
 
-def question(name: str, says: str | tuple[str, ...], *arguments: str, exit_code: int = 2, **more: Any) -> Case:
-    return Case(name, says, arguments or ASK, exit_code=exit_code, program="launch/generate.py", **more)
+def generation(name: str, says: str | tuple[str, ...], *arguments: str, exit_code: int = 2, **more: Any) -> Case:
+    return Case(name, says, arguments or GENERATE, exit_code=exit_code, program="launch/generate.py", **more)
 
 
 def comparison(name: str, says: str | tuple[str, ...], *arguments: str, exit_code: int = 2, **more: Any) -> Case:
@@ -128,49 +128,51 @@ EVALUATIONS = [
     ),
 ]
 
-QUESTIONS = [
-    question("no client named", "--client must be the id of a client such as 0, got 'nothing'", *RUN),
-    question(
+GENERATIONS = [
+    generation("no client named", "--client must be the id of a client such as 0, got 'nothing'", *RUN),
+    generation(
         "client in words", "--client must be the id of a client such as 0, got 'first'", *RUN, "--client", "first"
     ),
-    question("client 9", "{run} has no client 9: its clients are [0, 1]", *RUN, "--client", "9", "--prompt", "red"),
-    question("two sources", "--prompt and --input exclude one another: leave one out", *ASK, "--input", "{recipe}"),
-    question("no such input", "{root}/ask.txt: no such file or folder", *CLIENT, "--input", "{root}/ask.txt"),
-    question(
+    generation("client 9", "{run} has no client 9: its clients are [0, 1]", *RUN, "--client", "9", "--prompt", "red"),
+    generation(
+        "two sources", "--prompt and --input exclude one another: leave one out", *GENERATE, "--input", "{recipe}"
+    ),
+    generation("no such input", "{root}/prompts.txt: no such file or folder", *CLIENT, "--input", "{root}/prompts.txt"),
+    generation(
         "input of zero bytes",
-        "{root}/ask.txt: no prompts: write one a line",
+        "{root}/prompts.txt: no prompts: write one a line",
         *CLIENT,
         "--input",
-        "{root}/ask.txt",
-        spoil=write("ask.txt", ""),
+        "{root}/prompts.txt",
+        spoil=write("prompts.txt", ""),
     ),
-    question(
+    generation(
         "input in invalid UTF-8",
-        "{root}/ask.txt: byte 0 is not UTF-8: convert",
+        "{root}/prompts.txt: byte 0 is not UTF-8: convert",
         *CLIENT,
         "--input",
-        "{root}/ask.txt",
-        spoil=write("ask.txt", b"\xff\n"),
+        "{root}/prompts.txt",
+        spoil=write("prompts.txt", b"\xff\n"),
     ),
-    question("input is a folder", "{data}: cannot be read", *CLIENT, "--input", "{data}"),
-    question(
+    generation("input is a folder", "{data}: cannot be read", *CLIENT, "--input", "{data}"),
+    generation(
         "input is a pipe",
-        "{root}/ask.txt: is a pipe, not a file",
+        "{root}/prompts.txt: is a pipe, not a file",
         *CLIENT,
         "--input",
-        "{root}/ask.txt",
-        spoil=fifo("ask.txt"),
+        "{root}/prompts.txt",
+        spoil=fifo("prompts.txt"),
     ),
-    question(
+    generation(
         "input without column",
-        "{root}/ask.jsonl:1: no column 'instruction'",
+        "{root}/prompts.jsonl:1: no column 'instruction'",
         *CLIENT,
         "--input",
-        "{root}/ask.jsonl",
-        spoil=write("ask.jsonl", '{"a": 1}'),
+        "{root}/prompts.jsonl",
+        spoil=write("prompts.jsonl", '{"a": 1}'),
     ),
-    question("endless beams", "generation.num_beams must be >= 1", *ASK, "--beams", "0"),
-    question("prompt longer than the context", ("context of 128", "shorten"), *CLIENT, "--prompt", "red " * 1000),
+    generation("endless beams", "generation.num_beams must be >= 1", *GENERATE, "--beams", "0"),
+    generation("prompt longer than the context", ("context of 128", "shorten"), *CLIENT, "--prompt", "red " * 1000),
 ]
 
 COMPARISONS = [
@@ -191,6 +193,6 @@ COMPARISONS = [
 ]
 
 
-@pytest.mark.parametrize("case", [*EVALUATIONS, *QUESTIONS, *COMPARISONS], ids=str)
+@pytest.mark.parametrize("case", [*EVALUATIONS, *GENERATIONS, *COMPARISONS], ids=str)
 def test_refused(case: Case, tmp_path: Path, trained: Place) -> None:
     refuse(case, make_run(tmp_path, trained))

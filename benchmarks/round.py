@@ -55,9 +55,11 @@ def main() -> None:
 def _leader(rank: int, leaders: int, folder: str, model: str, repeats: int) -> None:
     import torch
     import torch.distributed as dist
-    from dpa_ds.federation.aggregation.mean import ClientUpdate, Shared, WeightedAverage
 
+    from dpa_ds.config.schema import FederationConfig
     from dpa_ds.distributed.leaders import StaticGroup
+    from dpa_ds.federation.aggregation.base import LocalUpdate, ServerState
+    from dpa_ds.federation.aggregation.pipeline import build_aggregation
 
     torch.set_num_threads(1)
     group = StaticGroup(dist.FileStore(f"{folder}/store", leaders), rank, leaders, 60.0)
@@ -68,14 +70,20 @@ def _leader(rank: int, leaders: int, folder: str, model: str, repeats: int) -> N
             inputs, outputs = shape.linears[name]
             adapter[f"{layer:02d}.{name}.A"] = torch.randn(8, inputs)
             adapter[f"{layer:02d}.{name}.B"] = torch.randn(outputs, 8)
-    shared = Shared(adapter, torch.zeros(2, shape.hidden))
-    update = ClientUpdate(rank, 300, adapter, shared.reference_mean)
+    state = ServerState(adapter, torch.zeros(2, shape.hidden))
+    update = LocalUpdate(rank, 300, adapter, state.reference_mean)
+    aggregation = build_aggregation(FederationConfig(), seed=0)
+
+    def aggregate() -> None:
+        accumulator = aggregation.accumulator(state)
+        accumulator.add(update)
+        aggregation.step(state, accumulator.reduce(group), server_round=1)
+
     buffer = torch.zeros(sum(t.numel() for t in adapter.values()) + 2 * shape.hidden + 2)
-    rule = WeightedAverage(by_num_examples=False)
     ours, bare = [], []
     for _ in range(repeats + 1):
         bare.append(_together(group, lambda: group._group.allreduce([buffer]).wait()))
-        ours.append(_together(group, lambda: rule.aggregate([update], shared, group)))
+        ours.append(_together(group, aggregate))
     if rank == 0:
         found = {"bytes": buffer.nbytes, "ours": ours[1:], "bare": bare[1:]}
         (Path(folder) / "aggregation.json").write_text(json.dumps(found))

@@ -73,6 +73,7 @@ class ClientBuilder:
     def build(self, completed_rounds: int) -> tuple[list[HostedClient], LeaderState]:
         """Everything that this group keeps for its clients after `completed_rounds`, and what its leader keeps."""
         client_ids = self.world.topology.clients_of_group(self.world.group)
+        # Only those of this group: with `format: feddpa` no other client's training file is opened.
         data = dict(zip(client_ids, self._read(client_ids), strict=True))
         with self.world.leader_first():  # the others find the tokens in the cache
             tokens = {client_id: self._tokenize(data[client_id]) for client_id in client_ids}

@@ -55,10 +55,13 @@ def train_round(session: Session, cohort: Cohort, server_round: int) -> None:
             if update is not None:
                 accumulator.add(update)
     with part("aggregate"):
+        # In a thread of the leader: on a slow network the exchange takes as long as a phase.
         pending = start_reduce(session, accumulator)
-    with part("train"):  # the updates travel meanwhile
+    with part("train"):
+        # Needs nothing of the average, so it runs while the updates travel.
         trainer.run_stage("overlap", cohort.hosted, rounds.server_state, server_round)
     with part("aggregate"):
+        # Assigned, not kept beside the old one: of two states the older would stay in memory for the rest of the round.
         rounds.server_state = aggregation.step(rounds.server_state, pending.result(), server_round)
     with part("train"):
         trainer.run_stage("after", cohort.hosted, rounds.server_state, server_round)
@@ -76,15 +79,18 @@ def finish_round(session: Session, cohort: Cohort, server_round: int) -> None:
     with part("evaluate"):
         evaluated = session.evaluation.evaluate_if_due(session.clients, rounds.server_state, server_round)
     with part("save"):
+        # Before the exchange of metrics, which tells the other leaders that this one's files are on disk.
         commit.wait()
     with part("record"):
         table = exchange_metrics(session.world, fill_rows(session, cohort, evaluated), session.labels)
+    # All ranks have the same table, so all of them stop, or none.
     if table.all_rejected(cohort.client_ids):
         raise TrainingError(
             f"every client of round {server_round} diverged or changed the global adapter too much (see above); lower "
             "train.learning_rate. Earlier rounds are intact"
         )
     seconds = {**session.timer.seconds, "save_inside_phases": rounds.seconds_saving}
+    # Before the round counts: a process that ends between the two writes the record once more, and never none.
     record_round(session.world, session.tracker, server_round, table, seconds)
     if server_round > 0:
         commit.finish(server_round, rounds.server_state, table)
@@ -172,11 +178,13 @@ def start_rounds(session: Session) -> None:
     """
     rounds, leaders = session.round_state, session.world.leaders
     was_running = sync_round(session, is_starting=True)
+    # Not where others have been running: what looks left over is their current round.
     if leaders is not None and leaders.is_coordinator and not was_running:
         session.folder.remove_leftovers(rounds.num_completed)
         session.tracker.drop_records_after(rounds.num_completed)
     if rounds.num_completed == 0:
         finish_round(session, Cohort((), []), server_round=0)
+    # After the leftovers are gone: what is found now belongs to the round that comes next.
     rounds.restore_progress(session.clients, rounds.num_completed + 1)
 
 

@@ -46,6 +46,7 @@ class RoundEvaluation:
                 if client.held_out is not None:
                     evaluated[client.client_id]["held_out_loss"] = self._held_out_loss(client)
         if self._scores_are_due(server_round):
+            # Installed here as well, because no loss need have been due. The local adapter the scorer installs itself.
             self._trainer.engine.write_state(GLOBAL, state.adapter)
             for client in clients:
                 evaluated[client.client_id] |= self._score(client, state, server_round)

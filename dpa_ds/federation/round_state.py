@@ -84,6 +84,7 @@ class RoundState:
         if self._on_bad_update == "stop":
             raise error
         progress = self._progress[client.client_id]
+        # Nothing is copied back: states are replaced, never written to, so the initial one is as it was.
         client.state = progress.initial
         progress.update = None
         progress.optimizer = None
@@ -111,6 +112,7 @@ class RoundState:
             self.seconds_saving += time.monotonic() - started
             self.save(run.client, run.server_round)
         if action == "stop":
+            # The process ends with this exception: what is still in the writer's queue would be lost.
             self._saving.writer.wait()
             self._job.preempt()
 
@@ -136,6 +138,7 @@ class RoundState:
             "has_local_optimizer": client.state.local_optimizer is not None,
             **progress.to_json(),
         }
+        # Tensors are handed over without a copy: the engine gives new ones each time, and nobody writes to these again.
         write = partial(self._saving.folder.save_progress, server_round, client.client_id, tensors, info, kept)
         self._saving.writer.submit(write)
         self.seconds_saving += time.monotonic() - started
@@ -155,6 +158,7 @@ class RoundState:
                 continue
             tensors = {} if saved is None else saved.tensors
             progress = RoundProgress.from_json(progress.initial, info)
+            # Tokens per second are those of this process, which did not compute these.
             progress.metrics.restored_tokens = progress.metrics.real_tokens
             progress.update = tensors.get("update")
             progress.optimizer = tensors.get("optimizer")
@@ -167,6 +171,7 @@ class RoundState:
         saved = self._saving.folder.load_progress(server_round, client.client_id, logger.warning)
         if saved is None:
             return None
+        # With other ranks the dropout masks are others, and with other micro-batches the order of sums.
         if saved.info.get("layout") != dict(self._saving.layout):
             logger.warning(
                 f"client {client.client_id} starts round {server_round} from scratch: what it had done of it was done "
@@ -220,6 +225,7 @@ class RoundCommit:
         """Step 1."""
         if self._world.leaders is None:
             return
+        # Asked now and again at the end: the coordinator may be lost between the two.
         self._wrote_server_state = self._world.leaders.is_coordinator
         if self._wrote_server_state:
             self._save_server_state(server_round, state)

@@ -114,6 +114,7 @@ class Trainer:
             self._hooks.reject(client, error)
             progress.phase = self._first_phase("final", server_round)
             self._hooks.save(client, server_round)
+        # A phase that overlaps the exchange trains beside the client's own adapter: until then it is needed.
         if not self.schedule.phases("overlap", server_round):
             self._forget_update(progress)
         return update
@@ -181,6 +182,7 @@ class Trainer:
         if stage in ("before", "overlap") and progress.update is not None:
             adapter = progress.update
         self.engine.write_state(GLOBAL, adapter)
+        # The local adapter of the client before lies in the engine; a global phase gives it no weight, and leaves it there.
         if any(phase.trainable == LOCAL for phase in todo):
             self.engine.write_state(LOCAL, client.state.local_adapter)
         for phase in todo:
@@ -230,8 +232,10 @@ class Trainer:
         rates = [learning_rate(self._train, step, total) for step in range(total)]
         run = PhaseRun(client, phase, server_round, self._hooks.open(client), total, rates)
         self.engine.activate(phase)
+        # After `activate`, which resets the optimizer state and the loss scale.
         self._restore_optimizer(run)
         self._take_steps(run)
+        # The losses first: their message says what happened, where NaN in the adapter would only say that it did.
         self._check_converges(run)
         self._keep_adapter(run)
         run.progress.optimizer = None
@@ -344,6 +348,7 @@ class Trainer:
                 result = compute()
             except TrainingError as error:
                 problem = f"{prefix}{error}"
+        # Raised on all ranks or on none: a rank that went on alone would wait for the others in its next collective.
         problem = self._world.broadcast_json(problem)
         if problem is not None:
             raise TrainingError(problem)

@@ -51,6 +51,7 @@ class Accumulator:
     def reduce(self, leaders: LeaderGroup) -> ReducedRound:
         """Exchange the sums. A leader none of whose clients took part does so, too. Collective: all leaders."""
         updates = self._summands.reduce(leaders)
+        # Apart from the updates, because a rule or a compression has no business with it: 4 (2 H + 1) bytes.
         if len(self._references) > 1:  # not where the method weights nothing by instance
             leaders.all_reduce_(self._references, "references")
         return ReducedRound(updates, self._references[:-1], float(self._references[-1]))
@@ -74,6 +75,7 @@ class Aggregation:
 
     def step(self, state: ServerState, reduced: ReducedRound | None, server_round: int) -> ServerState:
         """The server state after a round; `state` itself where nobody took part, and on ranks that are no leaders."""
+        # Nobody's round was fit to count: a rule would divide by zero, and an optimizer take a step of momentum alone.
         if reduced is None or reduced.updates.weight == 0:
             return state
         gradient = self.rule(reduced.updates, state, server_round, self.seed)

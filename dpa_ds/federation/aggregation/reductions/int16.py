@@ -48,6 +48,7 @@ class Int16Summands:
 
         Collective: all leaders, same keys and shapes.
         """
+        # The grid must be the same on all leaders before anybody rounds to it: hence two exchanges.
         residual = self._residual()
         header = torch.cat([torch.tensor([self._weight]), self._largest(self._changes), self._largest(residual)])
         leaders.all_reduce_(header, "update")
@@ -64,6 +65,7 @@ class Int16Summands:
         arrived = float(buffer[-1])
         if arrived == 0:
             return Reduced(self._like, 0.0)
+        # Only once the numbers have arrived: else the next update would make up for an error that nobody saw.
         self._reduction.leader_state = LeaderState(unflatten(wanted.sub_(numbers * step), self._like))
         mean_change = _unpack(buffer[:-1], len(self._start)) * step * (weight / arrived)
         return Reduced(unflatten(self._start.add_(mean_change), self._like), arrived)

@@ -24,7 +24,6 @@ import torch
 from one_by_one import OneByOne
 from table import processor, spread, where_and_when
 
-from dpa_ds.adapters.methods import build_schedule
 from dpa_ds.cli import evaluate
 from dpa_ds.config.schema import RunConfig
 from dpa_ds.distributed.job_store import JobStore
@@ -35,7 +34,7 @@ from dpa_ds.evaluation.dataset import choose_instances, read_instances, tokenize
 from dpa_ds.evaluation.work_items import EvaluationSet, answer_work_item
 from dpa_ds.inference.client_model import ClientModel, Predictor, load_client_model
 from dpa_ds.inference.loading import build_predictor, place_base
-from dpa_ds.inference.weighting import resolve_weighting
+from dpa_ds.inference.weighting import Weighting, resolve_weighting
 from dpa_ds.runs.folder import RunFolder
 
 # cpu: CPU time of this process, which other programs on the machine lengthen far less than wall time.
@@ -46,7 +45,8 @@ CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 class Batched:
     """Our way: all instances for all clients, and how much of the time went into weights."""
 
-    predictor: Predictor
+    make_predictor: Callable[[Weighting], Predictor]
+    """Over the same model: nothing is embedded yet."""
     world: World
     questions: EvaluationSet
     clock: Callable[[], float]
@@ -54,12 +54,8 @@ class Batched:
     def run(self, kind: str, config: RunConfig) -> tuple[float, float, list[Answer]]:
         """Seconds, seconds spent on weights, answers."""
         weighting = replace(config.weighting, kind=kind, scale=None, encoder="auto")  # type: ignore[arg-type]
-        predictor = self.predictor
-        clients = len(self.questions.client_models)
-        predictor.weighting = resolve_weighting(
-            replace(config, weighting=weighting), build_schedule(config.method), clients
-        )
-        predictor.forget()
+        num_clients = len(self.questions.client_models)
+        predictor = self.make_predictor(resolve_weighting(weighting, config.method, num_clients))
         answers: list[Answer] = []
         with _timed(predictor, self.clock) as on_weights:
             started = self.clock()
@@ -72,9 +68,9 @@ class Batched:
 
 @contextmanager
 def _timed(predictor: Predictor, clock: Callable[[], float]) -> Any:
-    """Seconds inside `encode`, and inside `weights` where that does not encode."""
+    """Seconds inside `embed`, and inside `weights` where that does not embed."""
     spent, depth = [0.0], [0]
-    originals = {name: getattr(predictor, name) for name in ("encode", "weights")}
+    originals = {name: getattr(predictor, name) for name in ("embed", "weights")}
 
     def wrap(function: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*args: Any) -> Any:
@@ -115,13 +111,20 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     job = JobStore(Launch("single", 0, 1, 0, "127.0.0.1", 0))
     folder = RunFolder(config.run_dir)
     server_round = folder.trained_round()
-    directory, world, _ = place_base(config, job, 1)
-    predictor = build_predictor(config, folder, server_round, directory, world, partitioned=False)
+    base = place_base(config, job, 1)
+    predictor = build_predictor(config, folder, server_round, base)
     clients = {client: load_client_model(folder, server_round, client) for client in folder.clients(server_round)}
     instances = choose_instances(read_instances(config.data, config.seed, config.evaluation.split), config.evaluation)
     prompts = tokenize_instances(instances, predictor, config.data.template)
-    ours = Batched(predictor, world, EvaluationSet(instances, prompts, clients), clock)
-    theirs = OneByOne(directory, config.run_dir / "adapters", args.beams, args.max_new_tokens)
+
+    def make_predictor(weighting: Weighting) -> Predictor:
+        shared = folder.load_adapter(server_round, "global")
+        means = shared.extras["reference_mean"]["reference_mean"]
+        adapters, generation = predictor.adapters, config.generation
+        return Predictor(adapters, predictor.tokenizer, weighting, generation, means, adapters.load_state, base.world)
+
+    ours = Batched(make_predictor, base.world, EvaluationSet(instances, prompts, clients), clock)
+    theirs = OneByOne(base.directory, config.run_dir / "adapters", args.beams, args.max_new_tokens)
     first = [i for i, instance in enumerate(instances) if instance.row == 0]
     some = dict(list(clients.items())[: args.sample_clients])
     sample = [(client, i) for client in some for i in first]

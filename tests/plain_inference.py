@@ -33,7 +33,7 @@ class PlainClient:
         self.model.base_model.set_adapter(["global", "local"])
         stored = load_file(local_dir / "references.safetensors")
         self.references = [part.tolist() for part in stored["tokens"].split(stored["lengths"].tolist())]
-        self.stored_states = torch.stack([stored[f"states.{name}"] for name in REPRESENTATIONS])
+        self.stored_embeddings = torch.stack([stored[f"embeddings.{name}"] for name in REPRESENTATIONS])
         """(representations, references, hidden size)."""
         self.reference_mean = load_file(adapters / "global" / "reference_mean.safetensors")["reference_mean"]
         """(representations, hidden size)."""
@@ -42,7 +42,7 @@ class PlainClient:
         return list(self.tokenizer(prompt)["input_ids"])
 
     @torch.no_grad()
-    def states(self, tokens: Sequence[int], encoder: str) -> torch.Tensor:
+    def embed(self, tokens: Sequence[int], encoder: str) -> torch.Tensor:
         """(representations, hidden size): at the last token, and the mean over tokens."""
         output = self.encoders[encoder](input_ids=torch.tensor([list(tokens)]), output_hidden_states=True)
         hidden = output.hidden_states[-1][0]
@@ -52,9 +52,9 @@ class PlainClient:
         """Weight of the local adapter: cosine by the local adapter, centred_cosine by the base."""
         encoder, row = ("local" if kind == "cosine" else "none"), REPRESENTATIONS.index(representation)
         centre = self.reference_mean[row] if kind == "centred_cosine" else 0.0
-        state = self.states(self.tokens(prompt), encoder)[row] - centre
+        embedding = self.embed(self.tokens(prompt), encoder)[row] - centre
         cosines = [
-            float(torch.cosine_similarity(state, self.states(tokens, encoder)[row] - centre, dim=0))
+            float(torch.cosine_similarity(embedding, self.embed(tokens, encoder)[row] - centre, dim=0))
             for tokens in self.references
         ]
         return min(max(scale * sum(cosines) / len(cosines), 0.0), 1.0)

@@ -35,7 +35,7 @@ def preflight(config: RunConfig, job: JobStore, json_path: str | None = None) ->
     topology = plan(config.cluster, job.launch.job_world_size, len(names))
     job.describe_rank = partial(describe_rank, topology, job.hosts)
     world = build_world(job, topology, config.cluster, config.federation.timeout_seconds)
-    check_precision(config.model.precision)
+    check_precision(config.model.precision, world.device)
     with world.leader_first():
         directory = resolve_model(config.model, config.data.cache_dir)
     base, global_adapter, local_adapter = count_parameters(directory, config.lora)  # reads no weights

@@ -106,11 +106,11 @@ def build_session(config: RunConfig, job: JobStore) -> Session:
     )
     scorer = None
     if config.evaluation.scores_every_rounds:
-        weighting = resolve_weighting(config, schedule, len(place.names))
+        weighting = resolve_weighting(config.weighting, config.method, len(place.names))
         instances = instances_to_score(config.data, config.seed, config.evaluation, trained_tasks)
         scorer = Scorer(engine, world, model.tokenizer, weighting, config.generation, instances, config.data.template)
     # Last of all: from here on the other groups wait for this one, where each has a launcher of its own.
-    join_leaders(config, job, world)
+    join_leaders(config.federation, config.cluster, job, world)
     return Session(
         seed=config.seed,
         federation=config.federation,
@@ -235,7 +235,7 @@ def load_model(
     Raises:
         ConfigError, ModelError: precision, files or adapters do not fit the device or one another.
     """
-    check_precision(model.precision)
+    check_precision(model.precision, world.device)
     with world.leader_first():  # a GGUF file is converted once
         directory = resolve_model(model, cache_dir)
     tokenizer = load_tokenizer(directory)

@@ -1,7 +1,8 @@
 """Reference prompts: what a test prompt is compared with to decide how much of the local adapter it gets.
 
-They are prompts (without answers) of a client's own training data, drawn once per run. They and their states stay with
-the client's local adapter; only the mean of the states crosses a client border.
+They are prompts (without answers) of a client's own training data, drawn once per run. They and
+their embeddings stay with the client's local adapter; only the mean of the embeddings crosses a
+client border.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,31 +25,33 @@ _REFERENCE_TAG = 104
 
 @dataclass(frozen=True)
 class References:
-    """A client's reference prompts, and their states as the frozen base alone encodes them."""
+    """A client's reference prompts, and their embeddings by the frozen base alone."""
 
     prompts: list[list[int]]
     """Tokens of each prompt."""
-    states: Embeddings
+    embeddings: Embeddings
 
     @property
     def reference_mean(self) -> torch.Tensor:
         """(number of representations, hidden size): what the client adds to the federation's mean."""
-        return torch.stack([self.states[name].mean(dim=0) for name in REPRESENTATIONS])
+        return torch.stack([self.embeddings[name].mean(dim=0) for name in REPRESENTATIONS])
 
     def to_tensors(self) -> dict[str, torch.Tensor]:
         """For a safetensors file; inverse of `from_tensors`."""
-        return {
+        tensors = {
             "tokens": torch.tensor([token for prompt in self.prompts for token in prompt], dtype=torch.int32),
             "lengths": torch.tensor([len(prompt) for prompt in self.prompts], dtype=torch.int32),
-            **{f"states.{name}": self.states[name].contiguous() for name in REPRESENTATIONS},
         }
+        for name in REPRESENTATIONS:
+            tensors[f"embeddings.{name}"] = self.embeddings[name].contiguous()
+        return tensors
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, torch.Tensor]) -> "References":
         """Inverse of `to_tensors`."""
         lengths: list[int] = tensors["lengths"].tolist()
-        prompts = [part.tolist() for part in torch.split(tensors["tokens"], lengths)]
-        return cls(prompts, {name: tensors[f"states.{name}"] for name in REPRESENTATIONS})
+        prompts = [prompt.tolist() for prompt in torch.split(tensors["tokens"], lengths)]
+        return cls(prompts, {name: tensors[f"embeddings.{name}"] for name in REPRESENTATIONS})
 
 
 def draw_references(examples: TokenizedExamples, num_references: int, seed: Sequence[int]) -> list[list[int]]:

@@ -51,10 +51,11 @@ def evaluate(config: RunConfig, job: JobStore) -> Path:
     everything = read_instances(config.data, config.seed, config.evaluation.split)
     instances = choose_instances(everything, config.evaluation)
 
-    directory, world, partitioned = place_base(config, job, len(clients))
-    fingerprint = model_fingerprint(directory)
+    base = place_base(config, job, len(clients))
+    world = base.world
+    fingerprint = model_fingerprint(base.directory)
     folder.check_model(fingerprint)
-    predictor = build_predictor(config, folder, server_round, directory, world, partitioned)
+    predictor = build_predictor(config, folder, server_round, base)
     client_models = load_clients(folder, server_round, clients, predictor)
     prompts = tokenize_instances(instances, predictor, config.data.template)
     evaluation_set = EvaluationSet(instances, prompts, client_models)

@@ -68,7 +68,7 @@ class Scorer:
             self._generation,
             reference_mean,
             self._engine.write_state,
-            partitioned=self._world.world_size > 1,
+            self._world,
         )
         prompts = tokenize_instances(self._instances, predictor, self._template)
         evaluation_set = EvaluationSet(self._instances, prompts, {client_model.info.client: client_model})

@@ -15,7 +15,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from dpa_ds.adapters.methods import build_schedule
 from dpa_ds.config.load import load_config
 from dpa_ds.config.schema import MethodConfig, RunConfig, WeightingConfig
 from dpa_ds.config.validate import REPOSITORY, fingerprint_sections
@@ -64,12 +63,8 @@ class Stages:
 
     def resolve(self, method: str, candidate: Candidate) -> Weighting:
         """What `candidate` means for `method`. Raises ConfigError if it does not go with the federation."""
-        recipe = replace(
-            self._config,
-            method=replace(self._config.method, name=method),  # type: ignore[arg-type]
-            weighting=self._weighting_config(candidate),
-        )
-        return resolve_weighting(recipe, build_schedule(recipe.method), self._num_clients)
+        chosen = replace(self._config.method, name=method)  # type: ignore[arg-type]
+        return resolve_weighting(self._weighting_config(candidate), chosen, self._num_clients)
 
     def evaluate(
         self, method: str, seed: int, candidate: Candidate, split: str, num_instances: int | None = None

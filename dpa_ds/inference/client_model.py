@@ -1,4 +1,4 @@
-"""One loaded model that answers as any client of a run: weights of instances, then one batched decoding."""
+"""One loaded model that answers as any client of a run: a weight for each instance, then one batched decoding."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +13,7 @@ from dpa_ds.adapters.state import AdapterState
 from dpa_ds.config.schema import Encoder, GenerationConfig
 from dpa_ds.data.references import REPRESENTATIONS, Embeddings, References
 from dpa_ds.data.sources import NO_TASK, ClientInfo
+from dpa_ds.distributed.world import World
 from dpa_ds.errors import CheckpointError, DataError
 from dpa_ds.inference.embedding import embed
 from dpa_ds.inference.generation import generate
@@ -20,7 +21,8 @@ from dpa_ds.inference.weighting import Weighting, instance_weights
 from dpa_ds.runs.folder import RunFolder
 
 Install = Callable[[str, AdapterState], None]
-"""Puts an adapter into the model: `AdapterModel.load_state`, or `AdapterEngine.write_state` where there is an engine."""
+"""Puts an adapter into the model: `AdapterModel.load_state`, or where there is an engine
+`AdapterEngine.write_state`."""
 
 
 @dataclass(frozen=True)
@@ -35,14 +37,16 @@ class ClientModel:
 
 
 def load_client_model(folder: RunFolder, server_round: int, client: int) -> ClientModel:
-    """A client as it was after `server_round`.
+    """The client as it was after `server_round`.
 
     Raises:
         CheckpointError: a file is missing or damaged, or the adapter is not finite.
     """
     saved = folder.load_adapter(server_round, f"local/client_{client:02d}")
     info = _client_info(client, saved.info)
-    references = References.from_tensors(saved.extras["references"]) if "references" in saved.extras else None
+    references = None
+    if "references" in saved.extras:
+        references = References.from_tensors(saved.extras["references"])
     return ClientModel(info, saved.weights, saved.info["steps_taken"][LOCAL] > 0, references)
 
 
@@ -55,14 +59,15 @@ def describe_client(folder: RunFolder, server_round: int, client: int) -> Client
     return _client_info(client, folder.info(server_round, f"local/client_{client:02d}"))
 
 
-def _client_info(client: int, info: Mapping[str, Any]) -> ClientInfo:
-    return ClientInfo(client, info["label"], tuple(info["tasks"]) or (NO_TASK,))
-
-
 class Predictor:
-    """The base with both adapters, of which the local one is swapped from client to client.
+    """The base with both adapters, of which the local one is exchanged from client to client.
 
-    Every method is collective where the base is partitioned (ZeRO-3): all ranks of the group.
+    It remembers which client is loaded and how references are embedded: make a new one when the
+    adapters have changed. Every method is collective: all ranks of the group.
+
+    Args:
+        reference_mean: (representations, hidden size) of the federation, or empty where the run has none.
+        world: its ranks answer together, each its own prompts.
     """
 
     def __init__(
@@ -73,41 +78,47 @@ class Predictor:
         generation: GenerationConfig,
         reference_mean: torch.Tensor,
         install: Install,
-        partitioned: bool = False,
+        world: World,
     ) -> None:
-        self.adapters, self.tokenizer, self.weighting, self.generation = adapters, tokenizer, weighting, generation
-        self.partitioned = partitioned
-        """Every rank of the group takes part in every call."""
-        self._mean_states, self._install = reference_mean, install
-        self._installed: int | None = None
-        self._encoded_references: dict[int, torch.Tensor] = {}
-        self._pad_id, self._eos_id = int(tokenizer.pad_token_id), int(tokenizer.eos_token_id)
+        self.adapters = adapters
+        self.tokenizer = tokenizer
+        self.weighting = weighting
+        self.generation = generation
+        self._reference_mean = reference_mean
+        self._install = install
+        self._world = world
+        self._loaded: int | None = None
+        self._reference_embeddings: dict[int, torch.Tensor] = {}
+        self._pad_id = int(tokenizer.pad_token_id)
+        self._eos_id = int(tokenizer.eos_token_id)
 
     def embed(self, prompts: Sequence[Sequence[int]], encoder: Encoder) -> Embeddings:
-        """Embeddings of `prompts`; with `local`, by the adapter of the client that was installed last."""
+        """Embeddings of `prompts`; with `local`, by the adapter of the client that was loaded last."""
         return embed(self.adapters, encoder, prompts, self._pad_id, self.generation.batch_tokens)
 
     def weights(
-        self, client: ClientModel, prompts: Sequence[Sequence[int]], states: torch.Tensor | None = None
+        self, client: ClientModel, prompts: Sequence[Sequence[int]], embeddings: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Weight of `client`'s local adapter for each prompt, (n,).
 
         Args:
-            states: of the prompts, (n, hidden), where the encoder is not the local adapter and they are known already.
+            embeddings: of the prompts, (n, hidden), where they are known already: not with the local
+                adapter as the encoder.
         """
+        weighting = self.weighting
         self.check_references(client)
         if not client.trained:
             return torch.zeros(len(prompts))
-        weighting = self.weighting
         if weighting.is_constant:
             return torch.full((len(prompts),), weighting.scale)
         if weighting.encoder == LOCAL:
             self.load_client(client)
-        if states is None:
-            states = self.embed(prompts, weighting.encoder)[weighting.representation]
-        position = REPRESENTATIONS.index(weighting.representation)
-        reference_mean = self._mean_states[position] if len(self._mean_states) else torch.zeros(())
-        return instance_weights(weighting, states, self._references(client), reference_mean)
+        if embeddings is None:
+            embeddings = self.embed(prompts, weighting.encoder)[weighting.representation]
+        reference_mean = torch.zeros(())
+        if len(self._reference_mean):
+            reference_mean = self._reference_mean[REPRESENTATIONS.index(weighting.representation)]
+        return instance_weights(weighting, embeddings, self._references(client), reference_mean)
 
     def answer(
         self, client: ClientModel | None, prompts: Sequence[Sequence[int]], alphas: torch.Tensor, streamer: Any = None
@@ -116,16 +127,15 @@ class Predictor:
         if client is not None:
             self.load_client(client)
         tokens = generate(
-            self.adapters,
-            prompts,
-            alphas,
-            self.generation,
-            self._pad_id,
-            self._eos_id,
-            partitioned=self.partitioned,
-            streamer=streamer,
+            self.adapters, prompts, alphas, self.generation, self._pad_id, self._eos_id, self._world, streamer
         )
         return [text.strip() for text in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+
+    def load_client(self, client: ClientModel) -> None:
+        """Install the client's local adapter, unless it is there already."""
+        if self._loaded != client.info.client:
+            self._install(LOCAL, client.local_state)
+            self._loaded = client.info.client
 
     def check_context(self, num_tokens: int, what: str) -> None:
         """Refuse a prompt of so many tokens that it and its answer do not fit the model's context.
@@ -137,20 +147,9 @@ class Predictor:
         longest = self.generation.max_new_tokens
         if context is not None and num_tokens + longest > context:
             raise DataError(
-                f"{what} has {num_tokens} tokens: with generation.max_new_tokens {longest} that is more than the model's "
-                f"context of {context}: lower generation.max_new_tokens, or shorten or remove it"
+                f"{what} has {num_tokens} tokens: with generation.max_new_tokens {longest} that is more than the "
+                f"model's context of {context}: lower generation.max_new_tokens, or shorten or remove it"
             )
-
-    def forget(self) -> None:
-        """Forget what was installed and encoded: adapters have changed, or `weighting` has."""
-        self._installed = None
-        self._encoded_references.clear()
-
-    def load_client(self, client: ClientModel) -> None:
-        """Install the client's local adapter, unless it is there already."""
-        if self._installed != client.info.client:
-            self._install(LOCAL, client.local_state)
-            self._installed = client.info.client
 
     def check_references(self, client: ClientModel) -> None:
         """Refuse a weighting that compares prompts with references where the run kept none.
@@ -166,12 +165,20 @@ class Predictor:
             )
 
     def _references(self, client: ClientModel) -> torch.Tensor:
-        """Embeddings of the client's references: kept with its adapter for the frozen base, else encoded once."""
+        """Embeddings of the client's references, (S, hidden).
+
+        Those of the frozen base are kept with the client's adapter; others are computed once.
+        """
         weighting, references = self.weighting, client.references
         assert references is not None, "check_references"
         if weighting.encoder == "none":
-            return references.states[weighting.representation]
-        if client.info.client not in self._encoded_references:
-            states = self.embed(references.prompts, weighting.encoder)
-            self._encoded_references[client.info.client] = states[weighting.representation]
-        return self._encoded_references[client.info.client]
+            return references.embeddings[weighting.representation]
+        number = client.info.client
+        if number not in self._reference_embeddings:
+            embeddings = self.embed(references.prompts, weighting.encoder)
+            self._reference_embeddings[number] = embeddings[weighting.representation]
+        return self._reference_embeddings[number]
+
+
+def _client_info(client: int, info: Mapping[str, Any]) -> ClientInfo:
+    return ClientInfo(client, info["label"], tuple(info["tasks"]) or (NO_TASK,))

@@ -58,9 +58,9 @@ def generate(
     if input_path is not None:  # before the base, whose loading takes much longer
         prompts = read_prompts(Path(input_path).expanduser(), config.data.instruction_column)
 
-    directory, world, partitioned = place_base(config, job, len(existing))
-    folder.check_model(model_fingerprint(directory))
-    predictor = build_predictor(config, folder, server_round, directory, world, partitioned)
+    base = place_base(config, job, len(existing))
+    folder.check_model(model_fingerprint(base.directory))
+    predictor = build_predictor(config, folder, server_round, base)
     client_model = load_client_model(folder, server_round, client)
     weighting = describe_weighting(predictor.weighting, config.weighting.num_references)
     logger.info(f"{client_model.info.label} after round {server_round}, {weighting}")
@@ -75,7 +75,7 @@ def generate(
         answer_on_stdout(console, prompt)
     else:
         converse(console)
-    world.close()
+    base.world.close()
 
 
 def converse(console: Console) -> None:

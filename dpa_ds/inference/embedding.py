@@ -1,6 +1,7 @@
-"""Prompts to states: the frozen base, alone or with one adapter, read at its last layer."""
+"""Prompts to embeddings: the frozen base, alone or with one adapter, read at its last layer."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -14,7 +15,7 @@ from dpa_ds.data.references import Embeddings
 def embed(
     adapters: AdapterModel, encoder: Encoder, prompts: Sequence[Sequence[int]], pad_id: int, batch_tokens: int
 ) -> Embeddings:
-    """State of each prompt, (number of prompts, hidden size) fp32 on CPU: the last layer's, after the final norm.
+    """Embeddings of the prompts, (number of prompts, hidden size) fp32 on CPU: the last layer's, after the final norm.
 
     Dropout is off afterwards, and the mix is `encoder`'s: set both again before training.
     Collective under ZeRO-3: all ranks of the group, same prompts.
@@ -33,23 +34,27 @@ def embed(
         case methods.LOCAL:
             adapters.set_mix(global_local_mix(1.0))
     model.eval()
+    hidden_states: list[torch.Tensor] = []
+
+    def keep_hidden_states(_module: torch.nn.Module, _inputs: Any, output: Any) -> None:
+        hidden_states.append(output.last_hidden_state)
+
+    last_token = torch.empty(len(prompts), adapters.base_model.config.get_text_config().hidden_size)
+    mean = torch.empty_like(last_token)
     # Through the whole model, not its inner part: ZeRO-3 resets its prefetching at the outermost module.
-    last: list[torch.Tensor] = []
-    states: list[dict[str, torch.Tensor]] = [{}] * len(prompts)
-    with adapters.base_model.base_model.register_forward_hook(lambda *call: last.append(call[-1].last_hidden_state)):
-        for rows in batches([len(prompt) for prompt in prompts], batch_tokens):
+    with adapters.base_model.base_model.register_forward_hook(keep_hidden_states):
+        for batch in batches([len(prompt) for prompt in prompts], batch_tokens):
             # Padded on the right and without a mask: the model is causal, no token of a prompt looks there.
-            lengths = torch.tensor([len(prompts[row]) for row in rows])
-            ids = torch.full((len(rows), int(lengths.max())), pad_id)
-            for i, row in enumerate(rows):
-                ids[i, : lengths[i]] = torch.tensor(prompts[row])
+            longest = len(prompts[batch[0]])
+            ids = torch.full((len(batch), longest), pad_id)
+            for row, i in enumerate(batch):
+                ids[row, : len(prompts[i])] = torch.tensor(prompts[i])
             model(input_ids=ids.to(adapters.device), use_cache=False, **adapters.one_logit)
-            for row, hidden, length in zip(rows, last.pop().float().cpu(), lengths.tolist(), strict=True):
-                states[row] = {"last_token": hidden[length - 1], "mean": hidden[:length].mean(dim=0)}
-    return {
-        "last_token": torch.stack([s["last_token"] for s in states]),
-        "mean": torch.stack([s["mean"] for s in states]),
-    }
+            for i, hidden in zip(batch, hidden_states.pop().float().cpu(), strict=True):
+                length = len(prompts[i])
+                last_token[i] = hidden[length - 1]
+                mean[i] = hidden[:length].mean(dim=0)
+    return {"last_token": last_token, "mean": mean}
 
 
 def batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
@@ -57,8 +62,9 @@ def batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
 
     Longest first: a batch that does not fit the memory fails at the start.
     """
+    longest_first = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
     result: list[list[int]] = []
-    for row in sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)):
+    for row in longest_first:
         if result and lengths[result[-1][0]] * (len(result[-1]) + 1) <= batch_tokens:
             result[-1].append(row)
         else:

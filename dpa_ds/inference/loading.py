@@ -1,16 +1,17 @@
-"""A trained run becomes an Predictor: where the base is placed, and its adapters installed."""
+"""A trained run becomes a Predictor: where the base is placed, and its adapters installed."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from dpa_ds.adapters.adapter_model import AdapterModel
-from dpa_ds.adapters.methods import GLOBAL, adapter_table, build_schedule
-from dpa_ds.config.schema import RunConfig
+from dpa_ds.adapters.methods import GLOBAL, adapter_table
+from dpa_ds.config.schema import ModelConfig, RunConfig
+from dpa_ds.distributed.device import claim_device
 from dpa_ds.distributed.job_store import JobStore
 from dpa_ds.distributed.topology import Topology
-from dpa_ds.distributed.world import World, build_world
-from dpa_ds.engine.engine import AdapterEngine, build_deepspeed_json
+from dpa_ds.distributed.world import World, build_world, world_without_collectives
 from dpa_ds.errors import ClusterError, ModelError
 from dpa_ds.inference.client_model import Install, Predictor
 from dpa_ds.inference.weighting import resolve_weighting
@@ -22,76 +23,88 @@ PARTITIONED = {"zero_optimization": {"stage": 3}}
 """DeepSpeed JSON of a base that is divided among the ranks of a group."""
 
 
-def place_base(config: RunConfig, job: JobStore, num_clients: int) -> tuple[Path, World, bool]:
-    """Model directory, world, and whether the base is divided: one copy a rank where it fits, else one for all ranks.
+@dataclass(frozen=True)
+class PlacedBase:
+    """The base, not loaded yet, and the ranks that hold it together."""
+
+    directory: Path
+    world: World
+    partitioned: bool
+    """The ranks of the world divide it (ZeRO-3); else each rank is a world of its own, with a whole copy."""
+
+
+def place_base(config: RunConfig, job: JobStore, num_clients: int) -> PlacedBase:
+    """One copy of the base on each rank where it fits one, else one for all ranks together.
 
     Collective: every rank of the job.
 
     Raises:
-        ClusterError: it neither fits one rank nor are there more.
+        ClusterError: it does not fit one rank, and there is no other.
         ModelError: it is not where the run found it.
     """
-    check_precision(config.model.precision)
-    size = job.launch.job_world_size
-    directory = Path(str(job.broadcast_from_rank_zero("model", lambda: str(_find_base(config)))))
-    fits = config.evaluation.sharding == "never" or fits_one_rank(
-        directory, config.model.precision, job.hosts.count(job.launch.hostname)
+    num_ranks = job.launch.job_world_size
+    ranks_on_host = job.hosts.count(job.launch.hostname)
+    device = claim_device(job.launch, ranks_on_host)
+    check_precision(config.model.precision, device)
+    directory = Path(
+        job.broadcast_from_rank_zero("model", lambda: str(_find_base(config.model, config.data.cache_dir)))
     )
+    sharding = config.evaluation.sharding
+    fits = sharding == "never" or fits_one_rank(directory, config.model.precision, device, ranks_on_host)
     fits = bool(job.broadcast_from_rank_zero("fits", lambda: fits))
-    partitioned = config.evaluation.sharding == "always" or not fits
-    if not fits and size == 1:
+    if not fits and num_ranks == 1:
         raise ClusterError(
             f"the base in {directory} does not fit the memory of one rank: start several, or use model.precision bf16"
         )
-    sizes = (size,) if partitioned else (1,) * size
-    world = build_world(job, Topology(sizes, num_clients), config.cluster, config.federation.timeout_seconds)
-    return directory, world, partitioned
+    if fits and sharding != "always":
+        topology = Topology((1,) * num_ranks, num_clients)
+        return PlacedBase(directory, world_without_collectives(job, topology), partitioned=False)
+    topology = Topology((num_ranks,), num_clients)
+    world = build_world(job, topology, config.cluster, config.federation.timeout_seconds)
+    return PlacedBase(directory, world, partitioned=True)
 
 
-def build_predictor(
-    config: RunConfig,
-    folder: RunFolder,
-    server_round: int,
-    directory: Path,
-    world: World,
-    partitioned: bool,
-) -> Predictor:
+def build_predictor(config: RunConfig, folder: RunFolder, server_round: int, base: PlacedBase) -> Predictor:
     """The base with the run's global adapter. Collective where it is partitioned: all ranks of the group.
 
     Raises:
         ConfigError: the weighting does not go with the run.
         CheckpointError, ModelError: adapters or base cannot be used.
     """
-    weighting = resolve_weighting(config, build_schedule(config.method), len(folder.clients(server_round)))
+    num_clients = len(folder.clients(server_round))
+    weighting = resolve_weighting(config.weighting, config.method, num_clients)
     shared = folder.load_adapter(server_round, GLOBAL)
-    file_json = PARTITIONED if partitioned else {}
-    ds_json = build_deepspeed_json(
-        file_json, config.engine.deepspeed_config, config.train, config.model.precision, world.world_size
-    )
-    base = load_base(config.model, directory, ds_json)
-    adapters = AdapterModel(base, adapter_table(config.lora), config.lora)
-    if partitioned:
-        install: Install = AdapterEngine(adapters, world, config.train, ds_json).write_state
+    if base.partitioned:
+        # Here, because it imports DeepSpeed, which takes seconds.
+        from dpa_ds.engine.engine import AdapterEngine, build_deepspeed_json
+
+        ds_json = build_deepspeed_json(
+            PARTITIONED, config.engine.deepspeed_config, config.train, config.model.precision, base.world.world_size
+        )
+        model = load_base(config.model, base.directory, ds_json)
+        adapters = AdapterModel(model, adapter_table(config.lora), config.lora)
+        install: Install = AdapterEngine(adapters, base.world, config.train, ds_json).write_state
     else:
-        adapters.base_model.to(world.device)  # type: ignore[arg-type]
+        model = load_base(config.model, base.directory, {})
+        adapters = AdapterModel(model, adapter_table(config.lora), config.lora)
+        model.to(base.world.device)  # type: ignore[arg-type]
         install = adapters.load_state
     adapters.check_shapes(GLOBAL, shared.weights)
     install(GLOBAL, shared.weights)
-    means = shared.extras.get("reference_mean", {"reference_mean": torch.zeros(0, 0)})["reference_mean"]
-    tokenizer = load_tokenizer(directory)
+    no_mean = {"reference_mean": torch.zeros(0, 0)}
     return Predictor(
-        adapters,
-        tokenizer,
-        weighting,
-        config.generation,
-        means,
-        install,
-        partitioned,
+        adapters=adapters,
+        tokenizer=load_tokenizer(base.directory),
+        weighting=weighting,
+        generation=config.generation,
+        reference_mean=shared.extras.get("reference_mean", no_mean)["reference_mean"],
+        install=install,
+        world=base.world,
     )
 
 
-def _find_base(config: RunConfig) -> Path:
+def _find_base(config: ModelConfig, cache_dir: str) -> Path:
     try:
-        return resolve_model(config.model, config.data.cache_dir)
+        return resolve_model(config, cache_dir)
     except ModelError as error:
         raise ModelError(f"{error}; if the base has moved, say where it is with --model.path") from error

@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from dpa_ds.config.schema import ModelConfig
+from dpa_ds.distributed.device import free_memory
 from dpa_ds.errors import ConfigError, ModelError
 from dpa_ds.model.directory import check_directory, tensor_files
 
@@ -27,24 +28,34 @@ logger = logging.getLogger(__name__)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def check_precision(precision: str) -> None:
+def check_precision(precision: str, device: torch.device) -> None:
     """Refuse a precision that the device lacks, and warn of one that it only emulates.
 
     Raises:
         ConfigError: the device cannot compute in it.
     """
-    from deepspeed.accelerator import get_accelerator
-
-    accelerator = get_accelerator()
-    supported = {"fp32": True, "bf16": accelerator.is_bf16_supported(), "fp16": accelerator.is_fp16_supported()}
-    if not supported[precision]:
-        possible = [name for name, works in supported.items() if works]
-        raise ConfigError(
-            f"model.precision {precision} is not supported on {accelerator.device_name()}: use {possible}"
-        )
+    supported = _supported_precisions(device)
+    if precision not in supported:
+        raise ConfigError(f"model.precision {precision} is not supported on {device.type}: use {supported}")
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    if precision == "bf16" and accelerator.device_name() == "cpu" and not native:
+    if precision == "bf16" and device.type == "cpu" and not native:
         logger.warning("model.precision bf16 is emulated on this CPU, and slower than fp32: consider fp32")
+
+
+def _supported_precisions(device: torch.device) -> list[str]:
+    """Those that `device` computes in: what DeepSpeed's accelerators answer (0.19.8), asked of torch."""
+    match device.type:
+        case "cpu":
+            bf16 = True
+            mkldnn = torch.ops.mkldnn
+            fp16 = hasattr(mkldnn, "_is_mkldnn_fp16_supported") and bool(mkldnn._is_mkldnn_fp16_supported())
+        case "cuda":
+            bf16 = torch.cuda.is_bf16_supported()
+            fp16 = torch.cuda.get_device_capability(device) >= (7, 0)
+        case _:
+            bf16 = fp16 = True
+    works = {"fp32": True, "bf16": bf16, "fp16": fp16}
+    return [name for name in DTYPES if works[name]]
 
 
 def resolve_model(config: ModelConfig, cache_dir: str) -> Path:
@@ -65,18 +76,17 @@ def resolve_model(config: ModelConfig, cache_dir: str) -> Path:
     return directory
 
 
-def fits_one_rank(directory: Path, precision: str, ranks_on_host: int) -> bool:
-    """Whether one rank's share of the free device memory holds the base, with a quarter to spare for everything else."""
-    from deepspeed.accelerator import get_accelerator
-
-    accelerator = get_accelerator()
-    bytes_needed = 0
+def fits_one_rank(directory: Path, precision: str, device: torch.device, ranks_on_host: int) -> bool:
+    """Whether one rank's share of the free memory of `device` holds the base, with a quarter to spare for all else."""
+    num_parameters = 0
     for path in {*tensor_files(directory).values()}:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118
-                bytes_needed += torch.Size(file.get_slice(name).get_shape()).numel() * DTYPES[precision].itemsize
-    sharing = ranks_on_host if accelerator.device_name() == "cpu" else 1
-    return bytes_needed <= 0.75 * float(accelerator.available_memory()) / sharing
+                num_parameters += torch.Size(file.get_slice(name).get_shape()).numel()
+    share = float(free_memory(device))
+    if device.type == "cpu":
+        share /= ranks_on_host
+    return num_parameters * DTYPES[precision].itemsize <= 0.75 * share
 
 
 def _from_hub(name: str) -> Path:
@@ -110,8 +120,6 @@ def load_base(config: ModelConfig, directory: Path, deepspeed_json: Mapping[str,
     except (OSError, ValueError, RuntimeError, SafetensorError, ImportError) as error:
         raise ModelError(f"cannot load a causal LM from {directory}: {str(error).strip().splitlines()[0]}") from error
     model.config.use_cache = False
-    # Its own may hold a repetition penalty and the like, which generate() would take for every field left out.
-    model.generation_config = transformers.GenerationConfig()
     if config.gradient_checkpointing:
         # ZeRO-3 empties parameters between forward and recomputation; the non-reentrant kind checks their shapes.
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": zero3})
@@ -134,7 +142,8 @@ def _load_whole(config: ModelConfig, directory: Path) -> PreTrainedModel:
     model, report = loaded
     for name, stored, expected in sorted(report["mismatched_keys"]):
         raise ModelError(
-            f"tensor {name!r} has shape {tuple(stored)} in the checkpoint, but the model's config says {tuple(expected)}"
+            f"tensor {name!r} has shape {tuple(stored)} in the checkpoint, but the model's config says "
+            f"{tuple(expected)}"
         )
     for name in sorted(report["missing_keys"]):  # transformers only warns, and draws the tensor at random
         raise ModelError(f"the checkpoint has no tensor {name!r}: it is incomplete, or belongs to another model")
@@ -152,10 +161,10 @@ def _load_partitioned(config: ModelConfig, directory: Path, deepspeed_json: Mapp
     model.tie_weights()  # part of the initialisation that was skipped
     _restore_computed_buffers(model)
     files = tensor_files(directory)
+    opened = {}
     with ExitStack() as stack:
-        opened = {
-            path: stack.enter_context(safe_open(path, framework="pt", device="cpu")) for path in set(files.values())
-        }
+        for path in set(files.values()):
+            opened[path] = stack.enter_context(safe_open(path, framework="pt", device="cpu"))
         for name, buffer in model.named_buffers():
             if name in files:
                 buffer.copy_(opened[files[name]].get_tensor(name))

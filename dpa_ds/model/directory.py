@@ -77,8 +77,8 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     num_tokens = getattr(read_config(directory).get_text_config(), "vocab_size", highest + 1)
     if highest >= num_tokens:
         raise ModelError(
-            f"the tokenizer in {directory} has ids up to {highest}, but the model knows {num_tokens} tokens (vocab_size of "
-            "config.json): it belongs to another model; put the right one there"
+            f"the tokenizer in {directory} has ids up to {highest}, but the model knows {num_tokens} tokens "
+            "(vocab_size of config.json): it belongs to another model; put the right one there"
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -94,7 +94,8 @@ def model_fingerprint(directory: Path) -> str:
     digest = hashlib.sha256()
     for name in IDENTITY_FILES:
         path = directory / name
-        digest.update(path.read_bytes() if path.is_file() else b"")
+        if path.is_file():
+            digest.update(path.read_bytes())
     for path in sorted(directory.glob("*.safetensors")):
         with path.open("rb") as file:
             header_length = int.from_bytes(file.read(8), "little")
@@ -126,16 +127,15 @@ def count_parameters(directory: Path, lora: LoraConfig) -> tuple[int, int, int]:
     Raises:
         ModelError: `config.json` describes no model.
     """
-    with torch.device("meta"):
+    with torch.device("meta"):  # shapes without memory
         base = AutoModelForCausalLM.from_config(read_config(directory))
-    # A LoRA of rank r on a layer of n inputs and m outputs: A is (r, n), B is (m, r).
-    widths = sum(
-        sum(module.weight.shape)
-        for name, module in base.named_modules()
-        if name.rsplit(".", 1)[-1] in lora.target_modules and hasattr(module, "weight")
-    )
     num_base = sum(parameter.numel() for parameter in base.parameters())
-    return num_base, lora.rank * widths, (lora.local_rank or lora.rank) * widths
+    per_rank = 0
+    for name, module in base.named_modules():
+        if name.rsplit(".", 1)[-1] in lora.target_modules and hasattr(module, "weight"):
+            # A LoRA of rank r on a layer of n inputs and m outputs: A is (r, n), B is (m, r).
+            per_rank += sum(module.weight.shape)
+    return num_base, lora.rank * per_rank, (lora.local_rank or lora.rank) * per_rank
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -150,7 +150,7 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def _names(path: Path) -> list[str]:
-    """Of the tensors that the header of a weight file lists."""
+    """Names of the tensors that the header of a weight file lists."""
     if not path.is_file():  # opening a pipe would wait for a writer
         raise ModelError(f"{path} is not there, or no file: download it again")
     try:

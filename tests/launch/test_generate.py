@@ -8,10 +8,18 @@ import pytest
 
 from tests import tiny
 from tests.launch.processes import PYTHON, REPOSITORY, Ended, beside_python, free_port, own_environment, run
+from tests.plain_inference import PlainClient
 from tests.ranks import run_on_ranks, train_on_rank
 
 pytestmark = pytest.mark.launch
 GENERATE = [PYTHON, "launch/generate.py"]
+AND_TELL_IMPORTS = """
+import runpy, sys
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+print("imported:", sorted({"deepspeed", "torchft", "mpi4py", "torch"} & sys.modules.keys()))
+"""
+"""A Python program that runs the script of its first argument, and then says which of these libraries that took."""
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +66,29 @@ def test_a_file_of_prompts_gives_json_lines_as_the_evaluation_answers(
     streamed = generate(run_dir, "--client", "1", "--prompt", rows[0]["instruction"])
     assert streamed.returncode == 0, streamed.output
     assert f"[alpha {lines[0]['alpha']:.3f}: local adapter" in streamed.output
+
+
+def test_one_process_needs_no_deepspeed(run_dir: Path, model: Path, federation: Path, tmp_path: Path) -> None:
+    """Neither for one answer, which is a plain computation's, nor for an evaluation."""
+    command = [PYTHON, "-c", AND_TELL_IMPORTS]
+    rows = [json.loads(line) for line in (federation / "test.jsonl").read_text().splitlines()]
+    prompts = [row["instruction"] for row in rows[:3]]
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts))
+    options = ["--run", str(run_dir), "--max_new_tokens", "8"]
+    ended = run([*command, "launch/generate.py", *options, "--client", "1", "--input", str(tmp_path / "prompts.txt")])
+    assert ended.returncode == 0, ended.output
+    assert "imported: ['torch']" in ended.output
+    plain = PlainClient(model, run_dir / "adapters", 1)
+    lines = json_lines(ended)
+    assert len(lines) == len(prompts)
+    for prompt, line in zip(prompts, lines, strict=True):
+        alpha = plain.alpha(f"{prompt} = ", "centred_cosine", 1.0, "last_token")
+        assert line["alpha"] == pytest.approx(alpha, abs=1e-5)
+        assert line["answer"] == plain.answer(f"{prompt} = ", alpha, beams=1, new_tokens=8)
+
+    ended = run([*command, "launch/evaluate.py", *options, "--instances", "1", "--beams", "2"])
+    assert ended.returncode == 0, ended.output
+    assert "imported: ['torch']" in ended.output
 
 
 def test_a_conversation_ends_with_an_empty_line(run_dir: Path) -> None:

@@ -173,8 +173,8 @@ def test_references_and_the_reference_mean_of_the_federation(run: Run) -> None:
         prompts = [plain.tokenizer.decode(tokens) for tokens in plain.references]
         assert len(set(prompts)) == len(prompts) == min(NUM_REFERENCES, size)
         assert set(prompts) <= {row["instruction"] for row in rows}
-        expected = torch.stack([plain.states(tokens, "none") for tokens in plain.references], dim=1)
-        torch.testing.assert_close(plain.stored_states, expected, rtol=0, atol=1e-5)
+        expected = torch.stack([plain.embed(tokens, "none") for tokens in plain.references], dim=1)
+        torch.testing.assert_close(plain.stored_embeddings, expected, rtol=0, atol=1e-5)
         means.append(expected.mean(dim=1))
     stored = plain_client(run, 0).reference_mean
     by_examples = sum(size * mean for size, mean in zip(SIZES, means, strict=True)) / sum(SIZES)

@@ -1,7 +1,8 @@
 """Embeddings and answers of a batch with a weight per row, against one prompt at a time by plain transformers and PEFT."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ from dpa_ds.adapters.adapter_model import AdapterModel, global_local_mix
 from dpa_ds.adapters.methods import adapter_table
 from dpa_ds.config.schema import Encoder, GenerationConfig, LoraConfig
 from dpa_ds.data.references import REPRESENTATIONS
-from dpa_ds.inference import unfinished
+from dpa_ds.inference import generation
 from dpa_ds.inference.embedding import batches, embed
 from dpa_ds.inference.generation import generate
+from dpa_ds.inference.search import BeamSearch
 from tests import plain, tiny
 
 TARGETS = ["q_proj", "v_proj"]
@@ -205,10 +207,89 @@ def test_answers_end_before_the_end_token(models: Models, beams: int) -> None:
         assert answers == [a[: a.index(eos)] if eos in a else a for a in open_end]
 
 
+@contextmanager
+def ends_sooner(base: Any, by: float) -> Iterator[None]:
+    """Flat logits, and `by` on top of the end token's: answers of all lengths, and beams that come back from behind."""
+
+    def bend(_module: Any, _inputs: Any, logits: torch.Tensor) -> torch.Tensor:
+        return 0.5 * logits + by * (torch.arange(logits.shape[-1]) == EOS)
+
+    with base.get_output_embeddings().register_forward_hook(bend):
+        yield
+
+
+@pytest.mark.parametrize("beams", [1, 2, 3, 5])
+@pytest.mark.parametrize("by", [1.5, 2.0, 2.5])
+def test_a_batch_answers_as_transformers_does(models: Models, beams: int, by: float) -> None:
+    """The same padded batch, of prompts that end at different steps; by the library's own search and cache."""
+    lengths: list[int] = []
+    models.plain.mix(0.7, 0.3)
+    for seed, num_prompts in enumerate((5, 8, 20)):
+        prompts = draw_prompts(([3, 14, 1, 9, 2, 6, 5, 4] * 3)[:num_prompts], seed=seed)
+        with ends_sooner(models.plain.model.get_base_model(), by):
+            expected = plain_generate(models.plain.model, prompts, beams)
+        with ends_sooner(models.dual.base_model, by):
+            found = models.generate(prompts, torch.full((len(prompts),), 0.3), beams)
+        assert found == expected, seed
+        lengths += map(len, found)
+    assert len(set(lengths)) >= 5, "answers of few lengths show little"
+
+
+def test_a_finished_prompt_keeps_its_answer() -> None:
+    """Where it is computed for company: its running beams go on, and may end better than heuristics expected."""
+    end = 3
+    search = BeamSearch(num_prompts=1, num_beams=2, max_new_tokens=8, eos_id=end, device=torch.device("cpu"))
+    search.advance(torch.tensor([[0.30, 0.20, 0.05, 0.45]] * 2).log())
+    search.advance(torch.tensor([[0.04, 0.03, 0.03, 0.90], [0.40, 0.35, 0.15, 0.10]]).log())
+    assert search.answers().tolist() == [[0, end]]
+    assert search.unfinished.tolist() == [False], "two ended, and the best running answer is worse"
+    for _ in range(5):
+        search.advance(torch.tensor([[0.97, 0.01, 0.01, 0.01]] * 2).log())
+    search.advance(torch.tensor([[0.01, 0.01, 0.01, 0.97]] * 2).log())
+    assert search.answers().tolist() == [[0, *[end] * 7]]
+
+
+def test_tokens_are_streamed_as_they_come(models: Models) -> None:
+    """One prompt and one beam; what the library's own search hands to a streamer."""
+
+    class Recorder:
+        def __init__(self) -> None:
+            self.put_so_far: list[list[int]] = []
+            self.ended = 0
+
+        def put(self, tokens: torch.Tensor) -> None:
+            self.put_so_far.append(tokens.flatten().tolist())
+
+        def end(self) -> None:
+            self.ended += 1
+
+    (prompt,) = draw_prompts([6])
+    ours, theirs = Recorder(), Recorder()
+    models.plain.mix(0.7, 0.3)
+    with ends_sooner(models.plain.model.get_base_model(), 1.5):
+        models.plain.model.generate(
+            input_ids=torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            streamer=theirs,
+            do_sample=False,
+            max_new_tokens=NEW_TOKENS,
+            pad_token_id=PAD,
+            eos_token_id=EOS,
+        )
+    with ends_sooner(models.dual.base_model, 1.5):
+        config = GenerationConfig(1, NEW_TOKENS)
+        (answer,) = generate(models.dual, [prompt], torch.tensor([0.3]), config, PAD, EOS, streamer=ours)
+    assert ours.put_so_far == theirs.put_so_far
+    assert ours.put_so_far[0] == prompt
+    assert len(ours.put_so_far) > 2
+    assert [*itertools.chain(*ours.put_so_far[1:])][: len(answer)] == answer
+    assert ours.ended == theirs.ended == 1
+
+
 @pytest.mark.parametrize("beams", [1, 4])
 def test_finished_rows_are_not_computed(models: Models, beams: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A batch computes as many rows as its prompts alone would, together: in a batch of 16, none for company."""
-    monkeypatch.setattr(unfinished, "WORTH_COPYING", 1.0)
+    monkeypatch.setattr(generation, "WORTH_COPYING", 1.0)
     prompts, alphas = draw_prompts([2, 5, 9, 3] * 4, seed=2), torch.linspace(0.1, 0.9, 16)
     base, rows = models.dual.base_model, list[int]()
 

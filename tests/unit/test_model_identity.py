@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dpa_ds.errors import CheckpointError
-from dpa_ds.model.base import fits_one_rank
+from dpa_ds.model import base
 from dpa_ds.model.directory import model_fingerprint
 from dpa_ds.runs.folder import MODEL, RunFolder
 from dpa_ds.runs.storage import write_file
@@ -62,7 +62,7 @@ def test_a_run_refuses_another_base_and_takes_one_that_names_none(tmp_path: Path
 
 
 def test_a_base_fits_where_a_quarter_of_the_memory_is_left(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from deepspeed.accelerator import get_accelerator
+    import torch
     from safetensors.torch import load_file
 
     num_parameters = sum(tensor.numel() for tensor in load_file(model / "model.safetensors").values())
@@ -73,5 +73,9 @@ def test_a_base_fits_where_a_quarter_of_the_memory_is_left(model: Path, monkeypa
             (num_bytes / 0.75 + 1, 2, False),  # on a CPU the ranks of a host share its memory
             (2 * num_bytes / 0.75 + 2, 2, True),
         ):
-            monkeypatch.setattr(get_accelerator(), "available_memory", lambda memory=memory: memory)
-            assert fits_one_rank(model, precision, ranks_on_host) == fits, (precision, memory, ranks_on_host)
+            monkeypatch.setattr(base, "free_memory", lambda _device, memory=memory: memory)
+            assert base.fits_one_rank(model, precision, torch.device("cpu"), ranks_on_host) == fits, (
+                precision,
+                memory,
+                ranks_on_host,
+            )

@@ -9,8 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpa_ds.adapters.methods import build_schedule
-from dpa_ds.config.schema import MethodConfig, RunConfig, WeightingConfig
+from dpa_ds.config.schema import MethodConfig, WeightingConfig
 from dpa_ds.data.references import REPRESENTATIONS, References, draw_references
 from dpa_ds.data.tokenize import TokenizedExamples
 from dpa_ds.errors import ConfigError
@@ -159,8 +158,7 @@ def test_constants_ignore_states(kind: str, scale: float) -> None:
 
 
 def resolve(method: str = "feddpa_t", num_clients: int = 2, **chosen: Any) -> Weighting:
-    config = RunConfig(method=MethodConfig(name=method, alpha=0.3), weighting=WeightingConfig(**chosen))  # type: ignore[arg-type]
-    return resolve_weighting(config, build_schedule(config.method), num_clients)
+    return resolve_weighting(WeightingConfig(**chosen), MethodConfig(name=method, alpha=0.3), num_clients)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("method", "kind", "scale"), [
@@ -253,12 +251,12 @@ def test_references_survive_a_file_bit_by_bit(tmp_path: Any) -> None:
     from safetensors.torch import load_file, save_file
 
     prompts = [[7], [1, 2, 3, 2**31 - 1], [5, 5]]
-    states = {name: randn(50 + k, 3, 6) for k, name in enumerate(REPRESENTATIONS)}
-    references = References(prompts, states)
+    embeddings = {name: randn(50 + k, 3, 6) for k, name in enumerate(REPRESENTATIONS)}
+    references = References(prompts, embeddings)
     save_file(references.to_tensors(), tmp_path / "references.safetensors")
     found = References.from_tensors(load_file(tmp_path / "references.safetensors"))
     assert found.prompts == prompts
-    assert found.states.keys() == states.keys()
-    assert all(torch.equal(found.states[name], states[name]) for name in REPRESENTATIONS)
-    by_hand = torch.stack([sum(states[name]) / 3 for name in ("last_token", "mean")])  # type: ignore[misc]
+    assert found.embeddings.keys() == embeddings.keys()
+    assert all(torch.equal(found.embeddings[name], embeddings[name]) for name in REPRESENTATIONS)
+    by_hand = torch.stack([sum(embeddings[name]) / 3 for name in ("last_token", "mean")])  # type: ignore[misc]
     torch.testing.assert_close(references.reference_mean, by_hand)

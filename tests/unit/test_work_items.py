@@ -27,7 +27,6 @@ class FakePredictor:
 
     def __init__(self, alphas: dict[int, dict[int, float]], encoder: str = "none") -> None:
         self.alphas = alphas
-        self.partitioned = True
         self.weighting = SimpleNamespace(is_constant=False, encoder=encoder, representation="mean")
         self.calls: list[tuple[str, int | None]] = []
         self.computed: list[tuple[int | None, int]] = []

@@ -11,7 +11,7 @@ import torch
 from dpa_ds.config.schema import ClusterConfig
 from dpa_ds.distributed.job_store import JobStore, _Hello, _judge
 from dpa_ds.distributed.topology import Topology
-from dpa_ds.distributed.world import build_world
+from dpa_ds.distributed.world import build_world, world_without_collectives
 from dpa_ds.errors import ClusterError, ConfigError
 from tests.ranks import run_on_ranks
 
@@ -185,6 +185,60 @@ def test_groups_are_worlds_of_their_own_and_leaders_meet(tmp_path: Path) -> None
     for leader in (results[0], results[2]):
         assert leader["federation"] == [0, 3, 6, 9, 12]
         assert leader["bytes"] == {"update": 5 * 4 + 2 * 4, "metrics": 3 * 8}
+
+
+NESTED = {"text": "Grüße, 世界", "numbers": [1, -2.5, None, True], "empty": {}}
+
+
+def say_what_the_leader_says(job: JobStore, sizes: tuple[int, ...]) -> list[Any]:
+    world = build_world(job, Topology(sizes, len(sizes)), CLUSTER, 30.0)
+    mine = [NESTED, "x" * 100_000, world.group] if world.is_leader else object()  # the others' need not even be JSON
+    return [
+        world.broadcast_json(mine),
+        world.broadcast_json((world.group, world.rank)),
+        world.on_all_ranks(True),
+        world.on_all_ranks(world.is_leader),
+        world.on_all_ranks(False),
+    ]
+
+
+def test_every_rank_of_a_group_has_the_leaders_value(tmp_path: Path) -> None:
+    results = run_on_ranks(say_what_the_leader_says, 3, tmp_path, (2, 1))
+    for group, rank in ((0, 0), (0, 1), (1, 2)):
+        leaders, place, everybody, only_the_leader, nobody = results[rank]
+        assert leaders == [NESTED, "x" * 100_000, group]
+        assert place == [group, 0], "a tuple comes back as a list, on the leader too"
+        assert (everybody, only_the_leader, nobody) == (True, group == 1, False)
+
+
+def stay_alone(job: JobStore) -> dict[str, Any]:
+    import torch.distributed as dist
+
+    world = world_without_collectives(job, Topology((1, 1), 2))
+    with world.leader_first():
+        world.barrier()
+    result = {
+        "place": (world.group, world.rank, world.world_size, world.is_leader, world.is_coordinator),
+        "sum": world.all_reduce_(torch.tensor([3.0])).item(),
+        "value": world.broadcast_json(world.group),
+        "from leader": world.from_leader(lambda: torch.tensor([float(world.group)]), torch.zeros(1)).item(),
+        "leaders": world.leaders is None,
+        "initialized": dist.is_initialized(),
+    }
+    world.close()
+    return result
+
+
+def test_a_group_of_one_needs_no_process_group(tmp_path: Path) -> None:
+    for group, result in enumerate(run_on_ranks(stay_alone, 2, tmp_path)):
+        assert result == {
+            "place": (group, 0, 1, True, group == 0),
+            "sum": 3.0,
+            "value": group,
+            "from leader": group,
+            "leaders": True,
+            "initialized": False,
+        }
 
 
 def lose_a_leader(job: JobStore) -> tuple[str, float]:

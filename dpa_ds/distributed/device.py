@@ -1,0 +1,47 @@
+"""The device that a rank computes on, found with torch alone: inference on one rank needs no DeepSpeed."""
+
+import os
+
+import psutil
+import torch
+
+from dpa_ds.distributed.launchers import Launch
+from dpa_ds.errors import ClusterError
+
+
+def claim_device(launch: Launch, ranks_on_host: int) -> torch.device:
+    """The device of this rank, from now on torch's current one.
+
+    `cluster.device` cpu sets DS_ACCELERATOR (`run_job`), and DeepSpeed obeys the same variable.
+
+    Raises:
+        ClusterError: the host has fewer devices than ranks.
+    """
+    accelerator = None
+    if os.environ.get("DS_ACCELERATOR") != "cpu":
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None:
+        if "OMP_NUM_THREADS" not in os.environ:  # else every rank of a host would use all of its cores
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_on_host))
+        return torch.device("cpu")
+    index = _device_index(launch.local_rank, torch.accelerator.device_count())
+    torch.accelerator.set_device_index(index)
+    return torch.device(accelerator.type, index)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on `device`; for a CPU those of the host, which all of its ranks share."""
+    if device.type == "cpu":
+        return int(psutil.virtual_memory().available)
+    return int(torch.accelerator.get_memory_info(device)[0])
+
+
+def _device_index(local_rank: int, num_devices: int) -> int:
+    """Device of a rank; a launcher that shows each rank only its own device (srun --gpus-per-task) shows one."""
+    if num_devices == 1:
+        return 0
+    if local_rank >= num_devices:
+        raise ClusterError(
+            f"rank {local_rank} of this host has no device: the host shows {num_devices}; start fewer ranks per host"
+        )
+    return local_rank

@@ -174,8 +174,11 @@ def plan_step(lengths: Sequence[int], world_size: int, token_budget: int) -> Ste
     """
     assert min(len(lengths), world_size) >= 1, (len(lengths), world_size)
     rows_of_ranks = _divide_among_ranks(lengths, world_size)
-    most_tokens = max(sum(lengths[row] for row in rows) for rows in rows_of_ranks)
-    most_rows = max(len(rows) for rows in rows_of_ranks)
+    most_tokens = 0
+    most_rows = 0
+    for rows in rows_of_ranks:
+        most_tokens = max(most_tokens, sum(lengths[row] for row in rows))
+        most_rows = max(most_rows, len(rows))
     # The fewest that the tokens ask for without padding; with one row in each, more would not help.
     num_micro_batches = min(math.ceil(most_tokens / token_budget), most_rows)
     while True:
@@ -190,7 +193,9 @@ def build_step(
 ) -> StepBatch:
     """Tensors of one rank (within its rank group) for the step that trains on `indices`, and the step's totals."""
     lengths = [examples.length(index) for index in indices]
-    prefix = _shared_prefix(examples, indices) if batching.prefix_sharing else 0
+    prefix = 0
+    if batching.prefix_sharing:
+        prefix = _shared_prefix(examples, indices)
     # The plan counts the prefix in every example: attention copies it for each, so that is what a micro-batch costs.
     plan = plan_step(lengths, world_size, batching.token_budget)
     micro_batches = []

@@ -78,7 +78,7 @@ def read_clients(config: DataConfig, seed: int, client_ids: Sequence[int]) -> li
     test = _read_test_examples(config) if config.held_out_fraction == 0 else None
     clients = []
     for source in _read_client_rows(config, seed, client_ids):
-        examples = tuple(_to_example(row, config) for row in source.rows)
+        examples = _to_examples(source.rows, config)
         if not examples:
             raise DataError(
                 f"{source.name} ({source.origin}) has no training examples: add some, or take the client out"
@@ -122,6 +122,10 @@ def pool_clients(clients: Sequence[ClientData]) -> ClientData:
         train.extend(client.train)
         held_out |= Counter(client.held_out)
     return ClientData(0, "centralized", tuple(train), tuple(held_out.elements()))
+
+
+def _to_examples(rows: Sequence[Row], config: DataConfig) -> tuple[Example, ...]:
+    return tuple(_to_example(row, config) for row in rows)
 
 
 def _to_example(row: Row, config: DataConfig) -> Example:
@@ -226,7 +230,7 @@ def _read_test_examples(config: DataConfig) -> tuple[Example, ...] | None:
         path = _feddpa_test_file(config.path)
     if path is None:
         return None
-    return tuple(_to_example(row, config) for row in read_table(path))
+    return _to_examples(read_table(path), config)
 
 
 def _feddpa_test_file(root: str) -> str | None:
@@ -254,6 +258,11 @@ def _split_held_out(
         num_held_out = min(max(1, round(fraction * len(examples))), len(examples) - 1)
     order = np.random.Generator(np.random.PCG64(list(seed))).permutation(len(examples))
     chosen = set(order[:num_held_out].tolist())
-    train = tuple(example for row, example in enumerate(examples) if row not in chosen)
-    held_out = tuple(example for row, example in enumerate(examples) if row in chosen)
-    return train, held_out
+    train = []
+    held_out = []
+    for row, example in enumerate(examples):
+        if row in chosen:
+            held_out.append(example)
+        else:
+            train.append(example)
+    return tuple(train), tuple(held_out)

@@ -218,7 +218,7 @@ def test_ranks_and_zero3_change_nothing(run: Run, tmp_path: Path) -> None:
     assert 0 < between < 1, "and the second rank has a mix"
 
 
-def test_an_interrupted_evaluation_goes_on(run: Run, greedy: Path, tmp_path: Path) -> None:
+def test_an_interrupted_evaluation_resumes(run: Run, greedy: Path, tmp_path: Path) -> None:
     """By other ranks than before; the marked answer would be lost if what is there were computed again."""
     copy, expected = run.copy(tmp_path), answers(greedy)
     report = copy.folder / greedy.relative_to(run.folder)

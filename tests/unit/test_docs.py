@@ -108,9 +108,9 @@ def test_other_page(page: Path) -> None:
         (broken_links, "[a](../README.md)"),
         (missing_programs, "python launch/no_such_program.py --config RECIPE"),
         (missing_programs, "`ds_configs/zero4.json`"),
-        (unknown_fields, "run.py --federation.upload int16"),
+        (unknown_fields, "run.py --federation.compressed int16"),
         (unknown_fields, "set `federation.num_round`"),
-        (unknown_fields, "set `cluster.silence_seconds: 3`"),
+        (unknown_fields, "set `cluster.heartbeat_seconds: 3`"),
         (missing_paths, "see `engine/no_such_file.py`"),
     ],
 )

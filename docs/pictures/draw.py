@@ -1,4 +1,5 @@
-"""Draw the explanatory pictures of the documentation: python docs/pictures/draw.py. (Pictures of measurements are drawn by benchmarks/.)"""
+"""Draw the explanatory pictures of the documentation: python docs/pictures/draw.py. (Pictures of measurements
+are drawn by benchmarks/.)"""
 
 import re
 from pathlib import Path

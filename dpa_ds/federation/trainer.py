@@ -182,7 +182,8 @@ class Trainer:
         if stage in ("before", "overlap") and progress.update is not None:
             adapter = progress.update
         self.engine.write_state(GLOBAL, adapter)
-        # The local adapter of the client before lies in the engine; a global phase gives it no weight, and leaves it there.
+        # The local adapter of the client before lies in the engine; a global phase gives it no weight, and
+        # leaves it there.
         if any(phase.trainable == LOCAL for phase in todo):
             self.engine.write_state(LOCAL, client.state.local_adapter)
         for phase in todo:

@@ -24,7 +24,8 @@ class Fp32Summands:
     """Weighted sum of adapters in one flat buffer, whose last element is the sum of the weights."""
 
     def __init__(self, like: AdapterState) -> None:
-        # One buffer, so that there is one all-reduce: at 4 bytes a parameter its latency is what counts on a fast network.
+        # One buffer, so that there is one all-reduce: at 4 bytes a parameter its latency is what counts on a
+        # fast network.
         num_parameters = sum(tensor.numel() for tensor in like.values())
         self._buffer = torch.zeros(num_parameters + 1)
         self._sums = unflatten(self._buffer[:-1], like)

@@ -60,7 +60,7 @@ def validate(config: RunConfig) -> None:
         _group_problems(config.cluster),
         _partition_problems(config.data),
         _method_problems(config.method, config.lora),
-            _weighting_problems(config.weighting, config.method),
+        _weighting_problems(config.weighting, config.method),
     )
     first = next(problems, None)
     if first is not None:

@@ -88,10 +88,7 @@ class RunFolder:
 
     def complete_rounds(self) -> list[int]:
         """All complete rounds, in their order."""
-        names = (
-            path.parent.name.removeprefix("round_")
-            for path in self.rounds_dir.glob(f"round_??????/{META}")
-        )
+        names = (path.parent.name.removeprefix("round_") for path in self.rounds_dir.glob(f"round_??????/{META}"))
         return sorted(int(name) for name in names if name.isdecimal())
 
     def trained_round(self) -> int:
@@ -102,9 +99,7 @@ class RunFolder:
         """
         server_round = self.latest_round()
         if server_round == 0:
-            raise CheckpointError(
-                f"{self.run_dir} has no complete round yet: train it with launch/run.py first"
-            )
+            raise CheckpointError(f"{self.run_dir} has no complete round yet: train it with launch/run.py first")
         return server_round
 
     def round_dir(self, server_round: int) -> Path:
@@ -113,10 +108,7 @@ class RunFolder:
 
     def clients(self, server_round: int) -> list[int]:
         """Ids of the clients whose local adapters a complete round holds."""
-        return sorted(
-            int(p.name.removeprefix("client_"))
-            for p in self.round_dir(server_round).glob("local/client_*")
-        )
+        return sorted(int(p.name.removeprefix("client_")) for p in self.round_dir(server_round).glob("local/client_*"))
 
     def digest(self, server_round: int) -> str:
         """Which adapters a complete round holds, from the checksums that were saved with them: 16 hex digits."""
@@ -279,9 +271,7 @@ class RunFolder:
         stale += [path for path in current.glob("*") if path.name != "progress"]
         stale += self.rounds_dir.glob("round_??????/progress")
         for path in stale:
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(
-                missing_ok=True
-            )
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
     def _progress(self, server_round: int, client: int) -> Path:
         return self._unfinished(server_round) / "progress" / f"client_{client:02d}"

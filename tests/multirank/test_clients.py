@@ -46,11 +46,7 @@ def test_two_hundred_clients_cost_their_adapters(tmp_path: Path) -> None:
         }
         argv = tiny.recipe(model, data, folder / "runs", **words)
         (after[num_clients],) = run_on_ranks(live_bytes, 1, tmp_path, argv)
-        finals = list(
-            (folder / "runs" / "tiny" / "adapters" / "local").glob(
-                "client_*/adapter_model.safetensors"
-            )
-        )
+        finals = list((folder / "runs" / "tiny" / "adapters" / "local").glob("client_*/adapter_model.safetensors"))
         assert len(finals) == num_clients
         adapter = sum(file.stat().st_size for file in finals) / num_clients
         saved = folder / "runs" / "tiny" / "rounds" / f"round_{ROUNDS:06d}" / "local" / "client_00"
@@ -58,7 +54,5 @@ def test_two_hundred_clients_cost_their_adapters(tmp_path: Path) -> None:
     for found in after.values():
         assert found[-1] <= 1.01 * found[1], f"memory grows from round to round: {found}"
     per_client = (after[200][-1] - after[20][-1]) / 180
-    everything = sum(
-        file.stat().st_size for file in saved.glob("*.safetensors")
-    )  # its adapter, its references
+    everything = sum(file.stat().st_size for file in saved.glob("*.safetensors"))  # its adapter, its references
     assert adapter * 0.7 < per_client < 1.5 * everything

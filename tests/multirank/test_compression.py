@@ -28,9 +28,7 @@ def change(client: int, server_round: int) -> dict[str, torch.Tensor]:
     """What a client adds to the global adapter in a round: small beside the adapter, of another size in each tensor."""
     generator = torch.Generator().manual_seed(100 * server_round + client)
     scales = dict(zip(SIZES, (1e-3, 1e-6), strict=True))
-    return {
-        key: scales[key] * torch.randn(*size, generator=generator) for key, size in SIZES.items()
-    }
+    return {key: scales[key] * torch.randn(*size, generator=generator) for key, size in SIZES.items()}
 
 
 def average_in_rounds(job: Any, feeds_back: bool) -> tuple[list[float], list[float], int]:
@@ -50,20 +48,14 @@ def average_in_rounds(job: Any, feeds_back: bool) -> tuple[list[float], list[flo
     for server_round in range(ROUNDS):
         accumulator = aggregation.accumulator(state)
         for client in ((0, 1), (2,), ())[rank]:
-            adapter = {
-                key: state.adapter[key] + value
-                for key, value in change(client, server_round).items()
-            }
+            adapter = {key: state.adapter[key] + value for key, value in change(client, server_round).items()}
             reference_mean = torch.full((2, 4), float(client)) if server_round == 0 else None
             accumulator.add(LocalUpdate(client, examples[client], adapter, reference_mean))
         state = aggregation.step(state, accumulator.reduce(group), server_round)
         if not feeds_back:
             aggregation.reduction.leader_state = LeaderState()
         for key, value in exact.items():
-            value.add_(
-                sum(n * change(c, server_round)[key].double() for c, n in enumerate(examples))
-                / sum(examples)
-            )
+            value.add_(sum(n * change(c, server_round)[key].double() for c, n in enumerate(examples)) / sum(examples))
     assert state.reference_weight == 15.0
     torch.testing.assert_close(state.reference_mean, torch.full((2, 4), (5 * 1 + 7 * 2) / 15))
     first = next(iter(SIZES))
@@ -120,10 +112,7 @@ def test_a_leader_that_is_lost_between_the_exchanges_is_left_out(tmp_path: Path)
 def test_pairs_of_numbers_add_up_like_the_numbers() -> None:
     generator = torch.Generator().manual_seed(0)
     for count in (1, 2, 7, 1000):
-        parts = [
-            torch.randint(-10_000, 10_001, (count,), generator=generator, dtype=torch.int32)
-            for _ in range(3)
-        ]
+        parts = [torch.randint(-10_000, 10_001, (count,), generator=generator, dtype=torch.int32) for _ in range(3)]
         parts[0][0], parts[1][0], parts[2][0] = (
             -10_000,
             -10_000,
@@ -139,12 +128,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return tiny.make_model(folder / "model"), tiny.make_federation(folder / "data")
 
 
-def train(
-    folder: Path, inputs: tuple[Path, Path], rounds: int, ranks: int = 2, **words: Any
-) -> None:
-    argv = tiny.recipe(
-        *inputs, folder, federation__num_rounds=rounds, evaluation__every_rounds=0, **words
-    )
+def train(folder: Path, inputs: tuple[Path, Path], rounds: int, ranks: int = 2, **words: Any) -> None:
+    argv = tiny.recipe(*inputs, folder, federation__num_rounds=rounds, evaluation__every_rounds=0, **words)
     run_on_ranks(train_on_rank, ranks, folder.parent, argv)
 
 
@@ -157,9 +142,7 @@ def results(folder: Path, server_round: int) -> dict[str, torch.Tensor]:
     }
 
 
-def test_a_run_is_that_of_fp32_in_half_of_the_bytes(
-    inputs: tuple[Path, Path], tmp_path: Path
-) -> None:
+def test_a_run_is_that_of_fp32_in_half_of_the_bytes(inputs: tuple[Path, Path], tmp_path: Path) -> None:
     train(tmp_path / "fp32", inputs, 3)
     train(tmp_path / "int16", inputs, 3, federation__compression="int16")
     expected, found = (results(tmp_path / name, 3) for name in ("fp32", "int16"))
@@ -169,23 +152,16 @@ def test_a_run_is_that_of_fp32_in_half_of_the_bytes(
     bytes_handed = {}
     for name in ("fp32", "int16"):
         records = read_records(tmp_path / name / "tiny/metrics.jsonl")
-        (bytes_handed[name],) = [
-            r["bytes_handed/update"] for r in records if r["kind"] == "round" and r["round"] == 3
-        ]
+        (bytes_handed[name],) = [r["bytes_handed/update"] for r in records if r["kind"] == "round" and r["round"] == 3]
     tensors = sum(key.startswith("global.") for key in found)
     assert bytes_handed["int16"] - 8 * tensors == pytest.approx(bytes_handed["fp32"] / 2, abs=16)
 
 
-def test_the_residual_outlives_the_process_and_another_layout(
-    inputs: tuple[Path, Path], tmp_path: Path
-) -> None:
+def test_the_residual_outlives_the_process_and_another_layout(inputs: tuple[Path, Path], tmp_path: Path) -> None:
     train(tmp_path / "whole", inputs, 4, federation__compression="int16")
     train(tmp_path / "parts", inputs, 2, federation__compression="int16")
     residuals = [
-        load_file(path)
-        for path in sorted(
-            (tmp_path / "parts").glob("tiny/adapters/local/*/leader_state.safetensors")
-        )
+        load_file(path) for path in sorted((tmp_path / "parts").glob("tiny/adapters/local/*/leader_state.safetensors"))
     ]
     assert len(residuals) == 2, "one a leader"
     assert all(any(bool(tensor.any()) for tensor in one.values()) for one in residuals)

@@ -68,9 +68,7 @@ def test_only_the_global_adapter_the_reference_mean_and_the_metrics_cross(
     argv = tiny.recipe(*inputs, tmp_path / "runs", cluster__ranks_per_group=2)
     per_rank = run_on_ranks(train_and_count, 4, tmp_path, argv)
     run_dir = tmp_path / "runs" / "tiny"
-    parameters = sum(
-        t.numel() for t in load_file(run_dir / "adapters/global/adapter_model.safetensors").values()
-    )
+    parameters = sum(t.numel() for t in load_file(run_dir / "adapters/global/adapter_model.safetensors").values())
     update = (parameters + 1, 4 * (parameters + 1))  # fp32 parameters, and the sum of the weights
     # The mean embedding of reference prompts, in two representations of hidden size 32, and the sum of the weights.
     references = (2 * 32 + 1, 4 * (2 * 32 + 1))
@@ -124,18 +122,12 @@ def train_and_hold_the_update_back(job: Any, argv: Sequence[str]) -> list[str]:
     return happened
 
 
-def test_the_update_travels_while_local_adapters_train(
-    inputs: tuple[Path, Path], tmp_path: Path
-) -> None:
+def test_the_update_travels_while_local_adapters_train(inputs: tuple[Path, Path], tmp_path: Path) -> None:
     """Were one to wait for the other, this would not end; and the result is the same to the bit."""
     run_on_ranks(train_on_rank, 2, tmp_path, tiny.recipe(*inputs, tmp_path / "plain"))
     argv = tiny.recipe(*inputs, tmp_path / "held")
-    for group, happened in enumerate(
-        run_on_ranks(train_and_hold_the_update_back, 2, tmp_path, argv)
-    ):
-        labels = [("client_0 colour0", "client_2 animal2"), ("client_1 count1", "client_3 verb3")][
-            group
-        ]
+    for group, happened in enumerate(run_on_ranks(train_and_hold_the_update_back, 2, tmp_path, argv)):
+        labels = [("client_0 colour0", "client_2 animal2"), ("client_1 count1", "client_3 verb3")][group]
         locals_trained = [f"{label} trained its local adapter" for label in labels]
         assert sorted(happened) == sorted(["update handed in", *locals_trained] * 2)
     for name in ("global", *(f"local/client_{client:02d}" for client in range(4))):
@@ -144,9 +136,7 @@ def test_the_update_travels_while_local_adapters_train(
 
 
 def adapter(run_dir: Path, server_round: int, name: str) -> dict[str, torch.Tensor]:
-    return load_file(
-        run_dir / f"rounds/round_{server_round:06d}" / name / "adapter_model.safetensors"
-    )
+    return load_file(run_dir / f"rounds/round_{server_round:06d}" / name / "adapter_model.safetensors")
 
 
 def test_absent_clients_keep_their_local_adapter(inputs: tuple[Path, Path], tmp_path: Path) -> None:
@@ -170,9 +160,7 @@ def test_absent_clients_keep_their_local_adapter(inputs: tuple[Path, Path], tmp_
         if r["kind"] == "client" and r["participated"]
     }
     assert participated == {
-        (r, c)
-        for r in (1, 2)
-        for c in sample_clients(Topology((1, 1), 4), 0.5, seed=0, server_round=r)
+        (r, c) for r in (1, 2) for c in sample_clients(Topology((1, 1), 4), 0.5, seed=0, server_round=r)
     }
 
 
@@ -180,9 +168,7 @@ def test_the_reference_mean_is_that_of_all_clients_that_took_part_so_far(
     inputs: tuple[Path, Path], tmp_path: Path
 ) -> None:
     """Each is counted once: a client drawn twice has no more weight, one drawn earlier is not forgotten."""
-    argv = tiny.recipe(
-        *inputs, tmp_path / "runs", federation__client_fraction=0.5, federation__num_rounds=3
-    )
+    argv = tiny.recipe(*inputs, tmp_path / "runs", federation__client_fraction=0.5, federation__num_rounds=3)
     run_on_ranks(train_on_rank, 2, tmp_path, argv)
     run_dir = tmp_path / "runs" / "tiny"
     drawn = [sample_clients(Topology((1, 1), 4), 0.5, seed=0, server_round=r) for r in (1, 2, 3)]
@@ -190,19 +176,15 @@ def test_the_reference_mean_is_that_of_all_clients_that_took_part_so_far(
         folder = run_dir / f"rounds/round_{server_round:06d}"
         participated = sorted({client for of_round in drawn[:server_round] for client in of_round})
         references = [
-            load_file(folder / f"local/client_{client:02d}/references.safetensors")
-            for client in participated
+            load_file(folder / f"local/client_{client:02d}/references.safetensors") for client in participated
         ]
         expected = [
-            torch.stack([r[f"states.{name}"].mean(0) for r in references]).mean(0)
-            for name in ("last_token", "mean")
+            torch.stack([r[f"states.{name}"].mean(0) for r in references]).mean(0) for name in ("last_token", "mean")
         ]
         saved = load_file(folder / "global/reference_mean.safetensors")
         assert float(saved["weight"]) == len(participated)
         torch.testing.assert_close(saved["reference_mean"], torch.stack(expected))
-    assert len({client for of_round in drawn for client in of_round}) > len(set(drawn[2])), (
-        "no one to forget"
-    )
+    assert len({client for of_round in drawn for client in of_round}) > len(set(drawn[2])), "no one to forget"
 
 
 def test_kept_optimizer_state_is_durable(inputs: tuple[Path, Path], tmp_path: Path) -> None:
@@ -214,14 +196,10 @@ def test_kept_optimizer_state_is_durable(inputs: tuple[Path, Path], tmp_path: Pa
     assert steps == {"global": 6, "local": 6}  # 9 examples, batch 4: 3 steps, 2 rounds
     assert float(state["step"]) == 6.0
     weights = load_file(folder / "adapter_model.safetensors")
-    assert {
-        key.removeprefix("exp_avg.") for key in state if key.startswith("exp_avg.")
-    } == weights.keys()
+    assert {key.removeprefix("exp_avg.") for key in state if key.startswith("exp_avg.")} == weights.keys()
 
 
-def aggregate(
-    updates: Sequence[LocalUpdate], state: ServerState, group: Any, **words: Any
-) -> ServerState:
+def aggregate(updates: Sequence[LocalUpdate], state: ServerState, group: Any, **words: Any) -> ServerState:
     """One round of the leaders: the state after it. Collective: all leaders."""
     aggregation = build_aggregation(FederationConfig(**words), seed=0)
     accumulator = aggregation.accumulator(state)
@@ -260,12 +238,8 @@ def test_averaging_identical_clients_changes_nothing(tmp_path: Path) -> None:
         assert unchanged
 
 
-@pytest.mark.parametrize(
-    ("precision", "stage"), [("fp32", "zero1"), ("fp32", "zero3"), ("bf16", "zero2")]
-)
-def test_plain_peft_loads_the_results(
-    inputs: tuple[Path, Path], tmp_path: Path, precision: str, stage: str
-) -> None:
+@pytest.mark.parametrize(("precision", "stage"), [("fp32", "zero1"), ("fp32", "zero3"), ("bf16", "zero2")])
+def test_plain_peft_loads_the_results(inputs: tuple[Path, Path], tmp_path: Path, precision: str, stage: str) -> None:
     """`PeftModel.from_pretrained` and `load_adapter` give the held-out loss that the run recorded."""
     argv = tiny.recipe(
         *inputs,
@@ -281,9 +255,7 @@ def test_plain_peft_loads_the_results(
     model = peft.PeftModel.from_pretrained(
         base, run_dir / "adapters/global", adapter_name="global", autocast_adapter_dtype=False
     )
-    model.load_adapter(
-        run_dir / "adapters/local/client_01", adapter_name="local", autocast_adapter_dtype=False
-    )
+    model.load_adapter(run_dir / "adapters/local/client_01", adapter_name="local", autocast_adapter_dtype=False)
     model.base_model.set_adapter(["global", "local"])
     for layer in model.modules():
         if isinstance(layer, peft.tuners.lora.LoraLayer):
@@ -296,14 +268,8 @@ def test_plain_peft_loads_the_results(
         prompt = tokenizer(f"{row['instruction']} = ").input_ids
         answer = [*tokenizer(row["output"]).input_ids, tokenizer.eos_token_id]
         with torch.no_grad():
-            logits = (
-                model(input_ids=torch.tensor([prompt + answer]))
-                .logits[0, len(prompt) - 1 : -1]
-                .float()
-            )
-        total += float(
-            torch.nn.functional.cross_entropy(logits, torch.tensor(answer), reduction="sum")
-        )
+            logits = model(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1].float()
+        total += float(torch.nn.functional.cross_entropy(logits, torch.tensor(answer), reduction="sum"))
         count += len(answer)
     recorded = [
         r["held_out_loss"]
@@ -324,9 +290,7 @@ def train_expecting_divergence(job: Any, argv: Sequence[str]) -> str:
 
 
 @pytest.mark.parametrize("stage", ["zero0", "zero1", "zero3"])
-def test_a_diverging_client_is_named_and_never_averaged(
-    inputs: tuple[Path, Path], tmp_path: Path, stage: str
-) -> None:
+def test_a_diverging_client_is_named_and_never_averaged(inputs: tuple[Path, Path], tmp_path: Path, stage: str) -> None:
     argv = tiny.recipe(
         *inputs,
         tmp_path / "runs",
@@ -342,9 +306,7 @@ def test_a_diverging_client_is_named_and_never_averaged(
 
 
 def test_a_run_in_which_nobody_trains_stops(inputs: tuple[Path, Path], tmp_path: Path) -> None:
-    argv = tiny.recipe(
-        *inputs, tmp_path / "runs", train__learning_rate=1e30, train__local_epochs=3.0
-    )
+    argv = tiny.recipe(*inputs, tmp_path / "runs", train__learning_rate=1e30, train__local_epochs=3.0)
     reported = run_on_ranks(
         train_expecting_divergence,
         2,
@@ -385,9 +347,7 @@ def train_with_bad_client(job: Any, argv: Sequence[str], bad: int, kind: str) ->
 
 
 @pytest.mark.parametrize("kind", ["nan", "norm"])
-def test_a_bad_update_never_enters_the_average(
-    inputs: tuple[Path, Path], tmp_path: Path, kind: str
-) -> None:
+def test_a_bad_update_never_enters_the_average(inputs: tuple[Path, Path], tmp_path: Path, kind: str) -> None:
     """The others' average is exact, and the client keeps its last good state."""
     recipe = {"federation__num_rounds": 1}
     argv = tiny.recipe(*inputs, tmp_path / "all", **recipe)
@@ -413,9 +373,7 @@ def test_a_bad_update_never_enters_the_average(
         "local": 0,
     }
     records = read_records(run_dir / "metrics.jsonl")
-    rejected = {
-        r["client"]: r["rejected"] for r in records if r["kind"] == "client" and r["round"] == 1
-    }
+    rejected = {r["client"]: r["rejected"] for r in records if r["kind"] == "client" and r["round"] == 1}
     assert rejected == {client: float(client == bad) for client in range(4)}
 
 
@@ -430,9 +388,7 @@ def train_with_bad_local_phases(job: Any, argv: Sequence[str], bad: Sequence[int
 
     def run_stage(trainer: Any, client: Any, stage: Any, shared: Any, server_round: int) -> None:
         def poisoned(engine: Any, adapter: Any) -> Any:
-            return {
-                key: tensor * float("nan") for key, tensor in read_state(engine, adapter).items()
-            }
+            return {key: tensor * float("nan") for key, tensor in read_state(engine, adapter).items()}
 
         if server_round == 1 and client.client_id in bad:
             AdapterEngine.read_state = poisoned  # type: ignore[method-assign]
@@ -450,29 +406,21 @@ def train_with_bad_local_phases(job: Any, argv: Sequence[str], bad: Sequence[int
 def test_a_local_phase_that_diverges_while_the_update_travels_is_undone_alone(
     inputs: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    argv = [
-        tiny.recipe(*inputs, tmp_path / name, federation__num_rounds=1) for name in ("plain", "bad")
-    ]
+    argv = [tiny.recipe(*inputs, tmp_path / name, federation__num_rounds=1) for name in ("plain", "bad")]
     run_on_ranks(train_on_rank, 2, tmp_path, argv[0])
     assert run_on_ranks(train_with_bad_local_phases, 2, tmp_path, argv[1], [2]) == ["", ""]
     for name in ("global", *(f"local/client_{client:02d}" for client in range(4))):
         plain, found = (adapter(tmp_path / folder / "tiny", 1, name) for folder in ("plain", "bad"))
         if name == "local/client_02":
-            assert all(
-                float(tensor.abs().max()) == 0 for key, tensor in found.items() if ".lora_B." in key
-            )
+            assert all(float(tensor.abs().max()) == 0 for key, tensor in found.items() if ".lora_B." in key)
         else:
             assert all(torch.equal(plain[key], found[key]) for key in plain), name
-    info = json.loads((tmp_path / "bad/tiny/adapters/local/client_02/state.json").read_text())[
-        "info"
-    ]
+    info = json.loads((tmp_path / "bad/tiny/adapters/local/client_02/state.json").read_text())["info"]
     assert info["steps_taken"] == {"global": 3, "local": 0}
 
     everybody = tiny.recipe(*inputs, tmp_path / "all_bad", federation__num_rounds=1)
     for reported in run_on_ranks(train_with_bad_local_phases, 2, tmp_path, everybody, range(4)):
-        assert reported.startswith(
-            "every client of round 1 diverged or changed the global adapter too much"
-        )
+        assert reported.startswith("every client of round 1 diverged or changed the global adapter too much")
         assert "lower train.learning_rate" in reported
 
 
@@ -501,11 +449,7 @@ def test_a_client_without_local_training_is_scored_with_the_global_adapter(
         )
         run_on_ranks(train_on_rank, 1, tmp_path, argv)
         records = read_records(tmp_path / f"runs{alpha}" / "tiny" / "metrics.jsonl")
-        losses[alpha] = {
-            r["client"]: r["held_out_loss"]
-            for r in records
-            if r["kind"] == "client" and r["round"] == 1
-        }
+        losses[alpha] = {r["client"]: r["held_out_loss"] for r in records if r["kind"] == "client" and r["round"] == 1}
     (drawn,) = sample_clients(Topology((1,), 4), 0.25, seed=0, server_round=1)
     for client in range(4):
         assert (losses[0.25][client] == losses[0.5][client]) == (client != drawn), client

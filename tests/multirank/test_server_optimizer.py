@@ -64,9 +64,7 @@ def train_and_note_updates(job: Any, argv: Sequence[str]) -> dict[int, list[list
 
 def saved(folder: Path, server_round: int, file: str) -> torch.Tensor:
     """What a complete round holds of the server state, flat."""
-    return flatten(
-        load_file(folder / f"tiny/rounds/round_{server_round:06d}/global/{file}.safetensors")
-    )
+    return flatten(load_file(folder / f"tiny/rounds/round_{server_round:06d}/global/{file}.safetensors"))
 
 
 def initial_adapter(argv: Sequence[str]) -> np.ndarray:
@@ -86,9 +84,7 @@ def test_momentum_is_that_of_numpy_over_a_resume(inputs: tuple[Path, Path], tmp_
     another process."""
     updates: dict[int, list[list[float]]] = {}
     for num_rounds in (3, ROUNDS):
-        (noted,) = run_on_ranks(
-            train_and_note_updates, 1, tmp_path, recipe(inputs, tmp_path / "runs", num_rounds)
-        )
+        (noted,) = run_on_ranks(train_and_note_updates, 1, tmp_path, recipe(inputs, tmp_path / "runs", num_rounds))
         updates |= noted
     assert sorted(updates) == [1, 2, 3, 4, 5]
     theta = initial_adapter(recipe(inputs, tmp_path / "runs", ROUNDS))
@@ -133,21 +129,15 @@ def test_momentum_of_zero_at_rate_one_is_fedavg_to_the_bit() -> None:
         start = random_state(0)
         state = ServerState(start, torch.zeros(0, 0), optimizer=optimizer.initial_tensors(start))
         for server_round in (1, 2, 3):
-            state = optimizer.step(
-                state, PseudoGradient(state.adapter, random_state(server_round)), server_round
-            )
+            state = optimizer.step(state, PseudoGradient(state.adapter, random_state(server_round)), server_round)
         ends.append(state.adapter)
     assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
 
 
 def test_a_server_state_survives_being_flat() -> None:
     """As a leader that joins receives it."""
-    state = ServerState(
-        random_state(0), torch.randn(2, 3), 7.0, random_state(1), {"round": 3.0, "epsilon": 0.1}
-    )
-    like = ServerState(
-        random_state(2), torch.zeros(2, 3), 0.0, random_state(3), {"round": 0.0, "epsilon": 0.0}
-    )
+    state = ServerState(random_state(0), torch.randn(2, 3), 7.0, random_state(1), {"round": 3.0, "epsilon": 0.1})
+    like = ServerState(random_state(2), torch.zeros(2, 3), 0.0, random_state(3), {"round": 0.0, "epsilon": 0.0})
     found = like.unflatten(state.flatten())
     assert found.scalars == state.scalars
     assert found.reference_weight == 7.0

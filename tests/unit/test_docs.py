@@ -64,9 +64,7 @@ def broken_links(text: str, page: Path) -> list[str]:
 
 def missing_programs(text: str, page: Path) -> list[str]:
     """Programs, job scripts, recipes, DeepSpeed JSONs and benchmarks that are named and do not exist."""
-    named = re.findall(
-        r"(?<![\w/])(?:launch|benchmarks|ds_configs)/[\w/]+\.(?:py|sbatch|yaml|json)\b", text
-    )
+    named = re.findall(r"(?<![\w/])(?:launch|benchmarks|ds_configs)/[\w/]+\.(?:py|sbatch|yaml|json)\b", text)
     return [name for name in named if not (REPOSITORY / name).is_file()]
 
 
@@ -88,11 +86,7 @@ def missing_paths(text: str, page: Path) -> list[str]:
     ]
     roots += [REPOSITORY / "launch", REPOSITORY / "launch" / "slurm"]
     named = re.findall(r"`([\w/]+\.(?:py|sbatch))`", text)
-    return [
-        name
-        for name in named
-        if name not in ELSEWHERE and not any((root / name).is_file() for root in roots)
-    ]
+    return [name for name in named if name not in ELSEWHERE and not any((root / name).is_file() for root in roots)]
 
 
 CHECKS: tuple[Check, ...] = (broken_links, missing_programs, unknown_fields, missing_paths)
@@ -147,17 +141,13 @@ def test_what_exists_passes(check: Check, text: str) -> None:
 
 
 def test_readme_is_short() -> None:
-    assert (
-        len((REPOSITORY / "README.md").read_text(encoding="utf-8").splitlines()) <= MAX_README_LINES
-    )
+    assert len((REPOSITORY / "README.md").read_text(encoding="utf-8").splitlines()) <= MAX_README_LINES
 
 
 def test_recipes_in_pages_are_valid(tmp_path: Path) -> None:
     """A YAML block is a recipe, or a part of one."""
     blocks = [
-        block
-        for page in GUIDES
-        for block in re.findall(r"^```yaml\n(.*?)^```", page.read_text(), flags=re.M | re.S)
+        block for page in GUIDES for block in re.findall(r"^```yaml\n(.*?)^```", page.read_text(), flags=re.M | re.S)
     ]
     assert blocks
     for block in blocks:
@@ -172,10 +162,7 @@ def test_recipes_in_pages_are_valid(tmp_path: Path) -> None:
 def test_the_folder_tree_is_that_of_the_package() -> None:
     page = (REPOSITORY / "docs" / "architecture.md").read_text(encoding="utf-8")
     (tree,) = re.findall(r"^```\ndpa_ds/\n(.*?)^```", page, flags=re.M | re.S)
-    shown = {
-        name: set(files.split())
-        for name, files in re.findall(r"^  (\w+)/ +(.+)$", tree, flags=re.M)
-    }
+    shown = {name: set(files.split()) for name, files in re.findall(r"^  (\w+)/ +(.+)$", tree, flags=re.M)}
     folders = [path for path in PACKAGE.iterdir() if (path / "__init__.py").is_file()]
     there = {path.name: {_shown_as(entry) for entry in path.iterdir()} - {""} for path in folders}
     assert shown == there
@@ -184,9 +171,7 @@ def test_the_folder_tree_is_that_of_the_package() -> None:
 def test_the_order_of_imports_is_the_contract() -> None:
     page = (REPOSITORY / "docs" / "architecture.md").read_text(encoding="utf-8")
     (block,) = re.findall(r"^```\n(cli\n.*?)^```", page, flags=re.M | re.S)
-    contracts = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["importlinter"][
-        "contracts"
-    ]
+    contracts = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
     (layers,) = [contract["layers"] for contract in contracts if contract["id"] == "order"]
     assert block.splitlines() == layers
 
@@ -225,9 +210,7 @@ def _shown_as(entry: Path) -> str:
 
 def _generator() -> ModuleType:
     """docs/generate_reference.py as a module of its own."""
-    spec = importlib.util.spec_from_file_location(
-        "generate_reference", REPOSITORY / "docs" / "generate_reference.py"
-    )
+    spec = importlib.util.spec_from_file_location("generate_reference", REPOSITORY / "docs" / "generate_reference.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

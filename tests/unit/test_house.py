@@ -71,11 +71,7 @@ def faults(source: str, file: str) -> list[str]:
             case ast.Call(func=ast.Name(id="print")):
                 found.add(f"{file}:{node.lineno}: print")
             case ast.ExceptHandler(type=kind) if file not in LAST_RESORT:
-                kinds = (
-                    {"BaseException"}
-                    if kind is None
-                    else {ast.unparse(part) for part in ast.walk(kind)}
-                )
+                kinds = {"BaseException"} if kind is None else {ast.unparse(part) for part in ast.walk(kind)}
                 if kinds & {"Exception", "BaseException"}:
                     found.add(f"{file}:{node.lineno}: blanket except")
     return sorted(found)
@@ -84,25 +80,17 @@ def faults(source: str, file: str) -> list[str]:
 def test_the_package_keeps_the_rules() -> None:
     files = sorted(PACKAGE.rglob("*.py"))
     assert len(files) > 20
-    found = [
-        fault
-        for path in files
-        for fault in faults(path.read_text(), path.relative_to(PACKAGE).as_posix())
-    ]
+    found = [fault for path in files for fault in faults(path.read_text(), path.relative_to(PACKAGE).as_posix())]
     assert found == []
 
 
 def spells_adapter_names(source: str) -> bool:
-    constants = [
-        node.value for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Constant)
-    ]
+    constants = [node.value for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Constant)]
     return "global" in constants or "local" in constants
 
 
 def test_names_of_adapters_are_spelled_in_one_place() -> None:
-    files = {
-        path.relative_to(PACKAGE).as_posix(): path.read_text() for path in PACKAGE.rglob("*.py")
-    }
+    files = {path.relative_to(PACKAGE).as_posix(): path.read_text() for path in PACKAGE.rglob("*.py")}
     found = {name for name, source in files.items() if spells_adapter_names(source)}
     assert found == set(ADAPTER_NAMES)
     assert spells_adapter_names('state["local"]')
@@ -348,11 +336,7 @@ def test_renamed_keys_may_stand_in_their_table_only() -> None:
 def test_the_top_of_the_package_holds_packages_only() -> None:
     modules = {path.name for path in PACKAGE.glob("*.py")}
     assert modules == {"__init__.py", "errors.py"}
-    loose = [
-        path.name
-        for path in PACKAGE.iterdir()
-        if path.is_dir() and not (path / "__init__.py").exists()
-    ]
+    loose = [path.name for path in PACKAGE.iterdir() if path.is_dir() and not (path / "__init__.py").exists()]
     assert set(loose) <= {"__pycache__"}
 
 
@@ -398,16 +382,12 @@ def function_lines(node: ast.FunctionDef) -> int:
 
 def takes_whole_recipe(node: ast.FunctionDef) -> bool:
     arguments = [*node.args.args, *node.args.kwonlyargs]
-    return any(
-        a.annotation is not None and ast.unparse(a.annotation) == "RunConfig" for a in arguments
-    )
+    return any(a.annotation is not None and ast.unparse(a.annotation) == "RunConfig" for a in arguments)
 
 
 def num_loops(node: ast.expr) -> int:
     """Loops of a comprehension, those nested in it included."""
-    return sum(
-        len(inner.generators) for inner in ast.walk(node) if isinstance(inner, COMPREHENSIONS)
-    )
+    return sum(len(inner.generators) for inner in ast.walk(node) if isinstance(inner, COMPREHENSIONS))
 
 
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
@@ -424,9 +404,7 @@ def test_the_code_reads_aloud() -> None:
     for path in sorted(PACKAGE.rglob("*.py")):
         source = path.read_text()
         place = path.relative_to(PACKAGE).as_posix()
-        num_lines += sum(
-            1 for line in source.splitlines() if line.strip() and not line.strip().startswith("#")
-        )
+        num_lines += sum(1 for line in source.splitlines() if line.strip() and not line.strip().startswith("#"))
         for node in ast.walk(ast.parse(source)):
             num_expressions += isinstance(node, EXPRESSIONS)
             if isinstance(node, COMPREHENSIONS) and num_loops(node) > 2:

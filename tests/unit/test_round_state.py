@@ -46,9 +46,7 @@ def test_the_newest_counts(saved: Path, tmp_path: Path, caplog: pytest.LogCaptur
     assert not caplog.records
 
 
-def test_an_interrupted_write_is_passed_over(
-    saved: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_interrupted_write_is_passed_over(saved: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     unfinished = saved.with_name("000009")
     unfinished.mkdir()
     (unfinished / "local.safetensors").write_bytes(b"half")
@@ -56,9 +54,7 @@ def test_an_interrupted_write_is_passed_over(
     assert not caplog.records
 
 
-def test_damage_is_passed_over_aloud(
-    saved: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_damage_is_passed_over_aloud(saved: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     file = saved / "local.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1

@@ -349,7 +349,7 @@ class Trainer:
                 result = compute()
             except TrainingError as error:
                 problem = f"{prefix}{error}"
-        # Raised on all ranks or on none: a rank that went on alone would wait for the others in its next collective.
+        # Raised on all ranks or on none: a rank that continued alone would wait for the others in its next collective.
         problem = self._world.broadcast_json(problem)
         if problem is not None:
             raise TrainingError(problem)

@@ -42,12 +42,8 @@ def run_rounds(session: Session) -> None:
 
 def train_round(session: Session, cohort: Cohort, server_round: int) -> None:
     """From the server state that a round starts from to the next one. Collective: every rank of the job."""
-    rounds, trainer, aggregation, part = (
-        session.round_state,
-        session.trainer,
-        session.aggregation,
-        session.timer.part,
-    )
+    rounds, part = session.round_state, session.timer.part
+    trainer, aggregation = session.trainer, session.aggregation
     with part("train"):
         accumulator = aggregation.accumulator(rounds.server_state)
         for client in cohort.hosted:

@@ -88,7 +88,7 @@ def computed_by_peft(adapters: AdapterModel, alpha: float) -> Iterator[None]:
 
 
 def random_state(adapters: AdapterModel, adapter: str) -> AdapterState:
-    """PEFT's initial weights, but with B not zero: with B = 0 the first loss would not tell whether A and alpha agree."""
+    """PEFT's initial weights, but with B not zero: with B = 0 the first loss depends on neither A nor alpha."""
     position = list(adapters.table).index(adapter)
     state = adapters.initial_state(adapter, (0, position))
     generator = torch.Generator().manual_seed(position)

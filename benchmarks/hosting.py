@@ -2,9 +2,9 @@
 
     python benchmarks/hosting.py --clients 20 200 --ranks 2
 
-Real trainings on a tiny random Llama with the demo's tokenizer and table (make demo): one step a phase, so that what is
-not training shows. Memory is what live tensors hold after the last round, on each rank of the group: the leader keeps the
-state of every client, the other ranks none of it.
+Real trainings on a tiny random Llama with the demo's tokenizer and table (make demo): one step a phase, so that what
+is not training shows. Memory is what live tensors hold after the last round, on each rank of the group: the leader
+keeps the state of every client, the other ranks none of it.
 """
 
 import argparse

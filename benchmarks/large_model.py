@@ -2,11 +2,11 @@
 
     python benchmarks/large_model.py --model llama-13b --gpu h100-80g --length 2048 --rows 4
     python benchmarks/large_model.py --model llama-7b --gpu h100-80g --recompute --compile
-    python benchmarks/large_model.py --model llama-1b --layers 2 --gpu cpu --length 128 --rows 2     # a trial without a GPU
+    python benchmarks/large_model.py --model llama-1b --layers 2 --gpu cpu --length 128 --rows 2   # without a GPU
 
-Speed does not depend on the weights. Training: local phase, both adapters mixed in; MFU counts 4 N a token (2 forward, 2 for the
-gradient of the inputs) whatever is recomputed. Answers: each row with a weight of its own, against the same model with one
-adapter merged into its weights.
+Speed does not depend on the weights. Training: local phase, both adapters mixed in; MFU counts 4 N a token (2
+forward, 2 for the gradient of the inputs) whatever is recomputed. Answers: each row with a weight of its own, against
+the same model with one adapter merged into its weights.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def main() -> None:
 
 
 def measure_steps(engine: Any, config: Any, shape: Shape, args: argparse.Namespace) -> None:
-    """Print tokens/s and MFU of optimizer steps (median, lowest, highest), and the peak of the memory beside the plan."""
+    """Print tokens/s and MFU of optimizer steps (median, lowest, highest), and the peak memory beside the plan."""
     import torch
     from planner import Setting, _step
 

@@ -1,8 +1,9 @@
 """The procedure of FedDPA's published code, on plain transformers and PEFT: one instance at a time.
 
-For every instance S references and the prompt are encoded again with the local adapter, with all hidden states kept; then the
-one weight is set in every layer, and the prompt is decoded alone. Of its faults (see docs/architecture.md) only those
-that cost time are kept: the references are fixed, and the weight is that of the local adapter, so that answers can be compared.
+For every instance S references and the prompt are encoded again with the local adapter, with all hidden states kept;
+then the one weight is set in every layer, and the prompt is decoded alone. Of its faults (see docs/architecture.md)
+only those that cost time are kept: the references are fixed, and the weight is that of the local adapter, so that
+answers can be compared.
 """
 
 from collections.abc import Sequence

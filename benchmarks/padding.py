@@ -1,4 +1,6 @@
-"""Tokens computed for each token of the examples, over one epoch: `python benchmarks/padding.py --model DIR --data DIR`.
+"""Tokens computed for each token of the examples, over one epoch.
+
+    python benchmarks/padding.py --model DIR --data DIR
 
 Without a shared prefix (padding alone) and with one.
 """

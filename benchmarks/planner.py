@@ -1,11 +1,12 @@
 """What a training step takes, beside what `dpa_ds.planning` says: `python benchmarks/planner.py`.
 
-Every case is a job of ranks (gloo, CPU, one thread each) that takes steps of this project's engine on a random Llama: a
-global phase, then a local one, so that both adapters have their optimizer state. Memory: bytes of all live tensor storages
-before the last step, plus the high-water mark of torch's allocator inside it, as torch.profiler records it. Rows are of
-equal length, and every row has the same share of labels, as the plan assumes. Seconds, in fp32: the median of more such
-steps, beside the plan for all FLOP/s of a large matrix product and all bandwidth of an all-gather in the same call.
-ZeRO-3's gathers: bytes that a rank receives in a step, beside the plan and the floor, which is the base once.
+Every case is a job of ranks (gloo, CPU, one thread each) that takes steps of this project's engine on a random Llama:
+a global phase, then a local one, so that both adapters have their optimizer state. Memory: bytes of all live tensor
+storages before the last step, plus the high-water mark of torch's allocator inside it, as torch.profiler records it.
+Rows are of equal length, and every row has the same share of labels, as the plan assumes. Seconds, in fp32: the
+median of more such steps, beside the plan for all FLOP/s of a large matrix product and all bandwidth of an all-gather
+in the same call. ZeRO-3's gathers: bytes that a rank receives in a step, beside the plan and the floor, which is the
+base once.
 """
 
 import argparse
@@ -163,8 +164,8 @@ def measure(job: Any, setting: Setting, argv: list[str], timed: bool = False) ->
     Returns:
         resting: bytes of live tensor storages before the step; peak: these and the allocator's high-water mark on top;
         gathered: bytes that the step's all-gathers received;
-        if `timed`, seconds: median of steps; flops: FLOP/s of a large fp32 matrix product; bandwidth: bytes/s received in an
-        all-gather.
+        if `timed`, seconds: median of steps; flops: FLOP/s of a large fp32 matrix product; bandwidth: bytes/s received
+        in an all-gather.
     """
     import torch
 

@@ -1,8 +1,9 @@
 """What a round costs beside its steps: `python benchmarks/round.py`.
 
-aggregation: the leaders' weighted average of an adapter (collecting, dividing and taking apart included) against a bare gloo
-all-reduce of as many bytes, in turns. phase switch: adapters installed, the phase changed, the trained one gathered, on a small base
-and on a large one with adapters of the same size. The share of a real round: `--profile` of launch/run.py.
+aggregation: the leaders' weighted average of an adapter (collecting, dividing and taking apart included) against a bare
+gloo all-reduce of as many bytes, in turns. phase switch: adapters installed, the phase changed, the trained one
+gathered, on a small base and on a large one with adapters of the same size. The share of a real round: `--profile` of
+launch/run.py.
 """
 
 import argparse

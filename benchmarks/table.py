@@ -64,9 +64,10 @@ def render(result: dict[str, Any]) -> str:
         ratios = []
         for phase, (median, low, high) in v["ours_over_this"].items():
             ratios.append(f"{phase} {median:.2f} ({low:.2f} to {high:.2f})")
+        share = f"{v['flops_per_second'] / 1e9:9.1f}{v['share_of_peak']:9.0%}"
         lines.append(
             f"{v['phase']:8}{v['name']:20}{v['examples_per_second']:11.2f}{v['tokens_per_second']:10.0f}"
-            f"{v['real_over_computed']:14.2f}{v['flops_per_second'] / 1e9:9.1f}{v['share_of_peak']:9.0%}   {'; '.join(ratios)}"
+            f"{v['real_over_computed']:14.2f}{share}   {'; '.join(ratios)}"
         )
     return "\n".join(lines)
 

@@ -146,7 +146,7 @@ def _floors(base: Any, args: argparse.Namespace, examples: TokenizedExamples, st
 
 
 def _check_losses(variants: Sequence[Variant], tolerance: float) -> float:
-    """Largest relative difference between the first losses of ours and of others in the same phase; NaN without others."""
+    """Largest relative difference between first losses of ours and of others in a phase; NaN without others."""
     first = {v.phase: v.losses[0] for v in variants if v.name == "ours"}
     others = (v for v in variants if v.losses and v.name != "ours")
     worst = max((abs(v.losses[0] / first[v.phase] - 1) for v in others), default=nan)

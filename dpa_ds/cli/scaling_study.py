@@ -22,10 +22,10 @@ _WHAT_IS_VARIED = "--over says what is varied: ranks_per_group=1,2, groups=1,2 o
 class StudyOptions:
     """Runs the recipe once for each value of an axis, and reports what a round takes.
 
-    Each run is launch/run.py, started by a launcher of its own. DIR gets scale.md, scale.png and points.json. A model of
-    the round is fitted to the points; each point is also predicted by the others alone. Runs that are done are not done
-    again: interrupted, the same command resumes, and may have more values. A folder is for one experiment. Take rounds
-    of some seconds, and at least three: the first one warms up.
+    Each run is launch/run.py, started by a launcher of its own. DIR gets scale.md, scale.png and points.json. A model
+    of the round is fitted to the points; each point is also predicted by the others alone. Runs that are done are not
+    done again: interrupted, the same command resumes, and may have more values. A folder is for one experiment. Take
+    rounds of some seconds, and at least three: the first one warms up.
 
     --over ranks_per_group=1,2,4   ranks that train one client
     --over groups=1,2,4            rank groups, among which the clients are divided

@@ -50,7 +50,7 @@ def run_job(argv: Sequence[str], prepare: Callable[[Sequence[str]], tuple[RunCon
         check_hostfile_of_launcher()
         with _stdout_of(launch.global_rank == 0):  # --help and --print_config are written once
             config, work = prepare(argv)
-        facts = _facts(config)
+        facts = _facts(config.engine.deepspeed_config, to_yaml(config))
     except DpaError as error:
         problem = error
     job = None
@@ -104,14 +104,14 @@ def _is_further_rank(environ: Mapping[str, str]) -> bool:
     return False
 
 
-def _facts(config: RunConfig) -> dict[str, str]:
+def _facts(deepspeed_config: str, recipe: str) -> dict[str, str]:
     """What must be equal on all ranks."""
     versions = " ".join(f"{name}-{importlib.metadata.version(name)}" for name in PACKAGES)
     return {
         "the code of dpa_ds": code_fingerprint(),
         "package versions": versions,
-        "the DeepSpeed JSON": json.dumps(load_deepspeed_json(config.engine.deepspeed_config)),
-        "the resolved config": hashlib.sha256(to_yaml(config).encode()).hexdigest()[:16],
+        "the DeepSpeed JSON": json.dumps(load_deepspeed_json(deepspeed_config)),
+        "the resolved config": hashlib.sha256(recipe.encode()).hexdigest()[:16],
     }
 
 

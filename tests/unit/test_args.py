@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpa_ds.cli import __main__ as programs
@@ -62,6 +62,7 @@ def test_values_have_their_types() -> None:
 WORDS = st.text(st.characters(categories=("L", "N")), min_size=1, max_size=5)
 
 
+@settings(deadline=None)  # the first parser takes longest
 @given(st.lists(st.tuples(st.sampled_from(["--train.batch_size", "--config", "--x.y"]), WORDS)))
 def test_other_words_come_back_in_order(pairs: list[tuple[str, str]]) -> None:
     """Both spellings, whatever options of the program stand between them."""

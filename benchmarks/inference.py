@@ -2,8 +2,9 @@
 
     python benchmarks/inference.py --run runs/demo
 
-Both run in this process, in turns, with the same adapters, beams, answer length and precision (fp32, CPU). The sample that is
-answered one by one must get the same weights (paper's cosine) and the same answers from both before any number is printed.
+Both run in this process, in turns, with the same adapters, beams, answer length and precision (fp32,
+CPU). The sample that is answered one by one must get the same weights (paper's cosine) and the same
+answers from both before any number is printed.
 """
 
 import argparse
@@ -46,7 +47,7 @@ class Batched:
     """Our way: all instances for all clients, and how much of the time went into weights."""
 
     make_predictor: Callable[[Weighting], Predictor]
-    """Over the same model: nothing is embedded yet."""
+    """The model with nothing embedded yet."""
     world: World
     questions: EvaluationSet
     clock: Callable[[], float]
@@ -111,17 +112,24 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     job = JobStore(Launch("single", 0, 1, 0, "127.0.0.1", 0))
     folder = RunFolder(config.run_dir)
     server_round = folder.trained_round()
-    base = place_base(config, job, 1)
-    predictor = build_predictor(config, folder, server_round, base)
+    weighting = resolve_weighting(config.weighting, config.method, len(folder.clients(server_round)))
+    base = place_base(
+        job,
+        config.model,
+        config.data.cache_dir,
+        config.evaluation.sharding,
+        config.cluster,
+        config.federation.timeout_seconds,
+        len(folder.clients(server_round)),
+    )
+
+    def make_predictor(weighting: Weighting) -> Predictor:
+        return build_predictor(base, config.lora, config.generation, weighting, folder, server_round)
+
+    predictor = make_predictor(weighting)
     clients = {client: load_client_model(folder, server_round, client) for client in folder.clients(server_round)}
     instances = choose_instances(read_instances(config.data, config.seed, config.evaluation.split), config.evaluation)
     prompts = tokenize_instances(instances, predictor, config.data.template)
-
-    def make_predictor(weighting: Weighting) -> Predictor:
-        shared = folder.load_adapter(server_round, "global")
-        means = shared.extras["reference_mean"]["reference_mean"]
-        adapters, generation = predictor.adapters, config.generation
-        return Predictor(adapters, predictor.tokenizer, weighting, generation, means, adapters.load_state, base.world)
 
     ours = Batched(make_predictor, base.world, EvaluationSet(instances, prompts, clients), clock)
     theirs = OneByOne(base.directory, config.run_dir / "adapters", args.beams, args.max_new_tokens)

@@ -25,6 +25,7 @@ from dpa_ds.evaluation.report import write_evaluation
 from dpa_ds.evaluation.work_items import EvaluationSet, answer_work_item
 from dpa_ds.inference.client_model import ClientModel, Predictor, describe_client, load_client_model
 from dpa_ds.inference.loading import build_predictor, place_base
+from dpa_ds.inference.weighting import resolve_weighting
 from dpa_ds.model.directory import model_fingerprint
 from dpa_ds.runs.folder import RunFolder
 from dpa_ds.runs.storage import write_file
@@ -51,16 +52,25 @@ def evaluate(config: RunConfig, job: JobStore) -> Path:
     everything = read_instances(config.data, config.seed, config.evaluation.split)
     instances = choose_instances(everything, config.evaluation)
 
-    base = place_base(config, job, len(clients))
+    weighting = resolve_weighting(config.weighting, config.method, len(existing))
+    base = place_base(
+        job,
+        config.model,
+        config.data.cache_dir,
+        config.evaluation.sharding,
+        config.cluster,
+        config.federation.timeout_seconds,
+        len(clients),
+    )
     world = base.world
     fingerprint = model_fingerprint(base.directory)
     folder.check_model(fingerprint)
-    predictor = build_predictor(config, folder, server_round, base)
+    predictor = build_predictor(base, config.lora, config.generation, weighting, folder, server_round)
     client_models = load_clients(folder, server_round, clients, predictor)
     prompts = tokenize_instances(instances, predictor, config.data.template)
     evaluation_set = EvaluationSet(instances, prompts, client_models)
 
-    settings = describe_settings(config, predictor.weighting, folder, server_round, fingerprint, everything)
+    settings = describe_settings(config, weighting, folder, server_round, fingerprint, everything)
     evaluation_dir = config.run_dir / "evaluations" / name_of(settings)
     answers_dir = evaluation_dir / "answers"
     if world.is_coordinator:

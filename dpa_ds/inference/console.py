@@ -16,7 +16,7 @@ from dpa_ds.distributed.job_store import JobStore
 from dpa_ds.errors import ClusterError, ConfigError, DataError
 from dpa_ds.inference.client_model import ClientModel, Predictor, load_client_model
 from dpa_ds.inference.loading import build_predictor, place_base
-from dpa_ds.inference.weighting import describe_weighting
+from dpa_ds.inference.weighting import describe_weighting, resolve_weighting
 from dpa_ds.model.directory import model_fingerprint
 from dpa_ds.runs.folder import RunFolder
 from dpa_ds.runs.tracking import logger, setup_logging
@@ -58,13 +58,22 @@ def generate(
     if input_path is not None:  # before the base, whose loading takes much longer
         prompts = read_prompts(Path(input_path).expanduser(), config.data.instruction_column)
 
-    base = place_base(config, job, len(existing))
+    weighting = resolve_weighting(config.weighting, config.method, len(existing))
+    base = place_base(
+        job,
+        config.model,
+        config.data.cache_dir,
+        config.evaluation.sharding,
+        config.cluster,
+        config.federation.timeout_seconds,
+        len(existing),
+    )
     folder.check_model(model_fingerprint(base.directory))
-    predictor = build_predictor(config, folder, server_round, base)
+    predictor = build_predictor(base, config.lora, config.generation, weighting, folder, server_round)
     client_model = load_client_model(folder, server_round, client)
-    weighting = describe_weighting(predictor.weighting, config.weighting.num_references)
-    logger.info(f"{client_model.info.label} after round {server_round}, {weighting}")
-    if not client_model.trained and not predictor.weighting.is_constant:
+    described = describe_weighting(weighting, config.weighting.num_references)
+    logger.info(f"{client_model.info.label} after round {server_round}, {described}")
+    if not client_model.trained and not weighting.is_constant:
         logger.info("its local adapter was never trained: the global adapter alone answers, alpha is always 0")
     console = Console(predictor, client_model, config.data.template, config.generation.num_beams == 1)
 

@@ -2,19 +2,26 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from dpa_ds.adapters.adapter_model import AdapterModel
 from dpa_ds.adapters.methods import GLOBAL, adapter_table
-from dpa_ds.config.schema import ModelConfig, RunConfig
+from dpa_ds.config.schema import (
+    ClusterConfig,
+    GenerationConfig,
+    LoraConfig,
+    ModelConfig,
+    TrainConfig,
+)
 from dpa_ds.distributed.device import claim_device
 from dpa_ds.distributed.job_store import JobStore
 from dpa_ds.distributed.topology import Topology
 from dpa_ds.distributed.world import World, build_world, world_without_collectives
 from dpa_ds.errors import ClusterError, ModelError
 from dpa_ds.inference.client_model import Install, Predictor
-from dpa_ds.inference.weighting import resolve_weighting
+from dpa_ds.inference.weighting import Weighting
 from dpa_ds.model.base import check_precision, fits_one_rank, load_base, resolve_model
 from dpa_ds.model.directory import load_tokenizer
 from dpa_ds.runs.folder import RunFolder
@@ -25,15 +32,24 @@ PARTITIONED = {"zero_optimization": {"stage": 3}}
 
 @dataclass(frozen=True)
 class PlacedBase:
-    """The base, not loaded yet, and the ranks that hold it together."""
+    """The base, not loaded yet, and the ranks that hold it."""
 
+    config: ModelConfig
     directory: Path
     world: World
     partitioned: bool
     """The ranks of the world divide it (ZeRO-3); else each rank is a world of its own, with a whole copy."""
 
 
-def place_base(config: RunConfig, job: JobStore, num_clients: int) -> PlacedBase:
+def place_base(
+    job: JobStore,
+    model: ModelConfig,
+    cache_dir: str,
+    sharding: Literal["auto", "never", "always"],
+    cluster: ClusterConfig,
+    federation_timeout_seconds: float,
+    num_clients: int,
+) -> PlacedBase:
     """One copy of the base on each rank where it fits one, else one for all ranks together.
 
     Collective: every rank of the job.
@@ -45,12 +61,10 @@ def place_base(config: RunConfig, job: JobStore, num_clients: int) -> PlacedBase
     num_ranks = job.launch.job_world_size
     ranks_on_host = job.hosts.count(job.launch.hostname)
     device = claim_device(job.launch, ranks_on_host)
-    check_precision(config.model.precision, device)
-    directory = Path(
-        job.broadcast_from_rank_zero("model", lambda: str(_find_base(config.model, config.data.cache_dir)))
-    )
-    sharding = config.evaluation.sharding
-    fits = sharding == "never" or fits_one_rank(directory, config.model.precision, device, ranks_on_host)
+    check_precision(model.precision, device)
+    directory = Path(job.broadcast_from_rank_zero("model", lambda: str(_find_base(model, cache_dir))))
+    fits = sharding == "never" or fits_one_rank(directory, model.precision, device, ranks_on_host)
+    # Hosts may have different memory: what rank 0 finds counts for all.
     fits = bool(job.broadcast_from_rank_zero("fits", lambda: fits))
     if not fits and num_ranks == 1:
         raise ClusterError(
@@ -58,35 +72,32 @@ def place_base(config: RunConfig, job: JobStore, num_clients: int) -> PlacedBase
         )
     if fits and sharding != "always":
         topology = Topology((1,) * num_ranks, num_clients)
-        return PlacedBase(directory, world_without_collectives(job, topology), partitioned=False)
+        world = world_without_collectives(job, topology)
+        return PlacedBase(model, directory, world, partitioned=False)
     topology = Topology((num_ranks,), num_clients)
-    world = build_world(job, topology, config.cluster, config.federation.timeout_seconds)
-    return PlacedBase(directory, world, partitioned=True)
+    world = build_world(job, topology, cluster, federation_timeout_seconds)
+    return PlacedBase(model, directory, world, partitioned=True)
 
 
-def build_predictor(config: RunConfig, folder: RunFolder, server_round: int, base: PlacedBase) -> Predictor:
+def build_predictor(
+    base: PlacedBase,
+    lora: LoraConfig,
+    generation: GenerationConfig,
+    weighting: Weighting,
+    folder: RunFolder,
+    server_round: int,
+) -> Predictor:
     """The base with the run's global adapter. Collective where it is partitioned: all ranks of the group.
 
     Raises:
-        ConfigError: the weighting does not go with the run.
         CheckpointError, ModelError: adapters or base cannot be used.
     """
-    num_clients = len(folder.clients(server_round))
-    weighting = resolve_weighting(config.weighting, config.method, num_clients)
     shared = folder.load_adapter(server_round, GLOBAL)
     if base.partitioned:
-        # Here, because it imports DeepSpeed, which takes seconds.
-        from dpa_ds.engine.engine import AdapterEngine, build_deepspeed_json
-
-        ds_json = build_deepspeed_json(
-            PARTITIONED, config.engine.deepspeed_config, config.train, config.model.precision, base.world.world_size
-        )
-        model = load_base(config.model, base.directory, ds_json)
-        adapters = AdapterModel(model, adapter_table(config.lora), config.lora)
-        install: Install = AdapterEngine(adapters, base.world, config.train, ds_json).write_state
+        adapters, install = _load_partitioned(base, lora)
     else:
-        model = load_base(config.model, base.directory, {})
-        adapters = AdapterModel(model, adapter_table(config.lora), config.lora)
+        model = load_base(base.config, base.directory, {})
+        adapters = AdapterModel(model, adapter_table(lora), lora)
         model.to(base.world.device)  # type: ignore[arg-type]
         install = adapters.load_state
     adapters.check_shapes(GLOBAL, shared.weights)
@@ -96,11 +107,24 @@ def build_predictor(config: RunConfig, folder: RunFolder, server_round: int, bas
         adapters=adapters,
         tokenizer=load_tokenizer(base.directory),
         weighting=weighting,
-        generation=config.generation,
+        generation=generation,
         reference_mean=shared.extras.get("reference_mean", no_mean)["reference_mean"],
         install=install,
         world=base.world,
     )
+
+
+def _load_partitioned(base: PlacedBase, lora: LoraConfig) -> tuple[AdapterModel, Install]:
+    """The model, divided among the ranks by an engine that never trains. Collective: all ranks of the group."""
+    # Here, because it imports DeepSpeed, which takes seconds.
+    from dpa_ds.engine.engine import AdapterEngine, build_deepspeed_json
+
+    train = TrainConfig()  # not used: no step is taken
+    precision, world = base.config.precision, base.world
+    ds_json = build_deepspeed_json(PARTITIONED, "", train, precision, world.world_size)
+    model = load_base(base.config, base.directory, ds_json)
+    adapters = AdapterModel(model, adapter_table(lora), lora)
+    return adapters, AdapterEngine(adapters, world, train, ds_json).write_state
 
 
 def _find_base(config: ModelConfig, cache_dir: str) -> Path:

@@ -236,7 +236,7 @@ def test_a_batch_answers_as_transformers_does(models: Models, beams: int, by: fl
 
 
 def test_a_finished_prompt_keeps_its_answer() -> None:
-    """Where it is computed for company: its running beams go on, and may end better than heuristics expected."""
+    """Where it is computed for company: its running beams continue, and may end better than expected."""
     end = 3
     search = BeamSearch(num_prompts=1, num_beams=2, max_new_tokens=8, eos_id=end, device=torch.device("cpu"))
     search.advance(torch.tensor([[0.30, 0.20, 0.05, 0.45]] * 2).log())

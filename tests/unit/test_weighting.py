@@ -196,7 +196,7 @@ def test_explicit_choices(chosen: dict[str, Any], expected: Weighting) -> None:
     assert resolve("fedit", **chosen) == expected, "whatever the method"
 
 
-def test_the_only_client_has_no_mean_state_to_subtract() -> None:
+def test_the_only_client_has_no_reference_mean_to_subtract() -> None:
     assert resolve(num_clients=1) == Weighting("cosine", 0.5, "last_token", "local")
     assert resolve("fedit", num_clients=1) == resolve("fedit")
     assert resolve(num_clients=1, kind="fixed") == resolve(kind="fixed")

@@ -48,7 +48,7 @@ def read_instances(data: DataConfig, seed: int, split: Literal["test", "held_out
         num_rows[task] += 1
     if not instances:
         raise DataError("there is nothing to evaluate: the test data has no rows")
-    # By task: what a digest of them is, and in which order they are answered, does not depend on how a file mixes tasks.
+    # By task: neither their digest nor the order of the work depends on how a file mixes the tasks.
     return sorted(instances, key=_task_and_row)
 
 

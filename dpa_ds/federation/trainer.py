@@ -190,9 +190,10 @@ class Trainer:
             self._run_phase(client, phase, server_round)
             progress.phase += 1
             progress.inside = PhaseProgress()
-            # From the end of the stage on the update is whole, and later saves keep its file instead of
-            # writing it again.
-            progress.is_update_saved |= stage == "before" and phase is todo[-1]
+            # From the end of the stage on the update is whole, and later saves keep its file instead of writing
+            # it again.
+            if stage == "before" and phase is todo[-1] and progress.update is not None:
+                progress.is_update_saved = True
             self._hooks.save(client, server_round)
 
     def _transformed(self, client: HostedClient, state: ServerState, server_round: int) -> LocalUpdate | None:

@@ -32,6 +32,7 @@ setup(
         "numpy>=2",
         "pyarrow",  # the version that datasets asks for
         "jsonargparse[signatures]>=4.53,<4.54",
+        "docstring_parser",  # the version that jsonargparse asks for
         "PyYAML>=6,<7",
         "psutil>=7",
         "tqdm>=4.67,<5",

@@ -26,6 +26,7 @@ LAUNCHERS = {
     "torchrun": "torchrun",
     "torch.distributed.run": "torchrun",
     "launch/compare.py": "compare.py",
+    "dpa_ds.cli": "dpa_ds.cli",
 }
 """Word of a Python process's command line, or its end -> what messages call the launcher."""
 MPI_SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")

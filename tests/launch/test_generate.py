@@ -13,13 +13,17 @@ from tests.ranks import run_on_ranks, train_on_rank
 
 pytestmark = pytest.mark.launch
 GENERATE = [PYTHON, "launch/generate.py"]
-AND_TELL_IMPORTS = """
-import runpy, sys
+AND_LIST_IMPORTS = """
+import atexit, runpy, sys
+
+def list_imports():
+    print("imported:", sorted({"deepspeed", "torchft", "mpi4py", "torch"} & sys.modules.keys()))
+
+atexit.register(list_imports)  # the script ends with sys.exit
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
-print("imported:", sorted({"deepspeed", "torchft", "mpi4py", "torch"} & sys.modules.keys()))
 """
-"""A Python program that runs the script of its first argument, and then says which of these libraries that took."""
+"""A Python program that runs the script of its first argument, and lists which of these libraries that took."""
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +74,7 @@ def test_a_file_of_prompts_gives_json_lines_as_the_evaluation_answers(
 
 def test_one_process_needs_no_deepspeed(run_dir: Path, model: Path, federation: Path, tmp_path: Path) -> None:
     """Neither for one answer, which is a plain computation's, nor for an evaluation."""
-    command = [PYTHON, "-c", AND_TELL_IMPORTS]
+    command = [PYTHON, "-c", AND_LIST_IMPORTS]
     rows = [json.loads(line) for line in (federation / "test.jsonl").read_text().splitlines()]
     prompts = [row["instruction"] for row in rows[:3]]
     (tmp_path / "prompts.txt").write_text("\n".join(prompts))

@@ -7,7 +7,7 @@ import pytest
 
 from tests import tiny
 from tests.cluster.machines import Machines
-from tests.cluster.test_slurm import TWO_NODES, JobStore
+from tests.cluster.test_slurm import TWO_NODES, SlurmJob
 from tests.launch.processes import PYTHON, Running, free_port, run_by_hand
 
 pytestmark = pytest.mark.cluster
@@ -17,7 +17,7 @@ DEADLINE_SECONDS = 120.0
 def test_under_slurm_all_is_well(machines: Machines, model: Path, federation: Path, tmp_path: Path) -> None:
     """Both hosts, by the addresses that the other reaches."""
     argv = tiny.recipe(model, federation, tmp_path / "runs")
-    output = JobStore(machines, tmp_path / "job.out", "check_comms", TWO_NODES, argv).wait()
+    output = SlurmJob(machines, tmp_path / "job.out", "preflight", TWO_NODES, argv).wait()
     assert f"n1 {machines.address(1)} (eth0), n2 {machines.address(2)} (eth0)" in output
     assert "between leaders" in output
     assert "FAILED" not in output

@@ -22,7 +22,7 @@ ONE_TASK = ["--nodes=1", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per
 Arguments = Callable[..., list[str]]
 
 
-class JobStore:
+class SlurmJob:
     """A script of launch/slurm that was submitted."""
 
     def __init__(
@@ -86,7 +86,7 @@ def test_train_resumes_by_itself(
 ) -> None:
     """The job starts again, inside the round where it was, and ends with the bits of a run on one host."""
     argv, run_dir = arguments(), tmp_path / "runs" / "tiny"
-    job = JobStore(machines, tmp_path / "job.out", "train", TWO_NODES, argv)
+    job = SlurmJob(machines, tmp_path / "job.out", "train", TWO_NODES, argv)
     job.wait_for(lambda: list(run_dir.glob("rounds/round_000002.tmp/progress/*/*/state.json")))
     match how:
         case "preempted":
@@ -115,7 +115,7 @@ def test_train_resumes_by_itself(
 def test_the_end_of_its_time_is_not_the_end(machines: Machines, arguments: Arguments, tmp_path: Path) -> None:
     """USR1 before the time limit, which Slurm keeps to the half minute: the job saves, and starts again with new time."""
     argv, run_dir = arguments(federation__num_rounds=1000, checkpoint__keep_rounds=1000), tmp_path / "runs" / "tiny"
-    job = JobStore(machines, tmp_path / "job.out", "train", [*TWO_NODES, "--time=2", "--signal=USR1@60"], argv)
+    job = SlurmJob(machines, tmp_path / "job.out", "train", [*TWO_NODES, "--time=2", "--signal=USR1@60"], argv)
     try:
         job.wait_for(lambda: "start 2, on n[1-2]" in job.output)
         done = last_round(run_dir)
@@ -137,7 +137,7 @@ def test_a_lost_node_is_not_the_end_of_train_groups(machines: Machines, argument
     run_dir = tmp_path / "runs" / "tiny"
     argv = arguments(federation__num_rounds=500, train__max_steps=30, checkpoint__keep_rounds=500)
     whole_node = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", f"--cpus-per-task={NUM_CPUS}"]
-    job = JobStore(machines, tmp_path / "job.out", "train_groups", whole_node, argv, RANKS="1 1")
+    job = SlurmJob(machines, tmp_path / "job.out", "train_groups", whole_node, argv, RANKS="1 1")
     try:
         job.wait_for((run_dir / "rounds/round_000002/meta.json").exists)
         machines.crash(2)
@@ -171,7 +171,7 @@ def mentions(command: list[str] | None, folder: Path) -> bool:
 def test_groups_of_unequal_size(machines: Machines, arguments: Arguments, tmp_path: Path) -> None:
     """A group over two nodes would need more ranks than there are cores here: two ranks on n1, one on n2."""
     options = ["--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-task=1"]
-    output = JobStore(
+    output = SlurmJob(
         machines, tmp_path / "job.out", "train_groups", options, arguments(train__max_steps=30), RANKS="2 1"
     ).wait()
     assert "group 0: 2 ranks on n1; clients 0" in output
@@ -184,7 +184,7 @@ def test_groups_of_a_heterogeneous_job(machines: Machines, arguments: Arguments,
     """A component for each group, of other nodes and sizes."""
     first = ["--nodes=1", "--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-task=1"]
     second = [":", "--nodes=1", "--ntasks-per-node=1", "--gpus-per-node=1", f"--cpus-per-task={NUM_CPUS}"]
-    output = JobStore(
+    output = SlurmJob(
         machines, tmp_path / "job.out", "train_groups", [*first, *second], arguments(train__max_steps=30)
     ).wait()
     assert re.search("group 0: 2 ranks on n[12]; clients 0", output), output
@@ -196,14 +196,14 @@ def test_groups_of_a_heterogeneous_job(machines: Machines, arguments: Arguments,
 def test_train_then_evaluate_then_compare(machines: Machines, arguments: Arguments, tmp_path: Path) -> None:
     """A chain of jobs, each behind the one before; a sweep's tasks train one method each, and the last job makes the table."""
     argv = arguments(train__max_steps=2, federation__num_rounds=1, generation__max_new_tokens=4)
-    trained = JobStore(machines, tmp_path / "train.out", "train", ONE_TASK, argv)
+    trained = SlurmJob(machines, tmp_path / "train.out", "train", ONE_TASK, argv)
     run_dir = tmp_path / "runs" / "tiny"
     behind = [*ONE_TASK, f"--dependency=afterok:{trained.number}"]
-    evaluated = JobStore(machines, tmp_path / "evaluate.out", "evaluate", behind, ["--run", str(run_dir)])
+    evaluated = SlurmJob(machines, tmp_path / "evaluate.out", "evaluate", behind, ["--run", str(run_dir)])
     sweep = {"METHODS": "fedit local", "SEEDS": "0"}
     compared = [*argv, "--name", "sweep"]
-    pairs = JobStore(machines, tmp_path / "sweep-%a.out", "sweep", [*ONE_TASK, "--array=0-1"], compared, **sweep)
-    table = JobStore(
+    pairs = SlurmJob(machines, tmp_path / "sweep-%a.out", "sweep", [*ONE_TASK, "--array=0-1"], compared, **sweep)
+    table = SlurmJob(
         machines,
         tmp_path / "sweep.out",
         "sweep",

@@ -133,7 +133,7 @@ def sees_token(job: JobStore, folder: Path, patience_seconds: float = 5.0) -> bo
     """
 
     def write() -> str:
-        path = folder / f".check_comms_{os.getpid()}"
+        path = folder / f".preflight_{os.getpid()}"
         with storage_errors(path, "choose a folder that every host may write to (output_dir)"):
             folder.mkdir(parents=True, exist_ok=True)
             path.touch()

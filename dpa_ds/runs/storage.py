@@ -107,7 +107,7 @@ def read_info(folder: Path, remedy: str) -> dict[str, Any]:
         info = dict(state["info"])
         is_whole = state["info_sha256"] == _digest(info)
     except UNREADABLE as error:
-        raise CheckpointError(f"{folder / STATE} cannot be read ({error}): {remedy}") from error
+        raise CheckpointError(f"{folder} cannot be read ({error}): {remedy}") from error
     if not is_whole:
         raise CheckpointError(f"{folder / STATE} is damaged (checksum differs): {remedy}")
     return info

@@ -262,7 +262,7 @@ def run(name: str) -> Callable[[Path], Path]:
             "tokens": torch.tensor([1, 2, 3], dtype=torch.int32),
             "lengths": torch.tensor([3], dtype=torch.int32),
         }
-        references |= {f"states.{kind}": torch.ones(1, 3) for kind in ("last_token", "mean")}
+        references |= {f"embeddings.{kind}": torch.ones(1, 3) for kind in ("last_token", "mean")}
         run_folder.save_adapter(1, "global", weights, lora, {}, {"num_clients": 1})
         run_folder.save_adapter(1, "local/client_00", weights, lora, {"references": references}, INFO)
         run_folder.complete_round(1, {}, 2)

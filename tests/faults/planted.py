@@ -16,7 +16,7 @@ REPOSITORY = Path(__file__).parents[2]
 
 def random_state() -> None:
     """The random numbers of a resumed phase are others than before."""
-    find, fold = round_state.ProgressKeeper.find, trainer._fold
+    find, fold = round_state.RoundState._find, trainer._fold
     resumed = False
 
     def find_and_note(*args: Any) -> Any:
@@ -25,7 +25,7 @@ def random_state() -> None:
         resumed |= found is not None
         return found
 
-    round_state.ProgressKeeper.find = find_and_note  # type: ignore[method-assign]
+    round_state.RoundState._find = find_and_note  # type: ignore[method-assign]
     trainer._fold = lambda *words: fold(*words) + resumed
 
 
@@ -36,15 +36,15 @@ def optimizer() -> None:
 
 def data_position() -> None:
     """A resumed phase does its last step again."""
-    find = round_state.ProgressKeeper.find
+    find = round_state.RoundState._find
 
     def find_a_step_before(*args: Any) -> Any:
         found = find(*args)
-        if found is not None and found[0].inside.step:
-            found[0].inside.step -= 1
+        if found is not None and found.info["inside"]["step"]:
+            found.info["inside"]["step"] -= 1
         return found
 
-    round_state.ProgressKeeper.find = find_a_step_before  # type: ignore[method-assign]
+    round_state.RoundState._find = find_a_step_before  # type: ignore[method-assign]
 
 
 def stale_adapter() -> None:

@@ -179,7 +179,8 @@ def test_the_reference_mean_is_that_of_all_clients_that_took_part_so_far(
             load_file(folder / f"local/client_{client:02d}/references.safetensors") for client in participated
         ]
         expected = [
-            torch.stack([r[f"embeddings.{name}"].mean(0) for r in references]).mean(0) for name in ("last_token", "mean")
+            torch.stack([r[f"embeddings.{name}"].mean(0) for r in references]).mean(0)
+            for name in ("last_token", "mean")
         ]
         saved = load_file(folder / "global/reference_mean.safetensors")
         assert float(saved["weight"]) == len(participated)

@@ -3,9 +3,8 @@
     python benchmarks/inference.py --run runs/demo
 
 Both run in this process, in turns, with the same adapters, beams, answer length and precision (fp32, CPU). The
-sample that is answered one by one must get the same weights (paper's cosine) and the same answers from both
-before any number
-is printed.
+sample that is answered one by one must get the same weights (paper's cosine) and the same answers from both before
+any number is printed.
 """
 
 import argparse

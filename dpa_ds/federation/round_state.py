@@ -184,16 +184,13 @@ class RoundState:
 class RoundCommit:
     """Makes a round count, or leaves no trace of it: the commit protocol.
 
-    1. Every leader writes the adapters of its clients into `round_N.tmp`, the coordinator also `global/`, in
-    the background
-       (`start`): held-out loss is computed meanwhile.
-    2. A leader waits until its own files are on disk (`wait`), and only then hands its row to the exchange of
-    metrics. So that
-       exchange is the barrier: once a leader has its result, all leaders that are present have saved.
+    1. Every leader writes the adapters of its clients into `round_N.tmp`, the coordinator also `global/`, in the
+       background (`start`): held-out loss is computed meanwhile.
+    2. A leader waits until its own files are on disk (`wait`), and only then hands its row to the exchange of metrics.
+       So that exchange is the barrier: once a leader has its result, all leaders that are present have saved.
     3. The coordinator records the metrics: a complete round is also a recorded one (`metrics.record_round`).
-    4. The coordinator completes the round (`finish`): it copies what absent clients had, writes `meta.json`
-    with the checksums
-       of all state, and renames `round_N.tmp` to `round_N`. The rename is what makes the round count. Older
+    4. The coordinator completes the round (`finish`): it copies what absent clients had, writes `meta.json` with the
+       checksums of all state, and renames `round_N.tmp` to `round_N`. The rename is what makes the round count. Older
        rounds are deleted afterwards.
 
     A process that ends before the rename leaves round N - 1 as the last one, and its clients' progress in

@@ -16,7 +16,7 @@ from dpa_ds.distributed.world import World
 from dpa_ds.federation.aggregation.base import LeaderState
 from dpa_ds.federation.progress import ClientState
 from dpa_ds.inference.embedding import embed
-from dpa_ds.runs.folder import RunFolder, SavedAdapter
+from dpa_ds.runs.folder import RunFolder, SavedAdapter, local_folder
 from dpa_ds.runs.tracking import logger
 
 LOCAL_SEED = 1
@@ -41,11 +41,6 @@ class HostedClient:
     def folder(self) -> str:
         """Where a round keeps this client's adapter."""
         return local_folder(self.client_id)
-
-
-def local_folder(client_id: int) -> str:
-    """Name of a client's adapter in a round: `local/client_02`."""
-    return f"{LOCAL}/client_{client_id:02d}"
 
 
 def client_names(data: DataConfig, seed: int, pooled: bool) -> list[str]:

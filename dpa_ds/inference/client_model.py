@@ -18,7 +18,7 @@ from dpa_ds.errors import CheckpointError, DataError
 from dpa_ds.inference.embedding import embed
 from dpa_ds.inference.generation import generate
 from dpa_ds.inference.weighting import Weighting, instance_weights
-from dpa_ds.runs.folder import RunFolder
+from dpa_ds.runs.folder import RunFolder, local_folder
 
 Install = Callable[[str, AdapterState], None]
 """Puts an adapter into the model: `AdapterModel.load_state`, or where there is an engine
@@ -42,7 +42,7 @@ def load_client_model(folder: RunFolder, server_round: int, client: int) -> Clie
     Raises:
         CheckpointError: a file is missing or damaged, or the adapter is not finite.
     """
-    saved = folder.load_adapter(server_round, f"local/client_{client:02d}")
+    saved = folder.load_adapter(server_round, local_folder(client))
     info = _client_info(client, saved.info)
     references = None
     if "references" in saved.extras:
@@ -56,7 +56,7 @@ def describe_client(folder: RunFolder, server_round: int, client: int) -> Client
     Raises:
         CheckpointError: its folder cannot be read.
     """
-    return _client_info(client, folder.info(server_round, f"local/client_{client:02d}"))
+    return _client_info(client, folder.info(server_round, local_folder(client)))
 
 
 class Predictor:

@@ -22,6 +22,7 @@ from typing import Any
 
 import peft
 
+from dpa_ds.adapters.methods import LOCAL
 from dpa_ds.adapters.state import AdapterState
 from dpa_ds.errors import CheckpointError, storage_errors
 from dpa_ds.runs.storage import (
@@ -51,6 +52,11 @@ class SavedAdapter:
     """Further tensors by name, such as `optimizer` and `references`."""
     info: dict[str, Any]
     """What the saver added, such as the number of steps taken."""
+
+
+def local_folder(client_id: int) -> str:
+    """Name of a client's adapter in a round: `local/client_02`."""
+    return f"{LOCAL}/client_{client_id:02d}"
 
 
 class RunFolder:
@@ -136,7 +142,7 @@ class RunFolder:
     def carry_over(self, server_round: int, clients: list[int]) -> None:
         """Give a round that is not yet complete the local adapters of `clients` as they were one round before."""
         for client in clients:
-            name = f"local/client_{client:02d}"
+            name = local_folder(client)
             old, new = (
                 self.round_dir(server_round - 1) / name,
                 self._unfinished(server_round) / name,

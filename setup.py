@@ -19,7 +19,7 @@ setup(
     package_data={"dpa_ds": ["py.typed"]},
     python_requires=">=3.11",
     install_requires=[
-        "torch>=2.13,<2.14",
+        "torch>=2.11,<2.14",
         "deepspeed>=0.19.8,<0.20",
         "transformers>=5.17,<6",
         "peft>=0.21.2,<0.22",

@@ -24,6 +24,10 @@ class ModelError(DpaError):
     """The model directory or its adapters cannot be used as configured."""
 
 
+class MemoryLimitError(DpaError):
+    """What the recipe asks for does not fit the memory of the device or of the host."""
+
+
 class ClusterError(DpaError):
     """Ranks, hosts or launchers do not fit together."""
 

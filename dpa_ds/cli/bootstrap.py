@@ -7,7 +7,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 
 from dpa_ds.config.deepspeed_json import load_deepspeed_json
 from dpa_ds.config.load import to_yaml
@@ -19,6 +19,8 @@ from dpa_ds.errors import DpaError
 Work = Callable[[JobStore], None]
 """What a job does. Collective: every rank of the job."""
 PACKAGES = ("torch", "deepspeed", "transformers", "peft")
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+"""The newer name and the older one, which is read by every version of torch."""
 RANK_VARIABLES = {
     "RANK": "WORLD_SIZE",
     "OMPI_COMM_WORLD_RANK": "OMPI_COMM_WORLD_SIZE",
@@ -37,6 +39,7 @@ def run_job(argv: Sequence[str], prepare: Callable[[Sequence[str]], tuple[RunCon
     """
     # torch reads it when it is first imported. Below ERROR each rank adds 40 lines of C++ stack to a peer's one line.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    set_allocator_defaults(os.environ)
     try:
         launch = discover_launch()
     except DpaError as error:
@@ -71,6 +74,15 @@ def run_job(argv: Sequence[str], prepare: Callable[[Sequence[str]], tuple[RunCon
                 _report(error)
             launch.exit(getattr(error, "exit_code", 1))
         job.fail(error)
+
+
+def set_allocator_defaults(environ: MutableMapping[str, str]) -> None:
+    """Settings of torch's allocators on a GPU, unless the user has any. torch reads them when it is first imported.
+
+    Micro-batches differ in size: with segments that grow, what one leaves free is of use to the next.
+    """
+    if not any(name in environ for name in ALLOCATOR_VARIABLES):
+        environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def run_alone(work: Callable[[], None]) -> int:

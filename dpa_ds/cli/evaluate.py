@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from dpa_ds.cli.args import option, parse
 from dpa_ds.cli.bootstrap import Work, run_job
+from dpa_ds.cli.memory import generation_remedy, memory_errors
 from dpa_ds.cli.trained_run import RunOptions, load_run_config
 from dpa_ds.config.schema import RunConfig
 from dpa_ds.distributed.job_store import JobStore
@@ -55,7 +56,8 @@ def prepare(argv: Sequence[str]) -> tuple[RunConfig, Work]:
     def work(job: JobStore) -> None:
         from dpa_ds.evaluation.runner import evaluate  # imports torch: only once config and ranks are in order
 
-        evaluate(config, job)
+        with memory_errors(generation_remedy(config.generation)):
+            evaluate(config, job)
 
     return config, work
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from dpa_ds.cli.args import at_least_zero, option, parse
 from dpa_ds.cli.bootstrap import Work, run_job
+from dpa_ds.cli.memory import generation_remedy, memory_errors
 from dpa_ds.cli.trained_run import RunOptions, load_run_config
 from dpa_ds.config.schema import RunConfig
 from dpa_ds.distributed.job_store import JobStore
@@ -64,6 +65,7 @@ def prepare(argv: Sequence[str]) -> tuple[RunConfig, Work]:
             sys.stdout = sys.stderr
         from dpa_ds.inference.console import generate  # imports torch: only once config and ranks are in order
 
-        generate(config, job, options.client, options.prompt, options.input, answers)
+        with memory_errors(generation_remedy(config.generation)):
+            generate(config, job, options.client, options.prompt, options.input, answers)
 
     return config, work

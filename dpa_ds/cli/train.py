@@ -1,8 +1,10 @@
 """Entry point of launch/run.py: federated training of dual adapters."""
 
 from collections.abc import Sequence
+from functools import partial
 
 from dpa_ds.cli.bootstrap import Work, run_job
+from dpa_ds.cli.memory import expected_memory, memory_errors, training_remedy
 from dpa_ds.config.load import load_config
 from dpa_ds.config.schema import RunConfig
 from dpa_ds.distributed.job_store import JobStore
@@ -24,6 +26,7 @@ def prepare(argv: Sequence[str]) -> tuple[RunConfig, Work]:
     def work(job: JobStore) -> None:
         from dpa_ds.cli.session import train  # imports DeepSpeed: only once config and ranks are in order
 
-        train(config, job)
+        with memory_errors(training_remedy(config.train, config.generation), partial(expected_memory, config, job)):
+            train(config, job)
 
     return config, work

@@ -1,6 +1,7 @@
 """The device that a rank computes on, found with torch alone: inference on one rank needs no DeepSpeed."""
 
 import os
+from typing import Any
 
 import psutil
 import torch
@@ -34,6 +35,16 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cpu":
         return int(psutil.virtual_memory().available)
     return int(torch.accelerator.get_memory_info(device)[0])
+
+
+def use_free_memory_of(device: torch.device, accelerator: Any) -> None:
+    """Have DeepSpeed's `accelerator` ask torch how much of `device` is free, where it is a CUDA device.
+
+    Its own way (0.19.8, where pynvml is installed) reads CUDA_VISIBLE_DEVICES as numbers: the UUIDs that Slurm and
+    Kubernetes write there, and those of MIG devices, end ZeRO 1 and 2 in a ValueError.
+    """
+    if device.type == "cuda":
+        accelerator.available_memory = lambda device_index=None: free_memory(device)
 
 
 def _device_index(local_rank: int, num_devices: int) -> int:

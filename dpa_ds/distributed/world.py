@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from dpa_ds.config.schema import ClusterConfig, FederationConfig
-from dpa_ds.distributed.device import claim_device
+from dpa_ds.distributed.device import claim_device, use_free_memory_of
 from dpa_ds.distributed.elastic import ElasticGroup
 from dpa_ds.distributed.job_store import JobStore
 from dpa_ds.distributed.leaders import LeaderGroup, StaticGroup
@@ -170,7 +170,10 @@ def build_world(job: JobStore, topology: Topology, cluster: ClusterConfig, feder
         rank=world.rank,
         world_size=world.world_size,
         timeout=timeout,
+        # NCCL then opens its connections now, on this device, and not on the one that it would guess from the rank.
+        device_id=None if device.type == "cpu" else device,
     )
+    use_free_memory_of(device, deepspeed.accelerator.get_accelerator())
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
     if world.is_leader and not topology.num_groups_elsewhere:
         world.leaders = StaticGroup(

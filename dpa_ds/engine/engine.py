@@ -39,6 +39,13 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's state beside its step count, by torch's names."""
 UNTRAINED = "untrained"
 """Name of the optimizer group of what no phase trains."""
+UNSUPPORTED = {
+    "zero_quantized_weights": "it gathers the adapters as 8 bits too",
+    "zero_quantized_gradients": "it sums the adapters' gradients as 4 bits",
+    # DeepSpeed (0.19.8) leaves it to its caller to quantise, and then takes fp16 alone.
+    "zero_quantized_nontrainable_weights": "it has no effect on weights that are read from files",
+}
+"""Key of zero_optimization -> why it is refused."""
 
 
 def build_deepspeed_json(
@@ -53,13 +60,8 @@ def build_deepspeed_json(
     Raises:
         ConfigError: the file asks for what DeepSpeed or this project does not do.
     """
-    offload = file_json.get("zero_optimization", {}).get("offload_optimizer", {})
-    if offload.get("device") == "nvme":
-        raise ConfigError(
-            f"{path}: offload_optimizer.device nvme is not supported: only the adapters have optimizer "
-            "state, and it fits in memory; use cpu, or offload_param for the frozen base"
-        )
     _check_by_deepspeed(file_json, path)
+    _check_zero(file_json.get("zero_optimization", {}), path, world_size)
     merged = dict(file_json)
     # Gradient accumulation is driven by hand (one boundary per optimizer step): DeepSpeed sees
     # micro-batches of 1.
@@ -119,7 +121,7 @@ class AdapterEngine:
             adapter: locate_masters(self.optimizer, self.stage, world.rank, parameters)
             for adapter, parameters in adapters.parameters.items()
         }
-        # Dynamic loss scaling (fp16) must not carry over from one phase or client to the next.
+        # Dynamic loss scaling (fp16) must not carry over from one client to the next: hosting would leave a trace.
         self._scaler = getattr(self.optimizer, "loss_scaler", getattr(self.optimizer, "loss_scale_config", None))
         self._fresh_scaler = self.read_scaler()
         self._trainable: str | None = None
@@ -264,6 +266,9 @@ class AdapterEngine:
                     if self.stage == 3:
                         partition = parameter.ds_tensor.view(-1)  # type: ignore[attr-defined]
                         partition[: fragment.numel].copy_(fragment.part_of(values))
+                if self.stage == 3:
+                    # hpZ's second share has the old values. DeepSpeed makes it again from the first.
+                    parameter.ds_secondary_tensor = None  # type: ignore[attr-defined]
                 # ZeRO 0 to 2, and ZeRO-3's small parameters that stay gathered.
                 if parameter.numel() == values.numel():
                     parameter.data.copy_(values.view_as(parameter))
@@ -401,6 +406,26 @@ def _register_weights_of_mixed_layers(adapters: AdapterModel) -> None:
     for layer in adapters.layers:
         for weight in layer.adapter_weights():
             deepspeed.zero.register_external_parameter(layer, weight)
+
+
+def _check_zero(zero: Mapping[str, Any], path: str, world_size: int) -> None:
+    """Raise ConfigError for what DeepSpeed's types accept and this project does not."""
+    if zero.get("offload_optimizer", {}).get("device") == "nvme":
+        raise ConfigError(
+            f"{path}: offload_optimizer.device nvme is not supported: only the adapters have optimizer "
+            "state, and it fits in memory; use cpu, or offload_param for the frozen base"
+        )
+    read = DeepSpeedZeroConfig(**zero)
+    for key, reason in UNSUPPORTED.items():
+        if getattr(read, key):
+            raise ConfigError(f"{path}: zero_optimization.{key} is not supported: {reason}; remove it")
+    # DeepSpeed lowers it to the ranks of the group, and asserts the rest.
+    partition_size = max(1, min(read.zero_hpz_partition_size, world_size))
+    if world_size % partition_size != 0:
+        raise ConfigError(
+            f"{path}: zero_optimization.zero_hpz_partition_size {partition_size} does not divide the rank group "
+            f"of {world_size} ranks: set it to the group's ranks on one host"
+        )
 
 
 def _check_by_deepspeed(file_json: Mapping[str, Any], path: str) -> None:

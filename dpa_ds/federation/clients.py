@@ -148,6 +148,7 @@ class _Restored:
             local_adapter=saved.weights if is_leader else {},
             num_steps=dict(num_steps),
             local_optimizer=optimizer if is_leader or optimizer is None else {},
+            loss_scale=dict(saved.info["loss_scale"]),
         )
         return cls(
             state=state,

@@ -17,6 +17,8 @@ class ClientState:
     local_optimizer: AdapterState | None = None
     """AdamW state of the local adapter, if `train.keep_optimizer_state` and there is one; empty on other ranks
     than its leader."""
+    loss_scale: dict[str, float] = field(default_factory=dict)
+    """fp16: the numbers of the dynamic loss scale after the client's last phase; else empty."""
 
 
 @dataclass
@@ -48,7 +50,7 @@ class PhaseProgress:
     norms: list[float] = field(default_factory=list)
     num_skipped: int = 0
     scaler: dict[str, float] = field(default_factory=dict)
-    """fp16: state of the loss scale."""
+    """fp16: the numbers of the dynamic loss scale."""
 
 
 @dataclass

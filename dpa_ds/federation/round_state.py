@@ -135,6 +135,7 @@ class RoundState:
         info = {
             "layout": dict(self._saving.layout),
             "steps_taken": client.state.num_steps,
+            "loss_scale": client.state.loss_scale,
             "has_local_optimizer": client.state.local_optimizer is not None,
             **progress.to_json(),
         }
@@ -164,7 +165,9 @@ class RoundState:
             progress.optimizer = tensors.get("optimizer")
             self._progress[client.client_id] = progress
             optimizer = tensors.get("local_optimizer", {}) if info["has_local_optimizer"] else None
-            client.state = ClientState(tensors.get(LOCAL, {}), dict(info["steps_taken"]), optimizer)
+            client.state = ClientState(
+                tensors.get(LOCAL, {}), dict(info["steps_taken"]), optimizer, dict(info["loss_scale"])
+            )
 
     def _find(self, client: HostedClient, server_round: int) -> SavedFolder | None:
         """What was saved of a client's progress in `server_round`; None: it starts the round from scratch."""
@@ -264,7 +267,12 @@ class RoundCommit:
             extras["optimizer"] = client.state.local_optimizer
         if residual:
             extras["leader_state"] = residual
-        info = {"label": client.label, "tasks": client.tasks, "steps_taken": client.state.num_steps}
+        info = {
+            "label": client.label,
+            "tasks": client.tasks,
+            "steps_taken": client.state.num_steps,
+            "loss_scale": client.state.loss_scale,
+        }
         self._save(server_round, client.folder, LOCAL, client.state.local_adapter, extras, info)
 
     def _save(

@@ -243,6 +243,7 @@ class Trainer:
         run.progress.optimizer = None
         if self._keeps_optimizer(phase):
             client.state = replace(client.state, local_optimizer=self.engine.read_optimizer_state(LOCAL) or {})
+        client.state = replace(client.state, loss_scale=self.engine.read_scaler())
         self._record(run, time.monotonic() - started)
 
     def _take_steps(self, run: PhaseRun) -> None:
@@ -316,11 +317,12 @@ class Trainer:
 
     def _restore_optimizer(self, run: PhaseRun) -> None:
         """Give the engine the optimizer state of an interrupted phase, or the one that the client keeps
-        between rounds."""
+        between rounds, and the client's loss scale."""
         client, adapter = run.client, run.phase.trainable
+        # A client continues with its own loss scale: each search for one costs steps that are skipped.
+        self.engine.write_scaler(run.inside.scaler or client.state.loss_scale)
         if run.inside.step:
             self.engine.write_optimizer_state(adapter, run.progress.optimizer)
-            self.engine.write_scaler(run.inside.scaler)
         elif self._keeps_optimizer(run.phase) and client.state.local_optimizer is not None:
             self.engine.write_optimizer_state(adapter, client.state.local_optimizer)
 

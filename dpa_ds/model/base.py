@@ -218,3 +218,5 @@ def _read_partition(stored: Any, name: str, parameter: torch.nn.Parameter) -> No
     with torch.no_grad():
         partition.view(-1)[: end - start].copy_(rows[offset : offset + end - start])
         partition.view(-1)[end - start :].zero_()
+    # hpZ's second share still holds the empty model. Without it DeepSpeed gathers from the first, and makes it again.
+    parameter.ds_secondary_tensor = None  # type: ignore[attr-defined]

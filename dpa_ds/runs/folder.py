@@ -22,6 +22,7 @@ from typing import Any
 
 import peft
 
+from dpa_ds import __version__
 from dpa_ds.adapters.methods import LOCAL
 from dpa_ds.adapters.state import AdapterState
 from dpa_ds.errors import CheckpointError, storage_errors
@@ -40,7 +41,7 @@ from dpa_ds.runs.storage import (
 
 META, MODEL = "meta.json", "model.json"
 WEIGHTS = "adapter_model"
-PACKAGES = ("dpa_ds", "torch", "deepspeed", "transformers", "peft")
+PACKAGES = ("torch", "deepspeed", "transformers", "peft")
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,8 @@ class RunFolder:
         with storage_errors(final):
             paths = [*unfinished.glob(f"global/{STATE}"), *unfinished.glob(f"local/*/{STATE}")]
             states = {str(path.relative_to(unfinished)): sha256_of(path) for path in sorted(paths)}
-            versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+            # Our own is not asked of the metadata: a checkout that was never installed has none.
+            versions = {"dpa_ds": __version__} | {name: importlib.metadata.version(name) for name in PACKAGES}
             manifest = {"round": server_round, **meta, "versions": versions, "states": states}
             write_text(unfinished / META, json.dumps(manifest, indent=1))
             fsync(unfinished)

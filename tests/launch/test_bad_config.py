@@ -138,6 +138,12 @@ DEEPSPEED = [
         "Remove them from {root}/ds.json",
     ),
     deepspeed("NVMe for adapters", NVME, "{root}/ds.json: offload_optimizer.device nvme is not supported", "use cpu"),
+    deepspeed(
+        "adapters as 8 bits",
+        {"zero_optimization": {"stage": 3, "zero_quantized_weights": True}},
+        "{root}/ds.json: zero_optimization.zero_quantized_weights is not supported",
+        "remove it",
+    ),
     deepspeed("JSON of zero bytes", "", "{root}/ds.json, line 1: not JSON"),
     deepspeed("JSON cut off", '{\n"zero_optimization": {', "{root}/ds.json, line 2: not JSON"),
     deepspeed("JSON with a NUL byte", '{"zero_optimization": \0}', "{root}/ds.json, line 1: not JSON"),

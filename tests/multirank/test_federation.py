@@ -5,6 +5,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -454,3 +455,40 @@ def test_a_client_without_local_training_is_scored_with_the_global_adapter(
     (drawn,) = sample_clients(Topology((1,), 4), 0.25, seed=0, server_round=1)
     for client in range(4):
         assert (losses[0.25][client] == losses[0.5][client]) == (client != drawn), client
+
+
+def scales_of_phases(job: Any, argv: Sequence[str]) -> list[tuple[int, float]]:
+    """Train with a loss scale that halves in every step; (client, scale) at the first step of each phase."""
+    from dpa_ds.cli.session import build_session, run
+
+    session = build_session(load_config(argv), job)
+    engine = session.trainer.engine
+    # A stand-in for fp16's: DeepSpeed has none in fp32, and this CPU computes no fp16.
+    engine._scaler = SimpleNamespace(cur_scale=65536.0, cur_iter=0)
+    engine._fresh_scaler = engine.read_scaler()
+    found: list[tuple[int, float]] = []
+    take_steps, train_step = session.trainer._take_steps, engine.train_step
+
+    def noted(phase_run: Any) -> None:
+        found.append((phase_run.client.client_id, engine._scaler.cur_scale))
+        take_steps(phase_run)
+
+    def halving(*args: Any) -> Any:
+        engine._scaler.cur_scale /= 2
+        return train_step(*args)
+
+    session.trainer._take_steps, engine.train_step = noted, halving  # type: ignore[method-assign]
+    run(session)
+    return found
+
+
+def test_a_client_keeps_its_loss_scale_and_no_other_gets_it(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    """Over the phases of a round, the rounds, and a resume between them."""
+    scale = dict.fromkeys(range(4), 65536.0)
+    for num_rounds in (1, 2):
+        argv = tiny.recipe(*inputs, tmp_path / "runs", federation__num_rounds=num_rounds, train__max_steps=2)
+        (found,) = run_on_ranks(scales_of_phases, 1, tmp_path, argv)
+        assert len(found) == 8, "four clients, two phases"
+        for client_id, at_first_step in found:
+            assert at_first_step == scale[client_id], (num_rounds, client_id)
+            scale[client_id] /= 4

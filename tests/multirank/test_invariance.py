@@ -1,5 +1,6 @@
 """A client's adapters do not depend on ranks, ZeRO stage, micro-batches or hosting, and equal a plain PyTorch loop."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from dpa_ds.config.load import load_config
+from dpa_ds.config.validate import REPOSITORY
 from dpa_ds.data.batching import num_steps, step_indices
 from dpa_ds.data.sources import list_clients, pool_clients, read_clients
 from dpa_ds.data.tokenize import load_or_tokenize
@@ -133,6 +135,22 @@ def test_every_layout_gives_the_adapters_of_a_plain_loop(
         engine__deepspeed_config=f"ds_configs/{stage}.json",
         train__micro_batch_tokens=micro_batch_tokens,
     )
+    result.assert_close(reference, TOLERANCE)
+
+
+@pytest.mark.parametrize(("num_ranks", "partition_size"), [(2, 1), (2, 2), (4, 2)])
+def test_a_second_share_in_each_host_changes_nothing(
+    inputs: Any, reference: Adapters, tmp_path: Path, num_ranks: int, partition_size: int
+) -> None:
+    """ZeRO++'s hpZ: a forward pass gathers from the first share, later ones from the second."""
+    shipped = json.loads((REPOSITORY / "ds_configs" / "zeropp.json").read_text())
+    shipped["zero_optimization"] |= {
+        "zero_hpz_partition_size": partition_size,
+        "stage3_param_persistence_threshold": 0,  # the tiny model's adapters would stay gathered
+    }
+    path = tmp_path / "hpz.json"
+    path.write_text(json.dumps(shipped))
+    result = run(inputs, tmp_path, num_ranks, cluster__ranks_per_group=num_ranks, engine__deepspeed_config=path)
     result.assert_close(reference, TOLERANCE)
 
 

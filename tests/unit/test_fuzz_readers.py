@@ -247,7 +247,7 @@ def read_tokens(path: Path) -> None:
 
 INSTANCES = [Instance("a", row, f"ask {row}", "say") for row in range(2)]
 ANSWERS = [Answer(0, "a", row, 0.5, "say") for row in range(2)]
-INFO = {"label": "client_0", "tasks": ["a"], "steps_taken": {"global": 1, "local": 1}, "num_examples": 3}
+INFO = {"label": "client_0", "tasks": ["a"], "steps_taken": {"global": 1, "local": 1}, "loss_scale": {}}
 ROUND = "rounds/round_000001"
 
 

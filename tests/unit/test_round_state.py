@@ -1,13 +1,18 @@
 """Progress inside a round: an interrupted write is passed over, damage as well, but aloud; a handed-over
 update stays on disk."""
 
+import importlib.metadata
+import json
 import logging
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 
+import dpa_ds
 from dpa_ds.federation.progress import ClientState
+from dpa_ds.runs.folder import RunFolder
 from dpa_ds.runs.storage import BackgroundWriter
 from tests.unit.round_state_for_tests import make_round_state, one_client
 
@@ -87,3 +92,21 @@ def test_an_update_that_was_handed_over_is_kept_on_disk(tmp_path: Path) -> None:
     assert restored.phase == 2
     assert restored.update is not None
     assert torch.equal(restored.update["a.lora_A.weight"], update["a.lora_A.weight"])
+
+
+def test_a_checkout_that_was_never_installed_completes_a_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = importlib.metadata.version
+
+    def version(name: str) -> str:
+        if name == "dpa_ds":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return installed(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    folder = RunFolder(tmp_path)
+    weights = {"a.lora_A.weight": torch.ones(2, 3)}
+    folder.save_adapter(1, "global", weights, peft.LoraConfig(r=2, target_modules=["q_proj"]), {}, {})
+    folder.complete_round(1, {}, keep_rounds=1)
+    meta = json.loads((tmp_path / "rounds" / "round_000001" / "meta.json").read_text())
+    assert meta["versions"]["dpa_ds"] == dpa_ds.__version__
+    assert meta["versions"]["torch"] == installed("torch")

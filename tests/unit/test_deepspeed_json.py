@@ -1,0 +1,27 @@
+"""The DeepSpeed config of a rank group: what is refused beside what the loader of the file refuses."""
+
+import pytest
+
+from dpa_ds.config.schema import TrainConfig
+from dpa_ds.engine.engine import UNSUPPORTED, build_deepspeed_json
+from dpa_ds.errors import ConfigError
+
+
+@pytest.mark.parametrize("key", UNSUPPORTED)
+def test_what_would_round_the_adapters_is_refused(key: str) -> None:
+    with pytest.raises(ConfigError, match=f"mine.json: zero_optimization.{key} is not supported: .*; remove it"):
+        build_deepspeed_json({"zero_optimization": {"stage": 3, key: True}}, "mine.json", TrainConfig(), "bf16", 2)
+
+
+@pytest.mark.parametrize(("partition_size", "world_size"), [(2, 3), (3, 4), (8, 12)])
+def test_a_second_share_divides_the_rank_group(partition_size: int, world_size: int) -> None:
+    file_json = {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": partition_size}}
+    message = f"{partition_size} does not divide the rank group of {world_size} ranks"
+    with pytest.raises(ConfigError, match=message):
+        build_deepspeed_json(file_json, "mine.json", TrainConfig(), "bf16", world_size)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4, 16])
+def test_the_shipped_partition_size_fits(world_size: int) -> None:
+    file_json = {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 8}}
+    assert build_deepspeed_json(file_json, "zeropp.json", TrainConfig(), "bf16", world_size)

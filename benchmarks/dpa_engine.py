@@ -13,7 +13,7 @@ from dpa_ds.adapters.mixed_lora import MixedLora
 from dpa_ds.adapters.state import AdapterState
 from dpa_ds.config.deepspeed_json import load_deepspeed_json
 from dpa_ds.config.schema import RunConfig
-from dpa_ds.data.batching import BatchingConfig, StepBatch, build_step
+from dpa_ds.data.batching import StepBatch, build_step
 from dpa_ds.data.tokenize import TokenizedExamples
 from dpa_ds.distributed.job_store import JobStore
 from dpa_ds.distributed.launchers import Launch
@@ -41,7 +41,7 @@ class DpaEngine:
         ds_json = build_deepspeed_json(load_deepspeed_json(path), path, config.train, config.model.precision, 1)
         self._engine = AdapterEngine(adapters, world, config.train, ds_json)
         self._train, self._examples, self._states = config.train, examples, states
-        self._batching = BatchingConfig(config.train.micro_batch_tokens, pad_id, self._engine.packing.supports_prefix)
+        self._batching = self._engine.packing.batching(config.train.micro_batch_tokens, pad_id)
         self._clock = clock
 
     def build(self, step: Sequence[int], prefix_sharing: bool = True) -> StepBatch:

@@ -24,7 +24,6 @@ from dpa_ds.config.schema import (
     TrainConfig,
 )
 from dpa_ds.config.validate import fingerprint_sections
-from dpa_ds.data.batching import BatchingConfig
 from dpa_ds.data.references import REPRESENTATIONS
 from dpa_ds.data.sources import NO_TASK
 from dpa_ds.distributed.job_store import JobStore
@@ -100,7 +99,7 @@ def build_session(config: RunConfig, job: JobStore) -> Session:
     layout = describe_layout(engine, config.train, config.federation)
     saving = RoundSaving(place.folder, writer, config.checkpoint, layout)
     round_state = RoundState(saving, world, job, config.federation.on_bad_update, state, place.completed_rounds)
-    batching = BatchingConfig(config.train.micro_batch_tokens, model.pad_id, engine.packing.supports_prefix)
+    batching = engine.packing.batching(config.train.micro_batch_tokens, model.pad_id)
     trainer = Trainer(
         engine, schedule, config.train, config.seed, batching, aggregation.transforms, round_state, tracker
     )

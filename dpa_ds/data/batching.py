@@ -19,8 +19,8 @@ import torch
 
 from dpa_ds.data.tokenize import TokenizedExamples
 
-# What one more segment costs, in tokens: attention is called once for each. Measured on a CPU with a model of 135 M
-# parameters it is one token; on a GPU the launches of its kernels are some dozens, unless attention takes all at once.
+# What one more segment costs, in tokens, where attention is called once for each. Measured on a CPU with a model of
+# 135 M parameters it is one token; on a GPU the launches of its kernels would be some dozens.
 SEGMENT_OVERHEAD_TOKENS = 8
 
 # Labels with this value do not count in the loss (torch's default ignore_index).
@@ -44,6 +44,8 @@ class BatchingConfig:
     prefix_sharing: bool
     """Place the shared prefix of a step's prompts once a micro-batch. The model's attention must support it
     (`PackedAttention.supports_prefix`)."""
+    segment_overhead: int = SEGMENT_OVERHEAD_TOKENS
+    """What one more segment costs, in tokens."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +168,9 @@ def step_indices(num_examples: int, batch_size: int, num_steps: int, seed: Seque
     return steps[:num_steps]
 
 
-def plan_step(lengths: Sequence[int], world_size: int, token_budget: int) -> StepPlan:
+def plan_step(
+    lengths: Sequence[int], world_size: int, token_budget: int, segment_overhead: int = SEGMENT_OVERHEAD_TOKENS
+) -> StepPlan:
     """Divide examples of these lengths among the ranks of a group. Deterministic: every rank computes the same plan.
 
     Every rank gets the same number of micro-batches, so that collectives match; some may have no segment. The tokens of
@@ -182,7 +186,7 @@ def plan_step(lengths: Sequence[int], world_size: int, token_budget: int) -> Ste
     # The fewest that the tokens ask for without padding; with one row in each, more would not help.
     num_micro_batches = min(math.ceil(most_tokens / token_budget), most_rows)
     while True:
-        plans = [_plan_rank(rows, lengths, num_micro_batches) for rows in rows_of_ranks]
+        plans = [_plan_rank(rows, lengths, num_micro_batches, segment_overhead) for rows in rows_of_ranks]
         if all(_fits(plan, token_budget) for plan in plans):
             return StepPlan(tuple(plans))
         num_micro_batches += 1
@@ -197,7 +201,7 @@ def build_step(
     if batching.prefix_sharing:
         prefix = _shared_prefix(examples, indices)
     # The plan counts the prefix in every example: attention copies it for each, so that is what a micro-batch costs.
-    plan = plan_step(lengths, world_size, batching.token_budget)
+    plan = plan_step(lengths, world_size, batching.token_budget, batching.segment_overhead)
     micro_batches = []
     for planned in plan.ranks[rank].micro_batches:
         micro_batches.append(_collate(planned, examples, indices, prefix, batching.pad_id))
@@ -243,11 +247,11 @@ def _divide_among_ranks(lengths: Sequence[int], world_size: int) -> list[list[in
     return rows_of_ranks
 
 
-def _plan_rank(rows: Sequence[int], lengths: Sequence[int], num_micro_batches: int) -> RankPlan:
+def _plan_rank(rows: Sequence[int], lengths: Sequence[int], num_micro_batches: int, segment_overhead: int) -> RankPlan:
     """`rows` in ascending order of length, in consecutive runs: similar lengths meet, which saves padding."""
     micro_batches = []
     for run in _cut_evenly(rows, lengths, num_micro_batches):
-        micro_batches.append(MicroBatchPlan(_cut_with_least_padding(run, lengths)))
+        micro_batches.append(MicroBatchPlan(_cut_with_least_padding(run, lengths, segment_overhead)))
     return RankPlan(tuple(micro_batches))
 
 
@@ -272,7 +276,7 @@ def _cut_evenly(rows: Sequence[int], lengths: Sequence[int], count: int) -> list
     return runs
 
 
-def _cut_with_least_padding(rows: Sequence[int], lengths: Sequence[int]) -> tuple[Segment, ...]:
+def _cut_with_least_padding(rows: Sequence[int], lengths: Sequence[int], segment_overhead: int) -> tuple[Segment, ...]:
     """Segments of rows in ascending order of length, at least total cost, by dynamic programming over the last segment.
 
     In sorted order some best division is contiguous: exchanging rows between segments never shortens a longest row.
@@ -282,7 +286,7 @@ def _cut_with_least_padding(rows: Sequence[int], lengths: Sequence[int]) -> tupl
     last_start = np.zeros(len(rows) + 1, dtype=np.int64)
     for stop in range(1, len(rows) + 1):
         num_rows = np.arange(stop, 0, -1)  # of a last segment that begins at row 0, 1, ..., stop - 1
-        costs = best_cost[:stop] + num_rows * lengths[rows[stop - 1]] + SEGMENT_OVERHEAD_TOKENS
+        costs = best_cost[:stop] + num_rows * lengths[rows[stop - 1]] + segment_overhead
         last_start[stop] = np.argmin(costs)
         best_cost[stop] = costs[last_start[stop]]
     segments = []

@@ -1,24 +1,27 @@
 """Attention over examples that are packed in one row: inside each, and nowhere else.
 
 transformers (5.24) passes the keyword arguments of a forward pass to the attention function that
-its config names. For `sdpa` that is one of ours, which calls transformers' own for each segment of
-equal rows: there is no mask, and no work between examples. A prefix that all examples share is in
-the row once; each example's attention gets a copy of the prefix's queries, keys and values, so that
-it computes what it would alone. `flash_attention_2` takes the borders of the rows itself; for
-`eager` transformers finds them in the position ids and makes a mask.
+its config names. For `sdpa` that is one of ours: on a GPU in 16 bit all examples in one call
+(`varlen_attention.py`), else transformers' own for each segment of equal rows. There is no mask, and
+no work between examples. A prefix that all examples share is in the row once; each example's
+attention gets a copy of it, so that it computes what it would alone. `flash_attention_2` takes the
+borders of the rows itself; for `eager` transformers finds them in the position ids and makes a mask.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from dpa_ds.data.batching import MicroBatch
+from dpa_ds.data.batching import SEGMENT_OVERHEAD_TOKENS, BatchingConfig, MicroBatch
+from dpa_ds.engine.varlen_attention import MIN_CAPABILITY, MOST_HEAD_DIM, find_borders, varlen_attention
 from dpa_ds.errors import ModelError
 
-SEGMENTS = "packed_sdpa"
-"""Name of our attention function in transformers' table."""
+Kernel = Literal["segments", "varlen"]
+"""How `sdpa` computes a row: a call for each segment, or one for all examples."""
+NAMES: dict[Kernel, str] = {"segments": "packed_sdpa", "varlen": "packed_varlen"}
+"""Names of our attention functions in transformers' table."""
 
 
 class PackedAttention:
@@ -27,11 +30,15 @@ class PackedAttention:
     Raises:
         ModelError: the model's attention cannot be chosen, so that examples in one row would see
             one another.
+
+    Args:
+        kernel: how `sdpa` computes a row; None: what fits device and precision of `base`.
     """
 
-    def __init__(self, base: PreTrainedModel) -> None:
+    def __init__(self, base: PreTrainedModel, kernel: Kernel | None = None) -> None:
         self._config = base.config.get_text_config()
         self._chosen = str(self._config._attn_implementation)
+        self._kernel: Kernel = kernel or choose_kernel(base)
         if not base._supports_attention_backend:
             raise ModelError(
                 f"{type(base).__name__} has attention of its own that transformers cannot replace: use a "
@@ -41,7 +48,7 @@ class PackedAttention:
 
     def __enter__(self) -> None:
         if self._chosen == "sdpa":
-            self._config._attn_implementation = SEGMENTS
+            self._config._attn_implementation = NAMES[self._kernel]
 
     def __exit__(self, *_: object) -> None:
         self._config._attn_implementation = self._chosen
@@ -51,9 +58,18 @@ class PackedAttention:
         """Whether a pass may begin with a prefix that its examples share."""
         return self._chosen == "sdpa"
 
+    def batching(self, token_budget: int, pad_id: int) -> BatchingConfig:
+        """How micro-batches are made for this attention."""
+        overhead = SEGMENT_OVERHEAD_TOKENS
+        if self._chosen == "sdpa" and self._kernel == "varlen":
+            overhead = 0  # all segments are one call: then no example is padded
+        return BatchingConfig(token_budget, pad_id, self.supports_prefix, overhead)
+
     def arguments(self, micro_batch: MicroBatch, device: torch.device) -> dict[str, Any]:
         """What the forward pass of `micro_batch` takes beside tokens and positions."""
         if self._chosen == "sdpa":
+            if self._kernel == "varlen":
+                return {"borders": find_borders(micro_batch, device)}
             return {"micro_batch": micro_batch}
         assert micro_batch.prefix == 0, self._chosen
         if self._chosen != "flash_attention_2":
@@ -69,6 +85,20 @@ class PackedAttention:
             "max_length_q": longest,
             "max_length_k": longest,
         }
+
+
+def choose_kernel(base: PreTrainedModel) -> Kernel:
+    """One call for all examples where torch has it for the device, the precision and the config of `base`."""
+    config = base.config.get_text_config()
+    if base.device.type != "cuda" or base.dtype not in (torch.bfloat16, torch.float16):
+        return "segments"
+    if torch.cuda.get_device_capability(base.device) < MIN_CAPABILITY:
+        return "segments"
+    # It drops no attention weights.
+    if hasattr(config, "attn_pdrop") or config.to_dict().get("attention_dropout"):
+        return "segments"
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return "varlen" if head_dim % 8 == 0 and head_dim <= MOST_HEAD_DIM else "segments"
 
 
 def packed_attention(
@@ -137,4 +167,5 @@ def _window_mask(length: int, window: int | None, device: torch.device) -> torch
 
 # Not compiled with the rest by torch.compile: segments differ in every step, and each would be
 # compiled again.
-AttentionInterface.register(SEGMENTS, torch.compiler.disable(packed_attention))  # type: ignore[no-untyped-call]
+AttentionInterface.register(NAMES["segments"], torch.compiler.disable(packed_attention))  # type: ignore[no-untyped-call]
+AttentionInterface.register(NAMES["varlen"], torch.compiler.disable(varlen_attention))  # type: ignore[no-untyped-call]

@@ -17,7 +17,8 @@ from transformers import (
 )
 
 from dpa_ds.data.batching import MicroBatch
-from dpa_ds.engine.packed_attention import PackedAttention
+from dpa_ds.engine import varlen_attention
+from dpa_ds.engine.packed_attention import Kernel, PackedAttention, choose_kernel
 from dpa_ds.errors import ModelError
 
 SIZES = {
@@ -48,8 +49,8 @@ def micro_batch(row: torch.Tensor, segments: tuple[tuple[int, int], ...], prefix
     return MicroBatch(row, torch.cat(positions), row, segments, prefix)
 
 
-def run(model: PreTrainedModel, batch: MicroBatch) -> torch.Tensor:
-    packing = PackedAttention(model)
+def run(model: PreTrainedModel, batch: MicroBatch, kernel: Kernel | None = None) -> torch.Tensor:
+    packing = PackedAttention(model, kernel)
     with packing:
         return model(
             input_ids=batch.input_ids[None],
@@ -110,6 +111,7 @@ def test_other_attention_takes_no_prefix(attention: str) -> None:
         PackedAttention(model).arguments(micro_batch(torch.arange(41), SEGMENTS, 6), torch.device("cpu"))
 
 
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="torch 2.11 compiles again for other segments")
 def test_compiled_layers_are_not_compiled_again_for_other_segments() -> None:
     model, plain = build("llama", "sdpa"), build("llama", "sdpa")
     for layer in model.model.layers:
@@ -120,6 +122,104 @@ def test_compiled_layers_are_not_compiled_again_for_other_segments() -> None:
         with torch._dynamo.config.patch(error_on_recompile=segments != SEGMENTS):
             compiled = run(model, batch)
         torch.testing.assert_close(compiled, run(plain, batch), rtol=1e-4, atol=1e-5)
+
+
+def emulated_varlen_attn(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seq_q: torch.Tensor,
+    cu_seq_k: torch.Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    scale: float | None,
+    window_size: tuple[int, int],
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """A stand-in for torch's kernel, which needs a GPU: what its documentation says, sequence by sequence."""
+    outputs = []
+    for k in range(len(cu_seq_q) - 1):
+        queries = query[cu_seq_q[k] : cu_seq_q[k + 1]].transpose(0, 1)
+        keys = key[cu_seq_k[k] : cu_seq_k[k + 1]].transpose(0, 1)
+        values = value[cu_seq_k[k] : cu_seq_k[k + 1]].transpose(0, 1)
+        assert queries.shape[1] <= max_q
+        assert keys.shape[1] <= max_k
+        # The mask is aligned with the last query and the last key.
+        place = torch.arange(queries.shape[1])[:, None] + keys.shape[1] - queries.shape[1]
+        distance = place - torch.arange(keys.shape[1])
+        left, right = window_size
+        mask = distance >= -right
+        if left >= 0:
+            mask &= distance <= left
+        one = torch.nn.functional.scaled_dot_product_attention(
+            queries, keys, values, attn_mask=mask, scale=scale, enable_gqa=enable_gqa
+        )
+        outputs.append(one.transpose(0, 1))
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("shares_key_heads", [True, False], ids=["torch 2.13", "torch 2.11"])
+@pytest.mark.parametrize("prefix", [0, 6])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "mistral, window 4"])
+def test_one_call_computes_what_segments_do(
+    name: str, prefix: int, shares_key_heads: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(varlen_attention, "varlen_attn", emulated_varlen_attn)
+    monkeypatch.setattr(varlen_attention, "_SHARES_KEY_HEADS", shares_key_heads)
+    model = build(name, "sdpa")
+    num_tokens = prefix + sum(rows * length for rows, length in SEGMENTS)
+    row = torch.randint(50, (num_tokens,), generator=torch.Generator().manual_seed(3))
+    batch = micro_batch(row, SEGMENTS, prefix)
+    in_segments = run(model, batch, "segments")
+    gradient_in_segments = gradient(model, in_segments)
+    at_once = run(model, batch, "varlen")
+    torch.testing.assert_close(at_once, in_segments, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(gradient(model, at_once), gradient_in_segments, rtol=1e-3, atol=1e-4)
+
+
+def test_the_gradient_of_a_copied_prefix_is_that_of_plain_indexing() -> None:
+    borders = varlen_attention.find_borders(micro_batch(torch.arange(41), SEGMENTS, 6), torch.device("cpu"))
+    assert borders.copies is not None
+    row = torch.randn(41, 2, 3, dtype=torch.float64, requires_grad=True)
+    gathered = varlen_attention._copy_prefix(row, borders.copies)
+    assert torch.equal(gathered, row[borders.copies.source])
+    weights = torch.randn_like(gathered)
+    (ours,) = torch.autograd.grad((gathered * weights).sum(), row)
+    (plain,) = torch.autograd.grad((row[borders.copies.source] * weights).sum(), row)
+    torch.testing.assert_close(ours, plain)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "capability", "changes", "kernel"),
+    [
+        ("cuda", torch.bfloat16, (9, 0), {}, "varlen"),
+        ("cuda", torch.float16, (8, 0), {}, "varlen"),
+        ("cuda", torch.float32, (9, 0), {}, "segments"),
+        ("cuda", torch.bfloat16, (7, 5), {}, "segments"),
+        ("cuda", torch.bfloat16, (9, 0), {"attention_dropout": 0.1}, "segments"),
+        ("cuda", torch.bfloat16, (9, 0), {"head_dim": 12}, "segments"),
+        ("cpu", torch.bfloat16, (9, 0), {}, "segments"),
+    ],
+)
+def test_the_kernel_fits_the_device(
+    device: str,
+    dtype: torch.dtype,
+    capability: tuple[int, int],
+    changes: dict[str, float],
+    kernel: Kernel,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The device is a stand-in: there is no GPU here."""
+    model = build("llama", "sdpa").to(dtype)
+    for name, value in changes.items():
+        setattr(model.config, name, value)
+    monkeypatch.setattr(LlamaForCausalLM, "device", torch.device(device))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert choose_kernel(model) == kernel
+    batching = PackedAttention(model).batching(64, pad_id=0)
+    assert batching.prefix_sharing
+    assert batching.segment_overhead == (0 if kernel == "varlen" else 8)
 
 
 def test_outside_the_context_the_model_answers_as_before() -> None:

@@ -112,6 +112,12 @@ class AdapterModel:
         self.check_shapes(adapter, state)
         for key, parameter in self.parameters[adapter].items():
             parameter.copy_(state[key])
+        self.forget_stacked()
+
+    def forget_stacked(self) -> None:
+        """Weights have changed: no layer may use what it has stacked of them."""
+        for layer in self.layers:
+            layer.forget_stacked()
 
     def check_shapes(self, adapter: str, state: AdapterState) -> None:
         """Raise ModelError unless `state` has the keys and shapes of `adapter` on this model."""

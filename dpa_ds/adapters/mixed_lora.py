@@ -32,6 +32,11 @@ class MixedLora(lora.Linear):
         """
         self._active_adapter = list(names)  # set_adapter() would switch requires_grad as well
         self._weights = weights
+        self.forget_stacked()
+
+    def forget_stacked(self) -> None:
+        """The weights of an adapter have changed: what was stacked of them is no longer true."""
+        self._stacked: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """x of shape (..., in_features) -> (..., out_features)."""
@@ -39,19 +44,33 @@ class MixedLora(lora.Linear):
         names = self._active_adapter
         if not names:
             return result
-        a_matrices = [_weight(self.lora_A[name]) for name in names]
-        b_matrices = [_weight(self.lora_B[name]) for name in names]
         if self._drops_inputs(names[0]):
             # Each adapter drops inputs of its own, as PEFT's layers do: there is no common input to multiply.
-            products = [F.linear(self.lora_dropout[name](x), a) for name, a in zip(names, a_matrices, strict=True)]
+            products = [F.linear(self.lora_dropout[name](x), _weight(self.lora_A[name])) for name in names]
             low = torch.cat(products, dim=-1)
+            stacked_b = _cat([_weight(self.lora_B[name]) for name in names], dim=1)
         else:
-            low = F.linear(x, _cat(a_matrices, dim=0))
+            stacked_a, stacked_b = self._stack(names)
+            low = F.linear(x, stacked_a)
         # Weighted in fp32, since the weights are: in bf16 a weight would be rounded to 8 bits.
         low = (low * self._weights).to(low.dtype)
         # One pass over (tokens, out_features) adds the product to the frozen layer's output.
-        summed = torch.addmm(result.flatten(0, -2), low.flatten(0, -2), _cat(b_matrices, dim=1).T)
+        summed = torch.addmm(result.flatten(0, -2), low.flatten(0, -2), stacked_b.T)
         return summed.view_as(result)
+
+    def _stack(self, names: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """All A in rows and all B in columns; while nothing trains, stacked once and not for every token."""
+        if self._stacked is not None and not torch.is_grad_enabled():
+            return self._stacked
+        stacked = (
+            _cat([_weight(self.lora_A[name]) for name in names], dim=0),
+            _cat([_weight(self.lora_B[name]) for name in names], dim=1),
+        )
+        # Kept where weights stay: not in training, and not under ZeRO-3, which empties them after each layer.
+        self._stacked = None
+        if not torch.is_grad_enabled() and not hasattr(_weight(self.lora_A[names[0]]), "ds_id"):
+            self._stacked = stacked
+        return stacked
 
     def adapter_weights(self) -> list[torch.Tensor]:
         """A and B of every adapter, which belong to modules that the forward pass does not call."""

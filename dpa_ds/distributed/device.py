@@ -37,6 +37,14 @@ def free_memory(device: torch.device) -> int:
     return int(torch.accelerator.get_memory_info(device)[0])
 
 
+def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A CPU tensor on `device`, without waiting: kernels that are launched later find it there."""
+    if device.type == "cpu":
+        return tensor
+    # From memory that may be paged out, the copy would wait until the device has done all that it was given.
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 def use_free_memory_of(device: torch.device, accelerator: Any) -> None:
     """Have DeepSpeed's `accelerator` ask torch how much of `device` is free, where it is a CUDA device.
 

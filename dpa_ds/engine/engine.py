@@ -13,6 +13,7 @@ master.
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -29,6 +30,7 @@ from dpa_ds.adapters.state import AdapterState, flatten
 from dpa_ds.config.schema import TrainConfig
 from dpa_ds.config.validate import show
 from dpa_ds.data.batching import IGNORE_INDEX, MicroBatch, StepBatch
+from dpa_ds.distributed.device import send
 from dpa_ds.distributed.world import World
 from dpa_ds.engine.master_weights import Fragment, locate_masters
 from dpa_ds.engine.packed_attention import PackedAttention
@@ -70,6 +72,8 @@ def build_deepspeed_json(
     merged["gradient_accumulation_steps"] = 1
     merged["gradient_clipping"] = train.max_grad_norm
     merged["steps_per_print"] = None
+    # It synchronises host and device before every micro-batch.
+    merged["timers"] = {"throughput": {"enabled": False}, **merged.get("timers", {})}
     for kind in ("fp16", "bf16"):
         merged[kind] = {**merged.get(kind, {}), "enabled": precision == kind}
     return merged
@@ -84,6 +88,22 @@ class StepResult(NamedTuple):
     """Norm of the whole gradient before clipping."""
     applied: bool
     """False where DeepSpeed skipped the step because its gradient was not finite."""
+
+
+@dataclass(frozen=True)
+class _SentBatch:
+    """A micro-batch on its way to the device: the host does not wait until it is there."""
+
+    input_ids: torch.Tensor
+    """Shape (1, tokens)."""
+    position_ids: torch.Tensor
+    """Shape (1, tokens)."""
+    positions: torch.Tensor
+    """Where a label is predicted, shape (labels,); at least one."""
+    targets: torch.Tensor
+    """The labels, shape (labels,)."""
+    attention: dict[str, Any]
+    """What attention needs to know of the examples."""
 
 
 class AdapterEngine:
@@ -163,13 +183,12 @@ class AdapterEngine:
             self._group(self._trainable)["lr"] = learning_rate
             self.engine.train()
             loss_share = torch.zeros((), device=self.world.device)
-            num_left = len(step.micro_batches)
-            for micro_batch in step.micro_batches:
-                num_left -= 1
+            sent_batches = [self._send(micro_batch) for micro_batch in step.micro_batches]
+            for sent in sent_batches:
                 # By hand, because the number of micro-batches differs from step to step.
-                self.engine.set_gradient_accumulation_boundary(num_left == 0)
+                self.engine.set_gradient_accumulation_boundary(sent is sent_batches[-1])
                 with self.packing:
-                    loss = self._loss_sum(micro_batch) / step.num_label_tokens
+                    loss = self._loss_sum(sent) / step.num_label_tokens
                     loss_share += loss.detach()
                     # DeepSpeed averages gradients over the ranks; ours are to be summed.
                     self.engine.backward(loss * self.world.world_size)
@@ -182,15 +201,14 @@ class AdapterEngine:
         with self._profile.region("held-out loss"), torch.no_grad():
             self.adapters.set_mix(mix)
             self.engine.eval()
-            total = torch.zeros(2, dtype=torch.float64)
+            loss_sum = torch.zeros((), dtype=torch.float64, device=self.world.device)
+            num_label_tokens = 0
             for step in steps:
+                num_label_tokens += step.num_label_tokens
                 for micro_batch in step.micro_batches:
                     with self.packing:
-                        total[0] += float(self._loss_sum(micro_batch))
-                # Every rank knows the number of the whole step: counted once over the ranks.
-                total[1] += step.num_label_tokens / self.world.world_size
-            self.world.all_reduce_(total)
-            return float(total[0] / total[1])
+                        loss_sum += self._loss_sum(self._send(micro_batch))
+            return float(self.world.all_reduce_(loss_sum)) / num_label_tokens
 
     def _apply_gradients(self) -> torch.Tensor:
         """Clip and step; the norm before clipping, a scalar on the device."""
@@ -212,23 +230,29 @@ class AdapterEngine:
             gradients += [parameter.grad for parameter in group["params"] if parameter.grad is not None]
         return gradients
 
-    def _loss_sum(self, micro_batch: MicroBatch) -> torch.Tensor:
-        """Cross-entropy summed over the label tokens, fp32. Logits are computed at labelled
-        positions only."""
+    def _send(self, micro_batch: MicroBatch) -> _SentBatch:
+        """All that a forward pass takes, on its way to the device."""
         # Found on the CPU, where targets are: on a GPU it would wait for the device.
         positions = (micro_batch.targets != IGNORE_INDEX).nonzero().flatten()
         if len(positions) == 0:  # a dummy, so that all ranks run the same collectives: one ignored position
             positions = torch.zeros(1, dtype=torch.int64)
         device = self.world.device
-        self._positions = positions.to(device)
+        return _SentBatch(
+            input_ids=send(micro_batch.input_ids[None], device),
+            position_ids=send(micro_batch.position_ids[None], device),
+            positions=send(positions, device),
+            targets=send(micro_batch.targets[positions], device),
+            attention=self.packing.arguments(micro_batch, device),
+        )
+
+    def _loss_sum(self, sent: _SentBatch) -> torch.Tensor:
+        """Cross-entropy summed over the label tokens, fp32. Logits are computed at labelled
+        positions only."""
+        self._positions = sent.positions
         logits = self.engine(
-            input_ids=micro_batch.input_ids[None].to(device),
-            position_ids=micro_batch.position_ids[None].to(device),
-            use_cache=False,
-            **self.packing.arguments(micro_batch, device),
+            input_ids=sent.input_ids, position_ids=sent.position_ids, use_cache=False, **sent.attention
         ).logits[0]
-        targets = micro_batch.targets[positions].to(device)
-        return F.cross_entropy(logits.float(), targets, ignore_index=IGNORE_INDEX, reduction="sum")
+        return F.cross_entropy(logits.float(), sent.targets, ignore_index=IGNORE_INDEX, reduction="sum")
 
     def _select_positions(self, _: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor] | None:
         """Pre-hook of the output head: (batch, seq_len, hidden) -> (1, number of labels, hidden)."""
@@ -272,6 +296,7 @@ class AdapterEngine:
                 # ZeRO 0 to 2, and ZeRO-3's small parameters that stay gathered.
                 if parameter.numel() == values.numel():
                     parameter.data.copy_(values.view_as(parameter))
+            self.adapters.forget_stacked()
 
     def read_optimizer_state(self, adapter: str) -> AdapterState | None:
         """AdamW moments of `adapter` as `exp_avg.<key>` and `exp_avg_sq.<key>`, and the step count as `step`.

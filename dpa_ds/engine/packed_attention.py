@@ -15,6 +15,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from dpa_ds.data.batching import SEGMENT_OVERHEAD_TOKENS, BatchingConfig, MicroBatch
+from dpa_ds.distributed.device import send
 from dpa_ds.engine.varlen_attention import MIN_CAPABILITY, MOST_HEAD_DIM, find_borders, varlen_attention
 from dpa_ds.errors import ModelError
 
@@ -77,7 +78,7 @@ class PackedAttention:
         lengths = [0]
         for rows, length in micro_batch.segments:
             lengths += [length] * rows
-        borders = torch.tensor(lengths).cumsum(0).to(device, torch.int32)
+        borders = send(torch.tensor(lengths).cumsum(0).int(), device)
         longest = max(lengths)
         return {
             "cu_seq_lens_q": borders,

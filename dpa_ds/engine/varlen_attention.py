@@ -14,6 +14,7 @@ import torch
 from torch.nn.attention.varlen import varlen_attn
 
 from dpa_ds.data.batching import MicroBatch
+from dpa_ds.distributed.device import send
 
 MIN_CAPABILITY = (8, 0)
 """The oldest CUDA devices that torch's flash attention runs on: Ampere."""
@@ -59,8 +60,8 @@ def find_borders(micro_batch: MicroBatch, device: torch.device) -> Borders:
     queries = torch.tensor([*first, *lengths])
     keys = queries if not prefix else torch.tensor([prefix, *(prefix + length for length in lengths)])
     return Borders(
-        queries=_to(_cumulated(queries).int(), device),
-        keys=_to(_cumulated(keys).int(), device),
+        queries=send(_cumulated(queries).int(), device),
+        keys=send(_cumulated(keys).int(), device),
         longest_query=int(queries.max()),
         longest_key=int(keys.max()),
         copies=_find_copies(prefix, lengths, device) if prefix else None,
@@ -169,17 +170,11 @@ def _find_copies(prefix: int, lengths: list[int], device: torch.device) -> Prefi
         start += length
         place += prefix + length
     return PrefixCopies(
-        source=_to(torch.cat(source), device),
-        own=_to(torch.cat(own), device),
-        prefixes=_to(torch.stack(prefixes), device),
+        source=send(torch.cat(source), device),
+        own=send(torch.cat(own), device),
+        prefixes=send(torch.stack(prefixes), device),
     )
 
 
 def _cumulated(lengths: torch.Tensor) -> torch.Tensor:
     return torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
-
-
-def _to(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    if device.type == "cuda":
-        tensor = tensor.pin_memory()  # else the copy waits for what the device is doing
-    return tensor.to(device, non_blocking=True)

@@ -39,8 +39,9 @@ def embed(
     def keep_hidden_states(_module: torch.nn.Module, _inputs: Any, output: Any) -> None:
         hidden_states.append(output.last_hidden_state)
 
-    last_token = torch.empty(len(prompts), adapters.base_model.config.get_text_config().hidden_size)
-    mean = torch.empty_like(last_token)
+    rows_of_batches: list[int] = []
+    last_tokens: list[torch.Tensor] = []
+    means: list[torch.Tensor] = []
     # Through the whole model, not its inner part: ZeRO-3 resets its prefetching at the outermost module.
     with adapters.base_model.base_model.register_forward_hook(keep_hidden_states):
         for batch in batches([len(prompt) for prompt in prompts], batch_tokens):
@@ -50,11 +51,14 @@ def embed(
             for row, i in enumerate(batch):
                 ids[row, : len(prompts[i])] = torch.tensor(prompts[i])
             model(input_ids=ids.to(adapters.device), use_cache=False, **adapters.one_logit)
-            for i, hidden in zip(batch, hidden_states.pop().float().cpu(), strict=True):
-                length = len(prompts[i])
-                last_token[i] = hidden[length - 1]
-                mean[i] = hidden[:length].mean(dim=0)
-    return {"last_token": last_token, "mean": mean}
+            rows_of_batches += batch
+            # Only these two of each row are kept, and they stay on the device until all batches are computed.
+            for i, hidden in zip(batch, hidden_states.pop(), strict=True):
+                own = hidden[: len(prompts[i])].float()
+                last_tokens.append(own[-1])
+                means.append(own.mean(dim=0))
+    order = torch.tensor(rows_of_batches).argsort()
+    return {"last_token": torch.stack(last_tokens).cpu()[order], "mean": torch.stack(means).cpu()[order]}
 
 
 def batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:

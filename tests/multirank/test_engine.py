@@ -277,3 +277,43 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing(argv: list[str], 
     for (state, calls), (other, more_calls) in zip(plain, recomputed, strict=True):
         assert more_calls == 2 * calls
         assert np.allclose(state, other, rtol=1e-6, atol=1e-8)
+
+
+def waits_of_a_step(job: Any, argv: Sequence[str], stage: str, precision: str) -> dict[str, Any]:
+    """How often a step and a held-out loss read a number from the device, by micro-batches."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class CountReads(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.num = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.num += func is torch.ops.aten._local_scalar_dense.default
+            return func(*args, **(kwargs or {}))
+
+    engine, step = build(job, argv, stage, precision)
+    found: dict[str, Any] = {"timer": engine.engine.tput_timer.config.enabled}
+    for num in (1, 4):
+        engine.activate(LOCAL)
+        engine.train_step(step(0), 1e-3)  # the first step makes state
+        batch = step(1)
+        batch.micro_batches[:] = [batch.micro_batches[0]] * num
+        with CountReads() as reads:
+            engine.train_step(batch, 1e-3)
+        found[f"step of {num}"] = reads.num
+        with CountReads() as reads:
+            engine.loss([batch], engine.adapters.no_mix)
+        found[f"loss of {num}"] = reads.num
+    return found
+
+
+@pytest.mark.parametrize(("stage", "precision"), [("zero0", "fp32"), ("zero1", "bf16"), ("zero2", "bf16")])
+def test_no_micro_batch_waits_for_the_device(argv: list[str], tmp_path: Path, stage: str, precision: str) -> None:
+    """On a CPU in place of a GPU: a number that is read there is one that the host waits for."""
+    (found,) = run_on_ranks(waits_of_a_step, 1, tmp_path, argv, stage, precision)
+    assert found["timer"] is False, "DeepSpeed's throughput timer synchronises before every micro-batch"
+    # Of a step DeepSpeed's clipping reads some, and AdamW its step counts, which are on the CPU.
+    assert found["step of 4"] == found["step of 1"]
+    # Of a loss it is the result, and two of the mix, which is on the CPU.
+    assert found["loss of 4"] == found["loss of 1"] == 3

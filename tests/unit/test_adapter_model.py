@@ -9,6 +9,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
+from dpa_ds.adapters import mixed_lora
 from dpa_ds.adapters.adapter_model import AdapterModel, global_local_mix
 from dpa_ds.adapters.methods import GLOBAL, LOCAL, AdapterSpec, adapter_table
 from dpa_ds.adapters.state import flatten, unflatten
@@ -65,6 +66,31 @@ def test_one_weight_per_instance_equals_one_by_one(dual: AdapterModel) -> None:
     for i, alpha in enumerate(alphas.tolist()):
         dual.set_mix(global_local_mix(alpha))
         torch.testing.assert_close(batch[i : i + 1], dual.peft_model(input_ids=ids[i : i + 1]).logits)
+
+
+def test_decoding_stacks_the_adapters_once_and_never_uses_old_ones(
+    dual: AdapterModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stacked = []
+    plain_cat = mixed_lora._cat
+    monkeypatch.setattr(mixed_lora, "_cat", lambda tensors, dim: stacked.append(1) or plain_cat(tensors, dim))
+    ids = torch.randint(0, 256, (1, 9))
+    dual.set_mix(global_local_mix(0.3))
+    with torch.no_grad():
+        before = [dual.peft_model(input_ids=ids).logits for _ in range(3)]
+    assert len(stacked) == 2 * len(dual.layers), "once a layer, for A and for B"
+    assert torch.equal(before[0], before[2])
+    # Weights that change without a new mix: by a state that is loaded, and by training.
+    dual.load_state(LOCAL, {key: 2 * value for key, value in dual.parameters[LOCAL].items()})
+    with torch.no_grad():
+        loaded = dual.peft_model(input_ids=ids).logits
+    assert not torch.equal(loaded, before[0])
+    dual.peft_model(input_ids=ids)  # a forward pass of training
+    with torch.no_grad():
+        for parameter in dual.parameters[LOCAL].values():
+            parameter.div_(2)
+        assert torch.equal(dual.peft_model(input_ids=ids).logits, dual.peft_model(input_ids=ids).logits)
+        torch.testing.assert_close(dual.peft_model(input_ids=ids).logits, before[0])
 
 
 def test_frozen_adapter_passes_its_gradient_to_lower_layers(

@@ -131,6 +131,18 @@ def test_states_equal_those_of_plain_models_one_by_one(models: Models, encoder: 
     assert not models.dual.base_model.base_model._forward_hooks, "the hook is gone"
 
 
+def test_two_embeddings_of_a_prompt_travel_to_the_host_and_no_hidden_states(
+    models: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU in place of a GPU: what `.cpu()` is asked for is what would travel."""
+    travelled = []
+    plain_cpu = torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: travelled.append(tensor.numel()) or plain_cpu(tensor))
+    prompts = [[3, 4, 5, 6], [7, 8], [9, 10, 11]]
+    found = embed(models.dual, "none", prompts, PAD, 8)
+    assert travelled == [found["mean"].numel(), found["last_token"].numel()]
+
+
 def test_encoders_differ(models: Models) -> None:
     """Else the comparison with plain models could not fail; and the state depends on the last token's place."""
     prompts = draw_prompts()

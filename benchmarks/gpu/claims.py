@@ -1,0 +1,232 @@
+"""What is predicted for one GPU and what was aimed at, beside what was measured. Needs no torch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from benchmarks.gpu.results import Result, find_result
+from benchmarks.gpu.settings import SETTINGS, planned_gb
+from dpa_ds.planning.hardware import GPUS
+from dpa_ds.planning.memory import BYTES
+
+PEAK_TOLERANCE = 0.1
+"""By how much of the plan a peak of memory may differ from it."""
+HEADER = ("part", "claim", "against", "aim", "predicted", "measured", "verdict")
+LEAST_MFU = {"speed_13b": 0.55}
+MODELS = {"speed_7b": "7B", "speed_13b": "13B"}
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One number of the results, with what is expected of it."""
+
+    part: str
+    measure: str
+    field: str
+    text: str
+    against: str
+    variant: str = ""
+    unit: str = ""
+    decimals: int = 2
+    predicted: float | None = None
+    least: float | None = None
+    most: float | None = None
+
+    @property
+    def aim(self) -> str:
+        """The bounds in words; empty where there are none."""
+        if self.unit == "%" and self.least == 1.0:
+            return "all"
+        if self.least is not None and self.most is not None:
+            return f"{self.show(self.least)} to {self.show(self.most)}"
+        if self.least is not None:
+            return f"at least {self.show(self.least)}"
+        if self.most is not None:
+            return f"at most {self.show(self.most)}"
+        return ""
+
+    def show(self, value: float | None) -> str:
+        """The number with its unit; empty where there is none."""
+        if value is None:
+            return ""
+        if self.unit == "%":
+            return f"{100 * value:.{self.decimals}f} %"
+        return f"{value:.{self.decimals}f} {self.unit}".strip()
+
+    def measured(self, results: list[Result]) -> float | None:
+        """What the results say; None where they do not."""
+        result = find_result(results, self.part, self.measure, self.variant)
+        if result is None:
+            return None
+        return result.get(self.field)
+
+    def verdict(self, value: float | None) -> str:
+        """Whether the aim was reached."""
+        if value is None:
+            return "not measured"
+        if not self.aim:
+            return ""
+        too_low = self.least is not None and value < self.least
+        too_high = self.most is not None and value > self.most
+        return "missed" if too_low or too_high else "reached"
+
+
+def all_claims(gpu: str) -> list[Claim]:
+    """In the order of the parts, for one card of this kind."""
+    claims = [*correctness(), *real_model()]
+    for part in MODELS:
+        claims += long_rows(part, gpu, MODELS[part])
+    claims += short_rows()
+    for part in MODELS:
+        claims += answers(part, gpu, MODELS[part])
+    claims += long_rows("dropout_7b", gpu, "7B, dropout 0.05")
+    claims += long_rows("recompute_7b", gpu, "7B, recompute")
+    claims += long_rows("offload_7b", gpu, "7B, ZeRO 3, base in the host's memory")
+    claims += long_rows("compile_7b", gpu, "7B, torch.compile")
+    return claims
+
+
+def correctness() -> list[Claim]:
+    """Runs and answers that must equal the CPU's."""
+    claims = []
+    for precision, bound in (("fp32", "1e-3 relative"), ("bf16", "cosine 0.95"), ("fp16", "cosine 0.95")):
+        claims.append(
+            Claim(
+                part="check",
+                measure="runs",
+                variant=precision,
+                field="share",
+                text=f"{precision} runs, all layouts ({bound})",
+                against="the same run on the CPU",
+                unit="%",
+                decimals=0,
+                predicted=1.0,
+                least=1.0,
+            )
+        )
+    all_equal = {"field": "share", "unit": "%", "decimals": 0, "predicted": 1.0, "least": 1.0}
+    claims.append(
+        Claim(
+            "check", "the same run twice", text="tensors that are equal to the bit", against="the same run", **all_equal
+        )
+    )
+    claims.append(Claim("check", "answers", text="answers that are equal, fp32", against="the CPU's", **all_equal))
+    return claims
+
+
+def real_model() -> list[Claim]:
+    """SmolLM2 on the demo's data."""
+    claims = []
+    for name, bound in (("gpu fp32", 1e-3), ("gpu bf16", 2e-2)):
+        claims.append(
+            Claim(
+                part="demo",
+                measure="run",
+                variant=name,
+                field="loss_apart",
+                text=f"SmolLM2-135M, {name}: held-out losses apart, relative",
+                against="fp32 on the CPU",
+                decimals=4,
+                most=bound,
+            )
+        )
+    return claims
+
+
+def long_rows(part: str, gpu: str, name: str) -> list[Claim]:
+    """Speed and memory of the step that the planner knows."""
+    setting = SETTINGS[part]
+    plan = setting.plan(gpu)
+    rate = setting.rows * setting.length / plan.step_seconds
+    peak = planned_gb(plan)
+    text = f"{name}, {setting.rows} x {setting.length}"
+    return [
+        Claim(part, "long", "tokens_per_second", f"{text}: tokens/s", "the plan", decimals=0, predicted=rate),
+        Claim(
+            part,
+            "long",
+            "mfu",
+            f"{text}: MFU at 4 N FLOPs a token",
+            "the peak",
+            unit="%",
+            decimals=1,
+            predicted=4 * setting.shape.parameters * rate / GPUS[gpu].flops,
+            least=LEAST_MFU.get(part),
+        ),
+        Claim(
+            part,
+            "long",
+            "peak_gb",
+            f"{text}: peak of memory",
+            "the plan",
+            unit="GB",
+            decimals=1,
+            predicted=peak,
+            least=(1 - PEAK_TOLERANCE) * peak,
+            most=(1 + PEAK_TOLERANCE) * peak,
+        ),
+    ]
+
+
+def short_rows() -> list[Claim]:
+    """The paper's step of 64 short examples, of 7B."""
+    part = "speed_7b"
+    text = "7B, 64 short rows"
+    percent = {"unit": "%", "decimals": 1}
+    return [
+        Claim(part, "trainer", "times_as_fast", f"{text}: times as fast", "Trainer + PEFT, its best batch", least=2.0),
+        Claim(part, "trainer", "loss_apart", f"{text}: loss apart", "Trainer + PEFT", decimals=4, most=2e-2),
+        Claim(part, "floor", "ours_over_floor", f"{text}: time", "the frozen base alone", most=1.1),
+        Claim(part, "short", "mfu", f"{text}: MFU", "the peak", **percent),
+        Claim(part, "mixed", "mfu", "7B, 64 rows of 40 to 512 tokens: MFU", "the peak", **percent),
+        Claim(part, "host", "busy_share", f"{text}: the GPU computes", "the step", variant="short", **percent),
+        Claim(part, "host", "busy_share", "7B, long rows: the GPU computes", "the step", variant="long", **percent),
+        Claim(part, "matmul", "share_of_peak", "a large bf16 matrix product", "the peak", **percent),
+    ]
+
+
+def answers(part: str, gpu: str, name: str) -> list[Claim]:
+    """Answers with a weight for each row. Predicted is a lower bound: reading all weights once."""
+    setting = SETTINGS[part]
+    base_bytes = setting.shape.parameters * BYTES[setting.precision]
+    floor_ms = 1e3 * base_bytes / GPUS[gpu].memory_bandwidth
+    claims = []
+    for num_rows in setting.answer_rows:
+        variant = f"{num_rows} rows"
+        text = f"{name}, {num_rows} answers at once"
+        claims.append(
+            Claim(
+                part,
+                "answers",
+                "weighted_to_merged",
+                f"{text}, each with its weight: speed",
+                "one merged adapter",
+                variant=variant,
+                unit="x",
+                least=0.8,
+            )
+        )
+        claims.append(
+            Claim(
+                part,
+                "answers",
+                "ms_a_pass",
+                f"{text}: a token",
+                "reading all weights once",
+                variant=variant,
+                unit="ms",
+                decimals=1,
+                predicted=floor_ms,
+            )
+        )
+    return claims
+
+
+def markdown_table(claims: Sequence[Claim], results: list[Result]) -> str:
+    """A row for each claim."""
+    rows = [HEADER, ("---",) * len(HEADER)]
+    for claim in claims:
+        value = claim.measured(results)
+        verdict = claim.verdict(value) if results else ""
+        shown = (claim.show(claim.predicted), claim.show(value), verdict)
+        rows.append((claim.part, claim.text, claim.against, claim.aim, *shown))
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)

@@ -70,7 +70,6 @@ class Bench:
         self.engine = AdapterEngine(self.adapters, self.world, self.config.train, ds_json)
         for adapter, state in self.states.items():
             self.engine.write_state(adapter, state)
-        self.engine.activate(PHASE)
 
     def random_base(self) -> Any:
         """A base whose weights are the same in every call."""

@@ -69,6 +69,7 @@ def measure_floor(bench: Bench) -> None:
     """Short rows against the frozen base alone on the same tokens."""
     examples = short_examples(bench.setting)
     floor = Floor(bench.base, ONE_PASS, time.perf_counter)
+    bench.engine.activate(PHASE)  # the floor has frozen the adapters with the base
     step = bench.build(examples, ONE_PASS)
     steps = [list(range(len(examples)))]
     works = {"ours": lambda: bench.train(step), "floor": lambda: floor.run(examples, steps)}
@@ -145,7 +146,6 @@ def measure_answers(bench: Bench) -> None:
     """Answers with a weight for each row, against the same model with one adapter merged into its weights."""
     for num_rows in bench.setting.answer_rows:
         answer_rows(bench, num_rows)
-    bench.engine.activate(PHASE)
 
 
 def answer_rows(bench: Bench, num_rows: int) -> None:

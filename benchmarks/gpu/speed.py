@@ -37,7 +37,7 @@ def measure(setting: Setting, results: Results, gpu: str, seconds: float) -> int
     A measure that would begin after `seconds` is left out.
     """
     # Here, after the device was chosen.
-    from benchmarks.gpu.bench import Bench
+    from benchmarks.gpu.bench import PHASE, Bench
     from benchmarks.gpu.measures import MEASURES
 
     bench = Bench(setting, gpu, results)
@@ -55,6 +55,7 @@ def measure(setting: Setting, results: Results, gpu: str, seconds: float) -> int
             results.put(name, skipped=f"{seconds:g} s are over")
             continue
         try:
+            bench.engine.activate(PHASE)  # whatever the measure before has left
             MEASURES[name](bench)
         except Exception as error:  # a machine with a GPU is rare: what one measure breaks must not cost the others
             traceback.print_exc()

@@ -10,7 +10,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,30 +127,43 @@ class Runs:
 
 
 def check(runs: Runs, cases: Sequence[Case], results: Results, at_a_time: int) -> bool:
-    """Run and judge all; False if anything differs."""
+    """Run and judge all; False if anything differs or fails."""
     with ThreadPoolExecutor(at_a_time) as pool:
         reference = pool.submit(runs.train, "reference", "cpu", {})
         twice = [pool.submit(runs.train, f"run {i}", runs.device, {"lora__dropout": 0.05}) for i in (1, 2)]
         started = [pool.submit(runs.train, case.name, runs.device, case.overrides, case.num_ranks) for case in cases]
         expected = adapters(reference.result())
-        right: dict[str, list[bool]] = {}
-        for case, future in zip(cases, started, strict=True):
-            precision = case.name.partition(",")[0]
-            try:
-                found = compare(adapters(future.result()), expected)
-            except AssertionError as error:
-                results.put("case", case.name, right=False, error=str(error))
-                right.setdefault(precision, []).append(False)
-                continue
-            is_right = judge(precision, found)
-            results.put("case", case.name, right=is_right, **found)
-            right.setdefault(precision, []).append(is_right)
-        first, second = (adapters(future.result()) for future in twice)
+        right = compare_cases(cases, started, expected, results)
+        first, second = (future.exception() or future.result() for future in twice)
+    if not isinstance(first, Path) or not isinstance(second, Path):
+        results.put("the same run twice", error=f"{first} {second}")
+        return False
+    is_same = compare_to_the_bit(adapters(first), adapters(second), results)
+    return compare_answers(runs, first, results) and is_same and right
+
+
+def compare_cases(cases: Sequence[Case], started: Sequence[Future[Path]], expected: Adapters, results: Results) -> bool:
+    """Put how far each run is from the reference, and how many of each precision are right; False if one is not."""
+    right: dict[str, list[bool]] = {}
+    for case, future in zip(cases, started, strict=True):
+        precision = case.name.partition(",")[0]
+        try:
+            found = compare(adapters(future.result()), expected)
+        except AssertionError as error:
+            found = {"error": str(error)}
+        is_right = "error" not in found and judge(precision, found)
+        results.put("case", case.name, right=is_right, **found)
+        right.setdefault(precision, []).append(is_right)
     for precision, ones in right.items():
         results.put("runs", precision, right=sum(ones), of=len(ones), share=sum(ones) / len(ones))
-    equal = sum(bool(torch.equal(first[key], second[key])) for key in first)
+    return all(map(all, right.values()))
+
+
+def compare_to_the_bit(first: Adapters, second: Adapters, results: Results) -> bool:
+    """Put how many tensors of two runs with dropout are equal; False if one is not."""
+    equal = sum(torch.equal(first[key], second[key]) for key in first)
     results.put("the same run twice", right=equal, of=len(first), share=equal / len(first))
-    return equal == len(first) and compare_answers(runs, twice[0].result(), results) and all(map(all, right.values()))
+    return equal == len(first)
 
 
 def judge(precision: str, found: Mapping[str, Any]) -> bool:
@@ -174,13 +187,17 @@ def compare(actual: Adapters, expected: Adapters) -> dict[str, Any]:
 
 
 def compare_answers(runs: Runs, run_dir: Path, results: Results) -> bool:
-    """The answers of one run on the GPU and on the CPU: the same texts (fp32, beams), and weights that are near."""
+    """Put how many answers of one run are the same on the GPU and on the CPU (fp32, beams); False if one is not."""
     copy = run_dir.parent / "copy"
     shutil.copytree(run_dir, copy, symlinks=True)
     with ThreadPoolExecutor(2) as pool:
         on_device = pool.submit(runs.evaluate, run_dir, runs.device)
         on_cpu = pool.submit(runs.evaluate, copy, "cpu")
-        ours, theirs = on_device.result(), on_cpu.result()
+        try:
+            ours, theirs = on_device.result(), on_cpu.result()
+        except AssertionError as error:
+            results.put("answers", error=str(error))
+            return False
     assert ours.keys() == theirs.keys()
     same = sum(ours[key]["text"] == theirs[key]["text"] for key in ours)
     alpha_apart = max(abs(ours[key]["alpha"] - theirs[key]["alpha"]) for key in ours)

@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from benchmarks.gpu.settings import Setting, num_prompt_tokens
 from dpa_ds.adapters.adapter_model import AdapterModel
 from dpa_ds.adapters.methods import LOCAL, Phase, adapter_table
 from dpa_ds.config.deepspeed_json import load_deepspeed_json
-from dpa_ds.data.batching import BatchingConfig, StepBatch, build_step
+from dpa_ds.data.batching import StepBatch, build_step
 from dpa_ds.data.tokenize import TokenizedExamples
 from dpa_ds.distributed.job_store import JobStore
 from dpa_ds.distributed.launchers import Launch
@@ -88,8 +89,9 @@ class Bench:
 
     def build(self, examples: TokenizedExamples, token_budget: int, prefix_sharing: bool = True) -> StepBatch:
         """One step of all `examples`, at most `token_budget` tokens a pass."""
-        can_share = self.engine.packing.supports_prefix
-        batching = BatchingConfig(token_budget, pad_id=0, prefix_sharing=prefix_sharing and can_share)
+        batching = self.engine.packing.batching(token_budget, pad_id=0)
+        if not prefix_sharing:
+            batching = replace(batching, prefix_sharing=False)
         return build_step(examples, range(len(examples)), 0, 1, batching)
 
     def train(self, step: StepBatch) -> torch.Tensor:

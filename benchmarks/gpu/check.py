@@ -76,10 +76,11 @@ def main() -> int:
     folder = Path(tempfile.mkdtemp(prefix="gpu_check_"))
     try:
         runs = Runs(folder, Programs(args.dry, args.deadline))
-        cases = all_cases(folder)
+        cases, precisions = all_cases(folder), ["fp32", "bf16"]
         if args.dry:
-            cases = cases[:1]
-        return int(not check(runs, cases, Results(args.results, "check"), args.at_a_time))
+            cases, precisions = cases[:1], ["fp32"]
+        results = Results(args.results, "check")
+        return int(not check(runs, cases, precisions, results, args.at_a_time))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -126,20 +127,24 @@ class Runs:
         return answers
 
 
-def check(runs: Runs, cases: Sequence[Case], results: Results, at_a_time: int) -> bool:
-    """Run and judge all; False if anything differs or fails."""
+def check(runs: Runs, cases: Sequence[Case], precisions: Sequence[str], results: Results, at_a_time: int) -> bool:
+    """Run and judge all; False if anything differs or fails.
+
+    Args:
+        precisions: in which one run, with dropout, is made twice.
+    """
     with ThreadPoolExecutor(at_a_time) as pool:
         reference = pool.submit(runs.train, "reference", "cpu", {})
-        twice = [pool.submit(runs.train, f"run {i}", runs.device, {"lora__dropout": 0.05}) for i in (1, 2)]
+        twice = {}
+        for precision in precisions:
+            overrides = {"model__precision": precision, "lora__dropout": 0.05}
+            names = [f"{precision} {word}" for word in ("once", "again")]
+            twice[precision] = [pool.submit(runs.train, name, runs.device, overrides) for name in names]
         started = [pool.submit(runs.train, case.name, runs.device, case.overrides, case.num_ranks) for case in cases]
-        expected = adapters(reference.result())
-        right = compare_cases(cases, started, expected, results)
-        first, second = (future.exception() or future.result() for future in twice)
-    if not isinstance(first, Path) or not isinstance(second, Path):
-        results.put("the same run twice", error=f"{first} {second}")
-        return False
-    is_same = compare_to_the_bit(adapters(first), adapters(second), results)
-    return compare_answers(runs, first, results) and is_same and right
+        right = compare_cases(cases, started, adapters(reference.result()), results)
+        for precision, futures in twice.items():
+            right &= compare_to_the_bit(precision, futures, results)
+    return compare_answers(runs, twice["fp32"][0], results) and right
 
 
 def compare_cases(cases: Sequence[Case], started: Sequence[Future[Path]], expected: Adapters, results: Results) -> bool:
@@ -159,10 +164,15 @@ def compare_cases(cases: Sequence[Case], started: Sequence[Future[Path]], expect
     return all(map(all, right.values()))
 
 
-def compare_to_the_bit(first: Adapters, second: Adapters, results: Results) -> bool:
-    """Put how many tensors of two runs with dropout are equal; False if one is not."""
+def compare_to_the_bit(precision: str, futures: Sequence[Future[Path]], results: Results) -> bool:
+    """Put how many tensors of two runs of one recipe are equal; False if one is not."""
+    try:
+        first, second = (adapters(future.result()) for future in futures)
+    except AssertionError as error:
+        results.put("the same run twice", precision, error=str(error))
+        return False
     equal = sum(torch.equal(first[key], second[key]) for key in first)
-    results.put("the same run twice", right=equal, of=len(first), share=equal / len(first))
+    results.put("the same run twice", precision, right=equal, of=len(first), share=equal / len(first))
     return equal == len(first)
 
 
@@ -186,18 +196,19 @@ def compare(actual: Adapters, expected: Adapters) -> dict[str, Any]:
     return {"largest_relative": largest, "cosine_of_b": float(cosine), "finite": finite}
 
 
-def compare_answers(runs: Runs, run_dir: Path, results: Results) -> bool:
+def compare_answers(runs: Runs, future: Future[Path], results: Results) -> bool:
     """Put how many answers of one run are the same on the GPU and on the CPU (fp32, beams); False if one is not."""
-    copy = run_dir.parent / "copy"
-    shutil.copytree(run_dir, copy, symlinks=True)
-    with ThreadPoolExecutor(2) as pool:
-        on_device = pool.submit(runs.evaluate, run_dir, runs.device)
-        on_cpu = pool.submit(runs.evaluate, copy, "cpu")
-        try:
+    try:
+        run_dir = future.result()
+        copy = run_dir.parent / "copy"
+        shutil.copytree(run_dir, copy, symlinks=True)
+        with ThreadPoolExecutor(2) as pool:
+            on_device = pool.submit(runs.evaluate, run_dir, runs.device)
+            on_cpu = pool.submit(runs.evaluate, copy, "cpu")
             ours, theirs = on_device.result(), on_cpu.result()
-        except AssertionError as error:
-            results.put("answers", error=str(error))
-            return False
+    except AssertionError as error:
+        results.put("answers", error=str(error))
+        return False
     assert ours.keys() == theirs.keys()
     same = sum(ours[key]["text"] == theirs[key]["text"] for key in ours)
     alpha_apart = max(abs(ours[key]["alpha"] - theirs[key]["alpha"]) for key in ours)

@@ -109,13 +109,20 @@ def correctness() -> list[Claim]:
                 least=1.0,
             )
         )
-    all_equal = {"field": "share", "unit": "%", "decimals": 0, "predicted": 1.0, "least": 1.0}
-    claims.append(
-        Claim(
-            "check", "the same run twice", text="tensors that are equal to the bit", against="the same run", **all_equal
+    all_equal = {"part": "check", "field": "share", "unit": "%", "decimals": 0, "predicted": 1.0, "least": 1.0}
+    for precision in ("fp32", "bf16"):
+        claims.append(
+            Claim(
+                measure="the same run twice",
+                variant=precision,
+                text=f"{precision}, dropout: tensors that are equal to the bit",
+                against="the same run on the GPU",
+                **all_equal,
+            )
         )
+    claims.append(
+        Claim(measure="answers", text="answers that are equal, fp32", against="the same run on the CPU", **all_equal)
     )
-    claims.append(Claim("check", "answers", text="answers that are equal, fp32", against="the CPU's", **all_equal))
     return claims
 
 
@@ -207,6 +214,7 @@ def short_rows() -> list[Claim]:
             most=1.1,
             **ratio,
         ),
+        *attention(),
         Claim(measure="short", field="mfu", text=f"{text}: MFU", against="the peak", **share),
         Claim(measure="mixed", field="mfu", text="7B, 64 rows of 40 to 512 tokens: MFU", against="the peak", **share),
         Claim(
@@ -233,6 +241,30 @@ def short_rows() -> list[Claim]:
             **share,
         ),
     ]
+
+
+def attention() -> list[Claim]:
+    """All examples of a row in one call against a call for each segment."""
+    claims = []
+    for variant, name in (("short", "64 short rows"), ("mixed", "64 rows of 40 to 512 tokens")):
+        common = {
+            "part": "speed_7b",
+            "measure": "attention",
+            "variant": variant,
+            "against": "attention segment by segment",
+        }
+        claims += [
+            Claim(field="times_as_fast", text=f"7B, {name}: speed", unit="x", least=1.0, **common),
+            Claim(field="loss_apart", text=f"7B, {name}: losses apart, relative", decimals=4, most=2e-2, **common),
+            Claim(
+                field="gradient_norm_apart",
+                text=f"7B, {name}: gradient norms apart, relative",
+                decimals=4,
+                most=2e-2,
+                **common,
+            ),
+        ]
+    return claims
 
 
 def answers(part: str, gpu: str, name: str) -> list[Claim]:

@@ -16,6 +16,7 @@ from benchmarks.plain_trainer import PlainTrainer
 from dpa_ds.adapters.methods import GLOBAL
 from dpa_ds.config.schema import GenerationConfig
 from dpa_ds.data.tokenize import TokenizedExamples
+from dpa_ds.engine.packed_attention import PackedAttention, choose_kernel
 from dpa_ds.inference.generation import generate
 from tests.tiny import make_tokenizer
 
@@ -25,17 +26,6 @@ TRAINER_BATCHES = (16, 32, 64)
 """Examples a pass of the Trainer: its best one counts."""
 NO_END = -1
 """An end token that no model produces: all answers have the same length."""
-
-# ATTENTION KINDS. This is the one place where they are compared: add the names that `PackedAttention` can be made to
-# use, and let `attention` below set them. None is what the engine chooses by itself.
-ATTENTION_KINDS: tuple[str | None, ...] = (None,)
-
-
-@contextmanager
-def attention(bench: Bench, kind: str | None) -> Iterator[None]:
-    """Have the engine of `bench` compute attention in the way `kind`."""
-    assert kind is None, kind
-    yield
 
 
 def measure_long(bench: Bench) -> None:
@@ -48,9 +38,7 @@ def measure_long(bench: Bench) -> None:
 def measure_short(bench: Bench) -> None:
     """The paper's step: what a small budget costs, the prefix saves, and DeepSpeed's timer costs."""
     examples = short_examples(bench.setting)
-    for kind in ATTENTION_KINDS:
-        with attention(bench, kind):
-            bench.put_step("short", kind or "", bench.build(examples, ONE_PASS))
+    bench.put_step("short", "", bench.build(examples, ONE_PASS))
     bench.put_step("short", "recipe's budget", bench.build(examples, bench.config.train.micro_batch_tokens))
     bench.put_step("short", "no shared prefix", bench.build(examples, ONE_PASS, prefix_sharing=False))
     with no_throughput_timer(bench):
@@ -59,10 +47,49 @@ def measure_short(bench: Bench) -> None:
 
 def measure_mixed(bench: Bench) -> None:
     """Examples of unlike lengths: more padding or more segments."""
-    examples = mixed_examples(bench.setting)
-    for kind in ATTENTION_KINDS:
-        with attention(bench, kind):
-            bench.put_step("mixed", kind or "", bench.build(examples, ONE_PASS))
+    bench.put_step("mixed", "", bench.build(mixed_examples(bench.setting), ONE_PASS))
+
+
+def measure_attention(bench: Bench) -> None:
+    """What the engine chose (on a GPU in 16 bit one call for all examples) against a call for each segment."""
+    for name, examples in (("short", short_examples(bench.setting)), ("mixed", mixed_examples(bench.setting))):
+        compare_with_segments(bench, name, examples)
+
+
+def compare_with_segments(bench: Bench, variant: str, examples: TokenizedExamples) -> None:
+    """The same step by both kernels, each with the micro-batches that are made for it; loss and gradient must agree."""
+    segments = Segments(bench)
+    step = bench.build(examples, ONE_PASS)
+    result = bench.engine.train_step(step, 0.0)
+    with segments:
+        step_of_segments = bench.build(examples, ONE_PASS)
+        expected = bench.engine.train_step(step_of_segments, 0.0)
+    works = {"chosen": lambda: bench.train(step), "segments": lambda: bench.train(step_of_segments)}
+    found = bench.in_turns(works, {"segments": segments})
+    bench.results.put(
+        "attention",
+        variant,
+        kernel=choose_kernel(bench.base),
+        seconds=found,
+        times_as_fast=median_ratio(found["segments"], found["chosen"]),
+        loss_apart=abs(float(result.loss_share / expected.loss_share) - 1),
+        gradient_norm_apart=abs(float(result.grad_norm / expected.grad_norm) - 1),
+    )
+
+
+class Segments:
+    """The state in which the engine calls attention for each segment."""
+
+    def __init__(self, bench: Bench) -> None:
+        self._engine = bench.engine
+        self._chosen = bench.engine.packing
+        self._segments = PackedAttention(bench.base, "segments")
+
+    def __enter__(self) -> None:
+        self._engine.packing = self._segments
+
+    def __exit__(self, *_: object) -> None:
+        self._engine.packing = self._chosen
 
 
 def measure_floor(bench: Bench) -> None:
@@ -272,6 +299,7 @@ MEASURES = {
     "trainer": measure_trainer,
     "floor": measure_floor,
     "mixed": measure_mixed,
+    "attention": measure_attention,
     "host": measure_host,
     "matmul": measure_matmul,
 }

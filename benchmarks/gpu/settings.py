@@ -108,7 +108,7 @@ SETTINGS = {
         "llama-7b",
         rows=4,
         length=2048,
-        measures=("long", "short", "answers", "trainer", "floor", "mixed", "host", "matmul"),
+        measures=("long", "short", "attention", "answers", "trainer", "floor", "mixed", "host", "matmul"),
     ),
     # Four rows would need 84 GB.
     "speed_13b": Setting("llama-13b", rows=2, length=2048, measures=("long", "answers", "short"), answer_rows=(64,)),

@@ -83,7 +83,10 @@ def run_part(part: Part, options: Options, seconds_left: float) -> int:
             status, output = ended.returncode, ended.output
     with options.log.open("a") as log:
         log.write(f"\n$ {' '.join(running.command)}\n{output}")
-    results.put("part", exit_status=status, seconds=round(results.seconds, 1), limit_seconds=round(limit))
+    failure = {}
+    if status != 0:
+        failure = {"error": output[-1500:]}
+    results.put("part", exit_status=status, seconds=round(results.seconds, 1), limit_seconds=round(limit), **failure)
     return status
 
 

@@ -34,7 +34,7 @@ from dpa_ds.planning.hardware import parse_cluster
 from dpa_ds.planning.shapes import Shape
 
 PHASE = Phase(LOCAL, 0.5)
-"""The dearer one: both adapters take part."""
+"""The one that costs more: both adapters take part."""
 SHORT_PREFIX = 4
 """Tokens that all short examples begin with: those of `### Instruction:` and a line break."""
 MIXED_PREFIX = 18
@@ -137,8 +137,8 @@ class Bench:
         if self.on_gpu:
             torch.cuda.empty_cache()
 
-    def put_step(self, measure: str, variant: str, step: StepBatch) -> float:
-        """Time `step`, and put its speed, its peak of memory and what it consists of; median seconds."""
+    def put_step(self, measure: str, variant: str, step: StepBatch) -> None:
+        """Time `step`, and put its speed, its peak of memory and what it consists of."""
         if self.on_gpu:
             torch.cuda.reset_peak_memory_stats()
         loss = float(self.train(step))
@@ -154,7 +154,6 @@ class Bench:
             prefix=step.micro_batches[0].prefix,
             computed_share=round(step.computed_tokens / step.real_tokens, 4),
         )
-        return statistics.median(seconds)
 
     def speed(self, num_tokens: int, seconds: Sequence[float]) -> dict[str, Any]:
         """Tokens/s and MFU at the median.

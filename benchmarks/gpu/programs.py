@@ -6,7 +6,7 @@ from tests.launch.processes import Forked, Running
 
 
 class Programs:
-    """Starts commands, of which a dry run only imports the libraries once."""
+    """Starts commands. A dry run imports the libraries once for all of them."""
 
     def __init__(self, dry: bool, deadline_seconds: float) -> None:
         self.device = "cpu" if dry else "auto"

@@ -14,9 +14,11 @@ pytestmark = pytest.mark.launch
 
 
 def test_a_dry_run_takes_every_measure(tmp_path: Path) -> None:
-    """About 70 s of CPU time, two parts at a time: four programs import all libraries (5 s each), three processes fork runs (8 s
-    each), and the seven runs and six benches that are forked take 2 to 10 s each. No part is left out, because each is
-    a program of its own that would rot by itself."""
+    """No part is left out, because each has lines of its own that would rot.
+
+    100 s of CPU time, two parts at a time: a minute on two idle cores. Half of it is imports: of four programs (5 s each), and of
+    three processes from which runs and benches are forked (8 s each). A bench takes 2 s, that of `speed_7b` 15 s.
+    """
     ended = run([PYTHON, "-m", "benchmarks.gpu", "--dry", "--out", str(tmp_path)], 900.0)
     log = (tmp_path / "log.txt").read_text()
     assert ended.returncode == 0, ended.output + log

@@ -62,7 +62,9 @@ class Running:
         self._output = tempfile.NamedTemporaryFile("w+")  # noqa: SIM115
         self._started = time.monotonic()
         self.command = list(command)
-        self.process = self._start(cwd, {**own_environment(), MARK: self._mark, **variables})
+        # What it starts in this way in turn belongs to both.
+        marks = f"{os.environ.get(MARK, '')} {self._mark}".strip()
+        self.process = self._start(cwd, {**own_environment(), MARK: marks, **variables})
 
     def _start(self, cwd: Path, environment: dict[str, str]) -> Any:
         """The process, in a session of its own."""
@@ -103,7 +105,7 @@ class Running:
         return found
 
     def _owns(self, process: psutil.Process) -> bool:
-        return process.environ().get(MARK) == self._mark
+        return self._mark in process.environ().get(MARK, "").split()
 
     def wait(self, deadline_seconds: float) -> Ended:
         """Wait until the command has ended, and every rank with it (some launchers leave ranks behind)."""

@@ -151,13 +151,11 @@ def _build(shape: Shape, args: argparse.Namespace) -> tuple[Any, Any]:
     file_json = {"zero_optimization": _zero(config)}
     ds_json = build_deepspeed_json(file_json, "benchmarks/large_model.py", config.train, config.model.precision, 1)
     torch.set_default_dtype(DTYPES[args.precision])
-    with tempfile.TemporaryDirectory() as folder, torch.device(world.device):
-        LlamaForCausalLM(llama).save_pretrained(folder)  # stage 3 reads its shares from files
+    with tempfile.TemporaryDirectory() as folder:
+        with torch.device(world.device):
+            LlamaForCausalLM(llama).save_pretrained(folder)
         torch.set_default_dtype(torch.float32)
-        with torch.device("cpu"):
-            base = load_base(config.model, Path(folder), ds_json)
-    if ds_json["zero_optimization"].get("stage", 0) < 3:
-        base.to(world.device)
+        base = load_base(config.model, Path(folder), ds_json, world.device)
     if args.compile:
         for layer in base.model.layers:
             layer.compile()

@@ -52,7 +52,7 @@ def build(
     path = config.engine.deepspeed_config
     ds_json = build_deepspeed_json(load_deepspeed_json(path), path, config.train, config.model.precision, size) | json
     directory = resolve_model(config.model, config.data.cache_dir)
-    base = load_base(config.model, directory, ds_json)
+    base = load_base(config.model, directory, ds_json, world.device)
     adapters = AdapterModel(base, table or adapter_table(config.lora), config.lora)
     engine = AdapterEngine(adapters, world, config.train, ds_json)
     for i, adapter in enumerate(adapters.table):

@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 import deepspeed
 import pydantic
 import torch
-import torch.nn.functional as F
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
@@ -30,6 +29,7 @@ from dpa_ds.config.schema import TrainConfig
 from dpa_ds.config.validate import show
 from dpa_ds.data.batching import IGNORE_INDEX, MicroBatch, StepBatch
 from dpa_ds.distributed.world import World
+from dpa_ds.engine.label_loss import cross_entropy_sum
 from dpa_ds.engine.master_weights import Fragment, locate_masters
 from dpa_ds.engine.packed_attention import PackedAttention
 from dpa_ds.engine.profiling import Profile
@@ -224,9 +224,10 @@ class AdapterEngine:
             position_ids=micro_batch.position_ids[None].to(device),
             use_cache=False,
             **self.packing.arguments(micro_batch, device),
-        ).logits[0]
+        ).logits
         targets = micro_batch.targets[positions].to(device)
-        return F.cross_entropy(logits.float(), targets, ignore_index=IGNORE_INDEX, reduction="sum")
+        # (1, labels, vocab) -> (labels, vocab); indexing would copy the gradient.
+        return cross_entropy_sum(logits.flatten(0, 1), targets)
 
     def _select_positions(self, _: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor] | None:
         """Pre-hook of the output head: (batch, seq_len, hidden) -> (1, number of labels, hidden)."""

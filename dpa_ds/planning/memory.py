@@ -9,6 +9,8 @@ from dpa_ds.planning.shapes import Shape
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 """Bytes of one number of the base, by model.precision."""
+LOSS_CHUNK_BYTES = 2**25
+"""Most bytes of an fp32 tensor that the loss makes of some of the logits: CHUNK_BYTES of `engine/label_loss.py`."""
 
 
 @dataclass(frozen=True)
@@ -118,18 +120,31 @@ def adapter_bytes(global_parameters: int, local_parameters: int, layout: Layout)
 def activation_bytes(shape: Shape, lora: Lora, layout: Layout) -> dict[str, float]:
     """What autograd keeps at the turn from forward to backward, and the logits.
 
-    With checkpointing a layer keeps its input, and one layer at a time all of `_layer_activations`. The loss holds
-    three fp32 tensors at label positions: 12 x labels x vocab.
+    With checkpointing a layer keeps its input, and one layer at a time all of `_layer_activations`. The gradient of the
+    logits is written over them (`engine/label_loss.py`).
     """
     element = BYTES[layout.precision]
     # Where both adapters take part, their A and B are kept once more, stacked (adapters/mixed_lora.py).
     stacked = element * sum(lora.parameters(shape)) // shape.layers
     one_layer = float(_layer_activations(shape, lora, layout) * layout.tokens + stacked)
-    logits = 12.0 * layout.labels * shape.vocab
+    logits = _logit_bytes(shape, layout)
     if not layout.checkpointing:
         return {"activations": shape.layers * one_layer, "logits": logits}
     inputs_of_layers = float(shape.layers * element * shape.hidden * layout.tokens)
     return {"activations": inputs_of_layers + max(0.0, one_layer - logits), "logits": logits}
+
+
+def _logit_bytes(shape: Shape, layout: Layout) -> float:
+    """The logits at label positions, and what the loss makes of one chunk of them.
+
+    That is its exponentials in fp32, and where the logits have 16 bits their fp32 copy.
+    """
+    num = float(layout.labels * shape.vocab)
+    element = BYTES[layout.precision]
+    chunk = min(LOSS_CHUNK_BYTES, 4 * num)
+    if element < 4:
+        chunk *= 2
+    return element * num + chunk
 
 
 def buffer_bytes(layout: Layout) -> dict[str, float]:

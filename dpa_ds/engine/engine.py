@@ -68,6 +68,9 @@ def build_deepspeed_json(
     merged["gradient_accumulation_steps"] = 1
     merged["gradient_clipping"] = train.max_grad_norm
     merged["steps_per_print"] = None
+    # Gradients are summed over the ranks in fp32, as every rank sums its own: DeepSpeed's default is the
+    # training precision. Those of adapters are too few bytes to save on.
+    merged.setdefault("communication_data_type", "fp32")
     for kind in ("fp16", "bf16"):
         merged[kind] = {**merged.get(kind, {}), "enabled": precision == kind}
     return merged

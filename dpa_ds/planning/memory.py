@@ -3,6 +3,7 @@
 Upper bounds, compared with measured peaks by benchmarks/planner.py.
 """
 
+import math
 from dataclasses import dataclass
 
 from dpa_ds.planning.shapes import Shape
@@ -11,6 +12,9 @@ BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 """Bytes of one number of the base, by model.precision."""
 LOSS_CHUNK_BYTES = 2**25
 """Most bytes of an fp32 tensor that the loss makes of some of the logits: CHUNK_BYTES of `engine/label_loss.py`."""
+
+PINNED_EXACT_ABOVE = 2**20
+"""Bytes above which pinned memory takes its exact size: what pinned_max_cached_size_mb:1 tells torch's allocator."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,10 @@ class Layout:
     prefetch: int = 50_000_000
     """reuse_distance to prefetch: DeepSpeed's settings of stage 3, in elements."""
     offload_params: bool = False
-    """The base's share lies in the host's memory (ZeRO-3)."""
+    """The base's share lies in the host's memory or on its NVMe (ZeRO-3)."""
+    nvme: bool = False
+    pinned: bool = True
+    """In memory it is pinned (DeepSpeed's default)."""
 
 
 def step_bytes(shape: Shape, lora: Lora, layout: Layout) -> dict[str, float]:
@@ -82,6 +89,24 @@ def model_bytes(shape: Shape, lora: Lora, layout: Layout) -> dict[str, float]:
     if layout.offload_params:
         share = 0.0
     return {"base": share, "gathered": gathered * element}
+
+
+def host_bytes(shape: Shape, layout: Layout, exact_above: float = PINNED_EXACT_ABOVE) -> float:
+    """The share of an offloaded base in the host's memory; none on NVMe, whose buffers are left out.
+
+    DeepSpeed pins each parameter's share for itself, and torch (2.13, CachingHostAllocator.h) rounds what it pins up to
+    a power of two, to find it again when it is freed: 44 GB for 13B in bf16, which has 26. What it is told not to keep
+    (more than `exact_above` bytes) it does not round. Not measured on a GPU.
+    """
+    if layout.nvme or not layout.offload_params:
+        return 0.0
+    total = 0
+    for elements, num_tensors in shape.tensors:
+        size = math.ceil(elements / layout.ranks) * BYTES[layout.precision]
+        if layout.pinned and size <= exact_above:
+            size = _power_of_two_from(size)
+        total += num_tensors * size
+    return float(total)
 
 
 def gathered_parameters(shape: Shape, lora: Lora, layout: Layout) -> int:
@@ -196,6 +221,10 @@ def _kept_inputs(shape: Shape, lora: Lora, layout: Layout) -> dict[str, int]:
         if layout.stage == 3 or adapted:
             kept[name] = shape.linears[readers[0]][0]
     return kept
+
+
+def _power_of_two_from(size: int) -> int:
+    return int(2 ** (size - 1).bit_length())
 
 
 def _divided_parameters(shape: Shape, lora: Lora, layout: Layout) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from dpa_ds.config.schema import RanksPerGroup
 from dpa_ds.errors import ClusterError
 from dpa_ds.planning.hardware import Cluster
-from dpa_ds.planning.memory import BYTES, Layout, gathered_parameters, step_bytes
+from dpa_ds.planning.memory import BYTES, Layout, gathered_parameters, host_bytes, step_bytes
 from dpa_ds.planning.scenario import Scenario
 
 LINK_EFFICIENCY = 0.7
@@ -39,6 +39,8 @@ class Plan:
     """Bytes that a rank sends in one step for the adapter's gradients, in fp32."""
     host_bytes: float
     """Bytes in the host's memory for each of its ranks, where the base is offloaded."""
+    host_bytes_rounded: float
+    """The same where torch rounds all that it pins: `PYTORCH_ALLOC_CONF` set by the user to something else."""
     fits: bool
 
     @property
@@ -92,10 +94,8 @@ def judge(scenario: Scenario, cluster: Cluster, layout: Layout) -> Plan:
         bandwidth = cluster.link / 2  # published for both directions together
     seconds += (gather_bytes + reduce_bytes) / (LINK_EFFICIENCY * bandwidth)
 
-    host_bytes = 0.0
     if layout.offload_params:
-        host_bytes = base_bytes / ranks
-    seconds += gathers * host_bytes / (LINK_EFFICIENCY * cluster.host_link)
+        seconds += gathers * base_bytes / ranks / (LINK_EFFICIENCY * cluster.host_link)
 
     num_groups = _num_groups(scenario, cluster, layout)
     turns = math.inf  # where a group has more ranks than the cluster
@@ -108,7 +108,8 @@ def judge(scenario: Scenario, cluster: Cluster, layout: Layout) -> Plan:
         round_seconds=scenario.num_steps * turns * seconds,
         gather_bytes=gather_bytes,
         reduce_bytes=reduce_bytes,
-        host_bytes=host_bytes,
+        host_bytes=host_bytes(shape, layout),
+        host_bytes_rounded=host_bytes(shape, layout, exact_above=math.inf),
         fits=num_groups > 0 and sum(memory.values()) <= HEADROOM * cluster.memory,
     )
 
@@ -135,6 +136,7 @@ def ranks_of_recipe(wanted: RanksPerGroup, scenario: Scenario, cluster: Cluster)
 def layout_of(scenario: Scenario, ranks: int) -> Layout:
     """The recipe's layout, with DeepSpeed's defaults for what its JSON does not say."""
     zero, longest = scenario.zero, scenario.max_length
+    offload = zero.get("offload_param", {})
     # A micro-batch holds at least the longest example, and no more than a step of longest examples.
     tokens = max(longest, min(scenario.train.micro_batch_tokens, scenario.train.batch_size * longest))
     return Layout(
@@ -150,7 +152,9 @@ def layout_of(scenario: Scenario, ranks: int) -> Layout:
         persistence=int(zero.get("stage3_param_persistence_threshold", 100_000)),
         max_live=int(zero.get("stage3_max_live_parameters", 1_000_000_000)),
         prefetch=int(zero.get("stage3_prefetch_bucket_size", 50_000_000)),
-        offload_params=zero.get("offload_param", {}).get("device") in ("cpu", "nvme"),
+        offload_params=offload.get("device") in ("cpu", "nvme"),
+        nvme=offload.get("device") == "nvme",
+        pinned=bool(offload.get("pin_memory", True)),
     )
 
 

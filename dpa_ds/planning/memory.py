@@ -14,7 +14,7 @@ LOSS_CHUNK_BYTES = 2**25
 """Most bytes of an fp32 tensor that the loss makes of some of the logits: CHUNK_BYTES of `engine/label_loss.py`."""
 
 PINNED_EXACT_ABOVE = 2**20
-"""Bytes above which pinned memory takes its exact size: what pinned_max_cached_size_mb:1 tells torch's allocator."""
+"""Bytes above which pinned memory takes its exact size, with pinned_max_cached_size_mb:1 in PYTORCH_ALLOC_CONF."""
 
 
 @dataclass(frozen=True)
@@ -95,8 +95,8 @@ def host_bytes(shape: Shape, layout: Layout, exact_above: float = PINNED_EXACT_A
     """The share of an offloaded base in the host's memory; none on NVMe, whose buffers are left out.
 
     DeepSpeed pins each parameter's share for itself, and torch (2.13, CachingHostAllocator.h) rounds what it pins up to
-    a power of two, to find it again when it is freed: 44 GB for 13B in bf16, which has 26. What it is told not to keep
-    (more than `exact_above` bytes) it does not round. Not measured on a GPU.
+    a power of two, so that it can be used again once it is freed: 44 GB for 13B in bf16, which has 26. Of more than
+    `exact_above` bytes nothing is kept for another use, and nothing rounded. Not measured on a GPU.
     """
     if layout.nvme or not layout.offload_params:
         return 0.0

@@ -25,7 +25,7 @@ from dpa_ds.config.schema import MethodConfig, RanksPerGroup
 from dpa_ds.errors import ModelError
 from dpa_ds.planning.hardware import GPUS, Cluster, parse_cluster
 from dpa_ds.planning.memory import Layout, Lora, adapter_bytes, host_bytes, model_bytes
-from dpa_ds.planning.plan import Plan, judge, layout_of, ranks_of_recipe
+from dpa_ds.planning.plan import Plan, judge, layout_of, plan, ranks_of_recipe
 from dpa_ds.planning.scenario import PHASES, Scenario, Workload, scenario_of
 from dpa_ds.planning.shapes import PRESETS, Shape, read_shape
 
@@ -291,3 +291,24 @@ def test_recipes_say_what_the_planner_expects(recipe: str, preset: str) -> None:
     said = (f"{one.total / 1e9:.1f}", f"{one.memory['base'] / 1e9:.1f}", f"{one.round_seconds:.0f}")
     assert said == (found[1], found[2], found[3]), "write these into the recipe"
     assert one.fits
+
+
+@pytest.mark.parametrize(
+    ("recipe", "preset", "hosts"),
+    [
+        ("paper", "llama-7b", 1),
+        ("fedit", "llama-7b", 1),
+        ("llama2_7b", "llama-7b", 1),
+        ("qwen2_5_7b", "qwen2.5-7b", 1),
+        ("llama2_13b", "llama-13b", 2),
+    ],
+)
+def test_recipes_have_the_best_micro_batch_of_their_layout(recipe: str, preset: str, hosts: int) -> None:
+    """One a step of 64 examples of 70 tokens, and no larger than that takes."""
+    config = load_config(["--config", f"launch/recipes/{recipe}.yaml"])
+    cluster = parse_cluster(f"nodes={hosts},gpus=8,gpu=h100-80g,net=400Gb")
+    zero = load_deepspeed_json(config.engine.deepspeed_config)["zero_optimization"]
+    scenario = scenario_of(config, PRESETS[preset], zero, DATASET1)
+    one = judge_recipe(scenario, config.cluster.ranks_per_group, cluster)
+    assert one in plan(scenario, cluster)
+    assert one.micro_batches == 1

@@ -12,7 +12,6 @@ BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 """Bytes of one number of the base, by model.precision."""
 LOSS_CHUNK_BYTES = 2**25
 """Most bytes of an fp32 tensor that the loss makes of some of the logits: CHUNK_BYTES of `engine/label_loss.py`."""
-
 PINNED_EXACT_ABOVE = 2**20
 """Bytes above which pinned memory takes its exact size, with pinned_max_cached_size_mb:1 in PYTORCH_ALLOC_CONF."""
 
@@ -53,10 +52,11 @@ class Layout:
     prefetch: int = 50_000_000
     """reuse_distance to prefetch: DeepSpeed's settings of stage 3, in elements."""
     offload_params: bool = False
-    """The base's share lies in the host's memory or on its NVMe (ZeRO-3)."""
+    """The base's share lies outside the GPU (ZeRO-3)."""
     nvme: bool = False
+    """There it lies on NVMe, not in the host's memory."""
     pinned: bool = True
-    """In memory it is pinned (DeepSpeed's default)."""
+    """In the host's memory it is pinned (DeepSpeed's default)."""
 
 
 def step_bytes(shape: Shape, lora: Lora, layout: Layout) -> dict[str, float]:

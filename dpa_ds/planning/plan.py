@@ -225,8 +225,8 @@ def _with_tokens(layout: Layout, tokens: int) -> Layout:
 
 
 def _order(one: Plan) -> tuple[bool, float, int, float]:
-    # A micro-batch more costs launches and a pass over the activations' memory, which `judge` leaves out: of equal
-    # times, fewer. Times are equal to some digits: the same work in three parts is not the same sum of floats.
+    # Of equal times the one with fewer micro-batches: each has its launches, which `judge` leaves out. Equal to some
+    # digits, because the same work in three parts is not the same sum of floats.
     seconds = float(f"{one.round_seconds:.6g}")
     return not one.fits, seconds, one.micro_batches, one.total
 

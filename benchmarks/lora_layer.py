@@ -32,7 +32,8 @@ def main() -> None:
     args = parser.parse_args()
     os.environ["DS_ACCELERATOR"] = "cpu"
     torch.set_num_threads(1)
-    base = load_base(ModelConfig(path=args.model, precision="fp32"), Path(args.model), {})
+    config = ModelConfig(path=args.model, precision="fp32")
+    base = load_base(config, Path(args.model), {}, torch.device("cpu"))
     lora = LoraConfig(dropout=0.0)
     adapters = AdapterModel(base, adapter_table(lora), lora)
     for adapter in adapters.table:

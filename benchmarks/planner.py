@@ -216,7 +216,7 @@ def _build(job: Any, argv: list[str]) -> Any:
     world = build_world(job, plan_topology(size, 1, size), config.cluster, 60.0)
     path = config.engine.deepspeed_config
     ds_json = build_deepspeed_json(load_deepspeed_json(path), path, config.train, config.model.precision, size)
-    base = load_base(config.model, Path(config.model.path), ds_json)
+    base = load_base(config.model, Path(config.model.path), ds_json, world.device)
     adapters = AdapterModel(base, adapter_table(config.lora), config.lora)
     return AdapterEngine(adapters, world, config.train, ds_json)
 

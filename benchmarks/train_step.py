@@ -74,7 +74,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     steps = step_indices(len(examples), args.batch_size, args.steps, (config.seed,))
     assert all(len(step) == args.batch_size for step in steps), "fewer --steps: the last step of an epoch is short"
 
-    base = load_base(config.model, Path(args.model), {}).to(device)
+    base = load_base(config.model, Path(args.model), {}, device)
     variants = [*_stacks(config, args, tokenizer, examples, steps, device), *_floors(base, args, examples, steps)]
     flops = phase_flops(base, examples, steps)
     peak = 0.0
@@ -116,9 +116,9 @@ def _stacks(
     from dpa_engine import DpaEngine, random_state
     from plain_trainer import PlainTrainer
 
-    model = load_base(config.model, Path(args.model), {}).to(device)
+    model = load_base(config.model, Path(args.model), {}, device)
     plain = PlainTrainer(model, tokenizer, config.lora, config.train, device, CLOCKS[args.clock])
-    base = load_base(config.model, Path(args.model), {})
+    base = load_base(config.model, Path(args.model), {}, device)
     adapters = AdapterModel(base, adapter_table(config.lora), config.lora)
     states = {adapter: random_state(adapters, adapter) for adapter in adapters.table}
     ours = DpaEngine(adapters, config, examples, states, int(tokenizer.pad_token_id), CLOCKS[args.clock])

@@ -112,8 +112,14 @@ def _assumptions(scenario: Scenario, cluster: Cluster) -> list[str]:
 
 def _costs_of_recipe(scenario: Scenario, chosen: Plan) -> list[str]:
     parts = ", ".join(f"{part} {size / 1e9:.2f}" for part, size in chosen.memory.items())
+    lines = [f"recipe, GB a rank: {parts}"]
+    if chosen.host_bytes:
+        line = f"host, GB a rank: {chosen.host_bytes / 1e9:.2f}"
+        if chosen.layout.pinned:
+            line += f"; {chosen.host_bytes_rounded / 1e9:.2f} without pinned_max_cached_size_mb:1 in PYTORCH_ALLOC_CONF"
+        lines.append(line)
     return [
-        f"recipe, GB a rank: {parts}",
+        *lines,
         f"a step and rank: gathers {chosen.gather_bytes / 1e9:.2f} GB, reduces {chosen.reduce_bytes / 1e6:.2f} MB",
         f"between groups, a leader and round: {scenario.bytes_between_groups / 1e6:.2f} MB",
     ]

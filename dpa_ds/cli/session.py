@@ -240,7 +240,7 @@ def load_model(
     tokenizer = load_tokenizer(directory)
     path = engine.deepspeed_config
     deepspeed_json = build_deepspeed_json(load_deepspeed_json(path), path, train, model.precision, world.world_size)
-    base = load_base(model, directory, deepspeed_json)
+    base = load_base(model, directory, deepspeed_json, world.device)
     adapters = AdapterModel(base, adapter_table(lora), lora)
     return LoadedModel(
         tokenizer,

@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 import deepspeed
 import pydantic
 import torch
-import torch.nn.functional as F
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
@@ -32,6 +31,7 @@ from dpa_ds.config.validate import show
 from dpa_ds.data.batching import IGNORE_INDEX, MicroBatch, StepBatch
 from dpa_ds.distributed.device import send
 from dpa_ds.distributed.world import World
+from dpa_ds.engine.label_loss import cross_entropy_sum
 from dpa_ds.engine.master_weights import Fragment, locate_masters
 from dpa_ds.engine.packed_attention import PackedAttention
 from dpa_ds.engine.profiling import Profile
@@ -74,6 +74,9 @@ def build_deepspeed_json(
     merged["steps_per_print"] = None
     # It synchronises host and device before every micro-batch.
     merged["timers"] = {"throughput": {"enabled": False}, **merged.get("timers", {})}
+    # Gradients are summed over the ranks in fp32, as every rank sums its own: DeepSpeed's default is the
+    # training precision. Those of adapters are too few bytes to save on.
+    merged.setdefault("communication_data_type", "fp32")
     for kind in ("fp16", "bf16"):
         merged[kind] = {**merged.get(kind, {}), "enabled": precision == kind}
     return merged
@@ -251,8 +254,9 @@ class AdapterEngine:
         self._positions = sent.positions
         logits = self.engine(
             input_ids=sent.input_ids, position_ids=sent.position_ids, use_cache=False, **sent.attention
-        ).logits[0]
-        return F.cross_entropy(logits.float(), sent.targets, ignore_index=IGNORE_INDEX, reduction="sum")
+        ).logits
+        # (1, labels, vocab) -> (labels, vocab); indexing would copy the gradient.
+        return cross_entropy_sum(logits.flatten(0, 1), sent.targets)
 
     def _select_positions(self, _: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor] | None:
         """Pre-hook of the output head: (batch, seq_len, hidden) -> (1, number of labels, hidden)."""

@@ -96,9 +96,8 @@ def build_predictor(
     if base.partitioned:
         adapters, install = _load_partitioned(base, lora)
     else:
-        model = load_base(base.config, base.directory, {})
+        model = load_base(base.config, base.directory, {}, base.world.device)
         adapters = AdapterModel(model, adapter_table(lora), lora)
-        model.to(base.world.device)  # type: ignore[arg-type]
         install = adapters.load_state
     adapters.check_shapes(GLOBAL, shared.weights)
     install(GLOBAL, shared.weights)
@@ -122,7 +121,7 @@ def _load_partitioned(base: PlacedBase, lora: LoraConfig) -> tuple[AdapterModel,
     train = TrainConfig()  # not used: no step is taken
     precision, world = base.config.precision, base.world
     ds_json = build_deepspeed_json(PARTITIONED, "", train, precision, world.world_size)
-    model = load_base(base.config, base.directory, ds_json)
+    model = load_base(base.config, base.directory, ds_json, world.device)
     adapters = AdapterModel(model, adapter_table(lora), lora)
     return adapters, AdapterEngine(adapters, world, train, ds_json).write_state
 

@@ -1,7 +1,8 @@
 """The frozen base: model directory, hub id or GGUF file -> a causal LM and its tokenizer.
 
-Under ZeRO-3 every rank reads only its own share of each tensor from the safetensors files, without any
-communication; the whole model never exists on one rank.
+Below ZeRO-3 every rank holds all of it, on its device: tensors go there one by one from the mapped files, so that the
+host's memory never holds a base for each rank. Under ZeRO-3 every rank reads only its own share of each tensor from the
+safetensors files, without any communication; the whole model never exists on one rank.
 """
 
 import hashlib
@@ -105,10 +106,13 @@ def _from_hub(name: str) -> Path:
         raise offline from error
 
 
-def load_base(config: ModelConfig, directory: Path, deepspeed_json: Mapping[str, Any]) -> PreTrainedModel:
-    """Load the causal LM in `config.precision`, partitioned over the rank group if the JSON says ZeRO-3.
+def load_base(
+    config: ModelConfig, directory: Path, deepspeed_json: Mapping[str, Any], device: torch.device
+) -> PreTrainedModel:
+    """Load the causal LM in `config.precision`: whole to `device`, or partitioned if the JSON says ZeRO-3.
 
-    Collective under ZeRO-3: all ranks of the group.
+    Collective under ZeRO-3: all ranks of the group. DeepSpeed then decides where a rank's share is: on its device, or
+    where `offload_param` says.
 
     Raises:
         ModelError: files are missing, damaged or belong to another model.
@@ -116,7 +120,10 @@ def load_base(config: ModelConfig, directory: Path, deepspeed_json: Mapping[str,
     transformers.utils.logging.disable_progress_bar()
     zero3 = deepspeed_json.get("zero_optimization", {}).get("stage") == 3
     try:
-        model = _load_partitioned(config, directory, deepspeed_json) if zero3 else _load_whole(config, directory)
+        if zero3:
+            model = _load_partitioned(config, directory, deepspeed_json)
+        else:
+            model = _load_whole(config, directory, device)
     except (OSError, ValueError, RuntimeError, SafetensorError, ImportError) as error:
         raise ModelError(f"cannot load a causal LM from {directory}: {str(error).strip().splitlines()[0]}") from error
     model.config.use_cache = False
@@ -128,11 +135,20 @@ def load_base(config: ModelConfig, directory: Path, deepspeed_json: Mapping[str,
     return model
 
 
-def _load_whole(config: ModelConfig, directory: Path) -> PreTrainedModel:
+def _load_whole(config: ModelConfig, directory: Path, device: torch.device) -> PreTrainedModel:
+    """Every tensor on `device`, in the precision asked for.
+
+    Loaded to the CPU first, a base whose files have another precision is converted as a whole in each rank's memory:
+    208 GB for eight ranks of 13B in bf16. With a device map each tensor is converted and moved for itself. The ranks
+    of a host need not take turns: they map the same files, so they share the pages, and the disk is read once. Measured
+    on a CPU with 748 MB in bf16, two ranks that load at once in fp32 read 304 and 444 MB. A CPU rank that loads what
+    the files have keeps the mapping, and no copy.
+    """
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         directory,
         dtype=DTYPES[config.precision],
         attn_implementation=config.attention,
+        device_map={"": device},
         use_safetensors=True,
         local_files_only=True,
         ignore_mismatched_sizes=True,  # to name them here: transformers' own error says "see the above report"

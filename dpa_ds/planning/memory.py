@@ -3,12 +3,17 @@
 Upper bounds, compared with measured peaks by benchmarks/planner.py.
 """
 
+import math
 from dataclasses import dataclass
 
 from dpa_ds.planning.shapes import Shape
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 """Bytes of one number of the base, by model.precision."""
+LOSS_CHUNK_BYTES = 2**25
+"""Most bytes of an fp32 tensor that the loss makes of some of the logits: CHUNK_BYTES of `engine/label_loss.py`."""
+PINNED_EXACT_ABOVE = 2**20
+"""Bytes above which pinned memory takes its exact size, with pinned_max_cached_size_mb:1 in PYTORCH_ALLOC_CONF."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,11 @@ class Layout:
     prefetch: int = 50_000_000
     """reuse_distance to prefetch: DeepSpeed's settings of stage 3, in elements."""
     offload_params: bool = False
-    """The base's share lies in the host's memory (ZeRO-3)."""
+    """The base's share lies outside the GPU (ZeRO-3)."""
+    nvme: bool = False
+    """There it lies on NVMe, not in the host's memory."""
+    pinned: bool = True
+    """In the host's memory it is pinned (DeepSpeed's default)."""
 
 
 def step_bytes(shape: Shape, lora: Lora, layout: Layout) -> dict[str, float]:
@@ -80,6 +89,24 @@ def model_bytes(shape: Shape, lora: Lora, layout: Layout) -> dict[str, float]:
     if layout.offload_params:
         share = 0.0
     return {"base": share, "gathered": gathered * element}
+
+
+def host_bytes(shape: Shape, layout: Layout, exact_above: float = PINNED_EXACT_ABOVE) -> float:
+    """The share of an offloaded base in the host's memory; none on NVMe, whose buffers are left out.
+
+    DeepSpeed pins each parameter's share for itself, and torch (2.13, CachingHostAllocator.h) rounds what it pins up to
+    a power of two, so that it can be used again once it is freed: 44 GB for 13B in bf16, which has 26. Of more than
+    `exact_above` bytes nothing is kept for another use, and nothing rounded. Not measured on a GPU.
+    """
+    if layout.nvme or not layout.offload_params:
+        return 0.0
+    total = 0
+    for elements, num_tensors in shape.tensors:
+        size = math.ceil(elements / layout.ranks) * BYTES[layout.precision]
+        if layout.pinned and size <= exact_above:
+            size = _power_of_two_from(size)
+        total += num_tensors * size
+    return float(total)
 
 
 def gathered_parameters(shape: Shape, lora: Lora, layout: Layout) -> int:
@@ -118,18 +145,31 @@ def adapter_bytes(global_parameters: int, local_parameters: int, layout: Layout)
 def activation_bytes(shape: Shape, lora: Lora, layout: Layout) -> dict[str, float]:
     """What autograd keeps at the turn from forward to backward, and the logits.
 
-    With checkpointing a layer keeps its input, and one layer at a time all of `_layer_activations`. The loss holds
-    three fp32 tensors at label positions: 12 x labels x vocab.
+    With checkpointing a layer keeps its input, and one layer at a time all of `_layer_activations`. The gradient of the
+    logits is written over them (`engine/label_loss.py`).
     """
     element = BYTES[layout.precision]
     # Where both adapters take part, their A and B are kept once more, stacked (adapters/mixed_lora.py).
     stacked = element * sum(lora.parameters(shape)) // shape.layers
     one_layer = float(_layer_activations(shape, lora, layout) * layout.tokens + stacked)
-    logits = 12.0 * layout.labels * shape.vocab
+    logits = _logit_bytes(shape, layout)
     if not layout.checkpointing:
         return {"activations": shape.layers * one_layer, "logits": logits}
     inputs_of_layers = float(shape.layers * element * shape.hidden * layout.tokens)
     return {"activations": inputs_of_layers + max(0.0, one_layer - logits), "logits": logits}
+
+
+def _logit_bytes(shape: Shape, layout: Layout) -> float:
+    """The logits at label positions, and what the loss makes of one chunk of them.
+
+    That is its exponentials in fp32, and where the logits have 16 bits their fp32 copy.
+    """
+    num = float(layout.labels * shape.vocab)
+    element = BYTES[layout.precision]
+    chunk = min(LOSS_CHUNK_BYTES, 4 * num)
+    if element < 4:
+        chunk *= 2
+    return element * num + chunk
 
 
 def buffer_bytes(layout: Layout) -> dict[str, float]:
@@ -181,6 +221,10 @@ def _kept_inputs(shape: Shape, lora: Lora, layout: Layout) -> dict[str, int]:
         if layout.stage == 3 or adapted:
             kept[name] = shape.linears[readers[0]][0]
     return kept
+
+
+def _power_of_two_from(size: int) -> int:
+    return int(2 ** (size - 1).bit_length())
 
 
 def _divided_parameters(shape: Shape, lora: Lora, layout: Layout) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from dpa_ds.config.schema import RanksPerGroup
 from dpa_ds.errors import ClusterError
 from dpa_ds.planning.hardware import Cluster
-from dpa_ds.planning.memory import BYTES, Layout, gathered_parameters, step_bytes
+from dpa_ds.planning.memory import BYTES, Layout, gathered_parameters, host_bytes, step_bytes
 from dpa_ds.planning.scenario import Scenario
 
 LINK_EFFICIENCY = 0.7
@@ -31,6 +31,8 @@ class Plan:
     layout: Layout
     memory: dict[str, float]
     """Bytes per rank by part, the assumed overhead included."""
+    micro_batches: int
+    """Of a step, on each rank."""
     step_seconds: float
     round_seconds: float
     gather_bytes: float
@@ -39,6 +41,8 @@ class Plan:
     """Bytes that a rank sends in one step for the adapter's gradients, in fp32."""
     host_bytes: float
     """Bytes in the host's memory for each of its ranks, where the base is offloaded."""
+    host_bytes_rounded: float
+    """The same where torch rounds all that it pins: `PYTORCH_ALLOC_CONF` set by the user to something else."""
     fits: bool
 
     @property
@@ -50,8 +54,8 @@ class Plan:
 def plan(scenario: Scenario, cluster: Cluster) -> list[Plan]:
     """Stages 0 to 3 and 3 with offload, ranks of a group in powers of two, with and without recomputation.
 
-    Each with its best micro-batch; fitting first, then fastest, then smallest. Bucket sizes and the like are those of
-    the recipe in all.
+    Each with its best micro-batch; fitting first, then fastest, then with the fewest micro-batches a step, then
+    smallest. Bucket sizes and the like are those of the recipe in all.
     """
     plans = []
     for layout in _layouts(scenario, cluster):
@@ -92,10 +96,8 @@ def judge(scenario: Scenario, cluster: Cluster, layout: Layout) -> Plan:
         bandwidth = cluster.link / 2  # published for both directions together
     seconds += (gather_bytes + reduce_bytes) / (LINK_EFFICIENCY * bandwidth)
 
-    host_bytes = 0.0
     if layout.offload_params:
-        host_bytes = base_bytes / ranks
-    seconds += gathers * host_bytes / (LINK_EFFICIENCY * cluster.host_link)
+        seconds += gathers * base_bytes / ranks / (LINK_EFFICIENCY * cluster.host_link)
 
     num_groups = _num_groups(scenario, cluster, layout)
     turns = math.inf  # where a group has more ranks than the cluster
@@ -104,11 +106,13 @@ def judge(scenario: Scenario, cluster: Cluster, layout: Layout) -> Plan:
     return Plan(
         layout=layout,
         memory=memory,
+        micro_batches=micro_batches,
         step_seconds=seconds,
         round_seconds=scenario.num_steps * turns * seconds,
         gather_bytes=gather_bytes,
         reduce_bytes=reduce_bytes,
-        host_bytes=host_bytes,
+        host_bytes=host_bytes(shape, layout),
+        host_bytes_rounded=host_bytes(shape, layout, exact_above=math.inf),
         fits=num_groups > 0 and sum(memory.values()) <= HEADROOM * cluster.memory,
     )
 
@@ -135,6 +139,7 @@ def ranks_of_recipe(wanted: RanksPerGroup, scenario: Scenario, cluster: Cluster)
 def layout_of(scenario: Scenario, ranks: int) -> Layout:
     """The recipe's layout, with DeepSpeed's defaults for what its JSON does not say."""
     zero, longest = scenario.zero, scenario.max_length
+    offload = zero.get("offload_param", {})
     # A micro-batch holds at least the longest example, and no more than a step of longest examples.
     tokens = max(longest, min(scenario.train.micro_batch_tokens, scenario.train.batch_size * longest))
     return Layout(
@@ -150,7 +155,9 @@ def layout_of(scenario: Scenario, ranks: int) -> Layout:
         persistence=int(zero.get("stage3_param_persistence_threshold", 100_000)),
         max_live=int(zero.get("stage3_max_live_parameters", 1_000_000_000)),
         prefetch=int(zero.get("stage3_prefetch_bucket_size", 50_000_000)),
-        offload_params=zero.get("offload_param", {}).get("device") in ("cpu", "nvme"),
+        offload_params=offload.get("device") in ("cpu", "nvme"),
+        nvme=offload.get("device") == "nvme",
+        pinned=bool(offload.get("pin_memory", True)),
     )
 
 
@@ -171,7 +178,10 @@ def reason(scenario: Scenario, cluster: Cluster, ranked: Sequence[Plan]) -> str:
     elif all(layout.stage == 3 for layout in fitting):
         base = "the base must be divided"
     turns = _turns(scenario, cluster, first)
-    return f"{base}, and this is the fastest that fits: {turns}; equal times are ordered by memory"
+    return (
+        f"{base}, and this is the fastest that fits: {turns}; equal times are ordered by micro-batches a step, then by "
+        "memory"
+    )
 
 
 def _turns(scenario: Scenario, cluster: Cluster, one: Plan) -> str:
@@ -214,8 +224,11 @@ def _with_tokens(layout: Layout, tokens: int) -> Layout:
     return replace(layout, tokens=tokens, labels=round(tokens * LABEL_SHARE))
 
 
-def _order(one: Plan) -> tuple[bool, float, float]:
-    return not one.fits, one.round_seconds, one.total
+def _order(one: Plan) -> tuple[bool, float, int, float]:
+    # Of equal times the one with fewer micro-batches: each has its launches, which `judge` leaves out. Equal to some
+    # digits, because the same work in three parts is not the same sum of floats.
+    seconds = float(f"{one.round_seconds:.6g}")
+    return not one.fits, seconds, one.micro_batches, one.total
 
 
 def _total(one: Plan) -> float:

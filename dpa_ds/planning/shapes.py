@@ -71,6 +71,22 @@ class Shape:
             num += self.embedding_parameters
         return num
 
+    @property
+    def tensors(self) -> list[tuple[int, int]]:
+        """(elements, how many there are) of the tensors that hold the parameters."""
+        biases = 0
+        if self.qkv_bias:
+            biases = self.layers
+        found = [
+            (self.embedding_parameters, 2 - self.tied),
+            (self.hidden, 2 * self.layers + 1),
+            (self.query_width, biases),
+            (self.key_width, 2 * biases),
+        ]
+        for inputs, outputs in self.linears.values():
+            found.append((inputs * outputs, self.layers))
+        return found
+
     def lora_parameters(self, rank: int, targets: Sequence[str]) -> int:
         """Parameters of a LoRA: rank x (inputs + outputs) for each adapted linear layer.
 

@@ -1,7 +1,9 @@
-"""ZeRO-3 loading: every rank reads and holds its own share, and together they hold the model."""
+"""Loading. ZeRO-3: every rank reads and holds its own share. Below: straight to the device, past the host's memory."""
 
 import json
-from collections.abc import Sequence
+import re
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +48,7 @@ def load_shares(job: Any, argv: Sequence[str], model_dir: str, precision: str) -
             return self._stored[rows]
 
     base._read_partition = lambda stored, *rest: read_partition(Counted(stored), *rest)  # type: ignore[assignment]
-    model = base.load_base(config.model, Path(model_dir), ds_json)
+    model = base.load_base(config.model, Path(model_dir), ds_json, torch.device("cpu"))
     held = sum(p.ds_tensor.numel() for p in model.parameters())
     total = sum(p.ds_numel for p in model.parameters())
     whole = AutoModelForCausalLM.from_pretrained(model_dir, dtype=base.DTYPES[precision])
@@ -93,3 +95,59 @@ def test_sharded_checkpoint(tmp_path: Path) -> None:
     argv = tiny.recipe(model, tiny.make_federation(tmp_path / "data"), tmp_path / "runs")
     for share in run_on_ranks(load_shares, 2, tmp_path, argv, str(model), "fp32"):
         assert share["wrong"] == 0.0
+
+
+def load_whole(job: Any, argv: Sequence[str], small: str, large: str) -> dict[str, Any]:
+    from dpa_ds.adapters.adapter_model import AdapterModel
+    from dpa_ds.adapters.methods import adapter_table
+    from dpa_ds.model.base import load_base
+
+    config = load_config([*argv, "--model.precision=bf16"])
+    device = torch.device("meta")
+    load_base(config.model, Path(small), {}, device)  # what it imports is not to be measured
+    grown = anonymous_growth(lambda: load_base(config.model, Path(large), {}, device))
+    base = load_base(config.model, Path(large), {}, device)
+    tensors = [*base.parameters(), *base.buffers()]
+    # PEFT leaves a second adapter where it was made if the first is on this stand-in.
+    adapters = AdapterModel(base, adapter_table(config.lora)[:1], config.lora)
+    tensors += adapters.parameters["global"].values()
+    return {"grown": grown, "devices": {tensor.device.type for tensor in tensors}}
+
+
+def anonymous_growth(function: Callable[[], Any]) -> int:
+    """Bytes by which this process's own memory, mapped files left out, grows at most while `function` runs."""
+    done = threading.Event()
+    seen = [own_memory()]
+
+    def watch() -> None:
+        while not done.wait(0.001):
+            seen.append(own_memory())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    result = function()
+    done.set()
+    watcher.join()
+    seen.append(own_memory())  # while the result is there
+    del result
+    return max(seen) - seen[0]
+
+
+def own_memory() -> int:
+    found = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found
+    return int(found[1]) * 1024
+
+
+def test_a_whole_base_goes_past_the_memory_of_the_host(tmp_path: Path) -> None:
+    """Stand-in for CUDA: the meta device, which stores nothing. The files are fp32, so bf16 is a conversion.
+
+    Loaded to the CPU first, each rank would hold all 2 bytes of every parameter.
+    """
+    small = tiny.make_model(tmp_path / "small")
+    large = tiny.make_model(tmp_path / "large", hidden_size=512, intermediate_size=1376, num_hidden_layers=12)
+    argv = tiny.recipe(small, tiny.make_federation(tmp_path / "data"), tmp_path / "runs")
+    size_in_bf16 = (large / "model.safetensors").stat().st_size // 2
+    for found in run_on_ranks(load_whole, 2, tmp_path, argv, str(small), str(large)):
+        assert found["devices"] == {"meta"}
+        assert found["grown"] < size_in_bf16 / 4

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -23,8 +24,8 @@ from dpa_ds.config.load import load_config
 from dpa_ds.config.schema import MethodConfig, RanksPerGroup
 from dpa_ds.errors import ModelError
 from dpa_ds.planning.hardware import GPUS, Cluster, parse_cluster
-from dpa_ds.planning.memory import Layout, Lora, adapter_bytes, model_bytes
-from dpa_ds.planning.plan import Plan, judge, layout_of, ranks_of_recipe
+from dpa_ds.planning.memory import Layout, Lora, adapter_bytes, host_bytes, model_bytes
+from dpa_ds.planning.plan import Plan, judge, layout_of, plan, ranks_of_recipe
 from dpa_ds.planning.scenario import PHASES, Scenario, Workload, scenario_of
 from dpa_ds.planning.shapes import PRESETS, Shape, read_shape
 
@@ -200,6 +201,30 @@ def test_offload_pays_for_its_memory_in_time() -> None:
     assert outside.step_seconds - whole.step_seconds == pytest.approx(2 * twice * share / (0.7 * 64e9))
 
 
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("ranks", [1, 8])
+def test_pinned_memory_is_rounded_as_torch_rounds_it(name: str, ranks: int) -> None:
+    """Each parameter's share, as DeepSpeed pins them, to the next power of two, as CachingHostAllocator.h allocates it.
+
+    A formula stands in for both: without CUDA nothing is pinned.
+    """
+    shape = PRESETS[name]
+    layout = Layout(3, ranks, offload_params=True)
+    shares = [2 * math.ceil(parameter.numel() / ranks) for parameter in real_model(shape).parameters()]
+    assert host_bytes(shape, layout, exact_above=math.inf) == sum(2 ** math.ceil(math.log2(size)) for size in shares)
+    assert host_bytes(shape, replace(layout, pinned=False)) == sum(shares)
+    assert sum(shares) <= host_bytes(shape, layout) < 1.01 * sum(shares)
+    assert (
+        host_bytes(shape, replace(layout, offload_params=False)) == host_bytes(shape, replace(layout, nvme=True)) == 0
+    )
+
+
+def test_13b_takes_44_gb_of_pinned_memory_where_torch_rounds(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--config", "launch/recipes/offload.yaml", "--cluster", "gpu=a100-40g", "--model", "llama-13b"]
+    assert main(arguments) == 0
+    assert "host, GB a rank: 26.03; 44.02 without pinned_max_cached_size_mb:1" in capsys.readouterr().out
+
+
 def test_ranked_layouts_choose_micro_batches_and_offload(tmp_path: Path) -> None:
     """On one small GPU only offload fits; there, a larger micro-batch brings the base from the host less often."""
     file = tmp_path / "plan.json"
@@ -266,3 +291,24 @@ def test_recipes_say_what_the_planner_expects(recipe: str, preset: str) -> None:
     said = (f"{one.total / 1e9:.1f}", f"{one.memory['base'] / 1e9:.1f}", f"{one.round_seconds:.0f}")
     assert said == (found[1], found[2], found[3]), "write these into the recipe"
     assert one.fits
+
+
+@pytest.mark.parametrize(
+    ("recipe", "preset", "hosts"),
+    [
+        ("paper", "llama-7b", 1),
+        ("fedit", "llama-7b", 1),
+        ("llama2_7b", "llama-7b", 1),
+        ("qwen2_5_7b", "qwen2.5-7b", 1),
+        ("llama2_13b", "llama-13b", 2),
+    ],
+)
+def test_recipes_have_the_best_micro_batch_of_their_layout(recipe: str, preset: str, hosts: int) -> None:
+    """One a step of 64 examples of 70 tokens, and no larger than that takes."""
+    config = load_config(["--config", f"launch/recipes/{recipe}.yaml"])
+    cluster = parse_cluster(f"nodes={hosts},gpus=8,gpu=h100-80g,net=400Gb")
+    zero = load_deepspeed_json(config.engine.deepspeed_config)["zero_optimization"]
+    scenario = scenario_of(config, PRESETS[preset], zero, DATASET1)
+    one = judge_recipe(scenario, config.cluster.ranks_per_group, cluster)
+    assert one in plan(scenario, cluster)
+    assert one.micro_batches == 1

@@ -1,10 +1,12 @@
 """The parts of the kit, in order of value, each with its own limit of time."""
 
+import importlib.metadata
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.gpu.settings import SETTINGS
+from dpa_ds.cli.bootstrap import set_allocator_defaults
 from tests.launch.processes import PYTHON, REPOSITORY, Forked, Running
 
 SHARE_TO_BEGIN = 0.8
@@ -71,7 +73,7 @@ def start(part: Part, options: Options, limit_seconds: float) -> Running:
     else:
         kind = Running
         variables["OMP_NUM_THREADS"] = str(os.cpu_count())
-        variables["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+        set_allocator_defaults(variables, importlib.metadata.version("torch"))  # as launch/*.py do
     return kind(command(part, options, limit_seconds), REPOSITORY, **variables)
 
 

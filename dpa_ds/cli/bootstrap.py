@@ -39,7 +39,7 @@ def run_job(argv: Sequence[str], prepare: Callable[[Sequence[str]], tuple[RunCon
     """
     # torch reads it when it is first imported. Below ERROR each rank adds 40 lines of C++ stack to a peer's one line.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    set_allocator_defaults(os.environ)
+    set_allocator_defaults(os.environ, importlib.metadata.version("torch"))
     try:
         launch = discover_launch()
     except DpaError as error:
@@ -76,13 +76,20 @@ def run_job(argv: Sequence[str], prepare: Callable[[Sequence[str]], tuple[RunCon
         job.fail(error)
 
 
-def set_allocator_defaults(environ: MutableMapping[str, str]) -> None:
+def set_allocator_defaults(environ: MutableMapping[str, str], torch_version: str) -> None:
     """Settings of torch's allocators on a GPU, unless the user has any. torch reads them when it is first imported.
 
-    Micro-batches differ in size: with segments that grow, what one leaves free is of use to the next.
+    Micro-batches differ in size: with segments that grow, what one leaves free is of use to the next. Pinned memory
+    of more than 1 MB is not kept for another use, and so not rounded up to a power of two: an offloaded base would
+    take up to twice its size.
     """
-    if not any(name in environ for name in ALLOCATOR_VARIABLES):
-        environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+    if any(name in environ for name in ALLOCATOR_VARIABLES):
+        return
+    settings = "expandable_segments:True"
+    major, minor = torch_version.split(".")[:2]
+    if (int(major), int(minor)) >= (2, 13):  # an older torch ends where it does not know a setting (2.11)
+        settings += ",pinned_max_cached_size_mb:1"
+    environ["PYTORCH_CUDA_ALLOC_CONF"] = settings
 
 
 def run_alone(work: Callable[[], None]) -> int:

@@ -93,13 +93,14 @@ def test_a_model_that_the_planner_does_not_know_has_no_figure(argv: list[str], j
 
 
 @pytest.mark.parametrize(
-    ("before", "after"),
+    ("before", "version", "after"),
     [
-        ({}, {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}),
-        ({"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, {"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}),
-        ({"PYTORCH_ALLOC_CONF": "backend:native"}, {"PYTORCH_ALLOC_CONF": "backend:native"}),
+        ({}, "2.11.0+cu130", {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}),
+        ({}, "2.13.0", {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True,pinned_max_cached_size_mb:1"}),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, "2.13.0", {"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}),
+        ({"PYTORCH_ALLOC_CONF": "backend:native"}, "2.13.0", {"PYTORCH_ALLOC_CONF": "backend:native"}),
     ],
 )
-def test_the_users_allocator_settings_win(before: dict[str, str], after: dict[str, str]) -> None:
-    set_allocator_defaults(before)
+def test_the_users_allocator_settings_win(before: dict[str, str], version: str, after: dict[str, str]) -> None:
+    set_allocator_defaults(before, version)
     assert before == after

@@ -81,7 +81,7 @@ def set_allocator_defaults(environ: MutableMapping[str, str], torch_version: str
 
     Micro-batches differ in size: with segments that grow, what one leaves free is of use to the next. Pinned memory
     of more than 1 MB is not kept for another use, and so not rounded up to a power of two: an offloaded base would
-    take up to twice its size.
+    need up to twice its size.
     """
     if any(name in environ for name in ALLOCATOR_VARIABLES):
         return

@@ -57,6 +57,8 @@ class Layout:
     """There it lies on NVMe, not in the host's memory."""
     pinned: bool = True
     """In the host's memory it is pinned (DeepSpeed's default)."""
+    second_share_ranks: int = 1
+    """ZeRO++'s hpZ: so many ranks hold the base between them once more; 1: none do."""
 
 
 def step_bytes(shape: Shape, lora: Lora, layout: Layout) -> dict[str, float]:
@@ -86,6 +88,9 @@ def model_bytes(shape: Shape, lora: Lora, layout: Layout) -> dict[str, float]:
     else:
         gathered = min(whole, _kept_at_the_turn(shape, layout) + staying)
     share = base / layout.ranks
+    second_ranks = min(layout.second_share_ranks, layout.ranks)
+    if second_ranks > 1:
+        share += base / second_ranks
     if layout.offload_params:
         share = 0.0
     return {"base": share, "gathered": gathered * element}

@@ -158,6 +158,7 @@ def layout_of(scenario: Scenario, ranks: int) -> Layout:
         offload_params=offload.get("device") in ("cpu", "nvme"),
         nvme=offload.get("device") == "nvme",
         pinned=bool(offload.get("pin_memory", True)),
+        second_share_ranks=int(zero.get("zero_hpz_partition_size", 1)),
     )
 
 

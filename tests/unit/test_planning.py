@@ -99,6 +99,13 @@ def test_frozen_weights_are_what_deepspeed_estimates(ranks: int) -> None:
 ARGUMENTS = ["--config", "launch/recipes/paper.yaml", "--cluster", "nodes=1,gpus=8,gpu=h100-80g,net=400Gb"]
 
 
+@pytest.mark.parametrize(("ranks", "second_share_ranks", "times_the_base"), [(8, 1, 1 / 8), (8, 4, 3 / 8), (2, 8, 1)])
+def test_a_second_share_is_planned(ranks: int, second_share_ranks: int, times_the_base: float) -> None:
+    shape = PRESETS["llama-13b"]
+    planned = model_bytes(shape, Lora(), Layout(3, ranks, second_share_ranks=second_share_ranks))
+    assert planned["base"] == pytest.approx(times_the_base * 2 * shape.parameters)
+
+
 def test_the_command_ranks_layouts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """70B does not fit on one GPU, 7B does; then all clients train at once."""
     seven, seventy = (tmp_path / name for name in ("7b.json", "70b.json"))

@@ -27,6 +27,7 @@ setup(
         "datasets>=5,<6",
         "tensorboard>=2.21,<3",
         "safetensors>=0.8,<1",
+        "accelerate",  # the version that peft asks for; transformers loads to a device with it
         "tokenizers",  # the version that transformers asks for
         "huggingface_hub",  # likewise
         "numpy>=2",

@@ -11,7 +11,15 @@ from typing import NoReturn
 from dpa_ds.cli.args import option, parse
 from dpa_ds.cli.bootstrap import run_alone
 from dpa_ds.config.load import load_config
+from dpa_ds.distributed.launchers import reachable_hostname
+from dpa_ds.distributed.secret import make_secret
+from dpa_ds.distributed.tunnel import LOOPBACK, Gate
 from dpa_ds.errors import ClusterError
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
 
 
 def _is_port(number: int) -> bool:
@@ -22,9 +30,12 @@ def _is_port(number: int) -> bool:
 class RendezvousOptions:
     """Keeps the list of the rank groups that are present (torchft's lighthouse).
 
-    Start it once, on a host that all groups reach, with the recipe of the run, of which
+    Start it once, on a host that all groups reach, with the recipe of the run, of which output_dir, name,
     cluster.heartbeat_timeout_seconds and federation.timeout_seconds are used. Then start each group with a launcher of
     its own, in any order, now or later.
+
+    It makes the run's secret, OUTPUT_DIR/NAME.secret, which only its owner can read; groups without it are refused.
+    Where the groups share no folder, set DPA_DS_SECRET to the same text for all.
 
     A group that dies, hangs (cluster.heartbeat_timeout_seconds) or does not finish its round in time
     (federation.timeout_seconds) is left out, and the others continue as long as they host federation.min_clients
@@ -56,20 +67,22 @@ def run(argv: Sequence[str]) -> NoReturn:
     """
     options, recipe = parse(argv, RendezvousOptions, "python launch/rendezvous.py --config RECIPE")
     config = load_config(recipe)
+    secret = make_secret(config.run_dir)
     os.environ.setdefault("RUST_LOG", "error")  # read when torchft is imported
     from torchft.coordination import LighthouseServer
 
     try:
         server = LighthouseServer(
-            bind=f"[::]:{options.port}",
+            bind=f"{LOOPBACK}:0",  # it asks nobody who he is: the gate does
             min_replicas=1,
             join_timeout_ms=round(config.federation.timeout_seconds * 1000),
             quorum_tick_ms=50,
             heartbeat_timeout_ms=round(config.cluster.heartbeat_timeout_seconds * 1000),
         )
-    except RuntimeError as error:
+        lighthouse_port = int(server.address().rpartition(":")[2])
+        gate = Gate(options.port, lighthouse_port, secret, report=_say)
+    except (RuntimeError, OSError) as error:
         raise ClusterError(f"cannot listen on port {options.port} ({error}): choose another with --port") from error
-    sys.stdout.write(f"rendezvous for {config.name} at {server.address()}\n")
-    sys.stdout.flush()
+    _say(f"rendezvous for {config.name} at {reachable_hostname()}:{gate.port}")
     while True:
         time.sleep(3600)

@@ -109,7 +109,7 @@ def build_session(config: RunConfig, job: JobStore) -> Session:
         instances = instances_to_score(config.data, config.seed, config.evaluation, trained_tasks)
         scorer = Scorer(engine, world, model.tokenizer, weighting, config.generation, instances, config.data.template)
     # Last of all: from here on the other groups wait for this one, where each has a launcher of its own.
-    join_leaders(config.federation, config.cluster, job, world)
+    join_leaders(config.federation, config.cluster, config.run_dir, job, world)
     return Session(
         seed=config.seed,
         federation=config.federation,

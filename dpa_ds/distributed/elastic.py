@@ -25,13 +25,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from enum import Enum, auto
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
 
+from dpa_ds.distributed.handover import HandoverTransport
 from dpa_ds.distributed.launchers import reachable_hostname
 from dpa_ds.distributed.leaders import POLL_SECONDS
+from dpa_ds.distributed.secret import VARIABLE
+from dpa_ds.distributed.tunnel import LOOPBACK, Tunnel
 from dpa_ds.errors import ClusterError, Preempted
 
 if TYPE_CHECKING:
@@ -43,6 +46,8 @@ CONNECT_SECONDS = 30.0
 PROBE_SECONDS = 5.0
 JOIN_RETRY_SECONDS = 0.5
 EXCHANGE_RETRY_SECONDS = 0.05
+HANDOVER_MARGIN_BYTES = 1 << 26
+"""What a handover may have beside twice the shared state."""
 
 
 class Membership(Enum):
@@ -102,6 +107,7 @@ class ElasticGroup:
     Args:
         group: number of this rank group.
         rendezvous: host:port of launch/rendezvous.py.
+        secret: of the job (`secret.read_secret`).
         num_groups: groups to wait for, `join_seconds` at most, before the first round.
         num_clients: clients that this group hosts.
         min_clients: with fewer clients than these, over the groups present, the run stops.
@@ -116,6 +122,7 @@ class ElasticGroup:
         self,
         group: int,
         rendezvous: str,
+        secret: bytes,
         num_groups: int,
         num_clients: int,
         min_clients: int,
@@ -140,6 +147,9 @@ class ElasticGroup:
         self._quorum_thread = ThreadPoolExecutor(1, thread_name_prefix="quorum")
         host = reachable_hostname()
         self._store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+        rendezvous_host, rendezvous_port = split_address(rendezvous)
+        self._tunnel = Tunnel(rendezvous_host, rendezvous_port, secret)
+        self._transport = HandoverTransport(host, secret, self._most_handover_bytes, timeout_seconds)
         try:
             self._manager = self._build_manager(f"group_{group}", host)
         except (RuntimeError, TimeoutError) as error:
@@ -166,7 +176,8 @@ class ElasticGroup:
             world_size=1,
             store_addr=host,
             store_port=self._store.port,
-            lighthouse_addr=f"http://{self._rendezvous}",
+            lighthouse_addr=f"http://{LOOPBACK}:{self._tunnel.port}",
+            checkpoint_transport=cast(Any, self._transport),
             replica_id=replica_id,
             hostname=host,
         )
@@ -224,6 +235,7 @@ class ElasticGroup:
     def close(self) -> None:
         """Leave the group."""
         self._manager.shutdown(wait=False)
+        self._tunnel.close()
 
     # ---- one exchange -----------------------------------------------------------------------------------------
 
@@ -296,9 +308,14 @@ class ElasticGroup:
             raise self._lost_rendezvous(error) from error
 
     def _lost_rendezvous(self, error: Exception) -> ClusterError:
-        host, port = self._rendezvous.rsplit(":", 1)
         bound = f"federation.timeout_seconds = {self.timeout_seconds:g}"
-        with contextlib.suppress(OSError), socket.create_connection((host.strip("[]"), int(port)), PROBE_SECONDS):
+        if self._tunnel.refusal:
+            return ClusterError(
+                f"the rendezvous at {self._rendezvous} refuses this group: {self._tunnel.refusal}. The secret of a run "
+                "is made by launch/rendezvous.py, beside the run's folder: start it with the same recipe, or set "
+                f"{VARIABLE} to the same text for all"
+            )
+        with contextlib.suppress(OSError), socket.create_connection(split_address(self._rendezvous), PROBE_SECONDS):
             return ClusterError(
                 f"the rendezvous at {self._rendezvous} answers, but within {bound} the other groups did not come: they "
                 "continued without this one (it was silent for longer than cluster.heartbeat_timeout_seconds), or are "
@@ -313,6 +330,10 @@ class ElasticGroup:
 
     # ---- what a leader that is behind receives, called by torchft ------------------------------------------------
 
+    def _most_handover_bytes(self) -> int:
+        """What is shared has one size on all leaders; a result is no larger, but for the table of the metrics."""
+        return 2 * self._sync_state.shared.nbytes + HANDOVER_MARGIN_BYTES
+
     def _hand_over(self) -> dict[str, Any]:
         return _Handover(self._sync_state, self._membership, self._result).to_dict()
 
@@ -324,3 +345,9 @@ class ElasticGroup:
         handover = self._handover
         self._handover = None
         return handover
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Host and port of `host:port`, or of `[::1]:port`."""
+    host, _, port = address.rpartition(":")
+    return host.strip("[]"), int(port)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -21,6 +22,7 @@ from dpa_ds.distributed.device import claim_device, use_free_memory_of
 from dpa_ds.distributed.elastic import ElasticGroup
 from dpa_ds.distributed.job_store import JobStore
 from dpa_ds.distributed.leaders import LeaderGroup, StaticGroup
+from dpa_ds.distributed.secret import read_secret
 from dpa_ds.distributed.topology import Topology
 from dpa_ds.errors import Preempted
 
@@ -204,19 +206,23 @@ def world_without_collectives(job: JobStore, topology: Topology) -> World:
     )
 
 
-def join_leaders(federation: FederationConfig, cluster: ClusterConfig, job: JobStore, world: World) -> World:
+def join_leaders(
+    federation: FederationConfig, cluster: ClusterConfig, run_dir: Path, job: JobStore, world: World
+) -> World:
     """`world`, where the groups have launchers of their own with the leader joined to the others.
 
     Late, when everything is loaded: from then on the others wait for this group. Collective: all ranks of the group.
 
     Raises:
-        ClusterError: nothing answers at `cluster.rendezvous`.
+        ClusterError: nothing answers at `cluster.rendezvous`, or there is no secret beside `run_dir`.
     """
     topology = world.topology
     if cluster.rendezvous is not None and topology.num_groups_elsewhere and world.is_leader:
+        secret = read_secret(run_dir, cluster.timeout_seconds)
         world.leaders = ElasticGroup(
             group=world.group,
             rendezvous=cluster.rendezvous,
+            secret=secret,
             num_groups=topology.num_groups,
             num_clients=len(topology.clients_of_group(world.group)),
             min_clients=federation.min_clients,

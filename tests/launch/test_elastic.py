@@ -55,12 +55,16 @@ def rendezvous(argv: Sequence[str]) -> Iterator[tuple[str, Running]]:
     """host:port of a running launch/rendezvous.py."""
     port = free_port()
     with Forked([PYTHON, "launch/rendezvous.py", *argv, "--port", str(port)]) as running:
-        deadline = time.monotonic() + 60
-        while "rendezvous for tiny at" not in running.output():
-            assert running.process.poll() is None, running.output()
-            assert time.monotonic() < deadline, running.output()
-            time.sleep(0.05)
+        until_said(running, "rendezvous for tiny at")
         yield f"127.0.0.1:{port}", running
+
+
+def until_said(running: Running, text: str) -> None:
+    deadline = time.monotonic() + 60
+    while text not in running.output():
+        assert running.process.poll() is None, running.output()
+        assert time.monotonic() < deadline, running.output()
+        time.sleep(0.05)
 
 
 def start(argv: Sequence[str], group: int, meeting: str) -> Running:
@@ -237,3 +241,47 @@ def test_nobody_at_the_rendezvous(tmp_path: Path, arguments: Arguments) -> None:
     (error,) = ended.errors
     assert f"no answer from the rendezvous at {meeting}" in error
     assert "is launch/rendezvous.py running there" in error
+
+
+STRANGER = """
+import os, sys
+from datetime import timedelta
+import torch.distributed as dist
+from torchft import Manager, ProcessGroupGloo
+
+class Poisoned:
+    def __reduce__(self):
+        return os.mkdir, (sys.argv[2],)
+
+store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+seconds = timedelta(seconds=5)
+manager = Manager(
+    pg=ProcessGroupGloo(timeout=seconds), load_state_dict=print, state_dict=Poisoned, min_replica_size=1,
+    use_async_quorum=False, timeout=seconds, quorum_timeout=seconds, connect_timeout=seconds, rank=0, world_size=1,
+    store_addr="127.0.0.1", store_port=store.port, lighthouse_addr=f"http://{sys.argv[1]}", replica_id="stranger",
+)
+manager.load_state_dict({"step": 1_000_000, "batches_committed": 1})
+print("it joins", flush=True)
+while True:
+    try:
+        manager.start_quorum()
+        print("it is in", flush=True)
+    except Exception as error:
+        print("it is out", error, flush=True)
+"""
+
+
+def test_a_stranger_neither_joins_nor_runs_code(tmp_path: Path, arguments: Arguments) -> None:
+    """Who knows the rendezvous' address alone: torchft's public Manager, far ahead, with a state that makes a folder
+    where it is unpickled. Half a minute, because a run of two groups continues beside it."""
+    argv = arguments(tmp_path, federation__num_rounds=2, train__max_steps=20)
+    made = tmp_path / "made by the stranger"
+    with rendezvous(argv) as (meeting, running):
+        with Running([PYTHON, "-c", STRANGER, meeting, str(made)]) as stranger:
+            until_said(running, "refused a connection from")
+            outputs = finished([start(argv, group, meeting) for group in range(2)])
+            assert "it is in" not in stranger.output()
+        refused = running.output()
+    assert "does not know the job's secret" in refused
+    assert not made.exists()
+    assert presence(tmp_path / "runs" / "tiny") == {r: [0, 1] for r in range(3)}, outputs

@@ -60,6 +60,7 @@ def build(monkeypatch: pytest.MonkeyPatch, **overrides: Any) -> tuple[ElasticGro
     settings: dict[str, Any] = {
         "group": 0,
         "rendezvous": "127.0.0.1:1",
+        "secret": b"of the tests, long enough",
         "num_groups": 2,
         "num_clients": 2,
         "min_clients": 1,

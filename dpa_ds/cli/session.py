@@ -23,10 +23,10 @@ from dpa_ds.config.schema import (
     RunConfig,
     TrainConfig,
 )
-from dpa_ds.config.validate import fingerprint_sections
+from dpa_ds.config.validate import fingerprint_sections, show
 from dpa_ds.data.references import REPRESENTATIONS
 from dpa_ds.data.sources import NO_TASK
-from dpa_ds.distributed.job_store import JobStore
+from dpa_ds.distributed.job_store import JobStore, code_fingerprint
 from dpa_ds.distributed.topology import Topology, describe_rank, plan
 from dpa_ds.distributed.world import World, build_world, join_leaders
 from dpa_ds.engine.engine import AdapterEngine, build_deepspeed_json
@@ -50,6 +50,8 @@ from dpa_ds.runs.resume import RunLock, find_resume_round
 from dpa_ds.runs.storage import BackgroundWriter, write_file
 from dpa_ds.runs.tracking import Tracker, logger, setup_logging
 
+PLACES = ("data.path", "data.test_path", "model.path")
+"""Fields that may differ from group to group: where each keeps its files."""
 GLOBAL_SEED = 0
 """Word of the seed of the fresh global adapter."""
 
@@ -109,7 +111,8 @@ def build_session(config: RunConfig, job: JobStore) -> Session:
         instances = instances_to_score(config.data, config.seed, config.evaluation, trained_tasks)
         scorer = Scorer(engine, world, model.tokenizer, weighting, config.generation, instances, config.data.template)
     # Last of all: from here on the other groups wait for this one, where each has a launcher of its own.
-    join_leaders(config.federation, config.cluster, config.run_dir, job, world)
+    facts = group_facts(fingerprint_sections(config), model.fingerprint, world.topology.num_groups)
+    join_leaders(config.federation, config.cluster, config.run_dir, facts, job, world)
     return Session(
         seed=config.seed,
         federation=config.federation,
@@ -297,6 +300,20 @@ def host_clients(
         run_folder=place.folder,
     )
     return builder.build(place.completed_rounds)
+
+
+def group_facts(fingerprint: Mapping[str, Any], base_fingerprint: str, num_groups: int) -> dict[str, str]:
+    """What must be equal in all groups of a run that have launchers of their own: else their averages mean nothing.
+
+    Args:
+        fingerprint: every field of the recipe that determines the result.
+    """
+    facts = {key: show(value) for key, value in fingerprint.items() if key not in PLACES}
+    return facts | {
+        "code of dpa_ds": code_fingerprint(),
+        "base model": base_fingerprint,
+        "number of groups": str(num_groups),
+    }
 
 
 def describe_layout(engine: AdapterEngine, train: TrainConfig, federation: FederationConfig) -> dict[str, Any]:

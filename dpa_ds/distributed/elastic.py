@@ -34,7 +34,7 @@ from dpa_ds.distributed.handover import HandoverTransport
 from dpa_ds.distributed.launchers import reachable_hostname
 from dpa_ds.distributed.leaders import POLL_SECONDS
 from dpa_ds.distributed.secret import VARIABLE
-from dpa_ds.distributed.tunnel import LOOPBACK, Tunnel
+from dpa_ds.distributed.tunnel import LOOPBACK, Facts, Tunnel
 from dpa_ds.errors import ClusterError, Preempted
 
 if TYPE_CHECKING:
@@ -108,6 +108,7 @@ class ElasticGroup:
         group: number of this rank group.
         rendezvous: host:port of launch/rendezvous.py.
         secret: of the job (`secret.read_secret`).
+        facts: what must be equal in all groups that are present.
         num_groups: groups to wait for, `join_seconds` at most, before the first round.
         num_clients: clients that this group hosts.
         min_clients: with fewer clients than these, over the groups present, the run stops.
@@ -123,6 +124,7 @@ class ElasticGroup:
         group: int,
         rendezvous: str,
         secret: bytes,
+        facts: Facts,
         num_groups: int,
         num_clients: int,
         min_clients: int,
@@ -148,7 +150,7 @@ class ElasticGroup:
         host = reachable_hostname()
         self._store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
         rendezvous_host, rendezvous_port = split_address(rendezvous)
-        self._tunnel = Tunnel(rendezvous_host, rendezvous_port, secret)
+        self._tunnel = Tunnel(rendezvous_host, rendezvous_port, secret, facts)
         self._transport = HandoverTransport(host, secret, self._most_handover_bytes, timeout_seconds)
         try:
             self._manager = self._build_manager(f"group_{group}", host)
@@ -301,20 +303,23 @@ class ElasticGroup:
         while not quorum.done():
             if self._stop_requested():
                 raise Preempted("a signal, while this leader waited for the others")
+            self._check_admitted()  # torchft would try again until the timeout
             time.sleep(POLL_SECONDS)
         try:
             quorum.result()
         except (RuntimeError, TimeoutError) as error:
             raise self._lost_rendezvous(error) from error
 
+    def _check_admitted(self) -> None:
+        if self._tunnel.refusal:
+            raise ClusterError(
+                f"the rendezvous at {self._rendezvous} refuses this group: {self._tunnel.refusal}. All groups of a run "
+                "have one recipe, one code and one base model; its secret is made by launch/rendezvous.py, beside the "
+                f"run's folder, or is {VARIABLE} in the environment of all"
+            )
+
     def _lost_rendezvous(self, error: Exception) -> ClusterError:
         bound = f"federation.timeout_seconds = {self.timeout_seconds:g}"
-        if self._tunnel.refusal:
-            return ClusterError(
-                f"the rendezvous at {self._rendezvous} refuses this group: {self._tunnel.refusal}. The secret of a run "
-                "is made by launch/rendezvous.py, beside the run's folder: start it with the same recipe, or set "
-                f"{VARIABLE} to the same text for all"
-            )
         with contextlib.suppress(OSError), socket.create_connection(split_address(self._rendezvous), PROBE_SECONDS):
             return ClusterError(
                 f"the rendezvous at {self._rendezvous} answers, but within {bound} the other groups did not come: they "

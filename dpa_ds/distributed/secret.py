@@ -7,11 +7,13 @@ proves to the other that it knows it.
 
 import hashlib
 import hmac
+import json
 import os
 import secrets
 import socket
 import time
 from pathlib import Path
+from typing import Any
 
 from dpa_ds.errors import ClusterError, storage_errors
 
@@ -23,6 +25,8 @@ HANDSHAKE_SECONDS = 10.0
 """Bound on the proof of one connection."""
 POLL_SECONDS = 0.2
 NONCE_BYTES = 32
+LENGTH_BYTES = 4
+MOST_JSON_BYTES = 1 << 20
 DIGEST_BYTES = 32
 
 
@@ -100,6 +104,23 @@ def prove_as_server(connection: socket.socket, secret: bytes) -> None:
     nonces = _exchange_nonces(connection, first=False)
     _check(receive_exactly(connection, DIGEST_BYTES), _digest(secret, b"client", nonces))
     connection.sendall(_digest(secret, b"server", nonces))
+
+
+def send_json(connection: socket.socket, value: Any) -> None:
+    """After the proof: a value of a few kB."""
+    text = json.dumps(value).encode()
+    connection.sendall(len(text).to_bytes(LENGTH_BYTES, "little") + text)
+
+
+def receive_json(connection: socket.socket) -> Any:
+    """Inverse of `send_json`. Raises Refused for what is larger than any value of ours, or no JSON."""
+    num_bytes = int.from_bytes(receive_exactly(connection, LENGTH_BYTES), "little")
+    if num_bytes > MOST_JSON_BYTES:
+        raise Refused(f"it sends {num_bytes} bytes where {MOST_JSON_BYTES} are the most")
+    try:
+        return json.loads(receive_exactly(connection, num_bytes))
+    except (ValueError, RecursionError) as error:
+        raise Refused("it sends what is no JSON") from error
 
 
 def receive_exactly(connection: socket.socket, num_bytes: int) -> bytes:

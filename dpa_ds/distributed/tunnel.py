@@ -9,9 +9,10 @@ import contextlib
 import logging
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 
-from dpa_ds.distributed.secret import Refused, prove_as_client, prove_as_server
+from dpa_ds.distributed.secret import Refused, prove_as_client, prove_as_server, receive_json, send_json
 
 logger = logging.getLogger(__name__)
 
@@ -22,10 +23,20 @@ MOST_CONNECTIONS = 1024
 CHUNK_BYTES = 1 << 16
 
 
-class _Forwarder:
-    """Listens, and connects each connection that comes in to another one."""
+Facts = Mapping[str, str]
+"""What must be equal in all groups of a run: names and values, for messages."""
 
-    def __init__(self, listener: socket.socket, open_other_end: Callable[[socket.socket], socket.socket]) -> None:
+
+class _Forwarder:
+    """Listens, and connects each connection that comes in to another one.
+
+    Args:
+        open_other_end: given a connection, a context with the one that it is to be connected to.
+    """
+
+    def __init__(
+        self, listener: socket.socket, open_other_end: Callable[[socket.socket], AbstractContextManager[socket.socket]]
+    ) -> None:
         self.port = int(listener.getsockname()[1])
         self._listener = listener
         self._open_other_end = open_other_end
@@ -66,6 +77,8 @@ class _Forwarder:
 class Gate(_Forwarder):
     """Lets in who knows `secret`, to `target_port` of this host's loopback interface.
 
+    While some group is connected, others must have the same facts.
+
     Args:
         port: of all interfaces.
         report: called with one line that says who was refused.
@@ -75,41 +88,88 @@ class Gate(_Forwarder):
     """
 
     def __init__(self, port: int, target_port: int, secret: bytes, report: Callable[[str], None]) -> None:
-        def open_target(connection: socket.socket) -> socket.socket:
-            try:
-                prove_as_server(connection, secret)
-            except (Refused, TimeoutError) as error:
-                host, peer_port = connection.getpeername()[:2]
-                reason = "it said nothing" if isinstance(error, TimeoutError) else str(error)
-                report(f"refused a connection from {host} port {peer_port}: {reason}")
-                raise
-            return socket.create_connection((LOOPBACK, target_port), CONNECT_SECONDS)
-
+        self._target_port = target_port
+        self._secret = secret
+        self._report = report
+        self._lock = threading.Lock()
+        self._facts: Facts = {}
+        """Of the groups that are connected."""
+        self._num_connected = 0
         family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
         listener = socket.create_server(("", port), family=family, dualstack_ipv6=family == socket.AF_INET6)
-        super().__init__(listener, open_target)
+        super().__init__(listener, self._open_target)
+
+    @contextlib.contextmanager
+    def _open_target(self, connection: socket.socket) -> Iterator[socket.socket]:
+        try:
+            self._admit(connection)
+        except (Refused, TimeoutError) as error:
+            host, peer_port = connection.getpeername()[:2]
+            reason = "it said nothing" if isinstance(error, TimeoutError) else str(error)
+            self._report(f"refused a connection from {host} port {peer_port}: {reason}")
+            raise
+        try:
+            with socket.create_connection((LOOPBACK, self._target_port), CONNECT_SECONDS) as target:
+                yield target
+        finally:
+            with self._lock:
+                self._num_connected -= 1
+
+    def _admit(self, connection: socket.socket) -> None:
+        """Count a connection that proves the secret, and has the facts of the others. It learns the reason if not."""
+        prove_as_server(connection, self._secret)
+        facts = receive_json(connection)
+        if not isinstance(facts, dict):
+            raise Refused("it says nothing of itself")
+        with self._lock:
+            if self._num_connected == 0:
+                self._facts = facts
+            reason = _difference(self._facts, facts)
+            if not reason:
+                self._num_connected += 1
+        send_json(connection, reason)
+        if reason:
+            raise Refused(reason)
 
 
 class Tunnel(_Forwarder):
-    """A port of this host's loopback interface that leads through the gate at `host`:`port`."""
+    """A port of this host's loopback interface that leads through the gate at `host`:`port`.
+
+    Args:
+        facts: what must be equal in all groups that are connected there.
+    """
 
     refusal = ""
     """Why the gate did not let this host in, the last time; empty where it did."""
 
-    def __init__(self, host: str, port: int, secret: bytes) -> None:
-        def open_gate(_: socket.socket) -> socket.socket:
-            gate = socket.create_connection((host, port), CONNECT_SECONDS)
-            try:
-                prove_as_client(gate, secret)
-            except (OSError, Refused) as error:
-                gate.close()
-                if isinstance(error, Refused):
-                    self.refusal = f"this group and {host}:{port} do not have the same secret"
-                raise
-            self.refusal = ""
-            return gate
+    def __init__(self, host: str, port: int, secret: bytes, facts: Facts) -> None:
+        self._gate = (host, port)
+        self._secret = secret
+        self._facts = facts
+        super().__init__(socket.create_server((LOOPBACK, 0)), self._open_gate)
 
-        super().__init__(socket.create_server((LOOPBACK, 0)), open_gate)
+    @contextlib.contextmanager
+    def _open_gate(self, _: socket.socket) -> Iterator[socket.socket]:
+        with socket.create_connection(self._gate, CONNECT_SECONDS) as gate:
+            try:
+                prove_as_client(gate, self._secret)
+            except Refused:
+                self.refusal = "they do not have the same secret"
+                raise
+            send_json(gate, self._facts)
+            self.refusal = str(receive_json(gate))
+            if self.refusal:
+                raise Refused(self.refusal)
+            yield gate
+
+
+def _difference(expected: Facts, found: Facts) -> str:
+    """The first fact that differs, with both values; empty where none does."""
+    for name in sorted({*expected, *found}):
+        here, there = found.get(name, "nothing"), expected.get(name, "nothing")
+        if here != there:
+            return f"its {name} is {here!s:.200}, that of the groups that are there {there!s:.200}"
+    return ""
 
 
 def _copy(source: socket.socket, sink: socket.socket) -> None:

@@ -7,7 +7,7 @@ other clients exist. After `build_world`, rank and world size always mean *withi
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -207,14 +207,23 @@ def world_without_collectives(job: JobStore, topology: Topology) -> World:
 
 
 def join_leaders(
-    federation: FederationConfig, cluster: ClusterConfig, run_dir: Path, job: JobStore, world: World
+    federation: FederationConfig,
+    cluster: ClusterConfig,
+    run_dir: Path,
+    facts: Mapping[str, str],
+    job: JobStore,
+    world: World,
 ) -> World:
     """`world`, where the groups have launchers of their own with the leader joined to the others.
 
     Late, when everything is loaded: from then on the others wait for this group. Collective: all ranks of the group.
 
+    Args:
+        facts: what must be equal in all groups of the run.
+
     Raises:
-        ClusterError: nothing answers at `cluster.rendezvous`, or there is no secret beside `run_dir`.
+        ClusterError: nothing answers at `cluster.rendezvous`, it refuses this group, or there is no secret beside
+            `run_dir`.
     """
     topology = world.topology
     if cluster.rendezvous is not None and topology.num_groups_elsewhere and world.is_leader:
@@ -223,6 +232,7 @@ def join_leaders(
             group=world.group,
             rendezvous=cluster.rendezvous,
             secret=secret,
+            facts=facts,
             num_groups=topology.num_groups,
             num_clients=len(topology.clients_of_group(world.group)),
             min_clients=federation.min_clients,

@@ -7,6 +7,7 @@ import torch
 
 from dpa_ds.distributed import elastic
 from dpa_ds.distributed.elastic import ElasticGroup, Membership, SyncState
+from dpa_ds.distributed.tunnel import Gate
 from dpa_ds.errors import ClusterError, Preempted
 
 OTHERS_CLIENTS = 3.0
@@ -61,6 +62,7 @@ def build(monkeypatch: pytest.MonkeyPatch, **overrides: Any) -> tuple[ElasticGro
         "group": 0,
         "rendezvous": "127.0.0.1:1",
         "secret": b"of the tests, long enough",
+        "facts": {},
         "num_groups": 2,
         "num_clients": 2,
         "min_clients": 1,
@@ -210,3 +212,15 @@ def test_a_lost_rendezvous_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     manager.start_quorum = no_answer  # type: ignore[method-assign]
     with pytest.raises(ClusterError, match=r"no answer from the rendezvous at 127\.0\.0\.1:1 .*\(deadline passed\)"):
         reduced(group)
+
+
+def test_a_group_that_the_gate_refuses_ends_with_the_reason() -> None:
+    """torchft's own manager, which connects through the tunnel; nothing listens behind the gate."""
+    gate = Gate(0, 1, b"of the tests, long enough", report=len)
+    settings: dict[str, Any] = {"num_groups": 2, "num_clients": 2, "min_clients": 1, "join_seconds": 2.0}
+    settings["timeout_seconds"] = 60.0  # it does not wait that long
+    group = ElasticGroup(
+        group=0, rendezvous=f"127.0.0.1:{gate.port}", secret=b"another secret, as long", facts={}, **settings
+    )
+    with pytest.raises(ClusterError, match="refuses this group: they do not have the same secret"):
+        group.sync_round(SyncState(0, torch.zeros(3)))

@@ -25,6 +25,7 @@ from dpa_ds.errors import ClusterError
 SECRET = b"of the tests, long enough"
 SECONDS = timedelta(seconds=10)
 MOST_BYTES = 10_000
+FACTS = {"train.learning_rate": "0.01", "base model": "abc"}
 
 
 def state(**changes: Any) -> dict[str, Any]:
@@ -170,7 +171,7 @@ def said(port: int, text: bytes) -> bytes:
 def test_a_tunnel_leads_through_the_gate(echo_port: int) -> None:
     refusals: list[str] = []
     gate = Gate(0, echo_port, SECRET, refusals.append)
-    through = Tunnel("127.0.0.1", gate.port, SECRET)
+    through = Tunnel("127.0.0.1", gate.port, SECRET, FACTS)
     text = bytes(range(256)) * 4000
     for _ in range(3):
         assert said(through.port, text) == text
@@ -180,12 +181,45 @@ def test_a_tunnel_leads_through_the_gate(echo_port: int) -> None:
 def test_the_gate_lets_nobody_else_in(echo_port: int) -> None:
     refusals: list[str] = []
     gate = Gate(0, echo_port, SECRET, refusals.append)
-    stranger = Tunnel("127.0.0.1", gate.port, b"another secret, as long")
+    stranger = Tunnel("127.0.0.1", gate.port, b"another secret, as long", FACTS)
     assert said(stranger.port, b"hello") == b""
-    assert "do not have the same secret" in stranger.refusal
+    assert stranger.refusal == "they do not have the same secret"
     assert b"hello" not in said(gate.port, b"GET /status HTTP/1.1\r\n\r\n" + b"hello" * 100)
     wait_for(lambda: len(refusals) == 2)
     assert all("does not know the job's secret" in line for line in refusals)
+
+
+def test_groups_that_are_there_together_have_equal_facts(echo_port: int) -> None:
+    refusals: list[str] = []
+    gate = Gate(0, echo_port, SECRET, refusals.append)
+    first = Tunnel("127.0.0.1", gate.port, SECRET, FACTS)
+    other = Tunnel("127.0.0.1", gate.port, SECRET, FACTS | {"train.learning_rate": "0.02"})
+    with socket.create_connection(("127.0.0.1", first.port)) as connected:
+        connected.sendall(b"a")
+        assert secret.receive_exactly(connected, 1) == b"a"
+        assert said(other.port, b"hello") == b""
+        reason = "its train.learning_rate is 0.02, that of the groups that are there 0.01"
+        assert other.refusal == reason
+        wait_for(lambda: len(refusals) == 1)
+        assert refusals[0].endswith(reason)
+    wait_for(lambda: gate._num_connected == 0)
+    # All of the other run have left: this one may begin.
+    assert said(other.port, b"hello") == b"hello"
+    assert other.refusal == ""
+
+
+@pytest.mark.parametrize("facts", [b"[]", b"{", b"null"])
+def test_who_says_nothing_of_itself_is_refused(echo_port: int, facts: bytes) -> None:
+    refusals: list[str] = []
+    gate = Gate(0, echo_port, SECRET, refusals.append)
+    with socket.create_connection(("127.0.0.1", gate.port)) as connection:
+        secret.prove_as_client(connection, SECRET)
+        connection.sendall(len(facts).to_bytes(secret.LENGTH_BYTES, "little") + facts)
+        wait_for(lambda: len(refusals) == 1)
+    with socket.create_connection(("127.0.0.1", gate.port)) as connection:
+        secret.prove_as_client(connection, SECRET)
+        connection.sendall(b"\xff" * secret.LENGTH_BYTES)
+        wait_for(lambda: len(refusals) == 2)
 
 
 def test_a_silent_connection_ends(echo_port: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,11 +4,12 @@ import contextlib
 import hashlib
 import json
 import os
+import secrets
 import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -41,6 +42,8 @@ class JobStore:
         self.describe_rank: Callable[[int], str] = self._name_and_host
         """What messages call a rank; see `topology.describe_rank` for more than its host."""
         self._watchdog: Watchdog | None = None
+        self._is_member = True
+        """False once the store turns out to be another job's: nothing more is written there."""
 
     def start_watchdog(self, grace_seconds: float, heartbeat_timeout_seconds: float) -> None:
         """From now on notice signals, silent ranks and failures, whatever this rank is doing. Main thread only."""
@@ -78,19 +81,26 @@ class JobStore:
         Collective: every rank of the job, same fact names.
 
         Raises:
-            ClusterError: ranks differ in a fact, or did not arrive in time (their ranks are named).
+            ClusterError: ranks differ in a fact, did not arrive in time (their ranks are named), or the store is
+                another job's.
             DpaError: a rank had an error.
         """
-        mine = _Hello(self.launch.hostname, dict(facts))
+        rank = self.launch.global_rank
+        mine = _Hello(self.launch.hostname, dict(facts), nonce=secrets.token_hex(8))
         if error is not None:
-            mine = _Hello(self.launch.hostname, dict(facts), str(error), error.exit_code)
+            mine = replace(mine, error=str(error), exit_code=error.exit_code)
         self.timeout_seconds = timeout_seconds
         self.store.set_timeout(timedelta(seconds=timeout_seconds))
-        self.store.set(f"hello/{self.launch.global_rank}", json.dumps(asdict(mine)))
-        if self.launch.global_rank == 0:
+        text = json.dumps(asdict(mine))
+        # Not `set`: where another job runs at this address, its rank of this number has been here.
+        if self.store.compare_set(f"hello/{rank}", "", text).decode() != text:
+            raise self._other_job()
+        if rank == 0:
             self.store.set("verdict", json.dumps(asdict(_judge(self._collect_hellos()))))
         self._wait({"verdict": "rank 0"})
         verdict = _Verdict(**json.loads(self.store.get("verdict")))
+        if verdict.nonces[rank : rank + 1] != [mine.nonce]:  # of a job with fewer ranks, or concluded before
+            raise self._other_job()
         self.hosts = verdict.hosts
         if verdict.error:
             if error is not None:  # a rank with an error of its own raises that: its type and its text are complete
@@ -98,6 +108,13 @@ class JobStore:
             reported = ClusterError(verdict.error)
             reported.exit_code = verdict.exit_code
             raise reported
+
+    def _other_job(self) -> ClusterError:
+        self._is_member = False
+        return ClusterError(
+            f"another job runs at {self.launch.master_addr}:{self.launch.master_port} already, and is not touched: "
+            "choose another MASTER_PORT (deepspeed --master_port)"
+        )
 
     def _collect_hellos(self) -> "list[_Hello]":
         keys = self._key_of_each_rank("hello")
@@ -184,6 +201,10 @@ class JobStore:
         if isinstance(error, Preempted):
             self.stop(error)
         code = error.exit_code if isinstance(error, DpaError) else 1
+        if not self._is_member:
+            if self.launch.local_rank == 0:  # else the first rank of the host has found the port taken, and says so
+                self._report(error)
+            self.launch.exit(code)
         mine = f"{self.launch.global_rank} {code}"
         try:
             self.store.set_timeout(timedelta(seconds=STORE_SECONDS_AT_END))
@@ -238,6 +259,8 @@ class _Hello:
     facts: dict[str, str]
     error: str = ""
     exit_code: int = 0
+    nonce: str = ""
+    """Drawn by each process: by it a rank knows that a verdict is about itself."""
 
 
 @dataclass(frozen=True)
@@ -249,11 +272,14 @@ class _Verdict:
     error: str = ""
     """What keeps the job from starting; empty if nothing does."""
     exit_code: int = 0
+    nonces: list[str] = field(default_factory=list)
+    """Of all ranks' hellos."""
 
 
 def _judge(hellos: Sequence[_Hello]) -> _Verdict:
     """Errors before differences: a rank whose recipe cannot be read has no facts to compare."""
     hosts = [hello.host for hello in hellos]
+    nonces = [hello.nonce for hello in hellos]
     wrong = [hello for hello in hellos if hello.error]
     if wrong:
         first = wrong[0]
@@ -261,7 +287,7 @@ def _judge(hellos: Sequence[_Hello]) -> _Verdict:
         same = [hello.host for hello in wrong if hello.error == first.error]
         if len(same) < len(hellos):
             text += f" (only on {', '.join(dict.fromkeys(same))})"
-        return _Verdict(hosts, text, first.exit_code)
+        return _Verdict(hosts, text, first.exit_code, nonces)
     for name in hellos[0].facts:
         hosts_of_value: dict[str, set[str]] = {}
         for hello in hellos:
@@ -273,8 +299,8 @@ def _judge(hellos: Sequence[_Hello]) -> _Verdict:
                 f"hosts differ in {name}: {'; '.join(values)}; make it equal everywhere (a shared folder or the same "
                 "checkout)"
             )
-            return _Verdict(hosts, text, ClusterError.exit_code)
-    return _Verdict(hosts)
+            return _Verdict(hosts, text, ClusterError.exit_code, nonces)
+    return _Verdict(hosts, nonces=nonces)
 
 
 def _job_store(launch: Launch) -> "dist.Store":

@@ -492,3 +492,31 @@ def test_a_client_keeps_its_loss_scale_and_no_other_gets_it(inputs: tuple[Path, 
         for client_id, at_first_step in found:
             assert at_first_step == scale[client_id], (num_rounds, client_id)
             scale[client_id] /= 4
+
+
+def numbers_kept(job: Any, argv: Sequence[str]) -> dict[str, int]:
+    """Elements of adapter states that this rank holds after the run, beside what is in its engine."""
+    from dpa_ds.cli.session import build_session, run
+
+    session = build_session(load_config(argv), job)
+    run(session)
+    kept = {"server": session.round_state.server_state.adapter}
+    for client in session.clients:
+        kept[f"local {client.client_id}"] = client.state.local_adapter
+        kept[f"optimizer {client.client_id}"] = client.state.local_optimizer or {}
+    return {name: sum(tensor.numel() for tensor in state.values()) for name, state in kept.items()}
+
+
+def test_adapter_states_are_kept_by_leaders_alone(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    argv = tiny.recipe(
+        *inputs,
+        tmp_path / "runs",
+        cluster__ranks_per_group=2,
+        train__max_steps=1,
+        train__keep_optimizer_state=True,
+        federation__num_rounds=1,
+    )
+    leader, other = run_on_ranks(numbers_kept, 2, tmp_path, argv)
+    assert all(leader.values()), leader
+    assert len(leader) == 9, "the server's, and two of each of four clients"
+    assert other == dict.fromkeys(leader, 0)

@@ -1,15 +1,18 @@
 """What ranks exchange, on real ranks: facts, decisions, failure, the all-reduce of the leaders."""
 
 import time
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 
 from dpa_ds.config.schema import ClusterConfig
 from dpa_ds.distributed.job_store import JobStore, _Hello, _judge
+from dpa_ds.distributed.launchers import Launch
 from dpa_ds.distributed.topology import Topology
 from dpa_ds.distributed.world import build_world, world_without_collectives
 from dpa_ds.errors import ClusterError, ConfigError
@@ -86,6 +89,42 @@ def test_rank_that_does_not_arrive_is_named_in_time(tmp_path: Path) -> None:
     reported, seconds = run_on_ranks(wait_for_absent, 2, tmp_path)[0]
     assert reported.startswith("ClusterError 3: rank 0 of 2 waited 0.5 s (cluster.timeout_seconds) in vain for rank 1:")
     assert seconds < 2
+
+
+OTHER_JOB = "ClusterError 3: another job runs at 127.0.0.1:0 already, and is not touched: choose another MASTER_PORT"
+
+
+def intrude(job: JobStore) -> tuple[str, list[str], list[str]]:
+    """Rank 1 of another job comes to this job's store, after the ranks have agreed; then one of a number unknown here."""
+    agreed = outcome(job.check_consistency, {"code": "1"}, None, 30.0)
+    if job.launch.global_rank != 0:
+        job.finish()
+        return agreed, [], []
+    refused, exits = [], []
+
+    class Exited(Exception):
+        pass
+
+    def noted_exit(launch: Launch, code: int) -> None:
+        exits.append(f"rank {launch.global_rank}: {code}")
+        raise Exited
+
+    for rank, facts in ((1, {"code": "1"}), (1, {"code": "2"}), (2, {"code": "1"})):
+        intruder = JobStore(Launch("env", rank, 3, rank, "127.0.0.1", 0), job.store)
+        refused.append(outcome(intruder.check_consistency, facts, None, 5.0))
+        with patch.object(Launch, "exit", noted_exit), suppress(Exited):
+            intruder.fail(ClusterError("x"))
+    job.finish()  # nobody has written a failure
+    return agreed, refused, exits
+
+
+def test_a_second_job_at_the_same_port_is_refused_and_the_first_untouched(tmp_path: Path) -> None:
+    results = run_on_ranks(intrude, 2, tmp_path)
+    assert [agreed for agreed, *_ in results] == ["None", "None"]
+    _, refused, exits = results[0]
+    assert len(refused) == 3
+    assert all(text.startswith(OTHER_JOB) for text in refused), refused
+    assert exits == ["rank 1: 3", "rank 1: 3", "rank 2: 3"]
 
 
 # ---- broadcast_from_rank_zero, publish, fail ----------------------------------------------------------------------------------------

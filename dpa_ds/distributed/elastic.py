@@ -151,7 +151,8 @@ class ElasticGroup:
         self._store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
         rendezvous_host, rendezvous_port = split_address(rendezvous)
         self._tunnel = Tunnel(rendezvous_host, rendezvous_port, secret, facts)
-        self._transport = HandoverTransport(host, secret, self._most_handover_bytes, timeout_seconds)
+        bound = min(EXCHANGE_SECONDS, timeout_seconds)
+        self._transport = HandoverTransport(host, secret, self._most_handover_bytes, bound)
         try:
             self._manager = self._build_manager(f"group_{group}", host)
         except (RuntimeError, TimeoutError) as error:

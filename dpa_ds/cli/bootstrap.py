@@ -7,20 +7,23 @@ import json
 import os
 import re
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 
 from dpa_ds.config.deepspeed_json import load_deepspeed_json
 from dpa_ds.config.load import to_yaml
 from dpa_ds.config.schema import RunConfig
 from dpa_ds.distributed.job_store import JOIN_TIMEOUT_SECONDS, JobStore, code_fingerprint
-from dpa_ds.distributed.launchers import check_hostfile_of_launcher, discover_launch
-from dpa_ds.errors import DpaError
+from dpa_ds.distributed.launchers import Launch, check_hostfile_of_launcher, discover_launch
+from dpa_ds.errors import ClusterError, DpaError
 
 Work = Callable[[JobStore], None]
 """What a job does. Collective: every rank of the job."""
 PACKAGES = ("torch", "deepspeed", "transformers", "peft")
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 """The newer name and the older one, which is read by every version of torch."""
+MARGIN_SECONDS = 5.0
+"""Beyond `cluster.timeout_seconds`: the waits that have a bound of their own say more."""
 RANK_VARIABLES = {
     "RANK": "WORLD_SIZE",
     "OMPI_COMM_WORLD_RANK": "OMPI_COMM_WORLD_SIZE",
@@ -56,13 +59,14 @@ def run_job(argv: Sequence[str], prepare: Callable[[Sequence[str]], tuple[RunCon
         facts = _facts(config.engine.deepspeed_config, to_yaml(config))
     except DpaError as error:
         problem = error
+    timeout_seconds = JOIN_TIMEOUT_SECONDS
+    if config is not None:
+        timeout_seconds = config.cluster.timeout_seconds
     job = None
     try:
-        job = JobStore(launch)
-        timeout_seconds = JOIN_TIMEOUT_SECONDS
-        if config is not None:
-            timeout_seconds = config.cluster.timeout_seconds
-        job.check_consistency(facts, problem, timeout_seconds)
+        with _give_up_after(timeout_seconds + MARGIN_SECONDS, launch):
+            job = JobStore(launch, timeout_seconds=timeout_seconds)
+            job.check_consistency(facts, problem, timeout_seconds)
         assert config is not None  # else there was a problem, and check_consistency raised it
         if config.cluster.device == "cpu":
             os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed chooses when it is first imported
@@ -74,6 +78,33 @@ def run_job(argv: Sequence[str], prepare: Callable[[Sequence[str]], tuple[RunCon
                 _report(error)
             launch.exit(getattr(error, "exit_code", 1))
         job.fail(error)
+
+
+@contextlib.contextmanager
+def _give_up_after(seconds: float, launch: Launch) -> Iterator[None]:
+    """End this process with one line if the block takes longer.
+
+    What waits there for a rank or a port that accepts and says nothing waits in C++, some of it without a bound.
+    """
+
+    def give_up() -> None:
+        if launch.global_rank <= 1:  # one rank speaks: rank 0, or where it is the silent one, the next
+            _report(
+                ClusterError(
+                    f"rank {launch.global_rank} waited {seconds:g} s (cluster.timeout_seconds) in vain at "
+                    f"{launch.master_addr}:{launch.master_port}: rank 0 is silent, or another program listens there; "
+                    "look at its output, or choose another MASTER_PORT (deepspeed --master_port)"
+                )
+            )
+        launch.exit(ClusterError.exit_code)
+
+    timer = threading.Timer(seconds, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def set_allocator_defaults(environ: MutableMapping[str, str], torch_version: str) -> None:

@@ -33,11 +33,13 @@ class JobStore:
     Collective: every rank of the job constructs it.
     """
 
-    def __init__(self, launch: Launch, store: "dist.Store | None" = None) -> None:
+    def __init__(
+        self, launch: Launch, store: "dist.Store | None" = None, timeout_seconds: float = JOIN_TIMEOUT_SECONDS
+    ) -> None:
         self.launch = launch
         self.hosts: list[str] = [launch.hostname]
-        self.store = store if store is not None else _job_store(launch)
-        self.timeout_seconds = JOIN_TIMEOUT_SECONDS
+        self.store = store if store is not None else _job_store(launch, timeout_seconds)
+        self.timeout_seconds = timeout_seconds
         """Bound on every wait for other ranks; `cluster.timeout_seconds` once `check_consistency` has begun."""
         self.describe_rank: Callable[[int], str] = self._name_and_host
         """What messages call a rank; see `topology.describe_rank` for more than its host."""
@@ -303,14 +305,14 @@ def _judge(hellos: Sequence[_Hello]) -> _Verdict:
     return _Verdict(hosts, nonces=nonces)
 
 
-def _job_store(launch: Launch) -> "dist.Store":
+def _job_store(launch: Launch, timeout_seconds: float) -> "dist.Store":
     import torch.distributed as dist  # takes a second, which --help need not wait for
 
     if launch.job_world_size == 1:
         return dist.HashStore()
     # Under torchrun the agent serves a store at this address; a second server there would fail to bind.
     serves = launch.global_rank == 0 and not launch.agent_store
-    timeout = timedelta(seconds=JOIN_TIMEOUT_SECONDS)
+    timeout = timedelta(seconds=timeout_seconds)
     try:
         store = dist.TCPStore(
             launch.master_addr, launch.master_port, None, serves, timeout=timeout, wait_for_workers=False

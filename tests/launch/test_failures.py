@@ -108,20 +108,25 @@ def test_rank_that_never_arrives_is_named(tmp_path: Path, model: Path, federatio
     assert "waited 3 s (cluster.timeout_seconds) in vain for rank 1, rank 2" in error
 
 
-def test_port_that_another_job_holds(tmp_path: Path, model: Path, federation: Path) -> None:
+def test_port_that_another_program_holds(tmp_path: Path, model: Path, federation: Path) -> None:
+    """It accepts connections, and says nothing. Eight seconds: the bound of a start, and its margin."""
     import socket
 
-    with socket.socket() as other:
-        other.bind(("", 0))
-        other.listen()
+    with socket.create_server(("", 0)) as other:
         port = str(other.getsockname()[1])
-        ranks = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        ended = run([*RUN, *tiny.recipe(model, federation, tmp_path / "runs")], DEADLINE_SECONDS, **ranks)
-    assert ended.returncode == 3, ended.output
-    (error,) = ended.errors
+        ranks = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        argv = tiny.recipe(model, federation, tmp_path / "runs", cluster__timeout_seconds=1)
+        with Running([*RUN, *argv], RANK="1", LOCAL_RANK="1", **ranks) as second:
+            first = run([*RUN, *argv], DEADLINE_SECONDS, RANK="0", **ranks)
+            last = second.wait(DEADLINE_SECONDS)
+    for ended in (first, last):
+        assert ended.returncode == 3, ended.output
+        assert ended.num_tracebacks == 0
+    (error,) = first.errors
     assert f"cannot serve the job's store at 127.0.0.1:{port}" in error
     assert "choose another MASTER_PORT" in error
-    assert ended.num_tracebacks == 0
+    (error,) = last.errors
+    assert f"rank 1 waited 6 s (cluster.timeout_seconds) in vain at 127.0.0.1:{port}" in error
 
 
 # ---- ranks that do not belong together --------------------------------------------------------------------------

@@ -182,6 +182,11 @@ def find_place(config: RunConfig, job: JobStore) -> Place:
             logger.info(f"  {line}")
         if completed:
             logger.info(f"  continues after round {completed} of {config.federation.num_rounds}")
+        if schedule.weighted_by_instance and config.weighting.num_references == 1:
+            logger.warning(
+                "weighting.num_references 1: the mean that leaves a client is the embedding of one private prompt, "
+                "and whoever guesses the prompt can tell that it is this one; take more (5 is the paper's)"
+            )
     return Place(schedule, names, folder, lock, completed, world)
 
 

@@ -496,18 +496,22 @@ def test_a_client_keeps_its_loss_scale_and_no_other_gets_it(inputs: tuple[Path, 
 
 def numbers_kept(job: Any, argv: Sequence[str]) -> dict[str, int]:
     """Elements of adapter states that this rank holds after the run, beside what is in its engine."""
-    from dpa_ds.cli.session import build_session, run
+    from dpa_ds.cli.session import build_session, logger, run
 
+    warnings: list[str] = []
+    logger.warning = warnings.append  # type: ignore[assignment]
     session = build_session(load_config(argv), job)
     run(session)
     kept = {"server": session.round_state.server_state.adapter}
     for client in session.clients:
         kept[f"local {client.client_id}"] = client.state.local_adapter
         kept[f"optimizer {client.client_id}"] = client.state.local_optimizer or {}
-    return {name: sum(tensor.numel() for tensor in state.values()) for name, state in kept.items()}
+    numbers = {name: sum(tensor.numel() for tensor in state.values()) for name, state in kept.items()}
+    return numbers | {"warnings": sum("of one private prompt" in text for text in warnings)}
 
 
 def test_adapter_states_are_kept_by_leaders_alone(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    """And the coordinator alone warns of a mean of one reference."""
     argv = tiny.recipe(
         *inputs,
         tmp_path / "runs",
@@ -516,7 +520,8 @@ def test_adapter_states_are_kept_by_leaders_alone(inputs: tuple[Path, Path], tmp
         train__keep_optimizer_state=True,
         federation__num_rounds=1,
     )
+    argv.append("--weighting.num_references=1")
     leader, other = run_on_ranks(numbers_kept, 2, tmp_path, argv)
     assert all(leader.values()), leader
-    assert len(leader) == 9, "the server's, and two of each of four clients"
+    assert len(leader) == 10, "the server's, two of each of four clients, and the warning"
     assert other == dict.fromkeys(leader, 0)

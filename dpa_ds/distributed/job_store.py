@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from dpa_ds.distributed.launchers import Launch
-from dpa_ds.distributed.watchdog import Watchdog
+from dpa_ds.distributed.watchdog import Watchdog, exit_status_of
 from dpa_ds.errors import ClusterError, DpaError, Preempted, list_some
 
 if TYPE_CHECKING:
@@ -215,9 +215,12 @@ class JobStore:
             first = mine if self.launch.global_rank == 0 else f"0 {ClusterError.exit_code}"
         if first == mine:
             self._report(error)
+        elif self.launch.global_rank == 0 and not _is_of_a_rank(first, self.launch.job_world_size):
+            self._report(
+                ClusterError(f"somebody who is no rank of this job wrote {first[:40]!r} as its failure: {error}")
+            )
         self._outlive_others()
-        _, first_code = first.split()
-        self.launch.exit(int(first_code))
+        self.launch.exit(exit_status_of(first))
 
     def _report(self, error: BaseException) -> None:
         text = "".join(traceback.format_exception(error))
@@ -242,6 +245,11 @@ class JobStore:
             while num_ended < self.launch.job_world_size and time.monotonic() < deadline:
                 time.sleep(POLL_SECONDS)
                 num_ended = self.store.add("ended", 0)
+
+
+def _is_of_a_rank(failure: str, job_world_size: int) -> bool:
+    rank, _, status = failure.partition(" ")
+    return rank.isdecimal() and int(rank) < job_world_size and status.isdecimal() and 0 < int(status) < 256
 
 
 def code_fingerprint() -> str:

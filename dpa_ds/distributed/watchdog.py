@@ -9,6 +9,7 @@ monitor whether its time is over.
 """
 
 import os
+import re
 import signal
 import sys
 import threading
@@ -167,8 +168,7 @@ class Watchdog:
 
     def _learn_of_failure(self, store: "dist.Store") -> None:
         if store.check(["failure"]):
-            _, code = store.get("failure").decode().split()
-            self._failure.report(int(code))
+            self._failure.report(exit_status_of(store.get("failure").decode()))
 
     def _fail_if_silent(self, store: "dist.Store", heartbeats: "_Heartbeats") -> None:
         """Rank 0: fail the job if a rank is silent that has not ended well."""
@@ -382,3 +382,13 @@ def _arrives_through_the_pipe(number: int, frame: FrameType | None) -> None:
 def _say(text: str) -> None:
     sys.stderr.write(text + "\n")
     sys.stderr.flush()
+
+
+def exit_status_of(failure: str) -> int:
+    """Exit status in `RANK STATUS`, which the first rank to fail wrote. A failure never ends with 0.
+
+    Whoever reaches the store can write there: what is no such text counts as a failure of the cluster.
+    """
+    match = re.fullmatch(r"\d{1,9} (\d{1,3})", failure)
+    status = int(match[1]) if match else 0
+    return status if 0 < status < 256 else ClusterError.exit_code

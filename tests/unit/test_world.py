@@ -194,6 +194,36 @@ def test_first_to_fail_speaks_and_gives_the_exit_code(tmp_path: Path) -> None:
     assert reported[0] == reported[2] == ""
 
 
+def fail_after_a_stranger(job: JobStore, text: str) -> str:
+    """Exit status of a rank that fails after somebody has written `text` as the failure of the job, and what it says."""
+    job.store.set("failure", text)
+    said = []
+    job._report = lambda error: said.append(str(error))  # type: ignore[method-assign]
+    job._outlive_others = lambda: None  # type: ignore[method-assign]
+
+    class Exited(Exception):
+        pass
+
+    def noted_exit(launch: Launch, code: int) -> None:
+        raise Exited(f"{code} {said}")
+
+    with patch.object(Launch, "exit", noted_exit):
+        try:
+            job.fail(ClusterError("another rank of the job failed"))
+        except Exited as exited:
+            return str(exited)
+    return "it continues"
+
+
+@pytest.mark.parametrize("text", ["0 0", "oops", "7 2", "-1 3", "0 999", ""])
+def test_a_failure_that_no_rank_wrote_never_ends_with_0(tmp_path: Path, text: str) -> None:
+    (ended,) = run_on_ranks(fail_after_a_stranger, 1, tmp_path, text)
+    status = ended.split()[0]
+    assert status == {"7 2": "2", "": "3"}.get(text, "3")
+    if text:
+        assert f"no rank of this job wrote '{text}'" in ended
+
+
 # ---- worlds ------------------------------------------------------------------------------------------------------
 
 

@@ -94,7 +94,8 @@ def record_round(
     table: MetricsTable,
     seconds: Mapping[str, float],
 ) -> None:
-    """Write one record a client and one of the round. The coordinator of all leaders does; others return at once.
+    """Write one record a client and one of the round, and wait until they are on the disk. The coordinator of all
+    leaders does; others return at once.
 
     Args:
         seconds: what each part of the round took; its part `train` is the base of tokens per second.
@@ -112,6 +113,7 @@ def record_round(
         summary[f"bytes_handed/{purpose}"] = float(num_bytes)
     world.leaders.bytes_handed.clear()
     tracker.record("round", server_round, **summary)
+    tracker.sync_records()
     tracker.scalars("rounds", summary, server_round)
     shown = [f"{name.replace('held_out_', 'held-out ')} {summary[name]:.4f}" for name in EVALUATED if name in summary]
     if shown:

@@ -96,7 +96,8 @@ def build_session(config: RunConfig, job: JobStore) -> Session:
     labels, trained_tasks = exchange_labels(job, world, clients, place.names)
     # Everything that a user can get wrong was read by now: from here on the run exists.
     if world.is_coordinator:
-        create_run(place, config, {"fingerprint": model.fingerprint, "path": config.model.path})
+        described = {"fingerprint": model.fingerprint, "path": config.model.path}
+        create_run(place, to_yaml(config), fingerprint_sections(config), described)
     tracker = Tracker(config.run_dir if world.is_leader else None, world.is_coordinator, config.tracking)
     writer = BackgroundWriter()
     layout = describe_layout(engine, config.train, config.federation)
@@ -200,8 +201,11 @@ def describe_groups(topology: Topology, hosts: Sequence[str], rendezvous: str | 
         yield f"{topology.num_groups_elsewhere} more with launchers of their own, by {rendezvous}"
 
 
-def create_run(place: Place, config: RunConfig, model: Mapping[str, str]) -> None:
+def create_run(place: Place, recipe: str, fingerprint: Mapping[str, Any], model: Mapping[str, str]) -> None:
     """Write what makes the folder a run: its lock, its recipe, what its base model is. The coordinator.
+
+    Args:
+        fingerprint: of the recipe, `fingerprint_sections`.
 
     Raises:
         CheckpointError: another job has begun the run meanwhile, or the file system refuses.
@@ -209,8 +213,8 @@ def create_run(place: Place, config: RunConfig, model: Mapping[str, str]) -> Non
     run_dir = place.folder.run_dir
     place.lock.create()
     # Again: groups with launchers of their own begin a run together, each with a lock of its own.
-    validate_run_dir(place.folder, fingerprint_sections(config))
-    write_file(run_dir / "config.yaml", to_yaml(config))
+    validate_run_dir(place.folder, fingerprint)
+    write_file(run_dir / "config.yaml", recipe)
     write_file(run_dir / MODEL, json.dumps(model))
 
 

@@ -11,7 +11,14 @@ from dpa_ds.distributed.world import World
 from dpa_ds.errors import ClusterError, TrainingError
 from dpa_ds.federation.aggregation.pipeline import Accumulator, ReducedRound
 from dpa_ds.federation.clients import HostedClient
-from dpa_ds.federation.metrics import MetricsTable, exchange_metrics, fill_row, record_round
+from dpa_ds.federation.metrics import (
+    MetricsTable,
+    continue_curves,
+    draw_evaluation,
+    exchange_metrics,
+    fill_row,
+    record_round,
+)
 from dpa_ds.federation.round_evaluation import Evaluated
 from dpa_ds.federation.sampling import sample_clients
 from dpa_ds.federation.session import Session
@@ -87,6 +94,7 @@ def finish_round(session: Session, cohort: Cohort, server_round: int) -> None:
             "train.learning_rate. Earlier rounds are intact"
         )
     seconds = {**session.timer.seconds, "save_inside_phases": rounds.seconds_saving}
+    draw_evaluation(session.tracker, server_round, table, session.clients)
     count_round(session, server_round, table, seconds)
     rounds.end_round(server_round)
     session.timer.end_round(server_round)
@@ -214,6 +222,7 @@ def start_rounds(session: Session) -> None:
         finish_round(session, Cohort((), []), server_round=0)
     # After the leftovers are gone: what is found now belongs to the round that comes next.
     rounds.restore_progress(session.clients, rounds.num_completed + 1)
+    continue_curves(session.tracker, session.clients, rounds.num_completed)
 
 
 def sync_round(session: Session, is_starting: bool = False) -> bool:

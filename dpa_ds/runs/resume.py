@@ -15,7 +15,6 @@ from dpa_ds.runs.folder import META, RunFolder
 from dpa_ds.runs.storage import UNREADABLE, lock_file, sha256_of, verify_folder
 from dpa_ds.runs.tracking import logger
 
-
 _LEFTOVER = re.compile(r"lock(_group_\d+)?|config\.yaml\..+\.\d+\.tmp")
 """Names of what a start leaves that ended before there was a `config.yaml`."""
 

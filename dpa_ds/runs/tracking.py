@@ -53,6 +53,7 @@ class Tracker:
         self._is_coordinator = is_coordinator
         self._config = config
         self._writers: dict[str, Any] = {}
+        self._first_steps: dict[str, int] = {}
         self._lost_curves = False
         self._bar: tqdm[Any] | None = None
         self._last_line = time.monotonic()
@@ -104,12 +105,17 @@ class Tracker:
     def _records_path(self) -> Path | None:
         return self._run_dir / "metrics.jsonl" if self._run_dir else None
 
+    def continue_curves(self, source: str, first_step: int) -> None:
+        """Hide what an earlier process wrote under the TensorBoard run `source` at `first_step` and later, in every
+        curve: this process writes it again. Before its first scalars; what is hidden too early is lost."""
+        self._first_steps[source] = first_step
+
     def scalars(self, source: str, values: Mapping[str, float | Sequence[float]], first_step: int) -> None:
         """Write scalars, or series of consecutive steps from `first_step`, under the TensorBoard run `source`."""
         if self._run_dir is None or not self._config.tensorboard or self._lost_curves:
             return
         with self._losing_curves():
-            writer = self._writer(self._run_dir / "tensorboard", source, first_step)
+            writer = self._writer(self._run_dir / "tensorboard", source)
             for tag, value in values.items():
                 series = [value] if isinstance(value, float | int) else value
                 for step, number in enumerate(series, first_step):
@@ -121,14 +127,13 @@ class Tracker:
             with self._losing_curves():
                 writer.close()
 
-    def _writer(self, folder: Path, source: str, first_step: int) -> Any:
+    def _writer(self, folder: Path, source: str) -> Any:
         if source not in self._writers:
             # Imported here: runs without TensorBoard need not have it.
             from torch.utils.tensorboard import SummaryWriter
 
             threading.excepthook = _report_unless_lost_curves
-            # purge_step hides the events of steps that an interrupted attempt wrote, and this one writes again.
-            self._writers[source] = SummaryWriter(str(folder / source), purge_step=first_step)
+            self._writers[source] = SummaryWriter(str(folder / source), purge_step=self._first_steps.get(source))
         return self._writers[source]
 
     @contextlib.contextmanager

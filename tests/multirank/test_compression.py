@@ -43,7 +43,9 @@ def average_in_rounds(job: Any, feeds_back: bool) -> tuple[list[float], list[flo
     group = StaticGroup(job.store, rank, job.launch.job_world_size, 30.0)
     examples = (3, 5, 7)
     aggregation = build_aggregation(INT16, seed=0)
-    state = ServerState({key: torch.zeros(*size) for key, size in SIZES.items()}, torch.zeros(2, 4), references_counted=torch.zeros(3))
+    state = ServerState(
+        {key: torch.zeros(*size) for key, size in SIZES.items()}, torch.zeros(2, 4), references_counted=torch.zeros(3)
+    )
     exact = {key: torch.zeros(*size, dtype=torch.float64) for key, size in SIZES.items()}
     for server_round in range(ROUNDS):
         accumulator = aggregation.accumulator(state)

@@ -197,7 +197,9 @@ def test_a_folder_in_the_place_of_the_link_is_named(folder: RunFolder) -> None:
     link = folder.run_dir / "adapters"
     link.unlink()
     shutil.copytree(folder.round_dir(1), link)
-    with pytest.raises(CheckpointError, match="adapters is no link, which training sets to the last round .* delete it"):
+    with pytest.raises(
+        CheckpointError, match=r"adapters is no link, which training sets to the last round .* delete it"
+    ):
         folder.check_link()
 
 

@@ -35,7 +35,7 @@ def test_of_two_jobs_that_begin_a_run_one_does(tmp_path: Path) -> None:
     for ended in (False, True):
         if ended:
             os.close(first._descriptor or -1)
-        with pytest.raises(CheckpointError, match="another job has begun .* while this one was starting"):
+        with pytest.raises(CheckpointError, match=r"another job has begun .* while this one was starting"):
             second.create()
 
 

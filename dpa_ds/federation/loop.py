@@ -101,14 +101,14 @@ def finish_round(session: Session, cohort: Cohort, server_round: int) -> None:
 
 
 def count_round(session: Session, server_round: int, table: MetricsTable, seconds: Mapping[str, float]) -> None:
-    """Record the round, and make it count: the coordinator does. Collective: every rank of the job.
+    """Record the round and make it count: the coordinator does. Collective: every rank of the job.
 
     Where groups may be lost, all wait until it is done; if the coordinator is lost meanwhile, the next one does it.
     """
     world = session.world
 
-    def do_it() -> bool:
-        """Whether this leader is the coordinator, and did it."""
+    def count_as_coordinator() -> bool:
+        """Whether this leader is the coordinator, and so has done it."""
         if world.leaders is None or not world.leaders.is_coordinator:
             return False
         # The record first: a process that ends between the two writes it once more, and never none.
@@ -117,19 +117,21 @@ def count_round(session: Session, server_round: int, table: MetricsTable, second
             session.commit.finish(server_round, session.round_state.server_state, table)
         return True
 
-    def do_it_or_see_it_done() -> None:
+    def is_counted() -> bool:
+        """Whether some leader that is still present has done it. Collective: all leaders."""
         assert world.leaders is not None, "a leader"
-        num_done = torch.tensor([float(do_it())])
+        num_done = torch.tensor([float(count_as_coordinator())])
         world.leaders.all_reduce_(num_done, "commit")
-        while not num_done:
-            session.tracker.drop_records_of(server_round)  # what the lost coordinator wrote of them
-            num_done = torch.tensor([float(do_it())])
-            world.leaders.all_reduce_(num_done, "commit")
+        return bool(num_done > 0)
+
+    def count_until_done() -> None:
+        while not is_counted():
+            session.tracker.drop_records_of(server_round)  # what the coordinator had written of them that was lost
 
     if world.topology.num_groups_elsewhere:
-        world.on_leader(do_it_or_see_it_done)
+        world.on_leader(count_until_done)
     else:
-        do_it()
+        count_as_coordinator()
 
 
 # ---- the parts of a round -------------------------------------------------------------------------------------

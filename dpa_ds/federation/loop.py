@@ -107,12 +107,17 @@ def count_round(session: Session, server_round: int, table: MetricsTable, second
     """
     world = session.world
 
+    def is_on_disk() -> bool:
+        """Whether it counts already: another coordinator came so far before it was lost, or this one was slow."""
+        return session.folder.latest_round() >= max(1, server_round)
+
     def count_as_coordinator() -> bool:
         """Whether this leader is the coordinator, and so has done it."""
         if world.leaders is None or not world.leaders.is_coordinator:
             return False
         # The record first: a process that ends between the two writes it once more, and never none.
-        record_round(world, session.tracker, server_round, table, seconds)
+        if not is_on_disk():
+            record_round(world, session.tracker, server_round, table, seconds)
         if server_round > 0:
             session.commit.finish(server_round, session.round_state.server_state, table)
         return True
@@ -126,7 +131,8 @@ def count_round(session: Session, server_round: int, table: MetricsTable, second
 
     def count_until_done() -> None:
         while not is_counted():
-            session.tracker.drop_records_of(server_round)  # what the coordinator had written of them that was lost
+            if not is_on_disk():
+                session.tracker.drop_records_of(server_round)  # the coordinator that was lost wrote some of them
 
     if world.topology.num_groups_elsewhere:
         world.on_leader(count_until_done)

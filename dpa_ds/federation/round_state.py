@@ -245,8 +245,10 @@ class RoundCommit:
         self._writer.wait()
 
     def finish(self, server_round: int, state: ServerState, table: MetricsTable) -> None:
-        """Step 4, after the exchange and the record."""
+        """Steps 4 and 5, after the exchange and the record."""
         if self._world.leaders is None or not self._world.leaders.is_coordinator:
+            return
+        if self._folder.latest_round() > server_round:  # the others continued without this leader
             return
         absent = table.absent_clients()
         if not self._folder.is_complete(server_round):  # else a coordinator that is lost now has come so far

@@ -114,7 +114,7 @@ class RunFolder:
 
     def is_complete(self, server_round: int) -> bool:
         """Whether the round counts."""
-        return (self.round_dir(server_round) / META).is_file()
+        return (self.round_dir(server_round) / META).exists()
 
     def _numbers(self, place: Callable[[int], Path]) -> list[int]:
         """Numbers of the rounds whose folder is `place(number)`, ascending."""

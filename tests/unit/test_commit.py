@@ -65,6 +65,7 @@ def session_of(run_dir: Path, leaders: Leaders, writer: BackgroundWriter) -> Ses
     adapters = cast(Any, SimpleNamespace(peft_config=lambda name: CONFIG))
     parts = {
         "world": world,
+        "folder": RunFolder(run_dir),
         "tracker": Tracker(run_dir, True, TrackingConfig(tensorboard=False)),
         "commit": RoundCommit(RunFolder(run_dir), writer, world, 2, adapters),
         "round_state": SimpleNamespace(server_state=ServerState(ADAPTER, torch.zeros(0, 0), scalars={})),
@@ -83,7 +84,8 @@ def half_a_record(folder: RunFolder, records: Path) -> None:
 
 def records_only(folder: RunFolder, records: Path) -> None:
     with records.open("a") as file:
-        file.write('{"kind": "client", "round": 2, "client": 0}\n{"kind": "round", "round": 2}\n')
+        for kind in ("client", "client", "round"):
+            file.write(f'{{"kind": "{kind}", "round": 2}}\n')
 
 
 def everything(folder: RunFolder, records: Path) -> None:
@@ -119,7 +121,23 @@ def test_what_another_coordinator_does_is_not_done_again(tmp_path: Path) -> None
     with BackgroundWriter() as writer:
         count_round(session_of(tmp_path, leaders, writer), 2, TABLE, {})
     assert leaders.purposes == ["commit"]
-    assert len(read_records(records)) == 2
+    assert len(read_records(records)) == 3
+
+
+def test_a_coordinator_that_wakes_up_late_changes_nothing(tmp_path: Path) -> None:
+    """It was stopped before it recorded round 2; the others have completed round 4 without its clients."""
+    folder, records = RunFolder(tmp_path), tmp_path / "metrics.jsonl"
+    for server_round in (2, 3, 4):
+        save_all(folder, server_round)
+        folder.complete_round(server_round, {}, keep_rounds=1)
+    records.write_text('{"kind": "round", "round": 2}\n')
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    leaders = Leaders(lambda: None, other_is_lost=False)
+    leaders.is_coordinator = True
+    with BackgroundWriter() as writer:
+        count_round(session_of(tmp_path, leaders, writer), 2, TABLE, {})
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    assert (tmp_path / "adapters").resolve() == folder.round_dir(4)
 
 
 # ---- the reference mean -----------------------------------------------------------------------------------------------

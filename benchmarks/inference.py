@@ -111,7 +111,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     clock = CLOCKS[args.clock]
     job = JobStore(Launch("single", 0, 1, 0, "127.0.0.1", 0))
     folder = RunFolder(config.run_dir)
-    server_round = folder.trained_round()
+    server_round = folder.hold_trained_round()
     weighting = resolve_weighting(config.weighting, config.method, len(folder.clients(server_round)))
     base = place_base(
         job,

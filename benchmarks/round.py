@@ -72,7 +72,7 @@ def _leader(rank: int, leaders: int, folder: str, model: str, repeats: int) -> N
             inputs, outputs = shape.linears[name]
             adapter[f"{layer:02d}.{name}.A"] = torch.randn(8, inputs)
             adapter[f"{layer:02d}.{name}.B"] = torch.randn(outputs, 8)
-    state = ServerState(adapter, torch.zeros(2, shape.hidden))
+    state = ServerState(adapter, torch.zeros(2, shape.hidden), references_counted=torch.zeros(leaders))
     update = LocalUpdate(rank, 300, adapter, state.reference_mean)
     aggregation = build_aggregation(FederationConfig(), seed=0)
 
@@ -81,7 +81,7 @@ def _leader(rank: int, leaders: int, folder: str, model: str, repeats: int) -> N
         accumulator.add(update)
         aggregation.step(state, accumulator.reduce(group), server_round=1)
 
-    buffer = torch.zeros(sum(t.numel() for t in adapter.values()) + 2 * shape.hidden + 2)
+    buffer = torch.zeros(sum(t.numel() for t in adapter.values()) + 2 * shape.hidden + 2 + leaders)
     ours, bare = [], []
     for _ in range(repeats + 1):
         bare.append(_together(group, lambda: group._group.allreduce([buffer]).wait()))

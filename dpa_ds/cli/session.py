@@ -46,7 +46,7 @@ from dpa_ds.inference.weighting import resolve_weighting
 from dpa_ds.model.base import check_precision, load_base, resolve_model
 from dpa_ds.model.directory import load_tokenizer, model_fingerprint
 from dpa_ds.runs.folder import MODEL, RunFolder
-from dpa_ds.runs.resume import RunLock, find_resume_round
+from dpa_ds.runs.resume import RunLock, find_resume_round, validate_run_dir
 from dpa_ds.runs.storage import BackgroundWriter, write_file
 from dpa_ds.runs.tracking import Tracker, logger, setup_logging
 
@@ -64,9 +64,12 @@ def train(config: RunConfig, job: JobStore) -> None:
 def run(session: Session) -> None:
     """Run all rounds that are left, and report. Collective: every rank of the job."""
     world, run_dir = session.world, session.folder.run_dir
-    with session.writer:
-        run_rounds(session)
-    session.tracker.close()
+    try:
+        with session.writer:
+            run_rounds(session)
+    finally:
+        # On every rank, also after a signal: when the last rank is here, the job says that all is saved.
+        session.tracker.close()
     if world.leaders is not None and world.leaders.is_coordinator:
         logger.info(write_report(run_dir, world.topology.num_groups, time.monotonic() - session.started))
     world.close()
@@ -95,7 +98,8 @@ def build_session(config: RunConfig, job: JobStore) -> Session:
     labels, trained_tasks = exchange_labels(job, world, clients, place.names)
     # Everything that a user can get wrong was read by now: from here on the run exists.
     if world.is_coordinator:
-        create_run(place, to_yaml(config), {"fingerprint": model.fingerprint, "path": config.model.path})
+        described = {"fingerprint": model.fingerprint, "path": config.model.path}
+        create_run(place, to_yaml(config), fingerprint_sections(config), described)
     tracker = Tracker(config.run_dir if world.is_leader else None, world.is_coordinator, config.tracking)
     writer = BackgroundWriter()
     layout = describe_layout(engine, config.train, config.federation)
@@ -205,11 +209,20 @@ def describe_groups(topology: Topology, hosts: Sequence[str], rendezvous: str | 
         yield f"{topology.num_groups_elsewhere} more with launchers of their own, by {rendezvous}"
 
 
-def create_run(place: Place, recipe: str, model: Mapping[str, str]) -> None:
-    """Write what makes the folder a run: its recipe, its lock, what its base model is. The coordinator."""
+def create_run(place: Place, recipe: str, fingerprint: Mapping[str, Any], model: Mapping[str, str]) -> None:
+    """Write what makes the folder a run: its lock, its recipe, what its base model is. The coordinator.
+
+    Args:
+        fingerprint: of the recipe, `fingerprint_sections`.
+
+    Raises:
+        CheckpointError: another job has begun the run meanwhile, or the file system refuses.
+    """
     run_dir = place.folder.run_dir
+    place.lock.create()
+    # Again: groups with launchers of their own begin a run together, each with a lock of its own.
+    validate_run_dir(place.folder, fingerprint)
     write_file(run_dir / "config.yaml", recipe)
-    place.lock.acquire(creates=True)
     write_file(run_dir / MODEL, json.dumps(model))
 
 
@@ -269,25 +282,33 @@ def restore_server_state(
     """
     if not place.world.is_leader:
         return ServerState.empty()
-    reference_mean = torch.zeros(0, 0)
+    reference_mean, counted = torch.zeros(0, 0), torch.zeros(0)
     if place.schedule.weighted_by_instance:
         hidden_size = int(adapters.base_model.config.get_text_config().hidden_size)
-        reference_mean = torch.zeros(len(REPRESENTATIONS), hidden_size)
+        reference_mean, counted = torch.zeros(len(REPRESENTATIONS), hidden_size), torch.zeros(len(place.names))
     if place.completed_rounds == 0:
         adapter = adapters.initial_state(GLOBAL, (seed, GLOBAL_SEED))
-        return ServerState(adapter, reference_mean, optimizer=server_optimizer.initial_tensors(adapter))
+        optimizer = server_optimizer.initial_tensors(adapter)
+        return ServerState(adapter, reference_mean, optimizer=optimizer, references_counted=counted)
     saved = place.folder.load_newest(place.completed_rounds, GLOBAL)
     if saved is None:
         round_dir = place.folder.round_dir(place.completed_rounds)
         raise CheckpointError(f"{round_dir} has no global adapter: delete it")
     adapters.check_shapes(GLOBAL, saved.weights)
-    mean = saved.extras.get("reference_mean", {"reference_mean": reference_mean, "weight": torch.zeros(1)})
+    nothing = {"reference_mean": reference_mean, "weight": torch.zeros(1), "counted": counted}
+    mean = saved.extras.get("reference_mean", nothing)
+    if "counted" not in mean:
+        raise CheckpointError(
+            f"{place.folder.round_dir(place.completed_rounds)} was written by an older version, which did not keep "
+            "whose references are in the reference mean: train again, or resume with that version"
+        )
     return ServerState(
         adapter=saved.weights,
         reference_mean=mean["reference_mean"],
         reference_weight=float(mean["weight"]),
         optimizer=saved.extras.get("server_optimizer", {}),
         scalars=saved.info["scalars"],
+        references_counted=mean["counted"],
     )
 
 

@@ -46,7 +46,7 @@ def evaluate(config: RunConfig, job: JobStore) -> Path:
     setup_logging(is_coordinator=job.launch.global_rank == 0)
     folder = RunFolder(config.run_dir)
     # One rank looks, for all: a training that is still running may complete a round meanwhile.
-    server_round = int(job.broadcast_from_rank_zero("round", folder.trained_round))
+    server_round = int(job.broadcast_from_rank_zero("round", folder.hold_trained_round))
     existing = folder.clients(server_round)
     clients = choose_clients(config.evaluation.clients, existing, config.run_dir)
     everything = read_instances(config.data, config.seed, config.evaluation.split)

@@ -1,5 +1,6 @@
 """The round loop: sample, train, reduce, step, evaluate, commit."""
 
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -10,7 +11,14 @@ from dpa_ds.distributed.world import World
 from dpa_ds.errors import ClusterError, TrainingError
 from dpa_ds.federation.aggregation.pipeline import Accumulator, ReducedRound
 from dpa_ds.federation.clients import HostedClient
-from dpa_ds.federation.metrics import exchange_metrics, fill_row, record_round
+from dpa_ds.federation.metrics import (
+    MetricsTable,
+    continue_curves,
+    draw_evaluation,
+    exchange_metrics,
+    fill_row,
+    record_round,
+)
 from dpa_ds.federation.round_evaluation import Evaluated
 from dpa_ds.federation.sampling import sample_clients
 from dpa_ds.federation.session import Session
@@ -86,12 +94,50 @@ def finish_round(session: Session, cohort: Cohort, server_round: int) -> None:
             "train.learning_rate. Earlier rounds are intact"
         )
     seconds = {**session.timer.seconds, "save_inside_phases": rounds.seconds_saving}
-    # Before the round counts: a process that ends between the two writes the record once more, and never none.
-    record_round(session.world, session.tracker, server_round, table, seconds)
-    if server_round > 0:
-        commit.finish(server_round, rounds.server_state, table)
+    draw_evaluation(session.tracker, server_round, table, session.clients)
+    count_round(session, server_round, table, seconds)
     rounds.end_round(server_round)
     session.timer.end_round(server_round)
+
+
+def count_round(session: Session, server_round: int, table: MetricsTable, seconds: Mapping[str, float]) -> None:
+    """Record the round and make it count: the coordinator does. Collective: every rank of the job.
+
+    Where groups may be lost, all wait until it is done; if the coordinator is lost meanwhile, the next one does it.
+    """
+    world = session.world
+
+    def is_on_disk() -> bool:
+        """Whether it counts already: another coordinator came so far before it was lost, or this one was slow."""
+        return session.folder.latest_round() >= max(1, server_round)
+
+    def count_as_coordinator() -> bool:
+        """Whether this leader is the coordinator, and so has done it."""
+        if world.leaders is None or not world.leaders.is_coordinator:
+            return False
+        # The record first: a process that ends between the two writes it once more, and never none.
+        if not is_on_disk():
+            record_round(world, session.tracker, server_round, table, seconds)
+        if server_round > 0:
+            session.commit.finish(server_round, session.round_state.server_state, table)
+        return True
+
+    def is_counted() -> bool:
+        """Whether some leader that is still present has done it. Collective: all leaders."""
+        assert world.leaders is not None, "a leader"
+        num_done = torch.tensor([float(count_as_coordinator())])
+        world.leaders.all_reduce_(num_done, "commit")
+        return bool(num_done > 0)
+
+    def count_until_done() -> None:
+        while not is_counted():
+            if not is_on_disk():
+                session.tracker.drop_records_of(server_round)  # the coordinator that was lost wrote some of them
+
+    if world.topology.num_groups_elsewhere:
+        world.on_leader(count_until_done)
+    else:
+        count_as_coordinator()
 
 
 # ---- the parts of a round -------------------------------------------------------------------------------------
@@ -177,11 +223,14 @@ def start_rounds(session: Session) -> None:
     # Not where others have been running: what looks left over is their current round.
     if leaders is not None and leaders.is_coordinator and not was_running:
         session.folder.remove_leftovers(rounds.num_completed)
+        if rounds.num_completed:
+            session.folder.repair_link(rounds.num_completed)
         session.tracker.drop_records_after(rounds.num_completed)
     if rounds.num_completed == 0:
         finish_round(session, Cohort((), []), server_round=0)
     # After the leftovers are gone: what is found now belongs to the round that comes next.
     rounds.restore_progress(session.clients, rounds.num_completed + 1)
+    continue_curves(session.tracker, session.clients, rounds.num_completed)
 
 
 def sync_round(session: Session, is_starting: bool = False) -> bool:
@@ -203,7 +252,7 @@ def sync_round(session: Session, is_starting: bool = False) -> bool:
         assert isinstance(world.leaders, ElasticGroup), "a leader"
         mine = SyncState(rounds.num_completed, rounds.server_state.flatten())
         agreed, was_running = world.leaders.sync_round(mine)
-        if is_starting and session.folder.latest_round() > agreed.completed_rounds:
+        if is_starting and _is_outdated(session, agreed.completed_rounds):
             raise ClusterError("the other groups completed a round while this one was starting: start it again")
         return agreed, was_running
 
@@ -215,3 +264,18 @@ def sync_round(session: Session, is_starting: bool = False) -> bool:
         rounds.num_completed = agreed.completed_rounds
     rounds.num_completed = int(world.broadcast_(torch.tensor([rounds.num_completed])))
     return was_running
+
+
+def _is_outdated(session: Session, completed_rounds: int) -> bool:
+    """Whether the others completed a round, after this process read its clients, that has later ones of them.
+
+    So it is if this group was lost when all had saved, and started again before that round counted.
+    """
+    folder = session.folder
+    if folder.latest_round() > completed_rounds:
+        return True
+    for client in session.clients:
+        saved = folder.round_dir(completed_rounds) / client.folder
+        if saved.is_dir() and folder.info(completed_rounds, client.folder)["steps_taken"] != client.state.num_steps:
+            return True
+    return False

@@ -87,6 +87,26 @@ def exchange_metrics(world: World, rows: Mapping[int, Row], labels: Sequence[str
     return MetricsTable([dict(zip(COLUMNS, row, strict=True)) for row in table.tolist()], labels)
 
 
+def continue_curves(tracker: Tracker, clients: Sequence[HostedClient], num_completed: int) -> None:
+    """Before the first round that this process trains: TensorBoard hides what is written again.
+
+    The curves of a client count optimizer steps or rounds, and are hidden from one number on: what is below it in
+    either is kept, though a step that is taken again may then be there twice.
+    """
+    tracker.continue_curves("rounds", num_completed + 1)
+    for client in clients:
+        first_step = max(num_completed + 1, *client.state.num_steps.values())
+        tracker.continue_curves(f"client_{client.client_id:02d}", first_step)
+
+
+def draw_evaluation(tracker: Tracker, server_round: int, table: MetricsTable, clients: Sequence[HostedClient]) -> None:
+    """Add a point to the held-out curves of the clients of this rank group: a client's curves have one writer."""
+    for client in clients:
+        row = table.rows[client.client_id]
+        tagged = {tag: row[name] for name, tag in EVALUATED.items() if not math.isnan(row[name])}
+        tracker.scalars(f"client_{client.client_id:02d}", tagged, server_round)
+
+
 def record_round(
     world: World,
     tracker: Tracker,
@@ -94,7 +114,8 @@ def record_round(
     table: MetricsTable,
     seconds: Mapping[str, float],
 ) -> None:
-    """Write one record a client and one of the round. The coordinator of all leaders does; others return at once.
+    """Write one record a client and one of the round, and wait until they are on the disk. The coordinator of all
+    leaders does; others return at once.
 
     Args:
         seconds: what each part of the round took; its part `train` is the base of tokens per second.
@@ -105,13 +126,12 @@ def record_round(
     for client_id, row in rows.items():
         known = {name: value for name, value in row.items() if not math.isnan(value)}
         tracker.record("client", server_round, client=client_id, label=table.labels[client_id], **known)
-        tagged = {tag: row[name] for name, tag in EVALUATED.items() if name in known}
-        tracker.scalars(f"client_{client_id:02d}", tagged, server_round)
     summary = _summarize(list(rows.values()), seconds)
     for purpose, num_bytes in world.leaders.bytes_handed.items():
         summary[f"bytes_handed/{purpose}"] = float(num_bytes)
     world.leaders.bytes_handed.clear()
     tracker.record("round", server_round, **summary)
+    tracker.sync_records()
     tracker.scalars("rounds", summary, server_round)
     shown = [f"{name.replace('held_out_', 'held-out ')} {summary[name]:.4f}" for name in EVALUATED if name in summary]
     if shown:

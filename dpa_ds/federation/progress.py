@@ -59,8 +59,6 @@ class RoundProgress:
 
     initial: ClientState
     """The client as the round found it: what undoing the round returns to."""
-    counts_references: bool = False
-    """The mean embedding of its references goes with this round's update: it was not counted before."""
     phase: int = 0
     """Phases done."""
     inside: PhaseProgress = field(default_factory=PhaseProgress)
@@ -80,7 +78,6 @@ class RoundProgress:
             "phase": self.phase,
             "inside": asdict(self.inside),
             "metrics": asdict(self.metrics),
-            "counts_references": self.counts_references,
             "is_update_saved": self.is_update_saved,
         }
 
@@ -92,6 +89,5 @@ class RoundProgress:
             phase=content["phase"],
             inside=PhaseProgress(**content["inside"]),
             metrics=RoundMetrics(**content["metrics"]),
-            counts_references=content["counts_references"],
             is_update_saved=content["is_update_saved"],
         )

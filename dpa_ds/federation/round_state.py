@@ -71,8 +71,7 @@ class RoundState:
     def open(self, client: HostedClient) -> RoundProgress:
         """See `TrainerHooks.open`."""
         if client.client_id not in self._progress:
-            is_new = client.state.num_steps[GLOBAL] == 0
-            self._progress[client.client_id] = RoundProgress(client.state, counts_references=is_new)
+            self._progress[client.client_id] = RoundProgress(client.state)
         return self._progress[client.client_id]
 
     def progress_of(self, client: HostedClient) -> RoundProgress:
@@ -189,15 +188,22 @@ class RoundCommit:
 
     1. Every leader writes the adapters of its clients into `round_N.tmp`, the coordinator also `global/`, in the
        background (`start`): held-out loss is computed meanwhile.
+       Durable: nothing. Round N - 1 counts, and is kept.
     2. A leader waits until its own files are on disk (`wait`), and only then hands its row to the exchange of metrics.
        So that exchange is the barrier: once a leader has its result, all leaders that are present have saved.
+       Durable: every adapter of round N, each file and its name synced, in a folder that does not count yet.
     3. The coordinator records the metrics: a complete round is also a recorded one (`metrics.record_round`).
+       Durable: the records of round N. A run that resumes from round N - 1 drops them.
     4. The coordinator completes the round (`finish`): it copies what absent clients had, writes `meta.json` with the
-       checksums of all state, and renames `round_N.tmp` to `round_N`. The rename is what makes the round count. Older
-       rounds are deleted afterwards.
+       checksums of all state, and renames `round_N.tmp` to `round_N`. The rename is what makes the round count.
+       Durable: round N. `adapters` points to it a moment later, and is repaired by a run that resumes.
+    5. Rounds older than the last `keep_rounds` are deleted, but for the last copy of a client, and for a round that
+       somebody reads. Durable: round N and what is kept; an absent client's adapter is in round N.
 
-    A process that ends before the rename leaves round N - 1 as the last one, and its clients' progress in
-    `round_N.tmp`. Every method may be called by all ranks; leaders act.
+    A job that ends before the rename leaves round N - 1 as the last one, and its clients' progress in `round_N.tmp`.
+    Where groups have launchers of their own, steps 3 and 4 end with an exchange of their own (`loop.count_round`):
+    if the coordinator is lost in them, the next one does them again from what it knows of the round, before any
+    leader begins another. Every method may be called by all ranks; leaders act.
     """
 
     def __init__(
@@ -239,22 +245,28 @@ class RoundCommit:
         self._writer.wait()
 
     def finish(self, server_round: int, state: ServerState, table: MetricsTable) -> None:
-        """Step 4, after the exchange and the record."""
+        """Steps 4 and 5, after the exchange and the record."""
         if self._world.leaders is None or not self._world.leaders.is_coordinator:
             return
-        if not self._wrote_server_state:  # the leader that had written it was lost meanwhile
-            self._save_server_state(server_round, state)
-            self._writer.wait()
+        if self._folder.latest_round() > server_round:  # the others continued without this leader
+            return
         absent = table.absent_clients()
-        self._folder.carry_over(server_round, absent)
+        if not self._folder.is_complete(server_round):  # else a coordinator that is lost now has come so far
+            if not self._wrote_server_state:  # the leader that had written it was lost meanwhile
+                self._save_server_state(server_round, state)
+                self._writer.wait()
+            self._folder.carry_over(server_round, absent)
         meta = {"clients": list(table.labels), "absent": absent}
         self._folder.complete_round(server_round, meta, self._keep_rounds)
 
     def _save_server_state(self, server_round: int, state: ServerState) -> None:
         extras: dict[str, AdapterState] = {}
         if len(state.reference_mean):
-            weight = torch.tensor([state.reference_weight])
-            extras["reference_mean"] = {"reference_mean": state.reference_mean, "weight": weight}
+            extras["reference_mean"] = {
+                "reference_mean": state.reference_mean,
+                "weight": torch.tensor([state.reference_weight]),
+                "counted": state.references_counted,
+            }
         if state.optimizer:
             extras["server_optimizer"] = state.optimizer
         self._save(server_round, GLOBAL, GLOBAL, state.adapter, extras, {"scalars": state.scalars})

@@ -205,9 +205,9 @@ class Trainer:
         progress = self._hooks.open(client)
 
         def transform() -> LocalUpdate:
-            reference_mean = (
-                client.references.reference_mean if client.references and progress.counts_references else None
-            )
+            reference_mean = None
+            if client.references is not None:
+                reference_mean = client.references.reference_mean
             adapter = state.adapter if progress.update is None else progress.update
             update = LocalUpdate(client.client_id, len(client.examples), adapter, reference_mean)
             for one in self._transforms:

@@ -48,7 +48,7 @@ def generate(
         raise ClusterError("launch/generate.py is one process: start it with python, without a launcher")
     setup_logging(is_coordinator=input_path is None)
     folder = RunFolder(config.run_dir)
-    server_round = folder.trained_round()
+    server_round = folder.hold_trained_round()
     existing = folder.clients(server_round)
     if client not in existing:
         raise ConfigError(f"{config.run_dir} has no client {client}: its clients are {existing}")

@@ -64,14 +64,15 @@ class Scenario:
 
     @property
     def bytes_between_groups(self) -> int:
-        """What a leader hands over in a round: 4 x (adapter + 2 hidden) + 8, and a table of 14 fp64 for each client."""
-        table = self.num_clients * 14 * 8
+        """What a leader hands over in a round, in fp32: 4 x (adapter + 1), where the method weights by instance
+        4 x (2 hidden + 1 + clients) more; and a table of 15 fp64 for each client."""
+        table = self.num_clients * 15 * 8
         if self.method == "local":
             return table
-        numbers = self.lora.parameters(self.shape)[0]
+        numbers = self.lora.parameters(self.shape)[0] + 1
         if self.method in ("feddpa_t", "feddpa_f"):  # the reference mean, which weights its two adapters
-            numbers += 2 * self.shape.hidden
-        return 4 * numbers + 8 + table
+            numbers += 2 * self.shape.hidden + 1 + self.num_clients
+        return 4 * numbers + table
 
 
 def scenario_of(config: RunConfig, shape: Shape, zero: Mapping[str, Any], workload: Workload) -> Scenario:

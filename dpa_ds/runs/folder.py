@@ -8,22 +8,25 @@
     runs/NAME/adapters -> rounds/round_000003
 
 Every leader writes its clients; the coordinator the rest. All hosts see the folder (a shared file system). The
-frozen base is never written.
+frozen base is never written. Folders that are named otherwise are somebody else's: they are not read, and not deleted.
 """
 
+import contextlib
+import fcntl
 import hashlib
 import importlib.metadata
 import json
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import peft
 
 from dpa_ds import __version__
-from dpa_ds.adapters.methods import LOCAL
+from dpa_ds.adapters.methods import GLOBAL, LOCAL
 from dpa_ds.adapters.state import AdapterState
 from dpa_ds.errors import CheckpointError, storage_errors
 from dpa_ds.runs.storage import (
@@ -31,7 +34,9 @@ from dpa_ds.runs.storage import (
     UNREADABLE,
     SavedFolder,
     check_finite,
+    copy_folder,
     fsync,
+    is_whole,
     read_folder,
     read_info,
     sha256_of,
@@ -41,7 +46,12 @@ from dpa_ds.runs.storage import (
 
 META, MODEL = "meta.json", "model.json"
 WEIGHTS = "adapter_model"
+LINK = "adapters"
 PACKAGES = ("torch", "deepspeed", "transformers", "peft")
+_ROUND = re.compile(r"round_([0-9]{6,})(\.tmp)?")
+_CLIENT = re.compile(r"client_([0-9]{2,})")
+_HALF_WRITTEN = re.compile(r"(config\.yaml|[a-z_]+\.json)\..+\.\d+\.tmp")
+"""Names of files in the run folder whose writer ended before they were whole (`storage.write_file`)."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +76,7 @@ class RunFolder:
     def __init__(self, run_dir: Path) -> None:
         self.run_dir = run_dir
         self.rounds_dir = run_dir / "rounds"
+        self._held: IO[bytes] | None = None
 
     # ---- which run, which round -------------------------------------------------------------------------------
 
@@ -95,19 +106,49 @@ class RunFolder:
 
     def complete_rounds(self) -> list[int]:
         """All complete rounds, in their order."""
-        names = (path.parent.name.removeprefix("round_") for path in self.rounds_dir.glob(f"round_??????/{META}"))
-        return sorted(int(name) for name in names if name.isdecimal())
+        return [number for number in self._numbers(self.round_dir) if self.is_complete(number)]
 
-    def trained_round(self) -> int:
-        """Last complete round.
+    def unfinished_rounds(self) -> list[int]:
+        """All rounds that were begun and are not complete, in their order."""
+        return self._numbers(self._unfinished)
+
+    def is_complete(self, server_round: int) -> bool:
+        """Whether the round counts."""
+        return (self.round_dir(server_round) / META).exists()
+
+    def _numbers(self, place: Callable[[int], Path]) -> list[int]:
+        """Numbers of the rounds whose folder is `place(number)`, ascending."""
+        numbers = []
+        for path in self.rounds_dir.glob("round_*"):
+            match = _ROUND.fullmatch(path.name)
+            if match and place(int(match[1])) == path:
+                numbers.append(int(match[1]))
+        return sorted(numbers)
+
+    def hold_trained_round(self) -> int:
+        """The last complete round, which no training deletes as long as this object lives.
+
+        Held by a shared lock of its `meta.json`; on a file system without locks it is not held.
 
         Raises:
-            CheckpointError: there is none.
+            CheckpointError: there is none, or it cannot be read.
         """
-        server_round = self.latest_round()
-        if server_round == 0:
-            raise CheckpointError(f"{self.run_dir} has no complete round yet: train it with launch/run.py first")
-        return server_round
+        while True:
+            server_round = self.latest_round()
+            if server_round == 0:
+                raise CheckpointError(f"{self.run_dir} has no complete round yet: train it with launch/run.py first")
+            path = self.round_dir(server_round) / META
+            try:
+                self._held = path.open("rb")
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                raise CheckpointError(f"{path} cannot be read ({error}): make it readable") from error
+            with contextlib.suppress(OSError):  # no locks on this file system
+                fcntl.flock(self._held, fcntl.LOCK_SH)
+            # It may have been deleted between the look and the lock: then there is a later one.
+            if path.exists():
+                return server_round
 
     def round_dir(self, server_round: int) -> Path:
         """Where a complete round lies."""
@@ -115,7 +156,7 @@ class RunFolder:
 
     def clients(self, server_round: int) -> list[int]:
         """Ids of the clients whose local adapters a complete round holds."""
-        return sorted(int(p.name.removeprefix("client_")) for p in self.round_dir(server_round).glob("local/client_*"))
+        return _clients_below(self.round_dir(server_round))
 
     def digest(self, server_round: int) -> str:
         """Which adapters a complete round holds, from the checksums that were saved with them: 16 hex digits."""
@@ -140,42 +181,117 @@ class RunFolder:
             config.save_pretrained(str(folder))
         write_folder(folder, {WEIGHTS: weights, **extras}, info)
 
-    def carry_over(self, server_round: int, clients: list[int]) -> None:
-        """Give a round that is not yet complete the local adapters of `clients` as they were one round before."""
+    def carry_over(self, server_round: int, clients: Sequence[int]) -> None:
+        """Give a round that is not yet complete the local adapters of `clients` as they were before it.
+
+        Where no earlier round has one, what a leader wrote whole before it was lost stays.
+        """
         for client in clients:
             name = local_folder(client)
-            old, new = (
-                self.round_dir(server_round - 1) / name,
-                self._unfinished(server_round) / name,
-            )
-            if old.is_dir():
-                with storage_errors(new):
-                    shutil.rmtree(new, ignore_errors=True)
-                    shutil.copytree(old, new)
+            old, new = self.newest_round_with(server_round - 1, name), self._unfinished(server_round) / name
+            if old is not None:
+                copy_folder(old / name, new)
+            elif not is_whole(new):
+                shutil.rmtree(new, ignore_errors=True)
+
+    def newest_round_with(self, last_round: int, name: str) -> Path | None:
+        """The folder of the newest round up to `last_round` that has an adapter whole: of the complete rounds, then of
+        those that were written and never completed."""
+        complete = [self.round_dir(number) for number in self.complete_rounds() if number <= last_round]
+        abandoned = [self._unfinished(number) for number in self.unfinished_rounds() if number <= last_round]
+        for round_dir in (*reversed(complete), *reversed(abandoned)):
+            if is_whole(round_dir / name):
+                return round_dir
+        return None
 
     def complete_round(self, server_round: int, meta: Mapping[str, Any], keep_rounds: int) -> None:
-        """Make the round count: coordinator, after all leaders have saved. Keeps the last `keep_rounds` rounds."""
-        unfinished, final = self._unfinished(server_round), self.round_dir(server_round)
+        """Make the round count: coordinator, after all leaders have saved. Keeps the last `keep_rounds` rounds.
+
+        May be called again by the next coordinator, wherever the first one was lost.
+        """
+        final = self.round_dir(server_round)
         with storage_errors(final):
-            paths = [*unfinished.glob(f"global/{STATE}"), *unfinished.glob(f"local/*/{STATE}")]
-            states = {str(path.relative_to(unfinished)): sha256_of(path) for path in sorted(paths)}
-            # Our own is not asked of the metadata: a checkout that was never installed has none.
-            versions = {"dpa_ds": __version__} | {name: importlib.metadata.version(name) for name in PACKAGES}
-            manifest = {"round": server_round, **meta, "versions": versions, "states": states}
-            write_text(unfinished / META, json.dumps(manifest, indent=1))
-            fsync(unfinished)
-            if final.exists():  # an abandoned round of the same number
-                shutil.rmtree(final)
-            unfinished.rename(final)
-            link = self.run_dir / "adapters.tmp"
-            link.unlink(missing_ok=True)
-            link.symlink_to(final.relative_to(self.run_dir))
-            link.replace(self.run_dir / "adapters")
-            fsync(self.rounds_dir)
+            if not self.is_complete(server_round):
+                self._write_manifest(server_round, meta)
+                if final.exists():  # what is left of a round of that number
+                    shutil.rmtree(final)
+                self._unfinished(server_round).rename(final)
+                fsync(self.rounds_dir)
+            self.repair_link(server_round)
         # The new round counts, whatever becomes of old ones.
         shutil.rmtree(final / "progress", ignore_errors=True)
-        for old in sorted(self.rounds_dir.glob("round_??????"))[:-keep_rounds]:
-            shutil.rmtree(old, ignore_errors=True)
+        self._delete_old_rounds(keep_rounds)
+
+    def _write_manifest(self, server_round: int, meta: Mapping[str, Any]) -> None:
+        unfinished = self._unfinished(server_round)
+        paths = [*unfinished.glob(f"global/{STATE}"), *unfinished.glob(f"local/*/{STATE}")]
+        states = {str(path.relative_to(unfinished)): sha256_of(path) for path in sorted(paths)}
+        # Our own is not asked of the metadata: a checkout that was never installed has none.
+        versions = {"dpa_ds": __version__} | {name: importlib.metadata.version(name) for name in PACKAGES}
+        manifest = {"round": server_round, **meta, "versions": versions, "states": states}
+        write_text(unfinished / META, json.dumps(manifest, indent=1))
+        fsync(unfinished)
+
+    def _delete_old_rounds(self, keep_rounds: int) -> None:
+        """Delete all complete rounds but the last `keep_rounds`, the last copy of a client, and what somebody reads."""
+        rounds = self.complete_rounds()
+        covered: set[int] = set()
+        for number in rounds[-keep_rounds:]:
+            covered.update(self.clients(number))
+        for number in reversed(rounds[:-keep_rounds]):
+            clients = self.clients(number)
+            if covered.issuperset(clients):
+                self._delete_round(number)
+            covered.update(clients)
+
+    def _delete_round(self, server_round: int) -> None:
+        """Delete a complete round, unless somebody holds it: then a later round tries again."""
+        meta = self.round_dir(server_round) / META
+        try:
+            with meta.open("r+b") as file:  # some file systems lock what may be written only
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    return
+                except OSError:  # no locks on this file system
+                    pass
+                meta.unlink()  # first: what is deleted halfway is not a round
+        except OSError:
+            return
+        shutil.rmtree(meta.parent, ignore_errors=True)
+
+    # ---- the link to the last round ---------------------------------------------------------------------------
+
+    def check_link(self) -> None:
+        """Refuse a folder or file in the place of the link to the last round.
+
+        Raises:
+            CheckpointError: so it is.
+        """
+        link = self.run_dir / LINK
+        if link.exists() and not link.is_symlink():
+            raise CheckpointError(
+                f"{link} is no link, which training sets to the last round (a run that was copied with its links "
+                "followed?): delete it, or give it another name, and run the same command again"
+            )
+
+    def repair_link(self, server_round: int) -> None:
+        """Make `adapters` point to a complete round. Coordinator.
+
+        Raises:
+            CheckpointError: the file system refuses.
+        """
+        link, target = self.run_dir / LINK, self.round_dir(server_round).relative_to(self.run_dir)
+        if link.is_symlink() and link.readlink() == target:
+            return
+        with storage_errors(link):
+            temporary = link.with_name(f"{LINK}.tmp")
+            temporary.unlink(missing_ok=True)
+            temporary.symlink_to(target)
+            temporary.replace(link)
+            fsync(self.run_dir)
+
+    # ---- reading a round --------------------------------------------------------------------------------------
 
     def load_adapter(self, server_round: int, name: str) -> SavedAdapter:
         """Read one adapter of a complete round, checking its checksums.
@@ -183,12 +299,15 @@ class RunFolder:
         Raises:
             CheckpointError: a file is missing or damaged, or the adapter has NaN or infinity.
         """
-        folder = self.round_dir(server_round) / name
-        remedy = f"delete {self.round_dir(server_round)} to continue from the round before"
+        return self._load(self.round_dir(server_round), name)
+
+    def _load(self, round_dir: Path, name: str) -> SavedAdapter:
+        folder = round_dir / name
+        remedy = f"delete {round_dir} to continue from the round before"
         saved = read_folder(folder, remedy)
         if WEIGHTS not in saved.tensors:
             raise CheckpointError(f"{folder} has no {WEIGHTS}.safetensors: {remedy}")
-        remedy = f"delete {self.round_dir(server_round)} to use the round before, or train again"
+        remedy = f"delete {round_dir} to use the round before, or train again"
         check_finite(folder, saved.tensors[WEIGHTS], remedy)
         extras = {key: tensors for key, tensors in saved.tensors.items() if key != WEIGHTS}
         return SavedAdapter(saved.tensors[WEIGHTS], extras, saved.info)
@@ -196,7 +315,8 @@ class RunFolder:
     def load_newest(self, server_round: int, name: str) -> SavedAdapter | None:
         """`load_adapter`, of a later round if this one is gone: other groups continue, and delete, while one starts.
 
-        The local adapters of clients that are not there are the same in all rounds that they miss.
+        The local adapters of clients that are not there are the same in all rounds that they miss. A client that the
+        last round lacks is read where it was last written.
 
         Returns:
             None if no round has such an adapter.
@@ -213,8 +333,12 @@ class RunFolder:
                     raise
             latest = self.latest_round()
             if latest == server_round:
-                return None
+                break
             server_round = latest
+        if name == GLOBAL:  # an older one is the state of another round
+            return None
+        older = self.newest_round_with(server_round, name)
+        return None if older is None else self._load(older, name)
 
     def info(self, server_round: int, name: str) -> dict[str, Any]:
         """What the saver added to an adapter of a complete round, without reading its tensors.
@@ -274,15 +398,46 @@ class RunFolder:
 
     def remove_leftovers(self, completed: int) -> None:
         """Delete what cannot be of use after round `completed`. Coordinator, before any round starts."""
-        current = self._unfinished(completed + 1)
-        stale = [path for path in self.rounds_dir.glob("*.tmp") if path != current]
-        stale += [path for path in current.glob("*") if path.name != "progress"]
-        stale += self.rounds_dir.glob("round_??????/progress")
-        for path in stale:
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        covered: set[int] = set()
+        for number in self.complete_rounds():
+            covered.update(self.clients(number))
+            shutil.rmtree(self.round_dir(number) / "progress", ignore_errors=True)
+        for number in reversed(self.unfinished_rounds()):
+            if number == completed + 1:
+                self._remove_all_but_progress(number)
+            elif number > completed or covered.issuperset(self._saved_clients(number)):
+                shutil.rmtree(self._unfinished(number), ignore_errors=True)
+            else:  # the last copy of a client, of a round that never counted
+                covered.update(self._saved_clients(number))
+        for number in self._numbers(self.round_dir):
+            if number <= completed and not self.is_complete(number):  # its deletion was interrupted
+                shutil.rmtree(self.round_dir(number), ignore_errors=True)
+        for path in self.run_dir.glob("*.tmp"):
+            if _HALF_WRITTEN.fullmatch(path.name):
+                path.unlink(missing_ok=True)
+
+    def _remove_all_but_progress(self, server_round: int) -> None:
+        for path in self._unfinished(server_round).iterdir():
+            if path.name == "progress":
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+    def _saved_clients(self, server_round: int) -> list[int]:
+        """Ids of the clients whose local adapters a round that is not complete has whole."""
+        unfinished = self._unfinished(server_round)
+        return [client for client in _clients_below(unfinished) if is_whole(unfinished / local_folder(client))]
 
     def _progress(self, server_round: int, client: int) -> Path:
         return self._unfinished(server_round) / "progress" / f"client_{client:02d}"
 
     def _unfinished(self, server_round: int) -> Path:
         return self.rounds_dir / f"round_{server_round:06d}.tmp"
+
+
+def _clients_below(round_dir: Path) -> list[int]:
+    """Ids of the clients that a round has a folder of, ascending."""
+    matches = [_CLIENT.fullmatch(path.name) for path in (round_dir / LOCAL).glob("client_*")]
+    return sorted(int(match[1]) for match in matches if match)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,9 +15,16 @@ from dpa_ds.runs.folder import META, RunFolder
 from dpa_ds.runs.storage import UNREADABLE, lock_file, sha256_of, verify_folder
 from dpa_ds.runs.tracking import logger
 
+_LEFTOVER = re.compile(r"lock(_group_\d+)?|config\.yaml\..+\.\d+\.tmp")
+"""Names of what a start leaves that ended before there was a `config.yaml`."""
+
 
 class RunLock:
     """Keeps other jobs away from a run as long as this object lives: two that write one run would spoil it.
+
+    A run is read, and written, under its lock only. A run that does not exist yet has none: `acquire` then does
+    nothing, so that a start that fails leaves nothing behind, and `create` is the first write. The file is made by
+    one job and no other, so whoever makes it knows that what it found before, nothing, is still what is there.
 
     Args:
         group: of the job, where each rank group has a launcher, and a lock, of its own.
@@ -27,20 +35,39 @@ class RunLock:
         name = "lock" if group is None else f"lock_group_{group}"
         self._path = run_dir / name
         self._wait_seconds = wait_seconds
+        self._is_held = False
         self._descriptor: int | None = None
-        """Stays open: closing it would give the lock up."""
+        """Stays open: closing it would give the lock up. None where the file system knows no locks."""
 
-    def acquire(self, creates: bool = False) -> None:
-        """Take the lock, unless it is held already. Rank 0 of a job.
-
-        Args:
-            creates: the run begins to exist; a run that does not needs no lock.
+    def acquire(self) -> None:
+        """Take the lock of a run that exists, before anything of it is read. Rank 0 of a job.
 
         Raises:
             CheckpointError: another job works on the run, for longer than a job that is ending would.
         """
-        if self._descriptor is None:
-            self._descriptor = lock_file(self._path, self._wait_seconds, creates)
+        if self._path.exists():
+            self._descriptor = lock_file(self._path, self._wait_seconds)
+            self._is_held = True
+
+    def create(self) -> None:
+        """Take the lock of a run that begins to exist, before anything of it is written. Rank 0 of a job.
+
+        Raises:
+            CheckpointError: another job has begun the run since this one looked, or the file system refuses.
+        """
+        if self._is_held:
+            return
+        with storage_errors(self._path):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.close(os.open(self._path, os.O_CREAT | os.O_EXCL, 0o644))
+            except FileExistsError as error:
+                raise CheckpointError(
+                    f"another job has begun {self._path.parent} while this one was starting: choose another name, or "
+                    "run the same command again to continue it once that job has ended"
+                ) from error
+        self._descriptor = lock_file(self._path, wait_seconds=0.0)
+        self._is_held = True
 
 
 def validate_run_dir(folder: RunFolder, fingerprint: Mapping[str, Any]) -> int:
@@ -65,12 +92,17 @@ def validate_run_dir(folder: RunFolder, fingerprint: Mapping[str, Any]) -> int:
                 f"{run_dir} holds a different run ({'; '.join(differences)}): choose another name, or delete that "
                 "folder"
             )
-    elif os.path.lexists(run_dir) and (not run_dir.is_dir() or any(run_dir.iterdir())):
+    elif os.path.lexists(run_dir) and not _is_free(run_dir):
         raise CheckpointError(f"{run_dir} exists but is not a run (no config.yaml): choose another name")
     existing = next(path for path in (run_dir, *run_dir.absolute().parents) if os.path.exists(path))
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise CheckpointError(f"cannot write results to {run_dir} ({existing}): choose another output_dir")
     return folder.latest_round()
+
+
+def _is_free(run_dir: Path) -> bool:
+    """Whether a folder without a recipe holds at most what an earlier start left that had no time to write one."""
+    return run_dir.is_dir() and all(_LEFTOVER.fullmatch(path.name) for path in run_dir.iterdir())
 
 
 def find_resume_round(
@@ -85,7 +117,8 @@ def find_resume_round(
         CheckpointError: as `validate_run_dir`; or `policy` forbids it; or no round is left whole.
     """
     last, run_dir = validate_run_dir(folder, fingerprint), folder.run_dir
-    has_progress = any(folder.rounds_dir.glob("*.tmp"))
+    has_progress = bool(folder.unfinished_rounds())
+    folder.check_link()
     if policy == "never" and (last or has_progress):
         raise CheckpointError(
             f"{run_dir} holds results (up to round {last}), and resume is never: choose another name, delete that "

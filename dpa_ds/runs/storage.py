@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import socket
 import time
 from collections.abc import Callable, Mapping
@@ -80,6 +81,30 @@ def read_folder(folder: Path, remedy: str) -> SavedFolder:
     return SavedFolder(tensors, info)
 
 
+def copy_folder(source: Path, target: Path) -> None:
+    """Replace `target` by a copy of `source`, a folder that `write_folder` wrote, and wait until it is on the disk.
+
+    Raises:
+        CheckpointError: the file system refuses.
+    """
+    with storage_errors(target):
+        shutil.rmtree(target, ignore_errors=True)
+        shutil.copytree(source, target)
+        for path in target.iterdir():
+            fsync(path)
+        fsync(target)
+        fsync(target.parent)
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a folder that `write_folder` wrote is there, with all its files as they were written."""
+    try:
+        verify_folder(folder, "not used")
+    except CheckpointError:
+        return False
+    return True
+
+
 def verify_folder(folder: Path, remedy: str) -> dict[str, Any]:
     """Compare every file of a folder with its checksum, and return the folder's `info`.
 
@@ -131,8 +156,11 @@ def write_file(path: Path, text: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         # Leaders on several hosts may write the same file at once.
         temporary = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
-        write_text(temporary, text)
-        temporary.replace(path)
+        try:
+            write_text(temporary, text)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)  # a disk that is full, too, is left as it was
         fsync(path.parent)
 
 
@@ -157,24 +185,19 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def lock_file(path: Path, wait_seconds: float, creates: bool) -> int | None:
-    """Lock `path` until this process ends, however it ends.
+def lock_file(path: Path, wait_seconds: float) -> int | None:
+    """Lock the file `path` until this process ends, however it ends.
 
     Waits for another process that holds the lock: it may just be saving its last step.
 
-    Args:
-        creates: make the file if it is not there; otherwise there is nothing to lock.
-
     Returns:
-        the file's descriptor, which must stay open; None where nothing is locked, also on file systems without locks.
+        the file's descriptor, which must stay open; None on a file system without locks.
 
     Raises:
         CheckpointError: another process holds the lock for longer than `wait_seconds`, or the file system refuses.
     """
-    if not creates and not path.exists():
-        return None
     with storage_errors(path):
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = os.open(path, os.O_RDWR)
     deadline = time.monotonic() + wait_seconds
     while True:
         try:

@@ -5,9 +5,10 @@ import json
 import logging
 import os
 import sys
+import threading
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from tqdm import tqdm
 
 from dpa_ds.config.schema import TrackingConfig
 from dpa_ds.errors import storage_errors
+from dpa_ds.runs.storage import fsync, write_text
 
 logger = logging.getLogger("dpa_ds")
 
@@ -51,6 +53,8 @@ class Tracker:
         self._is_coordinator = is_coordinator
         self._config = config
         self._writers: dict[str, Any] = {}
+        self._first_steps: dict[str, int] = {}
+        self._lost_curves = False
         self._bar: tqdm[Any] | None = None
         self._last_line = time.monotonic()
 
@@ -59,17 +63,25 @@ class Tracker:
 
         A run without a complete round loses all: round 0, the state before training, is evaluated again.
         """
+        self._keep_records(lambda number: server_round > 0 and number <= server_round)
+
+    def drop_records_of(self, server_round: int) -> None:
+        """Delete the records of one round, and a line that was cut off: another coordinator was lost as it wrote."""
+        self._keep_records(lambda number: number != server_round)
+
+    def _keep_records(self, is_kept: Callable[[int], bool]) -> None:
+        """Keep the records of some rounds only (coordinator).
+
+        Args:
+            is_kept: by a round's number.
+        """
         path = self._records_path
         if not self._is_coordinator or path is None or not path.is_file():
             return
-        lines = []
-        if server_round > 0:
-            for record in read_records(path):
-                if record["round"] <= server_round:
-                    lines.append(json.dumps(record) + "\n")
+        lines = [json.dumps(record) + "\n" for record in read_records(path) if is_kept(record["round"])]
         temporary = path.with_suffix(".tmp")
         with storage_errors(path):
-            temporary.write_text("".join(lines))
+            write_text(temporary, "".join(lines))
             temporary.replace(path)
 
     def record(self, kind: str, server_round: int, **values: Any) -> None:
@@ -79,29 +91,63 @@ class Tracker:
             with storage_errors(self._records_path), self._records_path.open("a") as file:
                 file.write(line + "\n")
 
+    def sync_records(self) -> None:
+        """Wait until all records are on the disk (coordinator only).
+
+        Raises:
+            CheckpointError: the file system refuses.
+        """
+        if self._is_coordinator and self._records_path is not None:
+            with storage_errors(self._records_path):
+                fsync(self._records_path)
+
     @property
     def _records_path(self) -> Path | None:
         return self._run_dir / "metrics.jsonl" if self._run_dir else None
 
+    def continue_curves(self, source: str, first_step: int) -> None:
+        """Hide what an earlier process wrote under the TensorBoard run `source` at `first_step` and later, in every
+        curve: this process writes it again. Before its first scalars; what is hidden too early is lost."""
+        self._first_steps[source] = first_step
+
     def scalars(self, source: str, values: Mapping[str, float | Sequence[float]], first_step: int) -> None:
         """Write scalars, or series of consecutive steps from `first_step`, under the TensorBoard run `source`."""
-        if self._run_dir is None or not self._config.tensorboard:
+        if self._run_dir is None or not self._config.tensorboard or self._lost_curves:
             return
+        with self._losing_curves():
+            writer = self._writer(self._run_dir / "tensorboard", source)
+            for tag, value in values.items():
+                series = [value] if isinstance(value, float | int) else value
+                for step, number in enumerate(series, first_step):
+                    writer.add_scalar(tag, number, step)
+
+    def close(self) -> None:
+        """Write all TensorBoard events to disk. May be called again."""
+        for writer in self._writers.values():
+            with self._losing_curves():
+                writer.close()
+
+    def _writer(self, folder: Path, source: str) -> Any:
         if source not in self._writers:
             # Imported here: runs without TensorBoard need not have it.
             from torch.utils.tensorboard import SummaryWriter
 
-            # purge_step hides the events of steps that an interrupted attempt wrote, and this one writes again.
-            self._writers[source] = SummaryWriter(str(self._run_dir / "tensorboard" / source), purge_step=first_step)
-        for tag, value in values.items():
-            series = [value] if isinstance(value, float | int) else value
-            for step, number in enumerate(series, first_step):
-                self._writers[source].add_scalar(tag, number, step)
+            threading.excepthook = _report_unless_lost_curves
+            self._writers[source] = SummaryWriter(str(folder / source), purge_step=self._first_steps.get(source))
+        return self._writers[source]
 
-    def close(self) -> None:
-        """Write all TensorBoard events to disk."""
-        for writer in self._writers.values():
-            writer.close()
+    @contextlib.contextmanager
+    def _losing_curves(self) -> Iterator[None]:
+        """Where the disk of the TensorBoard events is full or refuses, curves are lost, and the training is not."""
+        try:
+            yield
+        except OSError as error:
+            if not self._lost_curves:
+                logger.warning(
+                    f"cannot write {self._run_dir}/tensorboard: {error}; the training continues without TensorBoard "
+                    "curves; metrics.jsonl has the numbers of every round"
+                )
+            self._lost_curves = True
 
     @contextlib.contextmanager
     def progress(self, total_steps: int, unit: str = "step") -> Iterator[None]:
@@ -133,6 +179,14 @@ class Tracker:
         if self._is_coordinator:
             with tqdm.external_write_mode(file=sys.stdout):
                 logger.info(message)
+
+
+def _report_unless_lost_curves(failed: threading.ExceptHookArgs) -> None:
+    """Print the exception that ended a thread. TensorBoard's writer is a thread, raises its error once more in the
+    thread that calls it, and is reported there."""
+    is_writer = type(failed.thread).__name__ == "_AsyncWriterThread"
+    if not (is_writer and isinstance(failed.exc_value, OSError)):
+        threading.__excepthook__(failed)
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

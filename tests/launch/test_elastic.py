@@ -1,6 +1,7 @@
 """Rank groups with launchers of their own: one is one run, and each bound holds."""
 
 import itertools
+import json
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -171,6 +172,26 @@ def test_a_lost_group_is_left_out_and_joins_again(how: signal.Signals, tmp_path:
         again = arguments(tmp_path, **{**settings, "federation__num_rounds": rounds})
         finished([start(again, group, meeting) for group in range(2)])
     assert presence(run_dir)[rounds] == [0, 1]
+
+
+def test_the_next_coordinator_completes_a_round(tmp_path: Path, arguments: Arguments) -> None:
+    """The first is killed when all have saved round 2 and its record is being written; the other one ends the run."""
+    argv = arguments(tmp_path, federation__num_rounds=3, train__max_steps=10, checkpoint__keep_rounds=1)
+    run_dir = tmp_path / "runs" / "tiny"
+    records = run_dir / "metrics.jsonl"
+    with rendezvous(argv) as (meeting, _), start(argv, 0, meeting) as lost, start(argv, 1, meeting) as survivor:
+        deadline = time.monotonic() + DEADLINE_SECONDS
+        while not records.exists() or '"round": 2' not in records.read_text():
+            assert time.monotonic() < deadline, lost.output()
+            time.sleep(0.001)
+        lost.process.kill()
+        ended = survivor.wait(DEADLINE_SECONDS)
+        assert ended.returncode == 0, ended.output
+    assert presence(run_dir) == {0: [0, 1], 1: [0, 1], 2: [0, 1], 3: [1]}
+    assert not list(run_dir.glob("rounds/*.tmp"))
+    last = run_dir / "rounds" / "round_000003"
+    steps = [json.loads((last / f"local/client_0{k}/state.json").read_text())["info"]["steps_taken"] for k in (0, 1)]
+    assert steps == [{"global": 20, "local": 20}, {"global": 30, "local": 30}], "client 0 is as it was after round 2"
 
 
 def wait_until(condition: Callable[[], bool], *running: Running) -> None:

@@ -307,3 +307,17 @@ def test_two_jobs_at_once_on_one_run_are_refused(tmp_path: Path, arguments: Call
         (error,) = ended.errors
         assert f"another job works on {run_dir} (it holds lock): wait for its end or stop it" in error
         assert first.process.poll() is None, first.output()
+
+
+def test_of_two_jobs_that_begin_one_run_at_once_one_does(tmp_path: Path, arguments: Callable[..., list[str]]) -> None:
+    """Whichever it is, its recipe and its results are there, and the other one has changed nothing."""
+    argv, run_dir = arguments(tmp_path, checkpoint__grace_seconds=1), tmp_path / "runs" / "tiny"
+    rates = ("0.01", "0.02")
+    jobs = [Forked([*RUN, *argv, "--train.learning_rate", rate]) for rate in rates]
+    ended = run_by_hand(jobs)
+    assert sorted(one.returncode for one in ended) == [0, 4], "\n\n".join(one.output for one in ended)
+    winner = [one.returncode for one in ended].index(0)
+    (error,) = ended[1 - winner].errors
+    assert "while this one was starting" in error or "another job works on" in error or "a different run" in error
+    assert f"learning_rate: {rates[winner]}" in (run_dir / "config.yaml").read_text()
+    assert records_of_clients(run_dir) == each_once(2)

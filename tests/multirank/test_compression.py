@@ -43,14 +43,15 @@ def average_in_rounds(job: Any, feeds_back: bool) -> tuple[list[float], list[flo
     group = StaticGroup(job.store, rank, job.launch.job_world_size, 30.0)
     examples = (3, 5, 7)
     aggregation = build_aggregation(INT16, seed=0)
-    state = ServerState({key: torch.zeros(*size) for key, size in SIZES.items()}, torch.zeros(2, 4))
+    state = ServerState(
+        {key: torch.zeros(*size) for key, size in SIZES.items()}, torch.zeros(2, 4), references_counted=torch.zeros(3)
+    )
     exact = {key: torch.zeros(*size, dtype=torch.float64) for key, size in SIZES.items()}
     for server_round in range(ROUNDS):
         accumulator = aggregation.accumulator(state)
         for client in ((0, 1), (2,), ())[rank]:
             adapter = {key: state.adapter[key] + value for key, value in change(client, server_round).items()}
-            reference_mean = torch.full((2, 4), float(client)) if server_round == 0 else None
-            accumulator.add(LocalUpdate(client, examples[client], adapter, reference_mean))
+            accumulator.add(LocalUpdate(client, examples[client], adapter, torch.full((2, 4), float(client))))
         state = aggregation.step(state, accumulator.reduce(group), server_round)
         if not feeds_back:
             aggregation.reduction.leader_state = LeaderState()

@@ -71,8 +71,9 @@ def test_only_the_global_adapter_the_reference_mean_and_the_metrics_cross(
     run_dir = tmp_path / "runs" / "tiny"
     parameters = sum(t.numel() for t in load_file(run_dir / "adapters/global/adapter_model.safetensors").values())
     update = (parameters + 1, 4 * (parameters + 1))  # fp32 parameters, and the sum of the weights
-    # The mean embedding of reference prompts, in two representations of hidden size 32, and the sum of the weights.
-    references = (2 * 32 + 1, 4 * (2 * 32 + 1))
+    # The mean embedding of reference prompts, in two representations of hidden size 32, the sum of the weights,
+    # and whose they are.
+    references = (2 * 32 + 1 + 4, 4 * (2 * 32 + 1 + 4))
     metrics = (4 * 15, 4 * 15 * 8)  # 4 clients x 15 columns of fp64
     leader = [
         metrics,
@@ -218,9 +219,10 @@ def aggregate_identical(job: Any) -> tuple[float, bool]:
         "b": torch.randn(3, 4, generator=torch.Generator().manual_seed(0)),
         "a": torch.ones(2),
     }
-    state = ServerState(adapter, torch.full((2, 3), 0.3), reference_weight=2.0)
-    update = LocalUpdate(0, 5 + job.launch.global_rank, adapter, state.reference_mean)
-    mine = [update] if job.launch.global_rank != 1 else []
+    rank = job.launch.global_rank
+    state = ServerState(adapter, torch.full((2, 3), 0.3), reference_weight=2.0, references_counted=torch.zeros(3))
+    update = LocalUpdate(rank, 5 + rank, adapter, state.reference_mean)
+    mine = [update] if rank != 1 else []
     same = aggregate(mine, state, group, aggregation_weights="num_examples")
     before = same.flatten()
     doubled = [replace(one, adapter={key: 2 * t for key, t in adapter.items()}) for one in mine]
@@ -228,6 +230,9 @@ def aggregate_identical(job: Any) -> tuple[float, bool]:
     assert torch.equal(same.flatten(), before), "an average changes with the next one"
     nobody = aggregate([], state, group)
     assert same.reference_weight == 2.0 + 5 + 7  # leaders 0 and 2 have one client each
+    assert same.references_counted.tolist() == [1.0, 0.0, 1.0]
+    again = aggregate(mine, same, group, aggregation_weights="num_examples")
+    assert again.reference_weight == same.reference_weight, "each client is counted once"
     error = max(float((same.adapter[key] - adapter[key]).abs().max()) for key in adapter)
     error = max(error, float((same.reference_mean - state.reference_mean).abs().max()))
     return error, torch.equal(nobody.flatten(), state.flatten())

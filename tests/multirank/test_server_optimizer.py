@@ -136,11 +136,16 @@ def test_momentum_of_zero_at_rate_one_is_fedavg_to_the_bit() -> None:
 
 def test_a_server_state_survives_being_flat() -> None:
     """As a leader that joins receives it."""
-    state = ServerState(random_state(0), torch.randn(2, 3), 7.0, random_state(1), {"round": 3.0, "epsilon": 0.1})
-    like = ServerState(random_state(2), torch.zeros(2, 3), 0.0, random_state(3), {"round": 0.0, "epsilon": 0.0})
+    counted = torch.tensor([1.0, 0.0, 1.0])
+    state = ServerState(
+        random_state(0), torch.randn(2, 3), 7.0, random_state(1), {"round": 3.0, "epsilon": 0.1}, counted
+    )
+    fresh = {"round": 0.0, "epsilon": 0.0}
+    like = ServerState(random_state(2), torch.zeros(2, 3), 0.0, random_state(3), fresh, torch.zeros(3))
     found = like.unflatten(state.flatten())
     assert found.scalars == state.scalars
     assert found.reference_weight == 7.0
+    assert torch.equal(found.references_counted, counted)
     assert torch.equal(found.reference_mean, state.reference_mean)
     for name in ("adapter", "optimizer"):
         expected, kept = getattr(state, name), getattr(found, name)

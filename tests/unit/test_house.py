@@ -165,7 +165,7 @@ OLD_NAMES = {
     "spread_over_beams": "expand_for_beams",
     "encode_references": "embed_references",
     "states_weight": "reference_weight",
-    "counts_states": "counts_references",
+    "counts_states|counts_references": "references_counted",
     r"(?<=\.)trains|trains(?==)": "trainable",
     "before_aggregation": "local_update",
     "tokens_taken_up": "restored_tokens",

@@ -25,7 +25,8 @@ class LocalUpdate:
     adapter: AdapterState
     """The global adapter as this client trained it."""
     reference_mean: torch.Tensor | None
-    """(representations, hidden size) mean embeddings of its reference prompts. They never change: None once counted."""
+    """(representations, hidden size) mean embeddings of its reference prompts, which never change; None where the
+    method weights nothing by instance. It leaves the leader once (`ServerState.references_counted`)."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,9 @@ class ServerState:
     """Tensors of the server optimizer, such as its momentum."""
     scalars: dict[str, float] = field(default_factory=dict)
     """Numbers that a rule or a server optimizer keeps from round to round."""
+    references_counted: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
+    """(clients,) 1 for each client whose references are in `reference_mean`, else 0; (0,) where there is none. A
+    client's own files do not say it: its leader may be lost after the exchange, and before it saves."""
 
     @staticmethod
     def empty() -> "ServerState":
@@ -59,6 +63,7 @@ class ServerState:
             flatten(self.adapter),
             self.reference_mean.flatten(),
             torch.tensor(scalars, dtype=torch.float64),
+            self.references_counted,
         ]
         if self.optimizer:
             parts.append(flatten(self.optimizer))
@@ -66,14 +71,20 @@ class ServerState:
 
     def unflatten(self, flat: torch.Tensor) -> "ServerState":
         """Inverse of `flatten`, with the keys and shapes of `self`."""
-        sizes = [_num_elements(self.adapter), self.reference_mean.numel(), 1 + len(self.scalars)]
-        adapter, mean, scalars, optimizer = torch.split(flat, [*sizes, len(flat) - sum(sizes)])
+        sizes = [
+            _num_elements(self.adapter),
+            self.reference_mean.numel(),
+            1 + len(self.scalars),
+            len(self.references_counted),
+        ]
+        adapter, mean, scalars, counted, optimizer = torch.split(flat, [*sizes, len(flat) - sum(sizes)])
         return ServerState(
             adapter=unflatten(adapter.float(), self.adapter),
             reference_mean=mean.float().view_as(self.reference_mean),
             reference_weight=float(scalars[0]),
             optimizer=unflatten(optimizer.float(), self.optimizer),
             scalars=dict(zip(sorted(self.scalars), scalars[1:].tolist(), strict=True)),
+            references_counted=counted.float(),
         )
 
 

@@ -25,9 +25,29 @@ class ReducedRound:
     """What all leaders know once the updates of a round have crossed."""
 
     updates: Reduced
-    reference_sum: torch.Tensor
-    """Weighted sum of the reference means of clients that were counted for the first time, flat."""
-    reference_weight: float
+    references: torch.Tensor
+    """Flat: what `_References` of all leaders add up to."""
+
+
+class _References:
+    """Reference means that are counted for the first time, as one flat buffer that leaders add up.
+
+    (weighted sum of the means, sum of the weights, a 1 for each client that was counted); empty where the method
+    weights nothing by instance.
+    """
+
+    def __init__(self, state: ServerState, buffer: torch.Tensor | None = None) -> None:
+        sizes = [state.reference_mean.numel(), 1, len(state.references_counted)]
+        if state.reference_mean.numel() == 0:
+            sizes = [0, 0, 0]
+        self.buffer = torch.zeros(sum(sizes)) if buffer is None else buffer
+        self.sum, self.weight, self.counted = torch.split(self.buffer, sizes)
+
+    def add(self, client_id: int, reference_mean: torch.Tensor, weight: float) -> None:
+        """Count the references of a client."""
+        self.sum.add_(reference_mean.flatten(), alpha=weight)
+        self.weight.add_(weight)
+        self.counted[client_id] = 1.0
 
 
 class Accumulator:
@@ -37,24 +57,23 @@ class Accumulator:
     def __init__(self, reduction: Reduction, weighs_examples: bool, state: ServerState) -> None:
         self._summands = reduction.summands(state.adapter)
         self._weighs_examples = weighs_examples
-        self._references = torch.zeros(state.reference_mean.numel() + 1)
-        """Weighted sum of reference means, and the sum of the weights."""
+        self._counted_before = state.references_counted
+        self._references = _References(state)
 
     def add(self, update: LocalUpdate) -> None:
         """Count the update of one client. Leaders only."""
         weight = float(update.num_examples) if self._weighs_examples else 1.0
         self._summands.add(update.adapter, weight)
-        if update.reference_mean is not None:
-            self._references[:-1].add_(update.reference_mean.flatten(), alpha=weight)
-            self._references[-1] += weight
+        if update.reference_mean is not None and not self._counted_before[update.client_id]:
+            self._references.add(update.client_id, update.reference_mean, weight)
 
     def reduce(self, leaders: LeaderGroup) -> ReducedRound:
         """Exchange the sums. A leader none of whose clients took part does so, too. Collective: all leaders."""
         updates = self._summands.reduce(leaders)
-        # Apart from the updates, because a rule or a compression has no business with it: 4 (2 H + 1) bytes.
-        if len(self._references) > 1:  # not where the method weights nothing by instance
-            leaders.all_reduce_(self._references, "references")
-        return ReducedRound(updates, self._references[:-1], float(self._references[-1]))
+        # Apart from the updates, because a rule or a compression has no business with it: 4 (2 H + 1 + C) bytes.
+        if len(self._references.buffer):
+            leaders.all_reduce_(self._references.buffer, "references")
+        return ReducedRound(updates, self._references.buffer)
 
 
 @dataclass(frozen=True)
@@ -80,7 +99,7 @@ class Aggregation:
             return state
         gradient = self.rule(reduced.updates, state, server_round, self.seed)
         state = self.server_optimizer.step(state, gradient, server_round)
-        return _with_references(state, reduced.reference_sum, reduced.reference_weight)
+        return _with_references(state, _References(state, reduced.references))
 
 
 def build_aggregation(config: FederationConfig, seed: int) -> Aggregation:
@@ -100,10 +119,12 @@ def _build(kind: str, name: str, config: FederationConfig) -> Any:
     return import_module(f"{__package__}.{kind}.{name}").build(config)
 
 
-def _with_references(state: ServerState, reference_sum: torch.Tensor, weight: float) -> ServerState:
+def _with_references(state: ServerState, new: _References) -> ServerState:
     """`state`, with new clients in the mean of all reference means."""
+    weight = float(new.weight.sum())
     if weight == 0:
         return state
     total = state.reference_weight + weight
-    mean = (state.reference_mean * state.reference_weight + reference_sum.view_as(state.reference_mean)) / total
-    return replace(state, reference_mean=mean, reference_weight=total)
+    mean = (state.reference_mean * state.reference_weight + new.sum.view_as(state.reference_mean)) / total
+    counted = state.references_counted + new.counted
+    return replace(state, reference_mean=mean, reference_weight=total, references_counted=counted)

@@ -1,0 +1,144 @@
+"""Numbers on disk: curves may be lost, and the training is not; whatever ends a run, they are written before its end."""
+
+import errno
+import logging
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+from tensorboard.summary.writer.record_writer import RecordWriter
+
+from dpa_ds.config.schema import TrackingConfig
+from dpa_ds.errors import Preempted
+from dpa_ds.federation.metrics import continue_curves
+from dpa_ds.federation.progress import ClientState
+from dpa_ds.runs.storage import BackgroundWriter
+from dpa_ds.runs.tracking import Tracker, read_records
+from tests.unit.round_state_for_tests import one_client
+
+
+def write_curves(run_dir: Path) -> None:
+    tracker = Tracker(run_dir, True, TrackingConfig())
+    for step in range(50):
+        tracker.scalars("client_00", {"loss": [1.0] * 20}, 20 * step)
+        tracker.scalars("rounds", {"held_out_loss": 1.0}, step)
+    tracker.close()
+    tracker.close()
+    tracker.record("round", 1, held_out_loss=1.0)
+    tracker.sync_records()
+    assert len(read_records(run_dir / "metrics.jsonl")) == 1
+
+
+def warned_once(caplog: pytest.LogCaptureFixture, error: str) -> None:
+    (warning,) = [record.getMessage() for record in caplog.records]
+    assert error in warning
+    assert "the training continues without TensorBoard curves" in warning
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("num_written", [0, 1, 30])
+def test_a_full_disk_costs_the_curves_only(
+    num_written: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The disk is full from the first event on, from the second, or from a later one."""
+    events: list[bytes] = []
+    write = RecordWriter.write
+
+    def write_until_full(self: RecordWriter, data: bytes) -> None:
+        if len(events) == num_written:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        events.append(data)
+        write(self, data)
+
+    monkeypatch.setattr(RecordWriter, "write", write_until_full)
+    with caplog.at_level(logging.WARNING, "dpa_ds"):
+        write_curves(tmp_path)
+    warned_once(caplog, "No space left on device")
+
+
+def test_a_file_in_the_place_of_the_folder_costs_the_curves_only(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "tensorboard").write_text("")
+    with caplog.at_level(logging.WARNING, "dpa_ds"):
+        write_curves(tmp_path)
+    warned_once(caplog, "tensorboard")
+
+
+def test_nothing_is_said_where_nothing_is_lost(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "dpa_ds"):
+        write_curves(tmp_path)
+    assert not caplog.records
+    assert list((tmp_path / "tensorboard").glob("*/events*"))
+
+
+def test_records_of_a_round_are_dropped_with_a_line_that_was_cut_off(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"kind": "round", "round": 0}\n{"kind": "client", "round": 1}\n{"kind": "cl')
+    Tracker(tmp_path, True, TrackingConfig()).drop_records_of(1)
+    assert path.read_text() == '{"kind": "round", "round": 0}\n'
+
+
+def test_a_resumed_run_hides_what_it_writes_again_and_no_more(tmp_path: Path) -> None:
+    """Two rounds of 60 steps an adapter; the process ends in the local phase of round 3, and then once more."""
+    config = TrackingConfig()
+    first = Tracker(tmp_path, True, config)
+    for server_round in (1, 2, 3):
+        first.scalars("client_01", {"global/loss": [1.0] * 60}, 60 * (server_round - 1))
+        if server_round < 3:
+            first.scalars("client_01", {"local/loss": [1.0] * 60}, 60 * (server_round - 1))
+            first.scalars("client_01", {"held_out/loss": 1.0}, server_round)
+    first.close()
+    client = one_client(ClientState({}, {"global": 180, "local": 120}))
+    client.client_id = 1
+    again = Tracker(tmp_path, True, config)
+    continue_curves(again, [client], num_completed=2)
+    again.scalars("client_01", {"local/loss": [2.0] * 60}, 120)
+    again.scalars("client_01", {"held_out/loss": 2.0}, 3)
+    again.close()
+    folder = tmp_path / "tensorboard" / "client_01"
+    assert [num_events(folder, tag) for tag in ("global/loss", "local/loss", "held_out/loss")] == [180, 180, 3]
+    assert not (tmp_path / "tensorboard" / "client_00").exists()
+
+
+def test_curves_are_written_before_a_signal_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On every rank: only then may the job say that all is saved."""
+    from dpa_ds.cli import session as module
+
+    tracker = Tracker(tmp_path, True, TrackingConfig())
+    written: list[bytes] = []
+    write = RecordWriter.write
+
+    def write_slowly(self: RecordWriter, data: bytes) -> None:
+        time.sleep(0.01)
+        written.append(data)
+        write(self, data)
+
+    monkeypatch.setattr(RecordWriter, "write", write_slowly)
+
+    def train_until_the_signal(session: Any) -> None:
+        session.tracker.scalars("client_00", {"loss": [1.0] * 30}, 0)
+        raise Preempted("a signal")
+
+    monkeypatch.setattr(module, "run_rounds", train_until_the_signal)
+    parts = {
+        "world": SimpleNamespace(leaders=None),
+        "folder": SimpleNamespace(run_dir=tmp_path),
+        "writer": BackgroundWriter(),
+        "tracker": tracker,
+    }
+    with pytest.raises(Preempted):
+        module.run(cast(Any, SimpleNamespace(**parts)))
+    num_written = len(written)
+    assert num_events(tmp_path / "tensorboard" / "client_00", "loss") == 30
+    assert len(written) == num_written, "later, when the process has ended"
+
+
+def num_events(folder: Path, tag: str) -> int:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return len(events.Scalars(tag))

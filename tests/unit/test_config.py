@@ -464,6 +464,59 @@ def test_bad_deepspeed_json(content: str, fragment: str, tmp_path: Path) -> None
         load_deepspeed_json(str(tmp_path / "ds.json"))
 
 
+# DeepSpeed counts the first three as stage 0, and ends in a traceback at others.
+NOT_ALLOWED = [
+    (
+        {"zero_optimisation": {"stage": 3}},
+        '"zero_optimisation" is not a key that the JSON may have: did you mean zero_opt',
+    ),
+    ({"zero_optimization": {"stge": 3}}, '"zero_optimization.stge" is not .*: did you mean zero_optimization.stage?'),
+    ({"zero_optimization.stage": 3}, '"zero_optimization.stage" is not .*: did you mean zero_optimization.stage?'),
+    ({"stage": 3}, '"stage" is not a key .*: did you mean zero_optimization.stage?'),
+    ({"zero_optimization": {"offload_params": {}}}, "did you mean zero_optimization.offload_param?"),
+    ({"bfloat16": {}}, '"bfloat16" is not a key that the JSON may have: .*the JSON may have aio, bf16, comm'),
+    ({"aio": {"zzz": 1}}, '"aio.zzz" is not a key .*: remove it; aio may have block_size, intra_op_parallelism'),
+    ({"amp": {"enabled": True}}, '"amp" is not a key that the JSON may have'),
+    ({"elasticity": {"enabled": True}}, '"elasticity" is not a key'),
+    ({"autotuning": {"enabled": True}}, '"autotuning" is not a key'),
+    ({"curriculum_learning": {"enabled": True}}, '"curriculum_learning" is not a key'),
+    ({"sparse_gradients": True}, '"sparse_gradients" is not a key'),
+    ({"compression_training": {}}, '"compression_training" is not a key'),
+    ({"hybrid_engine": {"enabled": True}}, '"hybrid_engine" is not a key'),
+    ({"tensor_parallel": {"autotp_size": 2}}, '"tensor_parallel" is not a key'),
+    ({"wandb": {"enabled": True}}, '"wandb" is not a key'),
+    ({"activation_checkpointing": {}}, r"activation_checkpointing \(owned by model.gradient_checkpointing\)"),
+    ({"communication_data_type": "int8"}, 'communication_data_type must be one of fp32, bf16, fp16, got "int8"'),
+    ({"communication_data_type": ["fp32"]}, "communication_data_type must be one of fp32, bf16, fp16, got"),
+    ({"data_types": {"grad_accum_dtype": 16}}, "data_types.grad_accum_dtype must be one of fp32, bf16, fp16, got 16"),
+    ({"data_types": "fp32"}, 'data_types must be an object of keys, got "fp32"'),
+    ({"aio": {"block_size": "large"}}, "aio.block_size must be a whole number in 1..1099511627776"),
+    ({"aio": {"queue_depth": True}}, "aio.queue_depth must be a whole number"),
+    ({"zero_force_ds_cpu_optimizer": "no"}, "zero_force_ds_cpu_optimizer must be true or false"),
+    ({"zero_optimization": {"stage": "auto"}}, 'zero_optimization.stage must be a value, .*got "auto"'),
+    ({"zero_optimization": {"offload_param": None}}, "offload_param must be an object of keys, got null"),
+    ({"fp16": {"loss_scale": float("nan")}}, "not JSON: NaN is no number"),
+    ({"k" * 100_000: 1}, "is not a key that the JSON may have"),
+]
+
+
+@pytest.mark.parametrize(("content", "fragment"), NOT_ALLOWED, ids=lambda case: str(case)[:60])
+def test_deepspeed_json_is_an_allow_list(content: dict[str, object], fragment: str, tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=fragment) as caught:
+        load_deepspeed_json(str(path))
+    assert str(caught.value).startswith(str(path))
+    assert len(str(caught.value)) < 700
+
+
+def test_shipped_deepspeed_json_is_allowed() -> None:
+    shipped = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
+    assert len(shipped) >= 7
+    for path in shipped:
+        assert load_deepspeed_json(str(path)) == json.loads(path.read_text())
+
+
 def test_deepspeed_json_is_sought_in_two_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     repository = Path(__file__).parents[2]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from dpa_ds.cli.args import fields_of, option, refuse_unknown
 from dpa_ds.config.load import load_config
+from dpa_ds.config.paths import expand
 from dpa_ds.config.schema import RunConfig
 from dpa_ds.config.validate import diff_configs, fingerprint_sections
 from dpa_ds.errors import ConfigError
@@ -50,7 +51,7 @@ def load_run_config(options: RunOptions, others: Sequence[str]) -> RunConfig:
             is not fixed.
     """
     _check_words(options, others)
-    run_dir = Path(options.run).expanduser()
+    run_dir = expand(options.run, "--run")
     recipe = run_dir / "config.yaml"
     if not os.path.isfile(recipe):  # unlike Path.is_file it takes any path
         raise ConfigError(

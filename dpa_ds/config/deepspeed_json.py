@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from dpa_ds.config.fields import nearest
+from dpa_ds.config.paths import expand
 from dpa_ds.config.ranges import Requirement
 from dpa_ds.config.validate import REPOSITORY, read_text, show
 from dpa_ds.errors import ConfigError
@@ -195,7 +196,7 @@ def _remedy_for(key: str, section: str) -> str:
 
 
 def _find(path: str) -> Path:
-    given = Path(path).expanduser()
+    given = expand(path, "engine.deepspeed_config")
     tried = []
     for candidate in (given, REPOSITORY / given):
         if candidate.exists():

@@ -3,14 +3,14 @@
 import argparse
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jsonargparse
 import yaml
 
 from dpa_ds.config.fields import FIELDS, SECTIONS, alternatives, check_key, construct, describe, takes_scalar
+from dpa_ds.config.paths import PATH_FIELDS, expand
 from dpa_ds.config.recipe_yaml import RecipeLoader, dump_yaml, load_yaml
 from dpa_ds.config.schema import RunConfig
 from dpa_ds.config.validate import flatten, read_text, show, validate
@@ -80,7 +80,7 @@ def load_config(argv: Sequence[str]) -> RunConfig:
     namespace = _parse_command_line(parser, given, namespace)
     config: RunConfig = construct(RunConfig, namespace.as_dict())
     validate(config)
-    return config
+    return _expand_paths(config)
 
 
 def to_yaml(config: RunConfig) -> str:
@@ -93,6 +93,26 @@ def to_yaml(config: RunConfig) -> str:
             node = node.setdefault(section, {})
         node[leaf] = value
     return dump_yaml(tree)
+
+
+def _expand_paths(config: RunConfig) -> RunConfig:
+    """With home directories and environment variables replaced in the paths that every host shares."""
+    for key in PATH_FIELDS:
+        section, _, name = key.rpartition(".")
+        owner = getattr(config, section) if section else config
+        text = getattr(owner, name)
+        if text is None:
+            continue
+        changed = replace(owner, **{name: _expand_path(text, key)})
+        config = replace(config, **{section: changed}) if section else changed
+    return config
+
+
+def _expand_path(text: str, key: str) -> str:
+    """`text` itself where there is nothing to replace: a Path would drop `./` and the end of `a/`."""
+    if "~" not in text and "$" not in text:
+        return text
+    return str(expand(text, key))
 
 
 def _split(argv: Sequence[str]) -> _CommandLine:
@@ -129,7 +149,7 @@ def _split(argv: Sequence[str]) -> _CommandLine:
 
 def _read_recipe(path: str) -> _Source:
     """ConfigError for what cannot be read or is no plain YAML mapping of known keys."""
-    text = read_text(Path(path).expanduser(), "--config", "give a recipe such as those in launch/recipes/")
+    text = read_text(expand(path, "--config"), "--config", "give a recipe such as those in launch/recipes/")
     source = _Source(path)
     try:
         loader = RecipeLoader(text)

@@ -9,6 +9,7 @@ from typing import TextIO
 
 from transformers import TextStreamer
 
+from dpa_ds.config.paths import expand
 from dpa_ds.config.schema import RunConfig
 from dpa_ds.data.tables import read_rows, reading
 from dpa_ds.data.tokenize import tokenize_prompts
@@ -56,7 +57,7 @@ def generate(
         raise ConfigError("--prompt is empty: write a question, or leave --prompt out to be asked for one")
     prompts = []
     if input_path is not None:  # before the base, whose loading takes much longer
-        prompts = read_prompts(Path(input_path).expanduser(), config.data.instruction_column)
+        prompts = read_prompts(expand(input_path, "--input"), config.data.instruction_column)
 
     weighting = resolve_weighting(config.weighting, config.method, len(existing))
     base = place_base(

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from dpa_ds.config.paths import expand
 from dpa_ds.config.schema import ModelConfig
 from dpa_ds.distributed.device import free_memory
 from dpa_ds.errors import ConfigError, ModelError
@@ -65,13 +66,13 @@ def resolve_model(config: ModelConfig, cache_dir: str) -> Path:
     Raises:
         ModelError: nothing usable is there.
     """
-    path = Path(config.path).expanduser()
+    path = expand(config.path, "model.path")
     if path.is_file():
         from dpa_ds.model.gguf.convert import convert_gguf
 
         stat = path.stat()
         key = hashlib.sha256(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:16]
-        return convert_gguf(path, Path(cache_dir).expanduser() / "models" / f"{path.stem}-{key}")
+        return convert_gguf(path, expand(cache_dir, "data.cache_dir") / "models" / f"{path.stem}-{key}")
     directory = path if path.is_dir() else _from_hub(config.path)
     check_directory(directory)
     return directory

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpa_ds.config.deepspeed_json import check_deepspeed_owner, load_deepspeed_json
-from dpa_ds.config.fields import FIELDS, RENAMED
+from dpa_ds.config.fields import FIELDS, RENAMED, REQUIREMENTS, alternatives
 from dpa_ds.config.load import load_config, to_yaml
+from dpa_ds.config.paths import expand
 from dpa_ds.config.ranges import within
 from dpa_ds.config.schema import (
     ClusterConfig,
@@ -243,8 +244,8 @@ def test_a_server_optimizer_with_momentum_is_accepted(tmp_path: Path) -> None:
 
 def test_a_field_says_in_words_what_it_demands() -> None:
     demanded = {item.name: item.metadata.get("requirement") for item in fields(ClusterConfig)}
-    assert demanded["timeout_seconds"] == "must be > 0 and must be at most 31536000, a year"
-    assert demanded["group"] == "must be >= 0, or null for all groups in one job"
+    assert demanded["timeout_seconds"] == "must be > 0 and must be at most 31536000"
+    assert demanded["group"] == "must be >= 0, or null for all groups in one job and must be at most 1000000"
     assert demanded["device"] is None
 
 
@@ -255,6 +256,60 @@ def test_an_interval_is_tested_as_it_is_written(low: int, width: int, left: str,
     demand = within(f"{left}{low}, {high}{right}")
     assert demand["requirement"] == f"must be in {left}{low}, {high}{right}"
     assert [check.holds(value) for check in demand["checks"]] == [is_inside]
+
+
+def test_every_number_of_a_recipe_has_an_upper_bound() -> None:
+    """One too many zeros must not fill memory or hours without a word."""
+    numbers = [key for key, kind in FIELDS.items() if int in alternatives(kind) or float in alternatives(kind)]
+    numbers.remove("cluster.ranks_per_group")  # compared with the ranks that there are
+    assert len(numbers) > 35
+    unbounded = [key for key in numbers if all(demand.holds(10**31) for demand in REQUIREMENTS.get(key, ()))]
+    assert unbounded == []
+
+
+HUGE = ("federation.num_rounds", "train.max_steps", "train.local_epochs", "data.partition.num_clients")
+
+
+@pytest.mark.parametrize("key", HUGE)
+def test_a_huge_number_is_refused_with_its_bound(key: str, tmp_path: Path) -> None:
+    assert re.search(
+        rf"{re.escape(key)} must be at most \d+, got 1000000000", refuse(tmp_path, BASE, f"--{key}=1000000000")
+    )
+
+
+def test_paths_begin_at_home_and_hold_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("SCRATCH", "/scratch")
+    text = "model: {path: ~/m}\ndata: {path: $SCRATCH/d, test_path: '${SCRATCH}/t.json'}\noutput_dir: $HOME/x\n"
+    config = load(tmp_path, text, "--engine.deepspeed_config=~/ds.json")
+    assert str(config.run_dir) == "/home/me/x/run"
+    assert (config.model.path, config.data.path, config.data.test_path) == (
+        "/home/me/m",
+        "/scratch/d",
+        "/scratch/t.json",
+    )
+    assert config.engine.deepspeed_config == "/home/me/ds.json"
+    assert config.data.cache_dir == "~/.cache/dpa_ds"  # of each host
+    assert load(tmp_path, to_yaml(config)) == config
+
+
+@pytest.mark.parametrize("key", ["output_dir", "model.path", "data.path", "data.test_path", "engine.deepspeed_config"])
+@pytest.mark.parametrize("path", ["~nouser/x", "$DPA_DS_NOT_SET/x", "a/${DPA_DS_NOT_SET}"])
+def test_no_folder_is_called_like_a_variable(key: str, path: str, tmp_path: Path) -> None:
+    message = refuse(tmp_path, BASE, f"--{key}={path}")
+    assert f"{key} must name a home directory that exists (~) and variables that are set ($NAME), got" in message
+
+
+def test_a_path_on_the_command_line_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=r"--run: ~nouser is no home directory here: .* got '~nouser/runs'"):
+        expand("~nouser/runs", "--run")
+    with pytest.raises(ConfigError, match=r"--run: \$DPA_DS_NOT_SET is not set: set it, or write the path out"):
+        expand("$DPA_DS_NOT_SET/x", "--run")
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", lambda user: {}[user])  # a container with a user that nobody knows
+    with pytest.raises(ConfigError, match=r"data.cache_dir: ~ is no home directory here"):
+        expand("~/.cache", "data.cache_dir")
+    assert expand("./~x/a$", "--run") == Path("~x/a$")
 
 
 def test_no_recipe_says_how_to_give_one() -> None:

@@ -127,6 +127,12 @@ def load_base(
             model = _load_whole(config, directory, device)
     except (OSError, ValueError, RuntimeError, SafetensorError, ImportError) as error:
         raise ModelError(f"cannot load a causal LM from {directory}: {str(error).strip().splitlines()[0]}") from error
+    except (LookupError, TypeError, AttributeError, AssertionError, ArithmeticError) as error:
+        # Nonsense in the config, such as a hidden_act that nobody knows, as transformers and torch meet it.
+        raise ModelError(
+            f"{directory}/config.json describes no model that can be built ({type(error).__name__}: "
+            f"{' '.join(str(error).split())[:200]}): correct it, or download the model again"
+        ) from error
     model.config.use_cache = False
     if config.gradient_checkpointing:
         # ZeRO-3 empties parameters between forward and recomputation; the non-reentrant kind checks their shapes.
@@ -152,6 +158,7 @@ def _load_whole(config: ModelConfig, directory: Path, device: torch.device) -> P
         device_map={"": device},
         use_safetensors=True,
         local_files_only=True,
+        trust_remote_code=False,
         ignore_mismatched_sizes=True,  # to name them here: transformers' own error says "see the above report"
         output_loading_info=True,
     )
@@ -170,10 +177,13 @@ def _load_whole(config: ModelConfig, directory: Path, device: torch.device) -> P
 def _load_partitioned(config: ModelConfig, directory: Path, deepspeed_json: Mapping[str, Any]) -> PreTrainedModel:
     import deepspeed
 
-    hf_config = AutoConfig.from_pretrained(directory, local_files_only=True)
+    hf_config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     with no_init_weights(), deepspeed.zero.Init(config_dict_or_path=dict(deepspeed_json)):
         model = AutoModelForCausalLM.from_config(
-            hf_config, dtype=DTYPES[config.precision], attn_implementation=config.attention
+            hf_config,
+            dtype=DTYPES[config.precision],
+            attn_implementation=config.attention,
+            trust_remote_code=False,
         )
     model.tie_weights()  # part of the initialisation that was skipped
     _restore_computed_buffers(model)

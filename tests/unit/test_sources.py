@@ -60,6 +60,27 @@ BAD_ROWS: list[tuple[str, dict[str, Any], str]] = [
 ]
 
 
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("x\nerror: not really", r"x\nerror: not really"),
+        ("\x1b[31mred\x9b0m\x7f", r"\x1b[31mred\x9b0m\x7f"),
+        ("a\u2028b\u202egnp", r"a\u2028b\u202egnp"),
+        ("a\\nb", r"a\\nb"),  # else two tasks would become one
+        ("Frage und Antwort: é 漢 \u3000 \u200d🦊", "Frage und Antwort: é 漢 \u3000 \u200d🦊"),
+    ],
+)
+def test_names_of_tasks_and_clients_are_printable(name: str, shown: str, tmp_path: Path) -> None:
+    table = tmp_path / "rows.json"
+    table.write_text(json.dumps([{"instruction": "a", "output": "b", "category": name}]))
+    partition = PartitionConfig(kind="column", column="category")
+    config = DataConfig(format="table", path=str(table), test_path=str(table), partition=partition)
+    assert list_clients(config, 0) == [shown]
+    (client,) = read_clients(config, 0, [0])
+    assert (client.name, client.train[0].task, client.held_out[0].task) == (shown, shown, shown)
+    assert read_test_rows(config, 0, "test")[0].task == shown
+
+
 @pytest.mark.parametrize(("row", "message"), [case[1:] for case in BAD_ROWS], ids=[case[0] for case in BAD_ROWS])
 def test_bad_rows(tmp_path: Path, row: dict[str, Any], message: str) -> None:
     write_feddpa(tmp_path, [[ROWS[0], row]], None)

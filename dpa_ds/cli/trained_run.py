@@ -59,7 +59,7 @@ def load_run_config(options: RunOptions, others: Sequence[str]) -> RunConfig:
         )
     base = ["--config", str(recipe), f"--name={run_dir.absolute().name}", f"--output_dir={run_dir.absolute().parent}"]
     trained = fingerprint_sections(load_config(base))
-    config = load_config([*base, *_overrides(options), *others])
+    config = load_config([*base, *_overrides(options, others), *others])
     changed = {key: value for key, value in fingerprint_sections(config).items() if key not in _MAY_DIFFER}
     differences = diff_configs({key: trained[key] for key in changed}, changed)
     if differences:
@@ -82,12 +82,13 @@ def _check_words(options: RunOptions, others: Sequence[str]) -> None:
             refuse_unknown([word], type(options), also=["section.field"])
 
 
-def _overrides(options: RunOptions) -> list[str]:
-    """The program's own options as overrides of the recipe."""
+def _overrides(options: RunOptions, others: Sequence[str]) -> list[str]:
+    """The program's own options as overrides of the recipe, but for what the user gives by the field's name."""
+    given = {word.removeprefix("--").partition("=")[0] for word in others if word.startswith("--")}
     words = []
     for field in fields_of(type(options)):
         key, value = field.metadata["sets"], getattr(options, field.name)
-        if not key or value is None:
+        if not key or value is None or key in given:
             continue
         if isinstance(value, tuple):
             value = f"[{','.join(value)}]"

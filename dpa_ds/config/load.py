@@ -2,7 +2,7 @@
 
 import argparse
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -83,6 +83,18 @@ def load_config(argv: Sequence[str]) -> RunConfig:
     return _expand_paths(config)
 
 
+def with_overrides(argv: Sequence[str], values: Mapping[str, object]) -> list[str]:
+    """A command line with these fields set, whatever it said of them: no field may be given twice."""
+    given = _split(argv)
+    words = [f"--config={path}" for path in given.recipes]
+    for key, text in given.overrides:
+        if key not in values:
+            words.append(f"--{key}={text}")
+    for key, value in values.items():
+        words.append(f"--{key}={value}")
+    return [*words, *given.flags]
+
+
 def to_yaml(config: RunConfig) -> str:
     """The complete recipe; `load_config` of it gives an equal RunConfig."""
     tree: dict[str, Any] = {}
@@ -126,7 +138,7 @@ def _split(argv: Sequence[str]) -> _CommandLine:
             given.flags.append(argument)
             continue
         if argument == "--profile":
-            given.overrides.append(("tracking.profile", "true"))
+            _add_override(given, "tracking.profile", "true")
             continue
         if not argument.startswith("--") or not name:
             raise ConfigError(
@@ -141,10 +153,21 @@ def _split(argv: Sequence[str]) -> _CommandLine:
                 raise ConfigError(f"--{name} needs a value: --{name} VALUE or --{name}=VALUE")
             value = rest.pop(0)
         if name == "config":
+            if not value.strip():
+                raise ConfigError("--config is empty: give a recipe such as those in launch/recipes/")
             given.recipes.append(value)
         elif not of_launcher:
-            given.overrides.append((name, value))
+            _add_override(given, name, value)
     return given
+
+
+def _add_override(given: _CommandLine, key: str, value: str) -> None:
+    for known, before in given.overrides:
+        if known == key:
+            raise ConfigError(
+                f"{_COMMAND_LINE}: --{key} is given twice ({show(before, 30)} and {show(value, 30)}): keep one"
+            )
+    given.overrides.append((key, value))
 
 
 def _read_recipe(path: str) -> _Source:

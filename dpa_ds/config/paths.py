@@ -27,6 +27,8 @@ def expand(text: str, given: str) -> Path:
         ConfigError: no such home directory, or the variable is not set.
     """
     fault = _fault(text)
+    if not text.strip():
+        fault = "must be a path"
     if fault is not None:
         raise ConfigError(f"{given}: {fault}, got {text[:80]!r}")
     return Path(_expand(text))

@@ -157,8 +157,15 @@ def _group_problems(cluster: ClusterConfig) -> Iterator[str]:
         yield "cluster.num_groups has no effect without cluster.group: set cluster.ranks_per_group instead"
     if cluster.num_groups is not None and cluster.group is not None and cluster.group >= cluster.num_groups:
         yield f"cluster.group must be in 0..{cluster.num_groups - 1} (cluster.num_groups), got {cluster.group}"
-    if cluster.rendezvous is not None and not re.fullmatch(r"[^\s:]+:\d{1,5}", cluster.rendezvous):
-        yield f"cluster.rendezvous must be host:port, such as node1:29600, got {show(cluster.rendezvous)}"
+    if cluster.rendezvous is not None and not _is_address(cluster.rendezvous):
+        yield (
+            f"cluster.rendezvous must be host:port, such as node1:29600 or [::1]:29600, got {show(cluster.rendezvous)}"
+        )
+
+
+def _is_address(text: str) -> bool:
+    match = re.fullmatch(r"(?:[^\s:/\[\]]+|\[[^\s/\[\]]+\]):([0-9]{1,5})", text)
+    return match is not None and 0 < int(match[1]) < 65536
 
 
 def _partition_problems(data: DataConfig) -> Iterator[str]:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from dpa_ds.config.deepspeed_json import check_deepspeed_owner, load_deepspeed_json
 from dpa_ds.config.fields import FIELDS, RENAMED, REQUIREMENTS, alternatives
-from dpa_ds.config.load import load_config, to_yaml
+from dpa_ds.config.load import load_config, to_yaml, with_overrides
 from dpa_ds.config.paths import expand
 from dpa_ds.config.ranges import within
 from dpa_ds.config.schema import (
@@ -68,6 +68,18 @@ BAD_OVERRIDES = [
     (["--train.batch_size"], "--train.batch_size needs a value"),
     (["--train.batch_size", "--seed=1"], "--train.batch_size needs a value"),
     (["--config"], "--config needs a value"),
+    (["--config", ""], "--config is empty: give a recipe such as those in launch/recipes/"),
+    (["--config= "], "--config is empty"),
+    (["--seed=1", "--seed", "2"], 'command line: --seed is given twice ("1" and "2"): keep one'),
+    (["--profile", "--tracking.profile=false"], '--tracking.profile is given twice ("true" and "false"): keep one'),
+    (
+        ["--cluster.rendezvous=node1:0", "--cluster.group=0"],
+        "cluster.rendezvous must be host:port, such as node1:29600",
+    ),
+    (["--cluster.rendezvous=node1:99999", "--cluster.group=0"], "cluster.rendezvous must be host:port, such as node1"),
+    (["--cluster.rendezvous=node1:٣", "--cluster.group=0"], "cluster.rendezvous must be host:port"),
+    (["--cluster.rendezvous=::1:29600", "--cluster.group=0"], "such as node1:29600 or [::1]:29600, got"),
+    (["--cluster.rendezvous=[::1]", "--cluster.group=0"], "cluster.rendezvous must be host:port"),
     (["--print_config=nonsense"], 'Invalid option "nonsense"'),
     (["--train.batch_size=true"], "command line: train.batch_size must be a whole number, got true"),
     (["--seed=1:30"], 'seed must be a whole number, got "1:30"'),
@@ -258,6 +270,18 @@ def test_an_interval_is_tested_as_it_is_written(low: int, width: int, left: str,
     assert [check.holds(value) for check in demand["checks"]] == [is_inside]
 
 
+@pytest.mark.parametrize("address", ["node1:29600", "10.0.0.1:1", "[::1]:29600", "[fe80::1%eth0]:65535"])
+def test_addresses_of_a_rendezvous(address: str, tmp_path: Path) -> None:
+    assert load(tmp_path, BASE, "--cluster.group=0", f"--cluster.rendezvous={address}").cluster.rendezvous == address
+
+
+def test_a_composed_command_line_gives_each_field_once(tmp_path: Path) -> None:
+    words = with_overrides(
+        ["--config", "a.yaml", "--seed", "1", "--name=x", "--config=b.yaml"], {"seed": 2, "lora.rank": 4}
+    )
+    assert words == ["--config=a.yaml", "--config=b.yaml", "--name=x", "--seed=2", "--lora.rank=4"]
+
+
 def test_every_number_of_a_recipe_has_an_upper_bound() -> None:
     """One too many zeros must not fill memory or hours without a word."""
     numbers = [key for key, kind in FIELDS.items() if int in alternatives(kind) or float in alternatives(kind)]
@@ -309,6 +333,8 @@ def test_a_path_on_the_command_line_names_what_is_missing(monkeypatch: pytest.Mo
     monkeypatch.setattr("pwd.getpwuid", lambda user: {}[user])  # a container with a user that nobody knows
     with pytest.raises(ConfigError, match=r"data.cache_dir: ~ is no home directory here"):
         expand("~/.cache", "data.cache_dir")
+    with pytest.raises(ConfigError, match="--run: must be a path, got ''"):
+        expand("", "--run")
     assert expand("./~x/a$", "--run") == Path("~x/a$")
 
 
@@ -373,7 +399,7 @@ def test_overrides_win_over_recipes_and_later_recipes_over_earlier(tmp_path: Pat
     second = tmp_path / "second.yaml"
     second.write_text("train: {batch_size: 2, max_steps: 2}\n")
     text = BASE + "train: {batch_size: 1, max_steps: 1, learning_rate: 0.5}\nlora: {rank: 4}\n"
-    config = load(tmp_path, text, "--train.max_steps=3", "--config", str(second), "--seed", "1", "--seed=2")
+    config = load(tmp_path, text, "--train.max_steps=3", "--config", str(second), "--seed", "2")
     assert (config.train.batch_size, config.train.max_steps, config.train.learning_rate) == (2, 3, 0.5)
     assert (config.lora.rank, config.lora.alpha, config.seed) == (4, 16.0, 2)
     assert type(config.train) is TrainConfig

@@ -24,6 +24,7 @@ from typing import Any, Literal, NoReturn, TypeVar
 import docstring_parser
 
 from dpa_ds.config.fields import alternatives, describe
+from dpa_ds.config.validate import check_utf8
 from dpa_ds.errors import ConfigError
 
 Options = TypeVar("Options")
@@ -75,9 +76,12 @@ def parse(argv: Sequence[str], options: type[Options], start: str) -> tuple[Opti
         start: how the program is started, such as `deepspeed launch/evaluate.py`.
 
     Raises:
-        ConfigError: an option without a value, with a wrong one, given twice, or one that is missing.
+        ConfigError: an option without a value, with a wrong one, given twice, or one that is missing; a word that is
+            not UTF-8.
         SystemExit: status 0 after --help, which prints to stdout.
     """
+    for word in argv:
+        check_utf8(word)
     try:
         namespace, others = _build_parser(options, start).parse_known_args(list(argv))
     except argparse.ArgumentError as error:

@@ -38,6 +38,7 @@ from dpa_ds.federation.aggregation.base import LeaderState, ServerOptimizer, Ser
 from dpa_ds.federation.aggregation.pipeline import build_aggregation
 from dpa_ds.federation.clients import ClientBuilder, HostedClient, client_names, embed_references
 from dpa_ds.federation.loop import run_rounds
+from dpa_ds.federation.progress import checked
 from dpa_ds.federation.round_evaluation import RoundEvaluation
 from dpa_ds.federation.round_state import RoundCommit, RoundSaving, RoundState
 from dpa_ds.federation.session import RoundTimer, Session
@@ -47,7 +48,7 @@ from dpa_ds.model.base import check_precision, load_base, resolve_model
 from dpa_ds.model.directory import load_tokenizer, model_fingerprint
 from dpa_ds.runs.folder import MODEL, RunFolder
 from dpa_ds.runs.resume import RunLock, find_resume_round
-from dpa_ds.runs.storage import BackgroundWriter, write_file
+from dpa_ds.runs.storage import BackgroundWriter, well_formed, write_file
 from dpa_ds.runs.tracking import Tracker, logger, setup_logging
 
 GLOBAL_SEED = 0
@@ -273,14 +274,28 @@ def restore_server_state(
         round_dir = place.folder.round_dir(place.completed_rounds)
         raise CheckpointError(f"{round_dir} has no global adapter: delete it")
     adapters.check_shapes(GLOBAL, saved.weights)
-    mean = saved.extras.get("reference_mean", {"reference_mean": reference_mean, "weight": torch.zeros(1)})
-    return ServerState(
-        adapter=saved.weights,
-        reference_mean=mean["reference_mean"],
-        reference_weight=float(mean["weight"]),
-        optimizer=saved.extras.get("server_optimizer", {}),
-        scalars=saved.info["scalars"],
-    )
+    round_dir = place.folder.round_dir(place.completed_rounds)
+    with well_formed(round_dir / GLOBAL, f"delete {round_dir} to continue from the round before"):
+        mean = saved.extras.get("reference_mean", {"reference_mean": reference_mean, "weight": torch.zeros(1)})
+        _check_shapes({"reference_mean": mean["reference_mean"]}, {"reference_mean": reference_mean})
+        optimizer = saved.extras.get("server_optimizer", {})
+        _check_shapes(optimizer, server_optimizer.initial_tensors(saved.weights))
+        return ServerState(
+            adapter=saved.weights,
+            reference_mean=mean["reference_mean"],
+            reference_weight=float(mean["weight"]),
+            optimizer=optimizer,
+            scalars=checked(saved.info["scalars"], dict[str, float], "scalars"),
+        )
+
+
+def _check_shapes(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
+    """Raise ValueError unless the names and shapes are those expected, and all numbers finite."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
+    if shapes != {name: tuple(tensor.shape) for name, tensor in expected.items()}:
+        raise ValueError(f"tensors {str(shapes)[:80]}")
+    if not all(tensor.isfinite().all() for tensor in found.values()):
+        raise ValueError("NaN or infinity")
 
 
 def host_clients(

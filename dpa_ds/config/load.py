@@ -13,7 +13,7 @@ from dpa_ds.config.fields import FIELDS, SECTIONS, alternatives, check_key, cons
 from dpa_ds.config.paths import PATH_FIELDS, expand
 from dpa_ds.config.recipe_yaml import RecipeLoader, dump_yaml, load_yaml
 from dpa_ds.config.schema import RunConfig
-from dpa_ds.config.validate import flatten, read_text, show, validate
+from dpa_ds.config.validate import check_utf8, flatten, read_text, show, validate
 from dpa_ds.errors import ConfigError
 
 _USAGE = "deepspeed launch/run.py --config RECIPE [--section.field VALUE ...]"
@@ -133,6 +133,7 @@ def _split(argv: Sequence[str]) -> _CommandLine:
     rest = list(argv)
     while rest:
         argument = rest.pop(0)
+        check_utf8(argument)
         name, has_value, value = argument.removeprefix("--").partition("=")
         if argument in ("-h", "--help") or (argument.startswith("--") and name == "print_config"):
             given.flags.append(argument)

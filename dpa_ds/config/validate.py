@@ -100,11 +100,24 @@ def show(value: Any, limit: int = 80) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
+def check_utf8(word: str) -> None:
+    """ConfigError for a word of the command line that no file of ours, and no tokenizer, could take."""
+    try:
+        word.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            f"{ascii(word)[:80]} on the command line is not UTF-8 (character {error.start}): type it in a terminal "
+            "that is set to UTF-8, or rename the file"
+        ) from error
+
+
 def read_text(path: Path, what: str, remedy: str) -> str:
     """Text of a file of at most MAX_FILE_BYTES; ConfigError `what: reason: remedy` if it cannot be had."""
     try:
-        if path.is_fifo():  # opening it would wait for a writer
-            raise ConfigError(f"{what}: {path} is a pipe, not a regular file: {remedy}")
+        # Opening a pipe would wait for a writer, and reading a terminal for somebody who types.
+        if path.exists() and not path.is_file() and not path.is_dir():
+            kind = "pipe" if path.is_fifo() else "device"
+            raise ConfigError(f"{what}: {path} is a {kind}, not a regular file: {remedy}")
         with path.open("rb") as file:
             content = file.read(MAX_FILE_BYTES + 1)
         if len(content) > MAX_FILE_BYTES:

@@ -135,6 +135,14 @@ def pool_clients(clients: Sequence[ClientData]) -> ClientData:
 
 
 def _to_examples(rows: Sequence[Row], config: DataConfig) -> tuple[Example, ...]:
+    column = config.task_column
+    # The default may be missing: data need not name tasks. Another one was written for a reason.
+    if column not in (None, DataConfig.task_column) and rows and all(column not in row.values for row in rows):
+        names = ", ".join(repr(name) for name in rows[0].values)
+        raise DataError(
+            f"{rows[0].place}: neither this row nor one after it has the data.task_column {column!r}; columns are "
+            f"{names[:300]}: choose one of them, or null for data without tasks"
+        )
     return tuple(_to_example(row, config) for row in rows)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import re
 import shlex
 import statistics
@@ -18,7 +19,7 @@ from dpa_ds.distributed.launchers import MAX_RANKS
 from dpa_ds.errors import ConfigError
 from dpa_ds.experiments.stages import program_failed
 from dpa_ds.planning.round_model import Point, Work, fit, predict_without, simulate
-from dpa_ds.runs.storage import write_file
+from dpa_ds.runs.storage import UNREADABLE, write_file
 from dpa_ds.runs.tracking import read_records
 
 logger = logging.getLogger("dpa_ds")
@@ -100,8 +101,13 @@ class Plan:
             self.point(value)
         facts = self._facts()
         record = self.folder / "experiment.json"
+        if os.path.lexists(self.folder) and not self.folder.is_dir():
+            raise ConfigError(f"--output {self.folder} is a file, not a folder: give another, or move it away")
         if record.exists():
-            changed = diff_configs(json.loads(record.read_text()), facts)
+            try:
+                changed = diff_configs(dict(json.loads(record.read_text())), facts)
+            except UNREADABLE as error:
+                raise ConfigError(f"{record} cannot be read ({error}): give another --output, or delete it") from error
             if changed:
                 raise ConfigError(
                     f"{self.folder} holds the runs of another experiment ({'; '.join(changed)}): give another "
@@ -122,7 +128,7 @@ class Plan:
         arguments = list(self.recipe)
         if self.axis not in RANK_AXES:
             # The recipe alone may lack what is varied.
-            arguments.append(f"--{self.axis}={self.values[0]}")
+            arguments = with_overrides(arguments, {self.axis: self.values[0]})
         for name, value in flatten(load_config(arguments)).items():
             if name not in ("name", "output_dir", "resume", self.axis):
                 facts[name] = value

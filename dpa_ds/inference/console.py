@@ -165,7 +165,11 @@ def _typed_lines() -> Iterator[str]:
     while True:
         sys.stdout.write("> ")
         sys.stdout.flush()
-        line = sys.stdin.readline().strip()
+        try:
+            line = sys.stdin.readline().strip()
+            line.encode("utf-8")
+        except UnicodeError as error:
+            raise DataError("what was typed is not UTF-8: set the terminal to UTF-8") from error
         if not line:
             return
         yield line

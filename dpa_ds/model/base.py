@@ -171,6 +171,8 @@ def _load_whole(config: ModelConfig, directory: Path, device: torch.device) -> P
         )
     for name in sorted(report["missing_keys"]):  # transformers only warns, and draws the tensor at random
         raise ModelError(f"the checkpoint has no tensor {name!r}: it is incomplete, or belongs to another model")
+    for name, parameter in model.named_parameters():
+        _check_finite(name, parameter)
     return model
 
 
@@ -201,6 +203,15 @@ def _load_partitioned(config: ModelConfig, directory: Path, deepspeed_json: Mapp
     model.eval()
     assert isinstance(model, PreTrainedModel)
     return model
+
+
+def _check_finite(name: str, tensor: torch.Tensor) -> None:
+    """Raise ModelError for NaN or infinity: every client would diverge, and be asked to lower its learning rate."""
+    if not bool(torch.isfinite(tensor).all()):
+        raise ModelError(
+            f"tensor {name!r} of the base model has NaN or infinity: download it again, or, where model.precision is "
+            "fp16, choose one with a wider range"
+        )
 
 
 def _restore_computed_buffers(model: PreTrainedModel) -> None:
@@ -242,6 +253,7 @@ def _read_partition(stored: Any, name: str, parameter: torch.nn.Parameter) -> No
     row = numel // shape[0]  # elements of one slice along the first dimension
     rows = stored[start // row : -(-end // row)].reshape(-1)
     offset = start - start // row * row
+    _check_finite(name, rows)
     with torch.no_grad():
         partition.view(-1)[: end - start].copy_(rows[offset : offset + end - start])
         partition.view(-1)[end - start :].zero_()

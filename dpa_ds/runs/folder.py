@@ -14,6 +14,7 @@ frozen base is never written.
 import hashlib
 import importlib.metadata
 import json
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ from dpa_ds.runs.storage import (
     write_text,
 )
 
+_NUMBER = re.compile("[0-9]{1,9}")
 META, MODEL = "meta.json", "model.json"
 WEIGHTS = "adapter_model"
 PACKAGES = ("torch", "deepspeed", "transformers", "peft")
@@ -58,6 +60,12 @@ class SavedAdapter:
 def local_folder(client_id: int) -> str:
     """Name of a client's adapter in a round: `local/client_02`."""
     return f"{LOCAL}/client_{client_id:02d}"
+
+
+def _numbered(folder: Path) -> list[Path]:
+    """What lies in `folder` under a number, in the order of the numbers; what else a user may have put there is left
+    alone."""
+    return sorted((path for path in folder.glob("*") if _NUMBER.fullmatch(path.name)), key=lambda path: int(path.name))
 
 
 class RunFolder:
@@ -115,7 +123,8 @@ class RunFolder:
 
     def clients(self, server_round: int) -> list[int]:
         """Ids of the clients whose local adapters a complete round holds."""
-        return sorted(int(p.name.removeprefix("client_")) for p in self.round_dir(server_round).glob("local/client_*"))
+        names = [path.name.removeprefix("client_") for path in self.round_dir(server_round).glob("local/client_*")]
+        return sorted(int(name) for name in names if _NUMBER.fullmatch(name))
 
     def digest(self, server_round: int) -> str:
         """Which adapters a complete round holds, from the checksums that were saved with them: 16 hex digits."""
@@ -242,7 +251,7 @@ class RunFolder:
             kept: names of tensors that stay as they were saved before.
         """
         folder = self._progress(server_round, client)
-        older = sorted(folder.glob("[0-9]*"))
+        older = _numbered(folder)
         number = int(older[-1].name) + 1 if older else 0
         new = folder / f"{number:06d}"
         try:
@@ -264,7 +273,7 @@ class RunFolder:
     ) -> SavedFolder | None:
         """The newest whole progress of a client in a round, if there is one; `on_damage` is reported what was
         passed over."""
-        for folder in sorted(self._progress(server_round, client).glob("[0-9]*"), reverse=True):
+        for folder in reversed(_numbered(self._progress(server_round, client))):
             if (folder / STATE).exists():  # else the write was interrupted
                 try:
                     return read_folder(folder, "what came before it is used")

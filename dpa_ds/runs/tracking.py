@@ -14,7 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from dpa_ds.config.schema import TrackingConfig
-from dpa_ds.errors import storage_errors
+from dpa_ds.errors import CheckpointError, storage_errors
 
 logger = logging.getLogger("dpa_ds")
 
@@ -44,6 +44,9 @@ class Tracker:
     Args:
         run_dir: folder of the run, or None on ranks that write nothing.
         is_coordinator: whether this rank is the job's coordinator.
+
+    Raises:
+        CheckpointError: something else is where the TensorBoard events belong.
     """
 
     def __init__(self, run_dir: Path | None, is_coordinator: bool, config: TrackingConfig) -> None:
@@ -53,6 +56,13 @@ class Tracker:
         self._writers: dict[str, Any] = {}
         self._bar: tqdm[Any] | None = None
         self._last_line = time.monotonic()
+        if run_dir is not None and config.tensorboard:
+            events = run_dir / "tensorboard"
+            if os.path.lexists(events) and not events.is_dir():
+                raise CheckpointError(
+                    f"{events} is not the folder that curves are written to: move it away, or set tracking.tensorboard "
+                    "false"
+                )
 
     def drop_records_after(self, server_round: int) -> None:
         """Delete the records of rounds that will be run again, so that each round is recorded once.
@@ -136,9 +146,19 @@ class Tracker:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """Records of a metrics.jsonl. A line that is not a record, such as one cut off by a crash, is left out."""
+    """Records of a metrics.jsonl. A line that is not a record, such as one cut off by a crash, is left out.
+
+    Raises:
+        CheckpointError: the file is missing or cannot be read.
+    """
     records = []
-    for line in path.read_text(errors="replace").splitlines():
+    try:
+        lines = path.read_text(errors="replace").splitlines()
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({error.strerror}): restore it; the adapters of the run are not affected"
+        ) from error
+    for line in lines:
         try:
             record = json.loads(line)
         except (ValueError, RecursionError):

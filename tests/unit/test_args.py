@@ -58,6 +58,11 @@ def test_values_have_their_types() -> None:
     assert search("--text", "a")[0] == Search(text="a")
 
 
+def test_a_word_that_is_not_utf8() -> None:
+    with pytest.raises(ConfigError, match=r"on the command line is not UTF-8 .character 1.: type it in a terminal"):
+        search("--text", "a\udcff")
+
+
 def test_an_option_is_given_once() -> None:
     with pytest.raises(ConfigError, match="--text is given twice \\('a' and 'b'\\): keep one"):
         search("--text=a", "--text", "b")

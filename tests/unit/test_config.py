@@ -68,6 +68,7 @@ BAD_OVERRIDES = [
     (["--train.batch_size"], "--train.batch_size needs a value"),
     (["--train.batch_size", "--seed=1"], "--train.batch_size needs a value"),
     (["--config"], "--config needs a value"),
+    (["--name=\udcff"], r"'--name=\udcff' on the command line is not UTF-8 (character 7): type it in a terminal"),
     (["--config", ""], "--config is empty: give a recipe such as those in launch/recipes/"),
     (["--config= "], "--config is empty"),
     (["--seed=1", "--seed", "2"], 'command line: --seed is given twice ("1" and "2"): keep one'),
@@ -350,6 +351,7 @@ def test_no_recipe_says_how_to_give_one() -> None:
         (".", "is a directory"),
         ("binary", "not text in UTF-8"),
         ("a\0b", "cannot read"),
+        ("/dev/zero", "is a device, not a regular file"),
     ],
 )
 def test_recipe_that_cannot_be_read(name: str, fragment: str, tmp_path: Path) -> None:

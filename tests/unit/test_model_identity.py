@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from dpa_ds.config.schema import ModelConfig
 from dpa_ds.errors import CheckpointError, ModelError
@@ -75,6 +76,16 @@ def test_nonsense_in_the_config_is_one_line(
     with pytest.raises(ModelError, match=fault) as caught:
         read_and_load(directory)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_a_base_that_is_not_finite(number: float, model: Path, tmp_path: Path) -> None:
+    directory = Path(shutil.copytree(model, tmp_path / "llama"))
+    tensors = load_file(directory / "model.safetensors")
+    tensors["model.norm.weight"][3] = number
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"tensor 'model.norm.weight' of the base model has NaN or infinity: download"):
+        read_and_load(directory)
 
 
 def flip_a_weight(folder: Path) -> None:

@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -13,7 +14,7 @@ import torch
 import dpa_ds
 from dpa_ds.federation.progress import ClientState
 from dpa_ds.runs.folder import RunFolder
-from dpa_ds.runs.storage import BackgroundWriter
+from dpa_ds.runs.storage import BackgroundWriter, read_info, write_folder
 from tests.unit.round_state_for_tests import make_round_state, one_client
 
 ADAPTER = {"a.lora_A.weight": torch.ones(2, 3)}
@@ -68,6 +69,48 @@ def test_damage_is_passed_over_aloud(saved: Path, tmp_path: Path, caplog: pytest
         assert restored_step(tmp_path) == 0
     said = [record.getMessage() for record in caplog.records]
     assert said == [f"{file} is damaged (checksum differs): what came before it is used"]
+
+
+MALFORMED = [
+    {"phase": "one"},
+    {"phase": -1},
+    {"inside": []},
+    {"inside": {"step": 2}},
+    {"inside": {"step": True, "losses": [], "norms": [], "num_skipped": 0, "scaler": {}}},
+    {"inside": {"step": 2, "losses": ["low"], "norms": [], "num_skipped": 0, "scaler": {}}},
+    {"metrics": {}},
+    {"counts_references": 1},
+    {"steps_taken": {"global": 1}},
+    {"steps_taken": [1, 1]},
+    {"loss_scale": None},
+    {"has_local_optimizer": "yes"},
+]
+
+
+@pytest.mark.parametrize("change", MALFORMED, ids=str)
+def test_whole_but_malformed_progress_is_passed_over_aloud(
+    change: dict[str, Any], saved: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    info = read_info(saved, "")
+    write_folder(saved, {}, info | change)
+    with caplog.at_level(logging.WARNING):
+        assert restored_step(tmp_path) == 0
+    (record,) = caplog.records
+    assert "the progress of client 0 holds what no run writes" in record.message
+    assert record.message.endswith("it starts the round from scratch")
+
+
+def test_other_names_among_the_progress_are_left_alone(saved: Path, tmp_path: Path) -> None:
+    stranger = saved.with_name("9x")
+    stranger.mkdir()
+    assert restored_step(tmp_path) == 2
+    client = one_client(ClientState(ADAPTER, NUM_STEPS))
+    with BackgroundWriter() as writer:
+        rounds = make_round_state(tmp_path, writer)
+        rounds.open(client).inside.step = 3
+        rounds.save(client, 1)
+    assert restored_step(tmp_path) == 3
+    assert stranger.is_dir()
 
 
 def test_an_update_that_was_handed_over_is_kept_on_disk(tmp_path: Path) -> None:

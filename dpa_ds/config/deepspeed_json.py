@@ -45,7 +45,7 @@ def _is_float_type(value: Any) -> bool:
 
 
 def _is_no_placeholder(value: Any) -> bool:
-    return value != "auto"
+    return not isinstance(value, str) or value != "auto"
 
 
 _BOOL = Requirement("must be true or false", _is_bool)

@@ -3,7 +3,7 @@
 import argparse
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import jsonargparse
@@ -78,9 +78,11 @@ def load_config(argv: Sequence[str]) -> RunConfig:
     for path in given.recipes:
         namespace = _parse_recipe(parser, _read_recipe(path), namespace)
     namespace = _parse_command_line(parser, given, namespace)
-    config: RunConfig = construct(RunConfig, namespace.as_dict())
-    validate(config)
-    return _expand_paths(config)
+    tree = namespace.as_dict()
+    validate(construct(RunConfig, tree))
+    _expand_paths(tree)
+    config: RunConfig = construct(RunConfig, tree)
+    return config
 
 
 def with_overrides(argv: Sequence[str], values: Mapping[str, object]) -> list[str]:
@@ -107,17 +109,15 @@ def to_yaml(config: RunConfig) -> str:
     return dump_yaml(tree)
 
 
-def _expand_paths(config: RunConfig) -> RunConfig:
-    """With home directories and environment variables replaced in the paths that every host shares."""
+def _expand_paths(tree: dict[str, Any]) -> None:
+    """Replace home directories and environment variables in the paths that every host shares."""
     for key in PATH_FIELDS:
-        section, _, name = key.rpartition(".")
-        owner = getattr(config, section) if section else config
-        text = getattr(owner, name)
-        if text is None:
-            continue
-        changed = replace(owner, **{name: _expand_path(text, key)})
-        config = replace(config, **{section: changed}) if section else changed
-    return config
+        *sections, name = key.split(".")
+        node = tree
+        for section in sections:
+            node = node[section]
+        if node[name] is not None:
+            node[name] = _expand_path(node[name], key)
 
 
 def _expand_path(text: str, key: str) -> str:

@@ -28,7 +28,7 @@ from dpa_ds.data.references import REPRESENTATIONS
 from dpa_ds.data.sources import NO_TASK
 from dpa_ds.distributed.job_store import JobStore
 from dpa_ds.distributed.topology import Topology, describe_rank, plan
-from dpa_ds.distributed.world import World, build_world, join_leaders
+from dpa_ds.distributed.world import World, build_world, check_rendezvous, join_leaders
 from dpa_ds.engine.engine import AdapterEngine, build_deepspeed_json
 from dpa_ds.engine.profiling import Profile
 from dpa_ds.errors import CheckpointError
@@ -92,6 +92,8 @@ def build_session(config: RunConfig, job: JobStore) -> Session:
         embed_references(clients, model.adapters, config.weighting, config.seed, model.pad_id, config.train)
     state = restore_server_state(place, model.adapters, aggregation.server_optimizer, config.seed)
     labels, trained_tasks = exchange_labels(job, world, clients, place.names)
+    if world.is_leader:
+        check_rendezvous(config.cluster.rendezvous, config.federation.timeout_seconds)
     # Everything that a user can get wrong was read by now: from here on the run exists.
     if world.is_coordinator:
         create_run(place, to_yaml(config), {"fingerprint": model.fingerprint, "path": config.model.path})

@@ -12,9 +12,11 @@ import pytest
 import torch
 
 import dpa_ds
+from dpa_ds.data.references import REPRESENTATIONS, References
+from dpa_ds.errors import CheckpointError
 from dpa_ds.federation.progress import ClientState
 from dpa_ds.runs.folder import RunFolder
-from dpa_ds.runs.storage import BackgroundWriter, read_info, write_folder
+from dpa_ds.runs.storage import BackgroundWriter, read_info, well_formed, write_folder
 from tests.unit.round_state_for_tests import make_round_state, one_client
 
 ADAPTER = {"a.lora_A.weight": torch.ones(2, 3)}
@@ -153,3 +155,29 @@ def test_a_checkout_that_was_never_installed_completes_a_round(tmp_path: Path, m
     meta = json.loads((tmp_path / "rounds" / "round_000001" / "meta.json").read_text())
     assert meta["versions"]["dpa_ds"] == dpa_ds.__version__
     assert meta["versions"]["torch"] == installed("torch")
+
+
+def test_references_that_no_run_wrote() -> None:
+    tensors = References([[1, 2], [3]], dict.fromkeys(REPRESENTATIONS, torch.ones(2, 4))).to_tensors()
+    assert References.from_tensors(tensors).prompts == [[1, 2], [3]]
+    changes: list[dict[str, torch.Tensor]] = [
+        {"lengths": torch.tensor([2, 2])},
+        {"lengths": torch.tensor([3, 0])},
+        {"lengths": torch.tensor([], dtype=torch.int32), "tokens": torch.tensor([], dtype=torch.int32)},
+        {"tokens": torch.tensor([1, -2, 3])},
+        {"tokens": torch.tensor([1.0, 2.0, 3.0])},
+        {"embeddings.mean": torch.ones(1, 4)},
+        {"embeddings.mean": torch.ones(2)},
+        {"embeddings.mean": torch.full((2, 4), float("nan"))},
+    ]
+    for change in changes:
+        with pytest.raises(CheckpointError, match="round_000001 holds what no run writes .*: delete it"):
+            read_references(tensors | change)
+    del tensors["embeddings.last_token"]
+    with pytest.raises(CheckpointError, match="KeyError"):
+        read_references(tensors)
+
+
+def read_references(tensors: dict[str, torch.Tensor]) -> None:
+    with well_formed("round_000001", "delete it"):
+        References.from_tensors(tensors)

@@ -25,7 +25,7 @@ def plan(recipe: list[str], axis: str, value: str, folder: Path) -> Plan:
 def test_the_output_is_a_file(recipe: list[str], tmp_path: Path) -> None:
     file = tmp_path / "scale"
     file.write_text("mine")
-    with pytest.raises(ConfigError, match="--output .*scale is a file, not a folder: give another, or move it away"):
+    with pytest.raises(ConfigError, match=r"--output .*scale is a file, not a folder: give another, or move it away"):
         plan(recipe, "ranks_per_group", "1", file).claim_folder()
     assert file.read_text() == "mine"
 

@@ -171,7 +171,7 @@ def test_references_that_no_run_wrote() -> None:
         {"embeddings.mean": torch.full((2, 4), float("nan"))},
     ]
     for change in changes:
-        with pytest.raises(CheckpointError, match="round_000001 holds what no run writes .*: delete it"):
+        with pytest.raises(CheckpointError, match=r"round_000001 holds what no run writes .*: delete it"):
             read_references(tensors | change)
     del tensors["embeddings.last_token"]
     with pytest.raises(CheckpointError, match="KeyError"):

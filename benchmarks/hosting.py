@@ -47,7 +47,7 @@ def main() -> None:
     print(where_and_when())
     measured: dict[int, list[Measured]] = {clients: [] for clients in args.clients}
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer = AutoTokenizer.from_pretrained(DEMO / "SmolLM2-135M-Instruct")
+        tokenizer = AutoTokenizer.from_pretrained(DEMO / "SmolLM2-135M-Instruct", trust_remote_code=False)
         model = write_model(Path(folder) / "model", Setting(64, 172, 2, vocab_size=len(tokenizer)))
         tokenizer.save_pretrained(model)
         for repeat in range(args.repeats):

@@ -20,8 +20,8 @@ class OneByOne:
     """A base with the adapters of one run, as plain PEFT loads them."""
 
     def __init__(self, model_dir: Path, adapters_dir: Path, num_beams: int, max_new_tokens: int) -> None:
-        self._base = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
-        self._tokenizer = AutoTokenizer.from_pretrained(model_dir, padding_side="left")
+        self._base = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, trust_remote_code=False)
+        self._tokenizer = AutoTokenizer.from_pretrained(model_dir, padding_side="left", trust_remote_code=False)
         self._tokenizer.pad_token = self._tokenizer.pad_token or self._tokenizer.eos_token
         self._adapters_dir = adapters_dir
         self._model = peft.PeftModel.from_pretrained(self._base, adapters_dir / "global", adapter_name="global")

@@ -96,7 +96,7 @@ def main() -> None:
 
 def write_models(folder: Path) -> None:
     """Those that are not there yet, each with the demo's tokenizer."""
-    tokenizer = AutoTokenizer.from_pretrained(DEMO / "SmolLM2-135M-Instruct")
+    tokenizer = AutoTokenizer.from_pretrained(DEMO / "SmolLM2-135M-Instruct", trust_remote_code=False)
     for name, setting in MODELS.items():
         if not (folder / name).exists():
             tokenizer.save_pretrained(folder / name)

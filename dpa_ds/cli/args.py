@@ -24,6 +24,7 @@ from typing import Any, Literal, NoReturn, TypeVar
 import docstring_parser
 
 from dpa_ds.config.fields import alternatives, describe
+from dpa_ds.config.validate import check_utf8
 from dpa_ds.errors import ConfigError
 
 Options = TypeVar("Options")
@@ -70,16 +71,17 @@ def positive_and_finite(value: float) -> bool:
 def parse(argv: Sequence[str], options: type[Options], start: str) -> tuple[Options, list[str]]:
     """The options of `argv`, `--name VALUE` or `--name=VALUE`, and all other words in order.
 
-    Of an option that is given twice, the later wins.
-
     Args:
         options: a frozen dataclass, every field of which is an `option`.
         start: how the program is started, such as `deepspeed launch/evaluate.py`.
 
     Raises:
-        ConfigError: an option without a value, with a wrong one, or one that is missing.
+        ConfigError: an option without a value, with a wrong one, given twice, or one that is missing; a word that is
+            not UTF-8.
         SystemExit: status 0 after --help, which prints to stdout.
     """
+    for word in argv:
+        check_utf8(word)
     try:
         namespace, others = _build_parser(options, start).parse_known_args(list(argv))
     except argparse.ArgumentError as error:
@@ -125,6 +127,23 @@ def name_of(field: dataclasses.Field[Any]) -> str:
     return field.name.rstrip("_")
 
 
+class _Once(argparse.Action):
+    """Stores the value, and refuses a second one: argparse would drop the first without a word."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        """Raise ConfigError where the option was given before."""
+        before = getattr(namespace, self.dest)
+        if before is not None:
+            raise ConfigError(f"{option_string} is given twice ({before!r} and {values!r}): keep one")
+        setattr(namespace, self.dest, values)
+
+
 class _Parser(argparse.ArgumentParser):
     """Raises where argparse would print its usage and exit with a status of its own."""
 
@@ -151,7 +170,9 @@ def _build_parser(options: type[Any], start: str) -> _Parser:
         text = helps[field.name].replace("%", "%%")  # argparse fills in %(default)s and the like
         if field.default not in (MISSING, None):
             text = f"{text.removesuffix('.')} (default: {field.default})."
-        parser.add_argument(f"--{name_of(field)}", dest=field.name, metavar=field.metadata["metavar"], help=text)
+        parser.add_argument(
+            f"--{name_of(field)}", action=_Once, dest=field.name, metavar=field.metadata["metavar"], help=text
+        )
     return parser
 
 

@@ -14,7 +14,7 @@ from dpa_ds.config.deepspeed_json import load_deepspeed_json
 from dpa_ds.config.load import to_yaml
 from dpa_ds.config.schema import RunConfig
 from dpa_ds.distributed.job_store import JOIN_TIMEOUT_SECONDS, JobStore, code_fingerprint
-from dpa_ds.distributed.launchers import Launch, check_hostfile_of_launcher, discover_launch
+from dpa_ds.distributed.launchers import Launch, check_environment, check_hostfile_of_launcher, discover_launch
 from dpa_ds.errors import ClusterError, DpaError
 
 Work = Callable[[JobStore], None]
@@ -54,6 +54,7 @@ def run_job(argv: Sequence[str], prepare: Callable[[Sequence[str]], tuple[RunCon
     facts: dict[str, str] = {}
     try:
         check_hostfile_of_launcher()
+        check_environment()
         with _stdout_of(launch.global_rank == 0):  # --help and --print_config are written once
             config, work = prepare(argv)
         facts = _facts(config.engine.deepspeed_config, to_yaml(config))

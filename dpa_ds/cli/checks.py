@@ -9,6 +9,7 @@ from pathlib import Path
 from dpa_ds.adapters.methods import build_schedule
 from dpa_ds.cli.verdicts import FAILED, SLOW_SHARE, Needs, judge, render
 from dpa_ds.config.deepspeed_json import load_deepspeed_json
+from dpa_ds.config.paths import expand
 from dpa_ds.config.schema import EngineConfig, RunConfig
 from dpa_ds.distributed import probes
 from dpa_ds.distributed.job_store import JobStore
@@ -111,5 +112,5 @@ def report(job: JobStore, topology: Topology, needs: Needs, json_path: str | Non
             "needs": asdict(needs),
             "checks": [asdict(row) for row in rows],
         }
-        write_file(Path(json_path), json.dumps(found, indent=1))
+        write_file(expand(json_path, "--json"), json.dumps(found, indent=1))
     return sum(row.verdict == FAILED for row in rows)

@@ -5,12 +5,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 
 from dpa_ds.cli.args import option, parse, positive_and_finite
 from dpa_ds.cli.bootstrap import run_alone
 from dpa_ds.config.deepspeed_json import load_deepspeed_json
 from dpa_ds.config.load import load_config
+from dpa_ds.config.paths import expand
 from dpa_ds.errors import storage_errors
 from dpa_ds.evaluation.layout import aligned
 from dpa_ds.planning.hardware import Cluster, parse_cluster
@@ -88,7 +88,7 @@ def run(argv: Sequence[str]) -> None:
     if options.json is not None:
         found = {"recipe": asdict(chosen), "ranked": [asdict(one) for one in ranked]}
         with storage_errors(options.json, "choose another file with --json"):
-            Path(options.json).write_text(json.dumps(found, indent=1))
+            expand(options.json, "--json").write_text(json.dumps(found, indent=1))
     lines = [
         *_assumptions(scenario, cluster),
         *_costs_of_recipe(scenario, chosen),

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from dpa_ds.cli.args import option, parse, refuse_unknown
 from dpa_ds.cli.bootstrap import run_alone
+from dpa_ds.config.paths import expand
 from dpa_ds.config.validate import REPOSITORY
 from dpa_ds.demo import archives
 from dpa_ds.demo.federation import LICENSES_NAME, build_federation
@@ -53,7 +54,7 @@ def run(argv: Sequence[str]) -> None:
     """
     options, others = parse(argv, DemoOptions, "python launch/prepare_demo.py")
     refuse_unknown(others, DemoOptions)
-    cache = Path(options.cache).expanduser()
+    cache = expand(options.cache, "--cache")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     start = time.monotonic()
     cache.mkdir(parents=True, exist_ok=True)

@@ -12,6 +12,7 @@ from dpa_ds.adapters.methods import GLOBAL
 from dpa_ds.cli.args import at_least_one, option, parse
 from dpa_ds.cli.bootstrap import run_alone
 from dpa_ds.config.load import load_config
+from dpa_ds.config.paths import expand
 from dpa_ds.errors import ConfigError
 from dpa_ds.planning.hardware import parse_network
 
@@ -89,8 +90,16 @@ def run(argv: Sequence[str]) -> None:
     axis, values = _parse_axis(options.over)
     wanted = _parse_prediction(options.predict)
     launch = options.launch or f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node {{ranks}}"
+    folder = expand(options.output, "--output")
     plan = Plan(
-        recipe, axis, values, options.mode, options.ranks_per_group, options.groups, Path(options.output), launch
+        recipe,
+        axis,
+        values,
+        options.mode,
+        options.ranks_per_group,
+        options.groups,
+        folder,
+        launch,
     )
     points = run_points(plan)
     sys.stdout.write(f"\n{report(plan, points)}\n\n{plan.folder}/scale.md, scale.png, points.json\n")

@@ -28,7 +28,7 @@ from dpa_ds.data.references import REPRESENTATIONS
 from dpa_ds.data.sources import NO_TASK
 from dpa_ds.distributed.job_store import JobStore, code_fingerprint
 from dpa_ds.distributed.topology import Topology, describe_rank, plan
-from dpa_ds.distributed.world import World, build_world, join_leaders
+from dpa_ds.distributed.world import World, build_world, check_rendezvous, join_leaders
 from dpa_ds.engine.engine import AdapterEngine, build_deepspeed_json
 from dpa_ds.engine.profiling import Profile
 from dpa_ds.errors import CheckpointError
@@ -38,6 +38,7 @@ from dpa_ds.federation.aggregation.base import LeaderState, ServerOptimizer, Ser
 from dpa_ds.federation.aggregation.pipeline import build_aggregation
 from dpa_ds.federation.clients import ClientBuilder, HostedClient, client_names, embed_references
 from dpa_ds.federation.loop import run_rounds
+from dpa_ds.federation.progress import checked
 from dpa_ds.federation.round_evaluation import RoundEvaluation
 from dpa_ds.federation.round_state import RoundCommit, RoundSaving, RoundState
 from dpa_ds.federation.session import RoundTimer, Session
@@ -47,7 +48,7 @@ from dpa_ds.model.base import check_precision, load_base, resolve_model
 from dpa_ds.model.directory import load_tokenizer, model_fingerprint
 from dpa_ds.runs.folder import MODEL, RunFolder
 from dpa_ds.runs.resume import RunLock, find_resume_round, validate_run_dir
-from dpa_ds.runs.storage import BackgroundWriter, write_file
+from dpa_ds.runs.storage import BackgroundWriter, well_formed, write_file
 from dpa_ds.runs.tracking import Tracker, logger, setup_logging
 
 PLACES = ("data.path", "data.test_path", "model.path")
@@ -96,10 +97,10 @@ def build_session(config: RunConfig, job: JobStore) -> Session:
         embed_references(clients, model.adapters, config.weighting, config.seed, model.pad_id, config.train)
     state = restore_server_state(place, model.adapters, aggregation.server_optimizer, config.seed)
     labels, trained_tasks = exchange_labels(job, world, clients, place.names)
+    check_rendezvous(config.cluster.rendezvous if world.is_leader else None, config.federation.timeout_seconds)
     # Everything that a user can get wrong was read by now: from here on the run exists.
     if world.is_coordinator:
-        described = {"fingerprint": model.fingerprint, "path": config.model.path}
-        create_run(place, to_yaml(config), fingerprint_sections(config), described)
+        create_run(place, to_yaml(config), fingerprint_sections(config), model.fingerprint, config.model.path)
     tracker = Tracker(config.run_dir if world.is_leader else None, world.is_coordinator, config.tracking)
     writer = BackgroundWriter()
     layout = describe_layout(engine, config.train, config.federation)
@@ -209,11 +210,15 @@ def describe_groups(topology: Topology, hosts: Sequence[str], rendezvous: str | 
         yield f"{topology.num_groups_elsewhere} more with launchers of their own, by {rendezvous}"
 
 
-def create_run(place: Place, recipe: str, fingerprint: Mapping[str, Any], model: Mapping[str, str]) -> None:
+def create_run(
+    place: Place, recipe: str, fingerprint: Mapping[str, Any], base_fingerprint: str, base_path: str
+) -> None:
     """Write what makes the folder a run: its lock, its recipe, what its base model is. The coordinator.
 
     Args:
         fingerprint: of the recipe, `fingerprint_sections`.
+        base_fingerprint: of the base model's files.
+        base_path: where they are.
 
     Raises:
         CheckpointError: another job has begun the run meanwhile, or the file system refuses.
@@ -223,7 +228,7 @@ def create_run(place: Place, recipe: str, fingerprint: Mapping[str, Any], model:
     # Again: groups with launchers of their own begin a run together, each with a lock of its own.
     validate_run_dir(place.folder, fingerprint)
     write_file(run_dir / "config.yaml", recipe)
-    write_file(run_dir / MODEL, json.dumps(model))
+    write_file(run_dir / MODEL, json.dumps({"fingerprint": base_fingerprint, "path": base_path}))
 
 
 # ---- what the session is made of ------------------------------------------------------------------------------
@@ -297,19 +302,34 @@ def restore_server_state(
     adapters.check_shapes(GLOBAL, saved.weights)
     nothing = {"reference_mean": reference_mean, "weight": torch.zeros(1), "counted": counted}
     mean = saved.extras.get("reference_mean", nothing)
+    round_dir = place.folder.round_dir(place.completed_rounds)
     if "counted" not in mean:
         raise CheckpointError(
-            f"{place.folder.round_dir(place.completed_rounds)} was written by an older version, which did not keep "
-            "whose references are in the reference mean: train again, or resume with that version"
+            f"{round_dir} was written by an older version, which did not keep whose references are in the reference "
+            "mean: train again, or resume with that version"
         )
-    return ServerState(
-        adapter=saved.weights,
-        reference_mean=mean["reference_mean"],
-        reference_weight=float(mean["weight"]),
-        optimizer=saved.extras.get("server_optimizer", {}),
-        scalars=saved.info["scalars"],
-        references_counted=mean["counted"],
-    )
+    with well_formed(round_dir / GLOBAL, f"delete {round_dir} to continue from the round before"):
+        expected = {"reference_mean": reference_mean, "counted": counted}
+        _check_shapes({name: mean[name] for name in expected}, expected)
+        optimizer = saved.extras.get("server_optimizer", {})
+        _check_shapes(optimizer, server_optimizer.initial_tensors(saved.weights))
+        return ServerState(
+            adapter=saved.weights,
+            reference_mean=mean["reference_mean"],
+            reference_weight=float(mean["weight"]),
+            optimizer=optimizer,
+            scalars=checked(saved.info["scalars"], dict[str, float], "scalars"),
+            references_counted=mean["counted"],
+        )
+
+
+def _check_shapes(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
+    """Raise ValueError unless the names and shapes are those expected, and all numbers finite."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
+    if shapes != {name: tuple(tensor.shape) for name, tensor in expected.items()}:
+        raise ValueError(f"tensors {str(shapes)[:80]}")
+    if not all(tensor.isfinite().all() for tensor in found.values()):
+        raise ValueError("NaN or infinity")
 
 
 def host_clients(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from dpa_ds.cli.args import fields_of, option, refuse_unknown
 from dpa_ds.config.load import load_config
+from dpa_ds.config.paths import expand
 from dpa_ds.config.schema import RunConfig
 from dpa_ds.config.validate import diff_configs, fingerprint_sections
 from dpa_ds.errors import ConfigError
@@ -50,7 +51,7 @@ def load_run_config(options: RunOptions, others: Sequence[str]) -> RunConfig:
             is not fixed.
     """
     _check_words(options, others)
-    run_dir = Path(options.run).expanduser()
+    run_dir = expand(options.run, "--run")
     recipe = run_dir / "config.yaml"
     if not os.path.isfile(recipe):  # unlike Path.is_file it takes any path
         raise ConfigError(
@@ -58,7 +59,7 @@ def load_run_config(options: RunOptions, others: Sequence[str]) -> RunConfig:
         )
     base = ["--config", str(recipe), f"--name={run_dir.absolute().name}", f"--output_dir={run_dir.absolute().parent}"]
     trained = fingerprint_sections(load_config(base))
-    config = load_config([*base, *_overrides(options), *others])
+    config = load_config([*base, *_overrides(options, others), *others])
     changed = {key: value for key, value in fingerprint_sections(config).items() if key not in _MAY_DIFFER}
     differences = diff_configs({key: trained[key] for key in changed}, changed)
     if differences:
@@ -81,12 +82,13 @@ def _check_words(options: RunOptions, others: Sequence[str]) -> None:
             refuse_unknown([word], type(options), also=["section.field"])
 
 
-def _overrides(options: RunOptions) -> list[str]:
-    """The program's own options as overrides of the recipe."""
+def _overrides(options: RunOptions, others: Sequence[str]) -> list[str]:
+    """The program's own options as overrides of the recipe, but for what the user gives by the field's name."""
+    given = {word.removeprefix("--").partition("=")[0] for word in others if word.startswith("--")}
     words = []
     for field in fields_of(type(options)):
         key, value = field.metadata["sets"], getattr(options, field.name)
-        if not key or value is None:
+        if not key or value is None or key in given:
             continue
         if isinstance(value, tuple):
             value = f"[{','.join(value)}]"

@@ -2,7 +2,7 @@
 
 import difflib
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Any, Literal, Union
@@ -65,7 +65,7 @@ def check_key(key: str, given: str) -> None:
         raise ConfigError(f"{given} is a section: give its fields, such as --{_fields_of(key)[0]} (see --help)")
     if key in RENAMED:
         raise ConfigError(f"{given} was renamed: write {RENAMED[key]} instead")
-    raise ConfigError(f"{given} is not a field of the recipe{_nearest(key)}")
+    raise ConfigError(f"{given} is not a field of the recipe{_remedy_for(key)}")
 
 
 def describe(annotation: Any) -> str:
@@ -120,12 +120,8 @@ def construct(kind: type[Any], tree: Mapping[str, Any]) -> Any:
     return kind(**values)
 
 
-def _nearest(key: str) -> str:
-    """`: did you mean x?`, by likeness of the whole dotted key and of its last part."""
-    section = key.rpartition(".")[0]
-    candidates = list(FIELDS)
-    if not section:
-        candidates += SECTIONS
+def nearest(key: str, candidates: Sequence[str]) -> str | None:
+    """The candidate that a mistyped dotted key is most like, as a whole and in its last part; None if none is."""
 
     def likeness(candidate: str) -> tuple[float, float]:
         whole = _ratio(key, candidate)
@@ -134,8 +130,18 @@ def _nearest(key: str) -> str:
 
     # Both numbers choose: of fields with the same last part, the one in the section that was given wins.
     best = max(candidates, key=lambda candidate: sum(likeness(candidate)))
-    if likeness(best)[0] >= 0.7:
-        return f": did you mean {best}?"
+    return best if likeness(best)[0] >= 0.7 else None
+
+
+def _remedy_for(key: str) -> str:
+    """`: did you mean x?`, or what there is instead."""
+    section = key.rpartition(".")[0]
+    candidates = list(FIELDS)
+    if not section:
+        candidates += SECTIONS
+    similar = nearest(key, candidates)
+    if similar is not None:
+        return f": did you mean {similar}?"
     if section in SECTIONS:
         names = [field.rpartition(".")[2] for field in _fields_of(section)]
         return f": {section} has {', '.join(names)}"

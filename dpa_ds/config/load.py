@@ -2,18 +2,18 @@
 
 import argparse
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import jsonargparse
 import yaml
 
 from dpa_ds.config.fields import FIELDS, SECTIONS, alternatives, check_key, construct, describe, takes_scalar
+from dpa_ds.config.paths import PATH_FIELDS, expand
 from dpa_ds.config.recipe_yaml import RecipeLoader, dump_yaml, load_yaml
 from dpa_ds.config.schema import RunConfig
-from dpa_ds.config.validate import flatten, read_text, show, validate
+from dpa_ds.config.validate import check_utf8, flatten, read_text, show, validate
 from dpa_ds.errors import ConfigError
 
 _USAGE = "deepspeed launch/run.py --config RECIPE [--section.field VALUE ...]"
@@ -78,9 +78,23 @@ def load_config(argv: Sequence[str]) -> RunConfig:
     for path in given.recipes:
         namespace = _parse_recipe(parser, _read_recipe(path), namespace)
     namespace = _parse_command_line(parser, given, namespace)
-    config: RunConfig = construct(RunConfig, namespace.as_dict())
-    validate(config)
+    tree = namespace.as_dict()
+    validate(construct(RunConfig, tree))
+    _expand_paths(tree)
+    config: RunConfig = construct(RunConfig, tree)
     return config
+
+
+def with_overrides(argv: Sequence[str], values: Mapping[str, object]) -> list[str]:
+    """A command line with these fields set, whatever it said of them: no field may be given twice."""
+    given = _split(argv)
+    words = [f"--config={path}" for path in given.recipes]
+    for key, text in given.overrides:
+        if key not in values:
+            words.append(f"--{key}={text}")
+    for key, value in values.items():
+        words.append(f"--{key}={value}")
+    return [*words, *given.flags]
 
 
 def to_yaml(config: RunConfig) -> str:
@@ -95,18 +109,37 @@ def to_yaml(config: RunConfig) -> str:
     return dump_yaml(tree)
 
 
+def _expand_paths(tree: dict[str, Any]) -> None:
+    """Replace home directories and environment variables in the paths that every host shares."""
+    for key in PATH_FIELDS:
+        *sections, name = key.split(".")
+        node = tree
+        for section in sections:
+            node = node[section]
+        if node[name] is not None:
+            node[name] = _expand_path(node[name], key)
+
+
+def _expand_path(text: str, key: str) -> str:
+    """`text` itself where there is nothing to replace: a Path would drop `./` and the end of `a/`."""
+    if "~" not in text and "$" not in text:
+        return text
+    return str(expand(text, key))
+
+
 def _split(argv: Sequence[str]) -> _CommandLine:
     """The command line by kind of argument; ConfigError for what is no option, unknown or without its value."""
     given = _CommandLine([], [], [])
     rest = list(argv)
     while rest:
         argument = rest.pop(0)
+        check_utf8(argument)
         name, has_value, value = argument.removeprefix("--").partition("=")
         if argument in ("-h", "--help") or (argument.startswith("--") and name == "print_config"):
             given.flags.append(argument)
             continue
         if argument == "--profile":
-            given.overrides.append(("tracking.profile", "true"))
+            _add_override(given, "tracking.profile", "true")
             continue
         if not argument.startswith("--") or not name:
             raise ConfigError(
@@ -121,15 +154,26 @@ def _split(argv: Sequence[str]) -> _CommandLine:
                 raise ConfigError(f"--{name} needs a value: --{name} VALUE or --{name}=VALUE")
             value = rest.pop(0)
         if name == "config":
+            if not value.strip():
+                raise ConfigError("--config is empty: give a recipe such as those in launch/recipes/")
             given.recipes.append(value)
         elif not of_launcher:
-            given.overrides.append((name, value))
+            _add_override(given, name, value)
     return given
+
+
+def _add_override(given: _CommandLine, key: str, value: str) -> None:
+    for known, before in given.overrides:
+        if known == key:
+            raise ConfigError(
+                f"{_COMMAND_LINE}: --{key} is given twice ({show(before, 30)} and {show(value, 30)}): keep one"
+            )
+    given.overrides.append((key, value))
 
 
 def _read_recipe(path: str) -> _Source:
     """ConfigError for what cannot be read or is no plain YAML mapping of known keys."""
-    text = read_text(Path(path).expanduser(), "--config", "give a recipe such as those in launch/recipes/")
+    text = read_text(expand(path, "--config"), "--config", "give a recipe such as those in launch/recipes/")
     source = _Source(path)
     try:
         loader = RecipeLoader(text)

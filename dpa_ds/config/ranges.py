@@ -9,7 +9,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dpa_ds.config.paths import is_expandable
+
 YEAR_SECONDS = 365 * 24 * 3600
+MILLION = 1_000_000
+BILLION = 1_000_000_000
 MAX_NAME_BYTES = 200  # a file system allows 255
 
 Metadata = dict[str, Any]
@@ -39,14 +43,21 @@ def all_of(*demands: Metadata) -> Metadata:
     return {"requirement": " and ".join(texts), "checks": checks}
 
 
-def at_least(bound: float, *, note: str = "", or_null: str = "") -> Metadata:
-    """Numbers from `bound` on; `or_null` continues "or null ..."."""
-    return must(_with_remarks(f"must be >= {bound}", note, or_null), lambda value: value >= bound)
+def at_least(bound: float, *, up_to: float, note: str = "", or_null: str = "") -> Metadata:
+    """Numbers of [bound, up_to]; `or_null` continues "or null ..."."""
+    low = must(_with_remarks(f"must be >= {bound}", note, or_null), lambda value: value >= bound)
+    return all_of(low, at_most(up_to))
 
 
-def above(bound: float, *, or_null: str = "") -> Metadata:
-    """Numbers beyond `bound`; `or_null` continues "or null ..."."""
-    return must(_with_remarks(f"must be > {bound}", "", or_null), lambda value: value > bound)
+def above(bound: float, *, up_to: float, or_null: str = "") -> Metadata:
+    """Numbers of (bound, up_to]; `or_null` continues "or null ..."."""
+    low = must(_with_remarks(f"must be > {bound}", "", or_null), lambda value: value > bound)
+    return all_of(low, at_most(up_to))
+
+
+def at_most(bound: float) -> Metadata:
+    """Numbers up to `bound`, which is beyond all that makes sense: a mistyped one must not fill memory or hours."""
+    return must(f"must be at most {bound}", lambda value: value <= bound)
 
 
 def within(interval: str) -> Metadata:
@@ -93,10 +104,6 @@ def _test_of(interval: str) -> Callable[[float], bool]:
     return holds
 
 
-def _at_most_a_year(seconds: float) -> bool:
-    return seconds <= YEAR_SECONDS
-
-
 def _is_path(text: str) -> bool:
     try:
         names = os.fsencode(text).split(b"/")
@@ -133,8 +140,12 @@ def _are_group_sizes(ranks_per_group: int | list[int] | str) -> bool:
 
 
 # Libraries count these seconds in integers, which overflow.
-AT_MOST_A_YEAR = must(f"must be at most {YEAR_SECONDS}, a year", _at_most_a_year)
-PATH = must("must be a path (no NUL character, names of up to 255 bytes)", _is_path)
+SECONDS = above(0, up_to=YEAR_SECONDS)
+ANY_PATH = must("must be a path (no NUL character, names of up to 255 bytes)", _is_path)
+PATH = all_of(
+    ANY_PATH,
+    must("must name a home directory that exists (~) and variables that are set ($NAME)", is_expandable),
+)
 PLAIN_NAME = must("must be a plain folder name, not empty and without / or \\", _is_plain_name)
 SHORT_NAME = must(f"must be a folder name of at most {MAX_NAME_BYTES} bytes", _is_short_name)
 LINEAR_LAYERS = must("must name at least one linear layer, such as [q_proj]", _are_names)

@@ -9,19 +9,25 @@ from pathlib import Path
 from typing import Literal
 
 from dpa_ds.config.ranges import (
-    AT_MOST_A_YEAR,
+    ANY_PATH,
+    BILLION,
     CLIENT_IDS,
     GROUP_SIZES,
     LINEAR_LAYERS,
+    MILLION,
     ONE_INSTRUCTION,
     PATH,
     PLAIN_NAME,
+    SECONDS,
     SHORT_NAME,
     TASK_NAMES,
+    YEAR_SECONDS,
     above,
     all_of,
     at_least,
+    at_most,
     each_within,
+    not_empty,
     required_path,
     within,
 )
@@ -40,13 +46,13 @@ class ClusterConfig:
 
     ranks_per_group: RanksPerGroup = field(default="auto", metadata=GROUP_SIZES)
     """Ranks that train one client at a time: a number, a list (groups of unequal size), or auto."""
-    timeout_seconds: float = field(default=1800.0, metadata=all_of(above(0), AT_MOST_A_YEAR))
+    timeout_seconds: float = field(default=1800.0, metadata=SECONDS)
     """Bound on every wait between ranks of one group and on the comparison of all ranks at start, in seconds."""
-    heartbeat_timeout_seconds: float = field(default=60.0, metadata=all_of(at_least(2), AT_MOST_A_YEAR))
+    heartbeat_timeout_seconds: float = field(default=60.0, metadata=at_least(2, up_to=YEAR_SECONDS))
     """A rank that sends no heartbeat for so long (stopped, cut off, host down) ends its job, in seconds."""
-    group: int | None = field(default=None, metadata=at_least(0, or_null="for all groups in one job"))
+    group: int | None = field(default=None, metadata=at_least(0, up_to=MILLION, or_null="for all groups in one job"))
     """This job is one rank group, number 0, 1, ...: each group has its own launcher; null: all groups in one job."""
-    num_groups: int | None = field(default=None, metadata=at_least(1, or_null="for one group a client"))
+    num_groups: int | None = field(default=None, metadata=at_least(1, up_to=MILLION, or_null="for one group a client"))
     """With group: number of rank groups of the run; null: one for each client."""
     rendezvous: str | None = None
     """With group: host:port of launch/rendezvous.py, where the groups' leaders meet."""
@@ -72,15 +78,15 @@ class ModelConfig:
 class LoraConfig:
     """Both adapters (PEFT LoRA, no bias): h = W0 x + sum of mix * (alpha / rank) * B A x."""
 
-    rank: int = field(default=8, metadata=at_least(1))
+    rank: int = field(default=8, metadata=at_least(1, up_to=MILLION))
     """Rank r of the global adapter."""
-    alpha: float = field(default=16.0, metadata=above(0))
+    alpha: float = field(default=16.0, metadata=above(0, up_to=MILLION))
     """LoRA alpha of both adapters; the scale is alpha / rank."""
     dropout: float = field(default=0.05, metadata=within("[0, 1)"))
     """Dropout on the adapter input while training, in [0, 1)."""
     target_modules: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"], metadata=LINEAR_LAYERS)
     """Names of the linear layers to adapt, matched at the end of the module path."""
-    local_rank: int | None = field(default=None, metadata=at_least(1, or_null="for lora.rank"))
+    local_rank: int | None = field(default=None, metadata=at_least(1, up_to=MILLION, or_null="for lora.rank"))
     """Rank of the local adapter, if it is to differ from `rank`. alpha / rank stays the scale of both."""
 
 
@@ -92,9 +98,9 @@ class PartitionConfig:
     """column: one client per distinct value; iid: equal random parts; dirichlet: label-skewed parts."""
     column: str | None = None
     """Column to group by (column) or whose labels are skewed (dirichlet)."""
-    num_clients: int | None = None
+    num_clients: int | None = field(default=None, metadata=at_most(MILLION))
     """Number of clients, for iid and dirichlet."""
-    concentration: float = 0.5
+    concentration: float = field(default=0.5, metadata=at_most(MILLION))
     """Dirichlet concentration, > 0: smaller means more skew."""
 
 
@@ -108,7 +114,9 @@ class DataConfig:
     """Folder or file (JSON, JSONL, CSV, parquet, or a datasets folder saved on disk)."""
     test_path: str | None = field(default=None, metadata=PATH)
     """Test data in the same format (table), or the test file (feddpa; default: the one *.jsonl in path)."""
-    num_clients: int | None = field(default=None, metadata=at_least(1, or_null="for the only folder there is"))
+    num_clients: int | None = field(
+        default=None, metadata=at_least(1, up_to=MILLION, or_null="for the only folder there is")
+    )
     """feddpa: which <C> folder, when there are several."""
     instruction_column: str = "instruction"
     """Column with the instruction."""
@@ -124,9 +132,9 @@ class DataConfig:
     """Share of each client's examples kept from training, to tune on, in [0, 1); 0: the test data is held out."""
     template: str = field(default="### Instruction:\n{instruction}\n\n### Response:\n", metadata=ONE_INSTRUCTION)
     """Prompt template; must contain {instruction} once. The answer and the end token are appended."""
-    max_length: int = field(default=512, metadata=at_least(2))
+    max_length: int = field(default=512, metadata=at_least(2, up_to=10 * MILLION))
     """Longest prompt + answer, in tokens; examples that do not fit are reported and left out."""
-    cache_dir: str = field(default="~/.cache/dpa_ds", metadata=required_path())
+    cache_dir: str = field(default="~/.cache/dpa_ds", metadata=all_of(ANY_PATH, not_empty()))
     """Where tokenised data and converted models are kept."""
 
 
@@ -148,7 +156,7 @@ class MethodConfig:
 class FederationConfig:
     """Rounds, sampling of clients, aggregation and the server's step."""
 
-    num_rounds: int = field(default=20, metadata=at_least(1))
+    num_rounds: int = field(default=20, metadata=at_least(1, up_to=100_000))
     """Federated rounds; a finished run is extended by raising this."""
     client_fraction: float = field(default=1.0, metadata=within("(0, 1]"))
     """Share of the clients sampled in each round, in (0, 1]; at least one is sampled."""
@@ -162,15 +170,15 @@ class FederationConfig:
     """int16: updates travel in half of the bytes, for slow networks; rounding errors are added to the next update."""
     server_optimizer: Literal["sgd", "momentum"] = "sgd"
     """How the pseudo-gradient changes the global adapter: sgd (FedAvg at a learning rate of 1), momentum (FedAvgM)."""
-    server_learning_rate: float = field(default=1.0, metadata=above(0))
+    server_learning_rate: float = field(default=1.0, metadata=above(0, up_to=1000))
     """Learning rate of the server optimizer; 1: the global adapter moves by the whole pseudo-gradient."""
     server_momentum: float = field(default=0.9, metadata=within("[0, 1)"))
     """momentum: share of the last step's velocity that is kept (FedAvgM, Hsu et al. 2019), in [0, 1)."""
-    timeout_seconds: float = field(default=3600.0, metadata=all_of(above(0), AT_MOST_A_YEAR))
+    timeout_seconds: float = field(default=3600.0, metadata=SECONDS)
     """Bound on every wait among the leaders, in seconds: the slowest client's round must fit in."""
-    min_clients: int = field(default=1, metadata=at_least(1))
+    min_clients: int = field(default=1, metadata=at_least(1, up_to=MILLION))
     """With cluster.group: rounds continue without lost groups as long as the groups present host so many clients."""
-    max_update_norm: float | None = field(default=None, metadata=above(0, or_null="for no bound"))
+    max_update_norm: float | None = field(default=None, metadata=above(0, up_to=1e30, or_null="for no bound"))
     """Largest L2 norm of a client's change of the global adapter that may enter the average; null: any finite one."""
     on_bad_update: Literal["skip", "stop"] = "skip"
     """A client that diverged or exceeds max_update_norm: continue without it and undo its round, or stop the run."""
@@ -180,25 +188,27 @@ class FederationConfig:
 class TrainConfig:
     """One phase of one client."""
 
-    batch_size: int = field(default=64, metadata=at_least(1))
+    batch_size: int = field(default=64, metadata=at_least(1, up_to=MILLION))
     """Examples per optimizer step of a client, whatever the number of ranks."""
-    micro_batch_tokens: int = field(default=4096, metadata=at_least(1))
+    micro_batch_tokens: int = field(default=4096, metadata=at_least(1, up_to=BILLION))
     """Upper bound on one forward pass on one rank, in tokens with padding; a longer example is passed alone."""
-    local_epochs: float = field(default=10.0, metadata=above(0))
+    local_epochs: float = field(default=10.0, metadata=above(0, up_to=1000))
     """Passes over the client's data per phase (a fraction is allowed); not used where max_steps is given."""
-    max_steps: int | None = field(default=None, metadata=at_least(1, or_null="to train for train.local_epochs"))
+    max_steps: int | None = field(
+        default=None, metadata=at_least(1, up_to=100_000, or_null="to train for train.local_epochs")
+    )
     """Optimizer steps per phase, instead of local_epochs."""
-    learning_rate: float = field(default=3e-4, metadata=above(0))
+    learning_rate: float = field(default=3e-4, metadata=above(0, up_to=100))
     """Peak learning rate of AdamW."""
     lr_schedule: Literal["linear", "cosine", "constant"] = "linear"
     """Course of the learning rate within a phase; linear and cosine end at 0."""
-    weight_decay: float = field(default=0.0, metadata=at_least(0))
+    weight_decay: float = field(default=0.0, metadata=at_least(0, up_to=1000))
     """AdamW weight decay, decoupled (per step: learning rate x weight decay)."""
     adam_betas: tuple[float, float] = field(default=(0.9, 0.999), metadata=each_within("[0, 1)"))
     """AdamW betas: decay of the first and of the second moment, each in [0, 1)."""
-    adam_epsilon: float = field(default=1e-8, metadata=above(0))
+    adam_epsilon: float = field(default=1e-8, metadata=above(0, up_to=1))
     """AdamW epsilon, added to the root of the second moment."""
-    max_grad_norm: float = field(default=1.0, metadata=at_least(0, note="0 turns clipping off"))
+    max_grad_norm: float = field(default=1.0, metadata=at_least(0, up_to=1e30, note="0 turns clipping off"))
     """Clip the gradient to this norm; 0 turns clipping off."""
     keep_optimizer_state: bool = False
     """Keep each client's local AdamW state between rounds instead of starting from zero."""
@@ -220,9 +230,11 @@ class WeightingConfig:
 
     kind: WeightingKind = "auto"
     """auto: centred_cosine (less the clients' mean) for feddpa_t and feddpa_f, one client: cosine; else one adapter."""
-    scale: float | None = field(default=None, metadata=at_least(0, or_null="for the default of weighting.kind"))
+    scale: float | None = field(
+        default=None, metadata=at_least(0, up_to=MILLION, or_null="for the default of weighting.kind")
+    )
     """lambda; null: 0.5 (the paper's), 1.0 for centred_cosine. kind fixed: alpha itself; null: method.alpha."""
-    num_references: int = field(default=5, metadata=at_least(1))
+    num_references: int = field(default=5, metadata=at_least(1, up_to=10_000))
     """S, prompts of a client's own training data that a test prompt is compared with, chosen once per run."""
     representation: Literal["last_token", "mean"] = "last_token"
     """Embedding of a prompt: the last layer's output at its last token, or the mean over its tokens."""
@@ -234,11 +246,11 @@ class WeightingConfig:
 class GenerationConfig:
     """How answers are decoded; never sampled."""
 
-    num_beams: int = field(default=4, metadata=at_least(1, note="1: greedy"))
+    num_beams: int = field(default=4, metadata=at_least(1, up_to=1000, note="1: greedy"))
     """Number of beams; 1: greedy."""
-    max_new_tokens: int = field(default=80, metadata=at_least(1))
+    max_new_tokens: int = field(default=80, metadata=at_least(1, up_to=MILLION))
     """Longest answer, in tokens."""
-    batch_tokens: int = field(default=16384, metadata=at_least(1))
+    batch_tokens: int = field(default=16384, metadata=at_least(1, up_to=BILLION))
     """Upper bound on sequences (instances x beams) x their length, of a batch; does not change answers (fp32)."""
 
 
@@ -246,15 +258,19 @@ class GenerationConfig:
 class EvaluationConfig:
     """Held-out loss and scores while training, and what launch/evaluate.py scores."""
 
-    every_rounds: int = field(default=1, metadata=at_least(0, note="0 evaluates only before and after training"))
+    every_rounds: int = field(
+        default=1, metadata=at_least(0, up_to=BILLION, note="0 evaluates only before and after training")
+    )
     """Held-out loss after every n rounds (always before the first and after the last); 0: only those two."""
-    max_examples: int = field(default=50, metadata=at_least(1))
+    max_examples: int = field(default=50, metadata=at_least(1, up_to=BILLION))
     """Held-out examples per client for the loss."""
-    scores_every_rounds: int = field(default=0, metadata=at_least(0, note="0: no answers while training"))
+    scores_every_rounds: int = field(
+        default=0, metadata=at_least(0, up_to=BILLION, note="0: no answers while training")
+    )
     """Generate and score answers to a few instances of every trained task after every n rounds; 0: never."""
     split: Literal["test", "held_out"] = "test"
     """What is scored: the test data, or (to tune) what data.held_out_fraction keeps from training."""
-    instances_per_task: int | None = field(default=None, metadata=at_least(1, or_null="for all"))
+    instances_per_task: int | None = field(default=None, metadata=at_least(1, up_to=BILLION, or_null="for all"))
     """Test instances of each task, the first ones of the file; null: all (while training 4)."""
     clients: list[int] | None = field(default=None, metadata=CLIENT_IDS)
     """launch/evaluate.py: ids of the clients to score; null: all."""
@@ -268,13 +284,15 @@ class EvaluationConfig:
 class CheckpointConfig:
     """What is saved when; the same command resumes a run that ended early."""
 
-    every_steps: int | None = field(default=None, metadata=at_least(1, or_null="to save by time"))
+    every_steps: int | None = field(default=None, metadata=at_least(1, up_to=BILLION, or_null="to save by time"))
     """Save inside a phase after every n optimizer steps; null: by time alone."""
-    every_minutes: float | None = field(default=10.0, metadata=above(0, or_null="to save by steps"))
+    every_minutes: float | None = field(
+        default=10.0, metadata=above(0, up_to=YEAR_SECONDS // 60, or_null="to save by steps")
+    )
     """Save inside a phase this often; null: by steps alone. Each client and each round is saved anyway."""
-    keep_rounds: int = field(default=2, metadata=at_least(1))
+    keep_rounds: int = field(default=2, metadata=at_least(1, up_to=MILLION))
     """Complete rounds to keep; the older ones are deleted."""
-    grace_seconds: float = field(default=25.0, metadata=all_of(above(0), AT_MOST_A_YEAR))
+    grace_seconds: float = field(default=25.0, metadata=SECONDS)
     """After SIGTERM, SIGUSR1 or Ctrl-C every rank has saved and ended within this time, in seconds."""
 
 
@@ -286,7 +304,7 @@ class TrackingConfig:
     """Write TensorBoard events to <run>/tensorboard."""
     profile: bool = False
     """Trace a few steps of each phase, and report where the first round's time went: <run>/profile (`--profile`)."""
-    log_every_seconds: float = field(default=20.0, metadata=at_least(0))
+    log_every_seconds: float = field(default=20.0, metadata=at_least(0, up_to=YEAR_SECONDS))
     """Seconds between progress lines where the output is not a terminal."""
 
 
@@ -298,7 +316,7 @@ class RunConfig:
     """Name of the run: results go to <output_dir>/<name>."""
     output_dir: str = field(default="runs", metadata=required_path())
     """Folder of all runs, on a file system that every host sees."""
-    seed: int = field(default=0, metadata=at_least(0))
+    seed: int = field(default=0, metadata=at_least(0, up_to=2**63 - 1))
     """Fixes initial adapters, sampling of clients, order of examples and dropout."""
     resume: Literal["auto", "never", "must"] = "auto"
     """auto: resume where the run stopped, or start; never: refuse a folder with results; must: fail without them."""

@@ -100,11 +100,24 @@ def show(value: Any, limit: int = 80) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
+def check_utf8(word: str) -> None:
+    """ConfigError for a word of the command line that no file of ours, and no tokenizer, could take."""
+    try:
+        word.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            f"{ascii(word)[:80]} on the command line is not UTF-8 (character {error.start}): type it in a terminal "
+            "that is set to UTF-8, or rename the file"
+        ) from error
+
+
 def read_text(path: Path, what: str, remedy: str) -> str:
     """Text of a file of at most MAX_FILE_BYTES; ConfigError `what: reason: remedy` if it cannot be had."""
     try:
-        if path.is_fifo():  # opening it would wait for a writer
-            raise ConfigError(f"{what}: {path} is a pipe, not a regular file: {remedy}")
+        # Opening a pipe would wait for a writer, and reading a terminal for somebody who types.
+        if path.exists() and not path.is_file() and not path.is_dir():
+            kind = "pipe" if path.is_fifo() else "device"
+            raise ConfigError(f"{what}: {path} is a {kind}, not a regular file: {remedy}")
         with path.open("rb") as file:
             content = file.read(MAX_FILE_BYTES + 1)
         if len(content) > MAX_FILE_BYTES:
@@ -157,8 +170,15 @@ def _group_problems(cluster: ClusterConfig) -> Iterator[str]:
         yield "cluster.num_groups has no effect without cluster.group: set cluster.ranks_per_group instead"
     if cluster.num_groups is not None and cluster.group is not None and cluster.group >= cluster.num_groups:
         yield f"cluster.group must be in 0..{cluster.num_groups - 1} (cluster.num_groups), got {cluster.group}"
-    if cluster.rendezvous is not None and not re.fullmatch(r"[^\s:]+:\d{1,5}", cluster.rendezvous):
-        yield f"cluster.rendezvous must be host:port, such as node1:29600, got {show(cluster.rendezvous)}"
+    if cluster.rendezvous is not None and not _is_address(cluster.rendezvous):
+        yield (
+            f"cluster.rendezvous must be host:port, such as node1:29600 or [::1]:29600, got {show(cluster.rendezvous)}"
+        )
+
+
+def _is_address(text: str) -> bool:
+    match = re.fullmatch(r"(?:[^\s:/\[\]]+|\[[^\s/\[\]]+\]):([0-9]{1,5})", text)
+    return match is not None and 0 < int(match[1]) < 65536
 
 
 def _partition_problems(data: DataConfig) -> Iterator[str]:

@@ -48,10 +48,21 @@ class References:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, torch.Tensor]) -> "References":
-        """Inverse of `to_tensors`."""
+        """Inverse of `to_tensors`.
+
+        LookupError, ValueError or RuntimeError: tensors that it did not write.
+        """
         lengths: list[int] = tensors["lengths"].tolist()
         prompts = [prompt.tolist() for prompt in torch.split(tensors["tokens"], lengths)]
-        return cls(prompts, {name: tensors[f"embeddings.{name}"] for name in REPRESENTATIONS})
+        embeddings: Embeddings = {}
+        for name in REPRESENTATIONS:
+            embeddings[name] = tensors[f"embeddings.{name}"]
+            shape = embeddings[name].shape
+            if len(shape) != 2 or shape[0] != len(prompts) or not embeddings[name].isfinite().all():
+                raise ValueError(f"embeddings.{name} of shape {tuple(shape)} are not those of {len(prompts)} prompts")
+        if not prompts or not all(prompts) or tensors["tokens"].is_floating_point() or tensors["tokens"].min() < 0:
+            raise ValueError("a prompt without tokens")
+        return cls(prompts, embeddings)
 
 
 def draw_references(examples: TokenizedExamples, num_references: int, seed: Sequence[int]) -> list[list[int]]:

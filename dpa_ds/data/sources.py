@@ -4,6 +4,7 @@ Only the ranks that host a client read its training rows (with `format: feddpa` 
 exception is an evaluation of what was held out, which reads all. A faulty file raises DataError with file and row.
 """
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,10 @@ from dpa_ds.errors import ConfigError, DataError
 
 # Second word of the seed, as in partition.py: the split of held-out examples has its own random stream.
 _HELD_OUT_TAG = 103
+
+# Control characters, half of a surrogate pair, separators of lines and of paragraphs, and what turns the direction of
+# writing: as the name of a task they could write another line, or another message, into terminals and logs.
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff\\\\]")
 
 NO_TASK = "all"
 """Name of the one task where the data names none."""
@@ -51,6 +56,11 @@ class ClientInfo:
     label: str
     own_tasks: tuple[str, ...]
     """Tasks that the client trained on."""
+
+
+def printable(name: str) -> str:
+    """The name of a task or client as it is used from here on: one line, two different names stay different."""
+    return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape", "surrogatepass").decode(), name)
 
 
 def list_clients(config: DataConfig, seed: int) -> list[str]:
@@ -125,6 +135,14 @@ def pool_clients(clients: Sequence[ClientData]) -> ClientData:
 
 
 def _to_examples(rows: Sequence[Row], config: DataConfig) -> tuple[Example, ...]:
+    column = config.task_column
+    # The default may be missing: data need not name tasks. Another one was written for a reason.
+    if column not in (None, DataConfig.task_column) and rows and all(column not in row.values for row in rows):
+        names = ", ".join(repr(name) for name in rows[0].values)
+        raise DataError(
+            f"{rows[0].place}: neither this row nor one after it has the data.task_column {column!r}; columns are "
+            f"{names[:300]}: choose one of them, or null for data without tasks"
+        )
     return tuple(_to_example(row, config) for row in rows)
 
 
@@ -139,7 +157,7 @@ def _to_example(row: Row, config: DataConfig) -> Example:
     task = ""
     # A missing input column is an error, a missing task column is not: it has a default, and data may name no task.
     if config.task_column and config.task_column in row.values:
-        task = row.optional_text(config.task_column)
+        task = printable(row.optional_text(config.task_column))
     return Example(instruction, output, task)
 
 
@@ -178,7 +196,7 @@ def _partition(rows: Sequence[Row], config: DataConfig, seed: int) -> dict[str, 
             raise ConfigError(f"data.partition.kind {kind} needs data.partition.column: name a column of {config.path}")
         values = [row.text(partition.column) for row in rows]
     if kind == "column":
-        return partition_by_column(values)
+        return {printable(name): part for name, part in partition_by_column(values).items()}
     if partition.num_clients is None:
         raise ConfigError(f"data.partition.kind {kind} needs data.partition.num_clients: give a number >= 1")
     if kind == "iid":

@@ -83,8 +83,10 @@ def read_rows(path: Path) -> list[Row]:
 def reading(path: Path) -> Iterator[None]:
     """Turn an error of the operating system about `path` into a DataError with its remedy."""
     try:
-        if path.is_fifo():  # opening it would wait for ever for a writer
-            raise DataError(f"{path}: is a pipe, not a file: write the rows to a file")
+        # Opening a pipe would wait for ever for a writer, and /dev/zero has no end.
+        if path.exists() and not path.is_file() and not path.is_dir():
+            kind = "pipe" if path.is_fifo() else "device"
+            raise DataError(f"{path}: is a {kind}, not a file: write the rows to a file")
         yield
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file or folder: check data.path and data.test_path") from error

@@ -20,9 +20,10 @@ import safetensors
 import safetensors.numpy
 from transformers import PreTrainedTokenizerBase
 
+from dpa_ds.config.paths import expand
 from dpa_ds.config.schema import DataConfig
 from dpa_ds.data.sources import Example
-from dpa_ds.errors import DataError
+from dpa_ds.errors import ConfigError, DataError
 
 # Part of the cache key: raise it whenever the layout of an example or of the file changes.
 _LAYOUT_VERSION = 1
@@ -127,9 +128,9 @@ def load_or_tokenize(
     """
     file_name = _cache_key(examples, tokenizer, config) + ".safetensors"
     try:
-        path = Path(config.cache_dir).expanduser() / "tokens" / file_name
+        path = expand(config.cache_dir, "data.cache_dir") / "tokens" / file_name
         cached = _read_cache(path)
-    except (OSError, RuntimeError) as error:  # RuntimeError: "~" where the user has no home folder
+    except (OSError, ConfigError) as error:  # ConfigError: "~" where the user has no home folder
         # The cache only saves time, so a job does not end for want of it.
         _logger.warning("data.cache_dir %s cannot be read (%s): tokenising again", config.cache_dir, error)
         return tokenize_examples(examples, tokenizer, config.template, config.max_length, owner)

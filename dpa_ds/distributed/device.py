@@ -16,12 +16,17 @@ def claim_device(launch: Launch, ranks_on_host: int) -> torch.device:
     `cluster.device` cpu sets DS_ACCELERATOR (`run_job`), and DeepSpeed obeys the same variable.
 
     Raises:
-        ClusterError: the host has fewer devices than ranks.
+        ClusterError: the host has fewer devices than ranks, or no accelerator although DS_ACCELERATOR names one.
     """
     accelerator = None
     if os.environ.get("DS_ACCELERATOR") != "cpu":
         accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is None:
+        if os.environ.get("DS_ACCELERATOR", "cpu") != "cpu":  # DeepSpeed would take it at its word
+            raise ClusterError(
+                f"DS_ACCELERATOR is {os.environ['DS_ACCELERATOR']!r}, but torch finds no accelerator on this host: "
+                "unset it, or set cluster.device cpu"
+            )
         if "OMP_NUM_THREADS" not in os.environ:  # else every rank of a host would use all of its cores
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_on_host))
         return torch.device("cpu")

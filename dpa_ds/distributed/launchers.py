@@ -13,10 +13,12 @@ from typing import Literal, NoReturn
 
 import psutil
 
-from dpa_ds.errors import ClusterError
+from dpa_ds.errors import ClusterError, list_some
 
 DEFAULT_PORT = 29500
 MAX_HOSTS = 100_000
+MAX_RANKS = 100_000
+"""Of a job. Rank 0 asks for each of them by name: with 10^9 it would do nothing else for hours."""
 FORGETFUL = "deepspeed --launcher mpich"
 """Its helper above each rank ends with 0, however the rank ended (deepspeed 0.19.8, launcher/launcher_helper.py)."""
 LAUNCHERS = {
@@ -29,6 +31,8 @@ LAUNCHERS = {
     "dpa_ds.cli": "dpa_ds.cli",
 }
 """Word of a Python process's command line, or its end -> what messages call the launcher."""
+ACCELERATORS = ("cuda", "cpu", "xpu", "npu", "mps", "hpu", "mlu", "sdaa", "supa", "klxpu")
+"""What DS_ACCELERATOR may be (deepspeed 0.19.8, accelerator/real_accelerator.py)."""
 MPI_SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
@@ -133,6 +137,27 @@ def _discover(environ: Mapping[str, str]) -> Launch:
     return Launch("single", 0, 1, 0, "127.0.0.1", 0)
 
 
+def check_environment(environ: Mapping[str, str] = os.environ) -> None:
+    """Refuse what libraries would end in a traceback at, or wait for in vain, seconds or minutes later.
+
+    Raises:
+        ClusterError: a variable names a network interface or a kind of accelerator that does not exist.
+    """
+    interfaces = [name for _, name in socket.if_nameindex()]
+    for name in environ.get("GLOO_SOCKET_IFNAME", "").split(","):
+        if name and name not in interfaces:
+            raise ClusterError(
+                f"GLOO_SOCKET_IFNAME names {name[:40]!r}, but this host has {list_some(interfaces)}: set it to one of "
+                "them, or unset it"
+            )
+    accelerator = environ.get("DS_ACCELERATOR")
+    if accelerator is not None and accelerator not in ACCELERATORS:
+        raise ClusterError(
+            f"DS_ACCELERATOR is {accelerator[:40]!r}, but DeepSpeed knows {', '.join(ACCELERATORS)}: set it to one of "
+            "them, or unset it"
+        )
+
+
 def check_hostfile_of_launcher(commandline: list[str] | None = None) -> None:
     """Refuse a `--hostfile` that does not exist: deepspeed only warns and starts on the local host alone.
 
@@ -183,7 +208,7 @@ def _from_environment(environ: Mapping[str, str]) -> Launch:
         launcher="env",
         global_rank=rank,
         job_world_size=size,
-        local_rank=_integer(environ, "LOCAL_RANK", 0),
+        local_rank=_local_rank(environ, "LOCAL_RANK"),
         master_addr=environ.get("MASTER_ADDR", "127.0.0.1"),
         master_port=_port(environ, DEFAULT_PORT),
         agent_store=environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
@@ -196,7 +221,7 @@ def _integer(environ: Mapping[str, str], name: str, default: int | None = None) 
     try:
         return int(environ[name])
     except ValueError:
-        raise ClusterError(f"environment variable {name} must be an integer, got {environ[name]!r}") from None
+        raise ClusterError(f"environment variable {name} must be an integer, got {environ[name][:80]!r}") from None
 
 
 def _rank_and_size(environ: Mapping[str, str], rank_name: str, size_name: str) -> tuple[int, int]:
@@ -204,9 +229,18 @@ def _rank_and_size(environ: Mapping[str, str], rank_name: str, size_name: str) -
     size = _integer(environ, size_name)
     if size < 1:
         raise ClusterError(f"{size_name} must be the number of ranks of the job, at least 1, got {size}")
+    if size > MAX_RANKS:
+        raise ClusterError(f"{size_name} must be the number of ranks of the job, at most {MAX_RANKS}, got {size}")
     if not 0 <= rank < size:
         raise ClusterError(f"{rank_name} is {rank}, but the job has {size} ranks: {rank_name} must be in 0..{size - 1}")
     return rank, size
+
+
+def _local_rank(environ: Mapping[str, str], name: str) -> int:
+    local_rank = _integer(environ, name, 0)
+    if not 0 <= local_rank < MAX_RANKS:
+        raise ClusterError(f"{name} must be the number of this rank on its host, 0 or more, got {local_rank}")
+    return local_rank
 
 
 def _port(environ: Mapping[str, str], default: int) -> int:
@@ -230,7 +264,7 @@ def _from_slurm(environ: Mapping[str, str]) -> Launch:
         launcher="slurm",
         global_rank=rank,
         job_world_size=size,
-        local_rank=_integer(environ, "SLURM_LOCALID", 0),
+        local_rank=_local_rank(environ, "SLURM_LOCALID"),
         master_addr=environ.get("MASTER_ADDR", hosts[0]),
         # Two jobs or steps on one host must not meet: ports that differ by job, and for seven steps of each.
         master_port=_port(environ, 20000 + (job_id * 7 + step_id) % 20000),
@@ -287,7 +321,13 @@ def _no_hostlist(text: str) -> ClusterError:
 
 def _from_mpi(environ: Mapping[str, str]) -> Launch:
     promised = next(_integer(environ, name) for name in MPI_SIZE_VARIABLES if name in environ)
-    from mpi4py import MPI  # starts MPI
+    try:
+        from mpi4py import MPI  # starts MPI
+    except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py is there, libmpi is not
+        raise ClusterError(
+            f"mpirun started {promised} ranks, but MPI cannot be loaded here ({' '.join(str(error).split())[:200]}): "
+            "put libmpi where the loader finds it (LD_LIBRARY_PATH), or start with deepspeed, torchrun or srun"
+        ) from error
 
     comm = MPI.COMM_WORLD
     if comm.Get_size() != promised:

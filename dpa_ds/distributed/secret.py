@@ -34,6 +34,10 @@ class Refused(Exception):
     """The other side of a connection does not know the job's secret."""
 
 
+class HungUp(Refused):
+    """The other side ended the connection before it had said what was expected."""
+
+
 def make_secret(run_dir: Path) -> bytes:
     """The job's secret; a new one where there is none yet. For launch/rendezvous.py.
 
@@ -124,12 +128,12 @@ def receive_json(connection: socket.socket) -> Any:
 
 
 def receive_exactly(connection: socket.socket, num_bytes: int) -> bytes:
-    """The next `num_bytes` bytes. Raises Refused if the connection ends before."""
+    """The next `num_bytes` bytes. Raises HungUp if the connection ends before."""
     parts = bytearray()
     while len(parts) < num_bytes:
         part = connection.recv(min(num_bytes - len(parts), 1 << 20))
         if not part:
-            raise Refused("it hung up")
+            raise HungUp("it hung up")
         parts += part
     return bytes(parts)
 

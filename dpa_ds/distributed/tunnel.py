@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 
-from dpa_ds.distributed.secret import Refused, prove_as_client, prove_as_server, receive_json, send_json
+from dpa_ds.distributed.secret import HungUp, Refused, prove_as_client, prove_as_server, receive_json, send_json
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +103,8 @@ class Gate(_Forwarder):
     def _open_target(self, connection: socket.socket) -> Iterator[socket.socket]:
         try:
             self._admit(connection)
+        except HungUp:  # such as a look whether somebody answers here
+            raise
         except (Refused, TimeoutError) as error:
             host, peer_port = connection.getpeername()[:2]
             reason = "it said nothing" if isinstance(error, TimeoutError) else str(error)

@@ -7,6 +7,8 @@ other clients exist. After `build_world`, rank and world size always mean *withi
 import contextlib
 import json
 import os
+import socket
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,14 +21,15 @@ import torch.distributed as dist
 
 from dpa_ds.config.schema import ClusterConfig, FederationConfig
 from dpa_ds.distributed.device import claim_device, use_free_memory_of
-from dpa_ds.distributed.elastic import ElasticGroup
+from dpa_ds.distributed.elastic import CONNECT_SECONDS, ElasticGroup
 from dpa_ds.distributed.job_store import JobStore
 from dpa_ds.distributed.leaders import LeaderGroup, StaticGroup
 from dpa_ds.distributed.secret import read_secret
 from dpa_ds.distributed.topology import Topology
-from dpa_ds.errors import Preempted
+from dpa_ds.errors import ClusterError, Preempted
 
 T = TypeVar("T")
+CONNECT_RETRY_SECONDS = 0.2
 
 
 @dataclass
@@ -204,6 +207,34 @@ def world_without_collectives(job: JobStore, topology: Topology) -> World:
         device=claim_device(launch, ranks_on_host=job.hosts.count(launch.hostname)),
         leaders=None,
     )
+
+
+def check_rendezvous(rendezvous: str | None, timeout_seconds: float) -> None:
+    """Wait, for a moment, until something answers where the groups are to meet: before anything of a run is written.
+
+    Args:
+        rendezvous: host:port; None where all groups are in one job.
+        timeout_seconds: `federation.timeout_seconds`.
+
+    Raises:
+        ClusterError: nothing answers.
+    """
+    if rendezvous is None:
+        return
+    host, _, port = rendezvous.rpartition(":")
+    seconds = min(CONNECT_SECONDS, timeout_seconds)
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), seconds).close()
+            return
+        except (OSError, UnicodeError) as error:
+            if time.monotonic() > deadline:
+                raise ClusterError(
+                    f"no answer from the rendezvous at {rendezvous} within {seconds:g} s ({error}): is "
+                    "launch/rendezvous.py running there, and do the hosts reach each other?"
+                ) from error
+        time.sleep(CONNECT_RETRY_SECONDS)
 
 
 def join_leaders(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dpa_ds.data.sources import ClientInfo
+from dpa_ds.errors import CheckpointError
 from dpa_ds.evaluation.answers import Answer, Instance
 from dpa_ds.evaluation.figures import HELD_OUT_LOSS, Point, Score, alpha_histograms, curves, heat_map, p_against_ttp
 from dpa_ds.evaluation.statistics import summarize
@@ -50,10 +51,19 @@ def write_report(run_dir: Path, num_groups: int, seconds: float) -> str:
 
     Args:
         seconds: how long the training took.
+
+    Raises:
+        CheckpointError: metrics.jsonl is missing, or without the records of the rounds.
     """
     records = read_records(run_dir / "metrics.jsonl")
-    last_round = _last_round(records)
-    courses = _courses_by_client(records)
+    try:
+        last_round = _last_round(records)
+        courses = _courses_by_client(records)
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{run_dir / 'metrics.jsonl'} lacks records of the rounds of this run ({type(error).__name__}: {error}): "
+            "restore it; the adapters of the run are not affected"
+        ) from error
     results = {"clients": [asdict(course) for course in courses], "last_round": last_round}
     write_file(run_dir / "results.json", json.dumps(results, indent=1))
     lines = ["", *_held_out_table(courses)]

@@ -2,6 +2,8 @@
 
 import json
 import logging
+import os
+import re
 import shlex
 import statistics
 import subprocess
@@ -10,13 +12,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from dpa_ds.config.load import load_config
+from dpa_ds.config.load import load_config, with_overrides
 from dpa_ds.config.schema import DataConfig
 from dpa_ds.config.validate import REPOSITORY, diff_configs, flatten
+from dpa_ds.distributed.launchers import MAX_RANKS
 from dpa_ds.errors import ConfigError
 from dpa_ds.experiments.stages import program_failed
 from dpa_ds.planning.round_model import Point, Work, fit, predict_without, simulate
-from dpa_ds.runs.storage import write_file
+from dpa_ds.runs.storage import UNREADABLE, write_file
 from dpa_ds.runs.tracking import read_records
 
 logger = logging.getLogger("dpa_ds")
@@ -55,24 +58,26 @@ class Plan:
     def point(self, value: str) -> RunSpec:
         """The run for `value`. ConfigError: there is no such run."""
         ranks_per_group, num_groups = self.ranks_per_group, self.groups
-        varied = []
+        varied = {}
         match self.axis:
             case "ranks_per_group":
                 ranks_per_group = _parse_count(self.axis, value)
             case "groups":
                 num_groups = _parse_count(self.axis, value)
             case field:
-                varied = [f"--{field}={value}"]
-        arguments = [*self.recipe, f"--name={self.axis}_{Path(value).name}", f"--output_dir={self.folder / 'runs'}"]
-        arguments += [f"--cluster.ranks_per_group={ranks_per_group}", *varied]
+                varied[field] = value
+        varied |= {"name": f"{self.axis}_{Path(value).name}", "output_dir": str(self.folder / "runs")}
+        varied["cluster.ranks_per_group"] = str(ranks_per_group)
+        arguments = with_overrides(self.recipe, varied)
         config = load_config(arguments)
         if self.mode == "weak":
             match self.axis:
                 case "ranks_per_group":
                     # A rank keeps its examples of a step.
-                    arguments.append(f"--train.batch_size={config.train.batch_size * ranks_per_group}")
+                    batch_size = config.train.batch_size * ranks_per_group
+                    arguments = with_overrides(arguments, {"train.batch_size": batch_size})
                 case "groups":
-                    arguments.append(_more_clients(config.data, num_groups))
+                    arguments = with_overrides(arguments, _more_clients(config.data, num_groups))
                 case _:
                     raise ConfigError(
                         f"--mode weak is for ranks_per_group and groups, not for {self.axis}: leave it out"
@@ -96,8 +101,13 @@ class Plan:
             self.point(value)
         facts = self._facts()
         record = self.folder / "experiment.json"
+        if os.path.lexists(self.folder) and not self.folder.is_dir():
+            raise ConfigError(f"--output {self.folder} is a file, not a folder: give another, or move it away")
         if record.exists():
-            changed = diff_configs(json.loads(record.read_text()), facts)
+            try:
+                changed = diff_configs(dict(json.loads(record.read_text())), facts)
+            except UNREADABLE as error:
+                raise ConfigError(f"{record} cannot be read ({error}): give another --output, or delete it") from error
             if changed:
                 raise ConfigError(
                     f"{self.folder} holds the runs of another experiment ({'; '.join(changed)}): give another "
@@ -118,7 +128,7 @@ class Plan:
         arguments = list(self.recipe)
         if self.axis not in RANK_AXES:
             # The recipe alone may lack what is varied.
-            arguments.append(f"--{self.axis}={self.values[0]}")
+            arguments = with_overrides(arguments, {self.axis: self.values[0]})
         for name, value in flatten(load_config(arguments)).items():
             if name not in ("name", "output_dir", "resume", self.axis):
                 facts[name] = value
@@ -126,20 +136,23 @@ class Plan:
 
 
 def _parse_count(axis: str, value: str) -> int:
-    if not value.isdecimal() or int(value) < 1:
-        raise ConfigError(f"--over {axis}: {value!r} is not a number of {axis}: give whole numbers >= 1, such as 1,2,4")
+    if not re.fullmatch("[0-9]{1,9}", value) or not 1 <= int(value) <= MAX_RANKS:
+        raise ConfigError(
+            f"--over {axis}: {value[:40]!r} is not a number of {axis}: give whole numbers in 1..{MAX_RANKS}, such as "
+            "1,2,4"
+        )
     return int(value)
 
 
-def _more_clients(data: DataConfig, factor: int) -> str:
-    """The option with which every group keeps its number of clients."""
+def _more_clients(data: DataConfig, factor: int) -> dict[str, int]:
+    """The override with which every group keeps its number of clients."""
     partition = data.partition
     if data.format != "table" or partition.kind == "column" or partition.num_clients is None:
         raise ConfigError(
             "--mode weak --over groups needs data that can be divided among any number of clients: data.format table "
             "with data.partition.kind iid or dirichlet and num_clients (of one group)"
         )
-    return f"--data.partition.num_clients={partition.num_clients * factor}"
+    return {"data.partition.num_clients": partition.num_clients * factor}
 
 
 def run_points(plan: Plan) -> list[Point]:

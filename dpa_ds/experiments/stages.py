@@ -15,7 +15,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from dpa_ds.config.load import load_config
+from dpa_ds.config.load import load_config, with_overrides
 from dpa_ds.config.schema import MethodConfig, RunConfig, WeightingConfig
 from dpa_ds.config.validate import REPOSITORY, fingerprint_sections
 from dpa_ds.data.sources import list_clients
@@ -126,14 +126,14 @@ class Stages:
 
     def _training_arguments(self, method: str, seed: int) -> list[str]:
         run_dir = self.run_dir(method, seed)
-        arguments = [*self._recipe_arguments, f"--name={run_dir.name}", f"--output_dir={run_dir.parent}"]
-        arguments += [f"--method.name={method}", f"--seed={seed}"]
+        values: dict[str, object] = {"name": run_dir.name, "output_dir": run_dir.parent, "method.name": method}
+        values["seed"] = seed
         if method != "feddpa_t":
             # The recipe's order of phases is that of feddpa_t: the other methods have none to choose.
             default = MethodConfig()
-            arguments.append(f"--method.phase_order={default.phase_order}")
-            arguments.append(f"--method.global_source={default.global_source}")
-        return arguments
+            values["method.phase_order"] = default.phase_order
+            values["method.global_source"] = default.global_source
+        return with_overrides(self._recipe_arguments, values)
 
     def _completed_rounds(self, method: str, seed: int) -> int:
         fingerprint = fingerprint_sections(load_config(self._training_arguments(method, seed)))

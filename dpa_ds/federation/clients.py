@@ -1,6 +1,6 @@
 """The clients of this rank group: their data read and tokenised, their local adapters restored or drawn fresh."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
@@ -14,9 +14,10 @@ from dpa_ds.data.sources import ClientData, list_clients, pool_clients, read_cli
 from dpa_ds.data.tokenize import TokenizedExamples, load_or_tokenize
 from dpa_ds.distributed.world import World
 from dpa_ds.federation.aggregation.base import LeaderState
-from dpa_ds.federation.progress import ClientState
+from dpa_ds.federation.progress import ClientState, checked, steps_from_json
 from dpa_ds.inference.embedding import embed
 from dpa_ds.runs.folder import RunFolder, SavedAdapter, local_folder
+from dpa_ds.runs.storage import well_formed
 from dpa_ds.runs.tracking import logger
 
 LOCAL_SEED = 1
@@ -120,7 +121,9 @@ class ClientBuilder:
         if saved is None:  # the beginning, or its group was never there
             return self._fresh(client_id)
         self.adapters.check_shapes(LOCAL, saved.weights)
-        return _Restored.of(saved, self.world.is_leader)
+        round_dir = self.run_folder.round_dir(completed_rounds)
+        with well_formed(round_dir / local_folder(client_id), f"delete {round_dir} to continue from the round before"):
+            return _Restored.of(saved, self.world.is_leader)
 
     def _fresh(self, client_id: int) -> "_Restored":
         adapter: AdapterState = {}
@@ -143,12 +146,11 @@ class _Restored:
         """Ranks that are no leaders keep no tensors but the references."""
         optimizer = saved.extras.get("optimizer")
         references = saved.extras.get("references")
-        num_steps: Mapping[str, int] = saved.info["steps_taken"]
         state = ClientState(
             local_adapter=saved.weights if is_leader else {},
-            num_steps=dict(num_steps),
+            num_steps=steps_from_json(saved.info["steps_taken"]),
             local_optimizer=optimizer if is_leader or optimizer is None else {},
-            loss_scale=dict(saved.info["loss_scale"]),
+            loss_scale=checked(saved.info["loss_scale"], dict[str, float], "loss_scale"),
         )
         return cls(
             state=state,

@@ -1,9 +1,14 @@
 """How far a client has come in the current round: plain values, in memory."""
 
+import typing
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
+from dpa_ds.adapters.methods import GLOBAL, LOCAL
 from dpa_ds.adapters.state import AdapterState
+
+Numbers = TypeVar("Numbers")
 
 
 @dataclass(frozen=True)
@@ -83,11 +88,43 @@ class RoundProgress:
 
     @classmethod
     def from_json(cls, initial: ClientState, content: dict[str, Any]) -> "RoundProgress":
-        """Inverse of `to_json`."""
+        """Inverse of `to_json`. LookupError, TypeError or ValueError: what it did not write."""
         return cls(
             initial=initial,
-            phase=content["phase"],
-            inside=PhaseProgress(**content["inside"]),
-            metrics=RoundMetrics(**content["metrics"]),
-            is_update_saved=content["is_update_saved"],
+            phase=checked(content["phase"], int, "phase"),
+            inside=_from_json(PhaseProgress, content["inside"]),
+            metrics=_from_json(RoundMetrics, content["metrics"]),
+            is_update_saved=checked(content["is_update_saved"], bool, "is_update_saved"),
         )
+
+
+def steps_from_json(content: Any) -> dict[str, int]:
+    """`ClientState.num_steps` as it was saved. LookupError, TypeError or ValueError: something else."""
+    return {name: checked(content[name], int, f"steps of {name}") for name in (GLOBAL, LOCAL)}
+
+
+def checked(value: Any, annotation: Any, name: str) -> Any:
+    """`value` if it is of a type that this file's dataclasses have. ValueError: it is not."""
+    if not _is(value, annotation):
+        raise ValueError(f"{name} is {str(value)[:40]!r}")
+    return value
+
+
+def _from_json(kind: type[Numbers], content: Mapping[str, Any]) -> Numbers:
+    values = {}
+    for name, annotation in typing.get_type_hints(kind).items():
+        values[name] = checked(content[name], annotation, name)
+    return kind(**values)
+
+
+def _is(value: Any, annotation: Any) -> bool:
+    """Counts are not negative; a bool is no number."""
+    if typing.get_origin(annotation) is list:
+        return isinstance(value, list) and all(_is(item, float) for item in value)
+    if typing.get_origin(annotation) is dict:
+        return isinstance(value, dict) and all(_is(item, float) for item in value.values())
+    if annotation is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if annotation is int:
+        return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, annotation)

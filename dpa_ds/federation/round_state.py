@@ -16,14 +16,14 @@ from dpa_ds.config.schema import CheckpointConfig
 from dpa_ds.distributed.job_store import JobStore
 from dpa_ds.distributed.preemption import PreemptionSync
 from dpa_ds.distributed.world import World
-from dpa_ds.errors import TrainingError
+from dpa_ds.errors import CheckpointError, TrainingError
 from dpa_ds.federation.aggregation.base import LeaderState, ServerState
 from dpa_ds.federation.clients import HostedClient
 from dpa_ds.federation.metrics import MetricsTable
-from dpa_ds.federation.progress import ClientState, PhaseProgress, RoundProgress
+from dpa_ds.federation.progress import ClientState, PhaseProgress, RoundProgress, checked, steps_from_json
 from dpa_ds.federation.trainer import PhaseRun
 from dpa_ds.runs.folder import RunFolder
-from dpa_ds.runs.storage import BackgroundWriter, SavedFolder
+from dpa_ds.runs.storage import BackgroundWriter, SavedFolder, well_formed
 from dpa_ds.runs.tracking import logger
 
 
@@ -165,7 +165,7 @@ class RoundState:
             self._progress[client.client_id] = progress
             optimizer = tensors.get("local_optimizer", {}) if info["has_local_optimizer"] else None
             client.state = ClientState(
-                tensors.get(LOCAL, {}), dict(info["steps_taken"]), optimizer, dict(info["loss_scale"])
+                tensors.get(LOCAL, {}), steps_from_json(info["steps_taken"]), optimizer, dict(info["loss_scale"])
             )
 
     def _find(self, client: HostedClient, server_round: int) -> SavedFolder | None:
@@ -179,6 +179,16 @@ class RoundState:
                 f"client {client.client_id} starts round {server_round} from scratch: what it had done of it was done "
                 f"with another layout ({saved.info.get('layout')}, now {dict(self._saving.layout)})"
             )
+            return None
+        try:
+            with well_formed(f"the progress of client {client.client_id}", "it starts the round from scratch"):
+                RoundProgress.from_json(client.state, saved.info)
+                steps_from_json(saved.info["steps_taken"])
+                checked(saved.info["loss_scale"], dict[str, float], "loss_scale")
+                checked(saved.info["has_local_optimizer"], bool, "has_local_optimizer")
+                saved.tensors[LOCAL]
+        except CheckpointError as error:
+            logger.warning(f"{error}")
             return None
         return saved
 

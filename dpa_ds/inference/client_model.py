@@ -19,6 +19,7 @@ from dpa_ds.inference.embedding import embed
 from dpa_ds.inference.generation import generate
 from dpa_ds.inference.weighting import Weighting, instance_weights
 from dpa_ds.runs.folder import RunFolder, local_folder
+from dpa_ds.runs.storage import well_formed
 
 Install = Callable[[str, AdapterState], None]
 """Puts an adapter into the model: `AdapterModel.load_state`, or where there is an engine
@@ -43,11 +44,13 @@ def load_client_model(folder: RunFolder, server_round: int, client: int) -> Clie
         CheckpointError: a file is missing or damaged, or the adapter is not finite.
     """
     saved = folder.load_adapter(server_round, local_folder(client))
-    info = _client_info(client, saved.info)
-    references = None
-    if "references" in saved.extras:
-        references = References.from_tensors(saved.extras["references"])
-    return ClientModel(info, saved.weights, saved.info["steps_taken"][LOCAL] > 0, references)
+    place = folder.round_dir(server_round)
+    with well_formed(place / local_folder(client), f"delete {place} to use the round before, or train again"):
+        info = _client_info(client, saved.info)
+        references = None
+        if "references" in saved.extras:
+            references = References.from_tensors(saved.extras["references"])
+        return ClientModel(info, saved.weights, saved.info["steps_taken"][LOCAL] > 0, references)
 
 
 def describe_client(folder: RunFolder, server_round: int, client: int) -> ClientInfo:
@@ -56,7 +59,10 @@ def describe_client(folder: RunFolder, server_round: int, client: int) -> Client
     Raises:
         CheckpointError: its folder cannot be read.
     """
-    return _client_info(client, folder.info(server_round, local_folder(client)))
+    info = folder.info(server_round, local_folder(client))
+    place = folder.round_dir(server_round)
+    with well_formed(place / local_folder(client), f"delete {place} to use the round before, or train again"):
+        return _client_info(client, info)
 
 
 class Predictor:
@@ -181,4 +187,7 @@ class Predictor:
 
 
 def _client_info(client: int, info: Mapping[str, Any]) -> ClientInfo:
-    return ClientInfo(client, info["label"], tuple(info["tasks"]) or (NO_TASK,))
+    label, tasks = info["label"], info["tasks"]
+    if not isinstance(label, str) or not isinstance(tasks, list) or not all(isinstance(task, str) for task in tasks):
+        raise ValueError("label and tasks are no names")
+    return ClientInfo(client, label, tuple(tasks) or (NO_TASK,))

@@ -9,6 +9,7 @@ from typing import TextIO
 
 from transformers import TextStreamer
 
+from dpa_ds.config.paths import expand
 from dpa_ds.config.schema import RunConfig
 from dpa_ds.data.tables import read_rows, reading
 from dpa_ds.data.tokenize import tokenize_prompts
@@ -56,7 +57,7 @@ def generate(
         raise ConfigError("--prompt is empty: write a question, or leave --prompt out to be asked for one")
     prompts = []
     if input_path is not None:  # before the base, whose loading takes much longer
-        prompts = read_prompts(Path(input_path).expanduser(), config.data.instruction_column)
+        prompts = read_prompts(expand(input_path, "--input"), config.data.instruction_column)
 
     weighting = resolve_weighting(config.weighting, config.method, len(existing))
     base = place_base(
@@ -164,7 +165,11 @@ def _typed_lines() -> Iterator[str]:
     while True:
         sys.stdout.write("> ")
         sys.stdout.flush()
-        line = sys.stdin.readline().strip()
+        try:
+            line = sys.stdin.readline().strip()
+            line.encode("utf-8")
+        except UnicodeError as error:
+            raise DataError("what was typed is not UTF-8: set the terminal to UTF-8") from error
         if not line:
             return
         yield line

@@ -9,6 +9,7 @@ from dpa_ds.adapters import methods
 from dpa_ds.adapters.adapter_model import AdapterModel, global_local_mix
 from dpa_ds.config.schema import Encoder
 from dpa_ds.data.references import Embeddings
+from dpa_ds.errors import ModelError
 
 
 @torch.no_grad()
@@ -43,7 +44,7 @@ def embed(
     last_tokens: list[torch.Tensor] = []
     means: list[torch.Tensor] = []
     # Through the whole model, not its inner part: ZeRO-3 resets its prefetching at the outermost module.
-    with adapters.base_model.base_model.register_forward_hook(keep_hidden_states):
+    with _inner_model(adapters).register_forward_hook(keep_hidden_states):
         for batch in batches([len(prompt) for prompt in prompts], batch_tokens):
             # Padded on the right and without a mask: the model is causal, no token of a prompt looks there.
             longest = len(prompts[batch[0]])
@@ -52,6 +53,11 @@ def embed(
                 ids[row, : len(prompts[i])] = torch.tensor(prompts[i])
             model(input_ids=ids.to(adapters.device), use_cache=False, **adapters.one_logit)
             rows_of_batches += batch
+            if not hidden_states:
+                raise ModelError(
+                    f"{type(adapters.base_model).__name__} computes its hidden states in a module that is not known "
+                    "here, so prompts have no embeddings: use another model, or a method without them (fedit, local)"
+                )
             # Only these two of each row are kept, and they stay on the device until all batches are computed.
             for i, hidden in zip(batch, hidden_states.pop(), strict=True):
                 own = hidden[: len(prompts[i])].float()
@@ -59,6 +65,14 @@ def embed(
                 means.append(own.mean(dim=0))
     order = torch.tensor(rows_of_batches).argsort()
     return {"last_token": torch.stack(last_tokens).cpu()[order], "mean": torch.stack(means).cpu()[order]}
+
+
+def _inner_model(adapters: AdapterModel) -> torch.nn.Module:
+    """The module that returns the hidden states. OPT, and what was made after it, calls the decoder of its inner model
+    and passes over the inner model itself."""
+    inner: torch.nn.Module = adapters.base_model.base_model
+    decoder = getattr(inner, "decoder", None)
+    return decoder if isinstance(decoder, torch.nn.Module) else inner
 
 
 def batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:

@@ -15,6 +15,7 @@ from dpa_ds.config.schema import (
     ModelConfig,
     TrainConfig,
 )
+from dpa_ds.data.references import REPRESENTATIONS
 from dpa_ds.distributed.device import claim_device
 from dpa_ds.distributed.job_store import JobStore
 from dpa_ds.distributed.topology import Topology
@@ -24,7 +25,8 @@ from dpa_ds.inference.client_model import Install, Predictor
 from dpa_ds.inference.weighting import Weighting
 from dpa_ds.model.base import check_precision, fits_one_rank, load_base, resolve_model
 from dpa_ds.model.directory import load_tokenizer
-from dpa_ds.runs.folder import RunFolder
+from dpa_ds.runs.folder import RunFolder, SavedAdapter
+from dpa_ds.runs.storage import well_formed
 
 PARTITIONED = {"zero_optimization": {"stage": 3}}
 """DeepSpeed JSON of a base that is divided among the ranks of a group."""
@@ -93,6 +95,9 @@ def build_predictor(
         CheckpointError, ModelError: adapters or base cannot be used.
     """
     shared = folder.load_adapter(server_round, GLOBAL)
+    place = folder.round_dir(server_round)
+    with well_formed(place / GLOBAL, f"delete {place} to use the round before, or train again"):
+        reference_mean = _reference_mean(shared)
     if base.partitioned:
         adapters, install = _load_partitioned(base, lora)
     else:
@@ -101,16 +106,25 @@ def build_predictor(
         install = adapters.load_state
     adapters.check_shapes(GLOBAL, shared.weights)
     install(GLOBAL, shared.weights)
-    no_mean = {"reference_mean": torch.zeros(0, 0)}
     return Predictor(
         adapters=adapters,
         tokenizer=load_tokenizer(base.directory),
         weighting=weighting,
         generation=generation,
-        reference_mean=shared.extras.get("reference_mean", no_mean)["reference_mean"],
+        reference_mean=reference_mean,
         install=install,
         world=base.world,
     )
+
+
+def _reference_mean(shared: SavedAdapter) -> torch.Tensor:
+    """Shape (representations, hidden size), or empty where the run has none. LookupError or ValueError: another."""
+    if "reference_mean" not in shared.extras:
+        return torch.zeros(0, 0)
+    mean = shared.extras["reference_mean"]["reference_mean"]
+    if mean.dim() != 2 or len(mean) != len(REPRESENTATIONS) or not mean.isfinite().all():
+        raise ValueError(f"reference mean of shape {tuple(mean.shape)}")
+    return mean
 
 
 def _load_partitioned(base: PlacedBase, lora: LoraConfig) -> tuple[AdapterModel, Install]:

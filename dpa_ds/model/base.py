@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from dpa_ds.config.paths import expand
 from dpa_ds.config.schema import ModelConfig
 from dpa_ds.distributed.device import free_memory
 from dpa_ds.errors import ConfigError, ModelError
@@ -65,13 +66,13 @@ def resolve_model(config: ModelConfig, cache_dir: str) -> Path:
     Raises:
         ModelError: nothing usable is there.
     """
-    path = Path(config.path).expanduser()
+    path = expand(config.path, "model.path")
     if path.is_file():
         from dpa_ds.model.gguf.convert import convert_gguf
 
         stat = path.stat()
         key = hashlib.sha256(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:16]
-        return convert_gguf(path, Path(cache_dir).expanduser() / "models" / f"{path.stem}-{key}")
+        return convert_gguf(path, expand(cache_dir, "data.cache_dir") / "models" / f"{path.stem}-{key}")
     directory = path if path.is_dir() else _from_hub(config.path)
     check_directory(directory)
     return directory
@@ -126,6 +127,12 @@ def load_base(
             model = _load_whole(config, directory, device)
     except (OSError, ValueError, RuntimeError, SafetensorError, ImportError) as error:
         raise ModelError(f"cannot load a causal LM from {directory}: {str(error).strip().splitlines()[0]}") from error
+    except (LookupError, TypeError, AttributeError, AssertionError, ArithmeticError) as error:
+        # Nonsense in the config, such as a hidden_act that nobody knows, as transformers and torch meet it.
+        raise ModelError(
+            f"{directory}/config.json describes no model that can be built ({type(error).__name__}: "
+            f"{' '.join(str(error).split())[:200]}): correct it, or download the model again"
+        ) from error
     model.config.use_cache = False
     if config.gradient_checkpointing:
         # ZeRO-3 empties parameters between forward and recomputation; the non-reentrant kind checks their shapes.
@@ -151,6 +158,7 @@ def _load_whole(config: ModelConfig, directory: Path, device: torch.device) -> P
         device_map={"": device},
         use_safetensors=True,
         local_files_only=True,
+        trust_remote_code=False,
         ignore_mismatched_sizes=True,  # to name them here: transformers' own error says "see the above report"
         output_loading_info=True,
     )
@@ -163,16 +171,21 @@ def _load_whole(config: ModelConfig, directory: Path, device: torch.device) -> P
         )
     for name in sorted(report["missing_keys"]):  # transformers only warns, and draws the tensor at random
         raise ModelError(f"the checkpoint has no tensor {name!r}: it is incomplete, or belongs to another model")
+    for name, parameter in model.named_parameters():
+        _check_finite(name, parameter)
     return model
 
 
 def _load_partitioned(config: ModelConfig, directory: Path, deepspeed_json: Mapping[str, Any]) -> PreTrainedModel:
     import deepspeed
 
-    hf_config = AutoConfig.from_pretrained(directory, local_files_only=True)
+    hf_config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     with no_init_weights(), deepspeed.zero.Init(config_dict_or_path=dict(deepspeed_json)):
         model = AutoModelForCausalLM.from_config(
-            hf_config, dtype=DTYPES[config.precision], attn_implementation=config.attention
+            hf_config,
+            dtype=DTYPES[config.precision],
+            attn_implementation=config.attention,
+            trust_remote_code=False,
         )
     model.tie_weights()  # part of the initialisation that was skipped
     _restore_computed_buffers(model)
@@ -190,6 +203,15 @@ def _load_partitioned(config: ModelConfig, directory: Path, deepspeed_json: Mapp
     model.eval()
     assert isinstance(model, PreTrainedModel)
     return model
+
+
+def _check_finite(name: str, tensor: torch.Tensor) -> None:
+    """Raise ModelError for NaN or infinity: every client would diverge, and be asked to lower its learning rate."""
+    if not bool(torch.isfinite(tensor).all()):
+        raise ModelError(
+            f"tensor {name!r} of the base model has NaN or infinity: download it again, or, where model.precision is "
+            "fp16, choose one with a wider range"
+        )
 
 
 def _restore_computed_buffers(model: PreTrainedModel) -> None:
@@ -231,6 +253,7 @@ def _read_partition(stored: Any, name: str, parameter: torch.nn.Parameter) -> No
     row = numel // shape[0]  # elements of one slice along the first dimension
     rows = stored[start // row : -(-end // row)].reshape(-1)
     offset = start - start // row * row
+    _check_finite(name, rows)
     with torch.no_grad():
         partition.view(-1)[: end - start].copy_(rows[offset : offset + end - start])
         partition.view(-1)[end - start :].zero_()

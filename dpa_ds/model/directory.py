@@ -26,7 +26,14 @@ IDENTITY_FILES = (
     "merges.txt",
 )
 _INDEX = "model.safetensors.index.json"
-_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+_MOST = {
+    "vocab_size": 100_000_000,
+    "hidden_size": 10_000_000,
+    "num_hidden_layers": 10_000,
+    "num_attention_heads": 1_000_000,
+}
+"""What no model exceeds: building one of 10^7 layers would take hours before its weights are found missing."""
+_SHARES = ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop")
 
 
 def check_directory(directory: Path) -> None:
@@ -52,12 +59,18 @@ def read_config(directory: Path) -> PretrainedConfig:
             f"model.path {directory} has no config.json: give a Hugging Face model directory or a GGUF file"
         )
     with _library_errors(f"{path} describes no model", "correct it, or download the model again"):
-        config = AutoConfig.from_pretrained(directory, local_files_only=True)
+        config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         text = config.get_text_config()
-    for name in _SIZES:
+    for name, most in _MOST.items():
         value = getattr(text, name, 1)
         if not isinstance(value, int) or value < 1:
             raise ModelError(f"{path}: {name} must be a whole number >= 1, got {value!r}: download the model again")
+        if value > most:
+            raise ModelError(f"{path}: {name} must be at most {most}, got {value!r}: download the model again")
+    for name in _SHARES:
+        value = getattr(text, name, 0)
+        if not isinstance(value, int | float) or not 0 <= value < 1:
+            raise ModelError(f"{path}: {name} must be a number in [0, 1), got {value!r}: download the model again")
     assert isinstance(config, PretrainedConfig)
     return config
 
@@ -70,7 +83,7 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     """
     remedy = "it needs the model's own tokenizer.json and tokenizer_config.json, undamaged"
     with _library_errors(f"no usable tokenizer in {directory}", remedy):
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         highest = max(tokenizer.get_vocab().values())
     if tokenizer.eos_token_id is None:
         raise ModelError(f"the tokenizer in {directory} has no end token (eos_token): set it in tokenizer_config.json")
@@ -128,7 +141,7 @@ def count_parameters(directory: Path, lora: LoraConfig) -> tuple[int, int, int]:
         ModelError: `config.json` describes no model.
     """
     with torch.device("meta"):  # shapes without memory
-        base = AutoModelForCausalLM.from_config(read_config(directory))
+        base = AutoModelForCausalLM.from_config(read_config(directory), trust_remote_code=False)
     num_base = sum(parameter.numel() for parameter in base.parameters())
     per_rank = 0
     for name, module in base.named_modules():

@@ -3,9 +3,9 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from dpa_ds.config.paths import expand
 from dpa_ds.config.validate import read_text
 from dpa_ds.errors import ModelError
 
@@ -120,7 +120,7 @@ def read_shape(path: str, preset: str | None) -> Shape:
         if preset not in PRESETS:
             raise ModelError(f"--model {preset}: no such preset: use one of {', '.join(PRESETS)}")
         return PRESETS[preset]
-    file = Path(path).expanduser() / "config.json"
+    file = expand(path, "model.path") / "config.json"
     if not file.is_file():
         raise ModelError(f"model.path {path} has no config.json: correct it, or give --model {' | '.join(PRESETS)}")
     try:

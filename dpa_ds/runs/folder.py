@@ -48,6 +48,7 @@ META, MODEL = "meta.json", "model.json"
 WEIGHTS = "adapter_model"
 LINK = "adapters"
 PACKAGES = ("torch", "deepspeed", "transformers", "peft")
+_NUMBER = re.compile("[0-9]{1,9}")
 _ROUND = re.compile(r"round_([0-9]{6,})(\.tmp)?")
 _CLIENT = re.compile(r"client_([0-9]{2,})")
 _HALF_WRITTEN = re.compile(r"(config\.yaml|[a-z_]+\.json)\..+\.\d+\.tmp")
@@ -68,6 +69,12 @@ class SavedAdapter:
 def local_folder(client_id: int) -> str:
     """Name of a client's adapter in a round: `local/client_02`."""
     return f"{LOCAL}/client_{client_id:02d}"
+
+
+def _numbered(folder: Path) -> list[Path]:
+    """What lies in `folder` under a number, in the order of the numbers; what else a user may have put there is left
+    alone."""
+    return sorted((path for path in folder.glob("*") if _NUMBER.fullmatch(path.name)), key=lambda path: int(path.name))
 
 
 class RunFolder:
@@ -366,7 +373,7 @@ class RunFolder:
             kept: names of tensors that stay as they were saved before.
         """
         folder = self._progress(server_round, client)
-        older = sorted(folder.glob("[0-9]*"))
+        older = _numbered(folder)
         number = int(older[-1].name) + 1 if older else 0
         new = folder / f"{number:06d}"
         try:
@@ -388,7 +395,7 @@ class RunFolder:
     ) -> SavedFolder | None:
         """The newest whole progress of a client in a round, if there is one; `on_damage` is reported what was
         passed over."""
-        for folder in sorted(self._progress(server_round, client).glob("[0-9]*"), reverse=True):
+        for folder in reversed(_numbered(self._progress(server_round, client))):
             if (folder / STATE).exists():  # else the write was interrupted
                 try:
                     return read_folder(folder, "what came before it is used")

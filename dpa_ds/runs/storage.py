@@ -3,6 +3,7 @@
 Only safetensors and JSON are used: nothing that is read from disk can run code.
 """
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -10,7 +11,7 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,6 +137,19 @@ def read_info(folder: Path, remedy: str) -> dict[str, Any]:
     if not is_whole:
         raise CheckpointError(f"{folder / STATE} is damaged (checksum differs): {remedy}")
     return info
+
+
+@contextlib.contextmanager
+def well_formed(what: object, remedy: str) -> Iterator[None]:
+    """Turn what looking into content raises whose checksums are right, but which no run wrote, into one CheckpointError
+    that ends with `remedy`."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
+        lines = str(error).strip().splitlines() or [""]
+        raise CheckpointError(
+            f"{what} holds what no run writes ({type(error).__name__}: {lines[0][:200]}): {remedy}"
+        ) from error
 
 
 def check_finite(folder: Path, state: AdapterState, remedy: str) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 from tqdm import tqdm
 
 from dpa_ds.config.schema import TrackingConfig
-from dpa_ds.errors import storage_errors
+from dpa_ds.errors import CheckpointError, storage_errors
 from dpa_ds.runs.storage import fsync, write_text
 
 logger = logging.getLogger("dpa_ds")
@@ -46,6 +46,9 @@ class Tracker:
     Args:
         run_dir: folder of the run, or None on ranks that write nothing.
         is_coordinator: whether this rank is the job's coordinator.
+
+    Raises:
+        CheckpointError: something else is where the TensorBoard events belong.
     """
 
     def __init__(self, run_dir: Path | None, is_coordinator: bool, config: TrackingConfig) -> None:
@@ -190,9 +193,19 @@ def _report_unless_lost_curves(failed: threading.ExceptHookArgs) -> None:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """Records of a metrics.jsonl. A line that is not a record, such as one cut off by a crash, is left out."""
+    """Records of a metrics.jsonl. A line that is not a record, such as one cut off by a crash, is left out.
+
+    Raises:
+        CheckpointError: the file is missing or cannot be read.
+    """
     records = []
-    for line in path.read_text(errors="replace").splitlines():
+    try:
+        lines = path.read_text(errors="replace").splitlines()
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({error.strerror}): restore it; the adapters of the run are not affected"
+        ) from error
+    for line in lines:
         try:
             record = json.loads(line)
         except (ValueError, RecursionError):

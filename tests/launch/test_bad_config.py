@@ -76,6 +76,13 @@ OPTIONS = [
     option("not a number", "train.learning_rate", ".nan", "train.learning_rate must be finite, got NaN"),
     option("infinite", "method.alpha", ".inf", "method.alpha must be finite, got Infinity"),
     option("overflow", "train.learning_rate", "1e999", "train.learning_rate must be finite"),
+    option(
+        "too many rounds", "federation.num_rounds", "1000000000", "federation.num_rounds must be at most 100000, got"
+    ),
+    option("too large a rate", "train.learning_rate", "1e300", "train.learning_rate must be at most 100, got 1e+300"),
+    option("nobody's home", "output_dir", "~nouser/runs", "output_dir must name a home directory that exists (~)"),
+    Case("option twice", "--seed is given twice", ("--seed", "1", "--seed", "2")),
+    Case("empty recipe name", "--config is empty: give a recipe", ("--config", "")),
     option("negative seed", "seed", "-1", "seed must be >= 0, got -1"),
     option(
         "unthinkable rank",
@@ -87,13 +94,13 @@ OPTIONS = [
         "seconds beyond the clock",
         "cluster.timeout_seconds",
         "1e300",
-        "cluster.timeout_seconds must be at most 31536000, a year",
+        "cluster.timeout_seconds must be at most 31536000",
     ),
     option(
         "other seconds",
         "federation.timeout_seconds",
         "1e300",
-        "federation.timeout_seconds must be at most 31536000, a year",
+        "federation.timeout_seconds must be at most 31536000",
     ),
     option("unknown choice", "method.name", "fedavg", "method.name must be one of feddpa_t, feddpa_f"),
     option("empty list", "lora.target_modules", "[]", "lora.target_modules must name at least one linear layer"),
@@ -143,6 +150,14 @@ DEEPSPEED = [
         {"zero_optimization": {"stage": 3, "zero_quantized_weights": True}},
         "{root}/ds.json: zero_optimization.zero_quantized_weights is not supported",
         "remove it",
+    ),
+    deepspeed(
+        "mistyped section of JSON",
+        {"zero_optimisation": {"stage": 3}},
+        '{root}/ds.json: "zero_optimisation" is not a key that the JSON may have: did you mean zero_optimization?',
+    ),
+    deepspeed(
+        "section of JSON that ends in a traceback", {"amp": {"enabled": True}}, '"amp" is not a key', "remove it"
     ),
     deepspeed("JSON of zero bytes", "", "{root}/ds.json, line 1: not JSON"),
     deepspeed("JSON cut off", '{\n"zero_optimization": {', "{root}/ds.json, line 2: not JSON"),
@@ -263,6 +278,14 @@ ENVIRONMENTS = [
         SLURM_STEP_NUM_TASKS="2",
         SLURM_STEP_NODELIST="n[1-999999999999]",
     ),
+    environment(
+        "too many ranks",
+        "WORLD_SIZE must be the number of ranks of the job, at most 100000",
+        RANK="0",
+        WORLD_SIZE="1000000000",
+    ),
+    environment("no such interface", "GLOO_SOCKET_IFNAME names 'ib9', but this host has", GLOO_SOCKET_IFNAME="ib9"),
+    environment("no such accelerator", "DS_ACCELERATOR is 'gpu', but DeepSpeed knows cuda", DS_ACCELERATOR="gpu"),
     environment("MPI in words", "PMI_SIZE must be an integer, got 'two'", PMI_SIZE="two"),
 ]
 

@@ -262,6 +262,7 @@ def test_nobody_at_the_rendezvous(tmp_path: Path, arguments: Arguments) -> None:
     (error,) = ended.errors
     assert f"no answer from the rendezvous at {meeting}" in error
     assert "is launch/rendezvous.py running there" in error
+    assert not (tmp_path / "runs" / "tiny").exists()
 
 
 STRANGER = """

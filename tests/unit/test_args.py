@@ -56,7 +56,16 @@ def test_values_have_their_types() -> None:
     assert isinstance(found.share, float)
     assert others == []
     assert search("--text", "a")[0] == Search(text="a")
-    assert search("--text=a", "--text", "b")[0].text == "b", "the later wins"
+
+
+def test_a_word_that_is_not_utf8() -> None:
+    with pytest.raises(ConfigError, match=r"on the command line is not UTF-8 .character 1.: type it in a terminal"):
+        search("--text", "a\udcff")
+
+
+def test_an_option_is_given_once() -> None:
+    with pytest.raises(ConfigError, match="--text is given twice \\('a' and 'b'\\): keep one"):
+        search("--text=a", "--text", "b")
 
 
 WORDS = st.text(st.characters(categories=("L", "N")), min_size=1, max_size=5)
@@ -66,12 +75,13 @@ WORDS = st.text(st.characters(categories=("L", "N")), min_size=1, max_size=5)
 @given(st.lists(st.tuples(st.sampled_from(["--train.batch_size", "--config", "--x.y"]), WORDS)))
 def test_other_words_come_back_in_order(pairs: list[tuple[str, str]]) -> None:
     """Both spellings, whatever options of the program stand between them."""
+    options = iter([["--limit", "7"], ["--share=0.5"], ["--mode", "slow"]])
     words, expected = ["--text", "a"], []
     for number, (key, value) in enumerate(pairs):
         given = [key, value]
         if number % 2:
             given = [f"{key}={value}"]
-        words += [*given, "--limit", "7"]
+        words += [*given, *next(options, [])]
         expected += given
     assert search(*words)[1] == expected
 

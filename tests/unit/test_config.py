@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpa_ds.config.deepspeed_json import check_deepspeed_owner, load_deepspeed_json
-from dpa_ds.config.fields import FIELDS, RENAMED
-from dpa_ds.config.load import load_config, to_yaml
+from dpa_ds.config.fields import FIELDS, RENAMED, REQUIREMENTS, alternatives
+from dpa_ds.config.load import load_config, to_yaml, with_overrides
+from dpa_ds.config.paths import expand
 from dpa_ds.config.ranges import within
 from dpa_ds.config.schema import (
     ClusterConfig,
@@ -67,6 +68,19 @@ BAD_OVERRIDES = [
     (["--train.batch_size"], "--train.batch_size needs a value"),
     (["--train.batch_size", "--seed=1"], "--train.batch_size needs a value"),
     (["--config"], "--config needs a value"),
+    (["--name=\udcff"], r"'--name=\udcff' on the command line is not UTF-8 (character 7): type it in a terminal"),
+    (["--config", ""], "--config is empty: give a recipe such as those in launch/recipes/"),
+    (["--config= "], "--config is empty"),
+    (["--seed=1", "--seed", "2"], 'command line: --seed is given twice ("1" and "2"): keep one'),
+    (["--profile", "--tracking.profile=false"], '--tracking.profile is given twice ("true" and "false"): keep one'),
+    (
+        ["--cluster.rendezvous=node1:0", "--cluster.group=0"],
+        "cluster.rendezvous must be host:port, such as node1:29600",
+    ),
+    (["--cluster.rendezvous=node1:99999", "--cluster.group=0"], "cluster.rendezvous must be host:port, such as node1"),
+    (["--cluster.rendezvous=node1:٣", "--cluster.group=0"], "cluster.rendezvous must be host:port"),
+    (["--cluster.rendezvous=::1:29600", "--cluster.group=0"], "such as node1:29600 or [::1]:29600, got"),
+    (["--cluster.rendezvous=[::1]", "--cluster.group=0"], "cluster.rendezvous must be host:port"),
     (["--print_config=nonsense"], 'Invalid option "nonsense"'),
     (["--train.batch_size=true"], "command line: train.batch_size must be a whole number, got true"),
     (["--seed=1:30"], 'seed must be a whole number, got "1:30"'),
@@ -243,8 +257,8 @@ def test_a_server_optimizer_with_momentum_is_accepted(tmp_path: Path) -> None:
 
 def test_a_field_says_in_words_what_it_demands() -> None:
     demanded = {item.name: item.metadata.get("requirement") for item in fields(ClusterConfig)}
-    assert demanded["timeout_seconds"] == "must be > 0 and must be at most 31536000, a year"
-    assert demanded["group"] == "must be >= 0, or null for all groups in one job"
+    assert demanded["timeout_seconds"] == "must be > 0 and must be at most 31536000"
+    assert demanded["group"] == "must be >= 0, or null for all groups in one job and must be at most 1000000"
     assert demanded["device"] is None
 
 
@@ -255,6 +269,74 @@ def test_an_interval_is_tested_as_it_is_written(low: int, width: int, left: str,
     demand = within(f"{left}{low}, {high}{right}")
     assert demand["requirement"] == f"must be in {left}{low}, {high}{right}"
     assert [check.holds(value) for check in demand["checks"]] == [is_inside]
+
+
+@pytest.mark.parametrize("address", ["node1:29600", "10.0.0.1:1", "[::1]:29600", "[fe80::1%eth0]:65535"])
+def test_addresses_of_a_rendezvous(address: str, tmp_path: Path) -> None:
+    assert load(tmp_path, BASE, "--cluster.group=0", f"--cluster.rendezvous={address}").cluster.rendezvous == address
+
+
+def test_a_composed_command_line_gives_each_field_once(tmp_path: Path) -> None:
+    words = with_overrides(
+        ["--config", "a.yaml", "--seed", "1", "--name=x", "--config=b.yaml"], {"seed": 2, "lora.rank": 4}
+    )
+    assert words == ["--config=a.yaml", "--config=b.yaml", "--name=x", "--seed=2", "--lora.rank=4"]
+
+
+def test_every_number_of_a_recipe_has_an_upper_bound() -> None:
+    """One too many zeros must not fill memory or hours without a word."""
+    numbers = [key for key, kind in FIELDS.items() if int in alternatives(kind) or float in alternatives(kind)]
+    numbers.remove("cluster.ranks_per_group")  # compared with the ranks that there are
+    assert len(numbers) > 35
+    unbounded = [key for key in numbers if all(demand.holds(10**31) for demand in REQUIREMENTS.get(key, ()))]
+    assert unbounded == []
+
+
+HUGE = ("federation.num_rounds", "train.max_steps", "train.local_epochs", "data.partition.num_clients")
+
+
+@pytest.mark.parametrize("key", HUGE)
+def test_a_huge_number_is_refused_with_its_bound(key: str, tmp_path: Path) -> None:
+    assert re.search(
+        rf"{re.escape(key)} must be at most \d+, got 1000000000", refuse(tmp_path, BASE, f"--{key}=1000000000")
+    )
+
+
+def test_paths_begin_at_home_and_hold_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("SCRATCH", "/scratch")
+    text = "model: {path: ~/m}\ndata: {path: $SCRATCH/d, test_path: '${SCRATCH}/t.json'}\noutput_dir: $HOME/x\n"
+    config = load(tmp_path, text, "--engine.deepspeed_config=~/ds.json")
+    assert str(config.run_dir) == "/home/me/x/run"
+    assert (config.model.path, config.data.path, config.data.test_path) == (
+        "/home/me/m",
+        "/scratch/d",
+        "/scratch/t.json",
+    )
+    assert config.engine.deepspeed_config == "/home/me/ds.json"
+    assert config.data.cache_dir == "~/.cache/dpa_ds"  # of each host
+    assert load(tmp_path, to_yaml(config)) == config
+
+
+@pytest.mark.parametrize("key", ["output_dir", "model.path", "data.path", "data.test_path", "engine.deepspeed_config"])
+@pytest.mark.parametrize("path", ["~nouser/x", "$DPA_DS_NOT_SET/x", "a/${DPA_DS_NOT_SET}"])
+def test_no_folder_is_called_like_a_variable(key: str, path: str, tmp_path: Path) -> None:
+    message = refuse(tmp_path, BASE, f"--{key}={path}")
+    assert f"{key} must name a home directory that exists (~) and variables that are set ($NAME), got" in message
+
+
+def test_a_path_on_the_command_line_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=r"--run: ~nouser is no home directory here: .* got '~nouser/runs'"):
+        expand("~nouser/runs", "--run")
+    with pytest.raises(ConfigError, match=r"--run: \$DPA_DS_NOT_SET is not set: set it, or write the path out"):
+        expand("$DPA_DS_NOT_SET/x", "--run")
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", lambda user: {}[user])  # a container with a user that nobody knows
+    with pytest.raises(ConfigError, match=r"data.cache_dir: ~ is no home directory here"):
+        expand("~/.cache", "data.cache_dir")
+    with pytest.raises(ConfigError, match="--run: must be a path, got ''"):
+        expand("", "--run")
+    assert expand("./~x/a$", "--run") == Path("~x/a$")
 
 
 def test_no_recipe_says_how_to_give_one() -> None:
@@ -269,6 +351,7 @@ def test_no_recipe_says_how_to_give_one() -> None:
         (".", "is a directory"),
         ("binary", "not text in UTF-8"),
         ("a\0b", "cannot read"),
+        ("/dev/zero", "is a device, not a regular file"),
     ],
 )
 def test_recipe_that_cannot_be_read(name: str, fragment: str, tmp_path: Path) -> None:
@@ -318,7 +401,7 @@ def test_overrides_win_over_recipes_and_later_recipes_over_earlier(tmp_path: Pat
     second = tmp_path / "second.yaml"
     second.write_text("train: {batch_size: 2, max_steps: 2}\n")
     text = BASE + "train: {batch_size: 1, max_steps: 1, learning_rate: 0.5}\nlora: {rank: 4}\n"
-    config = load(tmp_path, text, "--train.max_steps=3", "--config", str(second), "--seed", "1", "--seed=2")
+    config = load(tmp_path, text, "--train.max_steps=3", "--config", str(second), "--seed", "2")
     assert (config.train.batch_size, config.train.max_steps, config.train.learning_rate) == (2, 3, 0.5)
     assert (config.lora.rank, config.lora.alpha, config.seed) == (4, 16.0, 2)
     assert type(config.train) is TrainConfig
@@ -462,6 +545,59 @@ def test_bad_deepspeed_json(content: str, fragment: str, tmp_path: Path) -> None
     (tmp_path / "ds.json").write_text(content)
     with pytest.raises(ConfigError, match=fragment):
         load_deepspeed_json(str(tmp_path / "ds.json"))
+
+
+# DeepSpeed counts the first three as stage 0, and ends in a traceback at others.
+NOT_ALLOWED = [
+    (
+        {"zero_optimisation": {"stage": 3}},
+        '"zero_optimisation" is not a key that the JSON may have: did you mean zero_opt',
+    ),
+    ({"zero_optimization": {"stge": 3}}, '"zero_optimization.stge" is not .*: did you mean zero_optimization.stage?'),
+    ({"zero_optimization.stage": 3}, '"zero_optimization.stage" is not .*: did you mean zero_optimization.stage?'),
+    ({"stage": 3}, '"stage" is not a key .*: did you mean zero_optimization.stage?'),
+    ({"zero_optimization": {"offload_params": {}}}, "did you mean zero_optimization.offload_param?"),
+    ({"bfloat16": {}}, '"bfloat16" is not a key that the JSON may have: .*the JSON may have aio, bf16, comm'),
+    ({"aio": {"zzz": 1}}, '"aio.zzz" is not a key .*: remove it; aio may have block_size, intra_op_parallelism'),
+    ({"amp": {"enabled": True}}, '"amp" is not a key that the JSON may have'),
+    ({"elasticity": {"enabled": True}}, '"elasticity" is not a key'),
+    ({"autotuning": {"enabled": True}}, '"autotuning" is not a key'),
+    ({"curriculum_learning": {"enabled": True}}, '"curriculum_learning" is not a key'),
+    ({"sparse_gradients": True}, '"sparse_gradients" is not a key'),
+    ({"compression_training": {}}, '"compression_training" is not a key'),
+    ({"hybrid_engine": {"enabled": True}}, '"hybrid_engine" is not a key'),
+    ({"tensor_parallel": {"autotp_size": 2}}, '"tensor_parallel" is not a key'),
+    ({"wandb": {"enabled": True}}, '"wandb" is not a key'),
+    ({"activation_checkpointing": {}}, r"activation_checkpointing \(owned by model.gradient_checkpointing\)"),
+    ({"communication_data_type": "int8"}, 'communication_data_type must be one of fp32, bf16, fp16, got "int8"'),
+    ({"communication_data_type": ["fp32"]}, "communication_data_type must be one of fp32, bf16, fp16, got"),
+    ({"data_types": {"grad_accum_dtype": 16}}, "data_types.grad_accum_dtype must be one of fp32, bf16, fp16, got 16"),
+    ({"data_types": "fp32"}, 'data_types must be an object of keys, got "fp32"'),
+    ({"aio": {"block_size": "large"}}, "aio.block_size must be a whole number in 1..1099511627776"),
+    ({"aio": {"queue_depth": True}}, "aio.queue_depth must be a whole number"),
+    ({"zero_force_ds_cpu_optimizer": "no"}, "zero_force_ds_cpu_optimizer must be true or false"),
+    ({"zero_optimization": {"stage": "auto"}}, 'zero_optimization.stage must be a value, .*got "auto"'),
+    ({"zero_optimization": {"offload_param": None}}, "offload_param must be an object of keys, got null"),
+    ({"fp16": {"loss_scale": float("nan")}}, "not JSON: NaN is no number"),
+    ({"k" * 100_000: 1}, "is not a key that the JSON may have"),
+]
+
+
+@pytest.mark.parametrize(("content", "fragment"), NOT_ALLOWED, ids=lambda case: str(case)[:60])
+def test_deepspeed_json_is_an_allow_list(content: dict[str, object], fragment: str, tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=fragment) as caught:
+        load_deepspeed_json(str(path))
+    assert str(caught.value).startswith(str(path))
+    assert len(str(caught.value)) < 700
+
+
+def test_shipped_deepspeed_json_is_allowed() -> None:
+    shipped = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
+    assert len(shipped) >= 7
+    for path in shipped:
+        assert load_deepspeed_json(str(path)) == json.loads(path.read_text())
 
 
 def test_deepspeed_json_is_sought_in_two_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft.tuners.lora import LoraLayer
-from transformers import AutoModelForCausalLM, GPT2Config, MistralConfig
+from transformers import AutoModelForCausalLM, GPT2Config, MistralConfig, OPTConfig, OPTForCausalLM
 
 from dpa_ds.adapters.adapter_model import AdapterModel, global_local_mix
 from dpa_ds.adapters.methods import adapter_table
@@ -129,6 +129,26 @@ def test_states_equal_those_of_plain_models_one_by_one(models: Models, encoder: 
             for name in REPRESENTATIONS:
                 torch.testing.assert_close(states[name][i], expected[name], rtol=0, atol=1e-5, msg=f"{name} of {i}")
     assert not models.dual.base_model.base_model._forward_hooks, "the hook is gone"
+
+
+def test_opt_which_passes_over_its_inner_model_has_embeddings() -> None:
+    torch.manual_seed(0)
+    config = OPTConfig(
+        vocab_size=50,
+        hidden_size=16,
+        word_embed_proj_dim=16,
+        num_hidden_layers=1,
+        ffn_dim=16,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+    )
+    base = OPTForCausalLM(config).eval()
+    prompt = [5, 9, 7]
+    expected = base.model(input_ids=torch.tensor([prompt]), use_cache=False).last_hidden_state[0].detach()
+    lora = LoraConfig(target_modules=["q_proj"])
+    found = embed(AdapterModel(base, adapter_table(lora), lora), "none", [prompt, prompt[:2]], 1, 100)
+    torch.testing.assert_close(found["last_token"][0], expected[-1])
+    torch.testing.assert_close(found["mean"][0], expected.mean(dim=0))
 
 
 def test_two_embeddings_of_a_prompt_travel_to_the_host_and_no_hidden_states(

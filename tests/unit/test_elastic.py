@@ -1,5 +1,7 @@
 """The states of an elastic group of leaders and what an exchange may end in, with a manager that plays torchft's part."""
 
+import re
+import socket
 from typing import Any
 
 import pytest
@@ -8,6 +10,7 @@ import torch
 from dpa_ds.distributed import elastic
 from dpa_ds.distributed.elastic import ElasticGroup, Membership, SyncState
 from dpa_ds.distributed.tunnel import Gate
+from dpa_ds.distributed.world import check_rendezvous
 from dpa_ds.errors import ClusterError, Preempted
 
 OTHERS_CLIENTS = 3.0
@@ -224,3 +227,18 @@ def test_a_group_that_the_gate_refuses_ends_with_the_reason() -> None:
     )
     with pytest.raises(ClusterError, match="refuses this group: they do not have the same secret"):
         group.sync_round(SyncState(0, torch.zeros(3)))
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "[::1]"])
+def test_a_rendezvous_is_asked_for_before_anything_is_written(host: str) -> None:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as server:
+        server.bind((host.strip("[]"), 0))
+        address = f"{host}:{server.getsockname()[1]}"
+        with pytest.raises(ClusterError, match=re.escape(f"no answer from the rendezvous at {address} within 0.3 s")):
+            check_rendezvous(address, 0.3)
+        server.listen()
+        check_rendezvous(address, 0.3)
+    check_rendezvous(None, 0.3)
+    with pytest.raises(ClusterError, match=r"no answer from the rendezvous at no.such.host.invalid:29600"):
+        check_rendezvous("no.such.host.invalid:29600", 0.3)

@@ -1,6 +1,7 @@
 """GGUF conversion, on a tiny LLaMA written by the test with llama.cpp's own layout."""
 
 import json
+import struct
 from pathlib import Path
 
 import gguf
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from dpa_ds.errors import ModelError
 from dpa_ds.model.gguf import llama
 from dpa_ds.model.gguf.convert import convert_gguf
+from dpa_ds.model.gguf.file import read_gguf
 
 CONTROL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 BYTE_TOKENS = sorted(ByteLevel.alphabet())
@@ -111,6 +113,61 @@ def write_gguf(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def header(num_tensors: int, num_values: int, *rest: bytes) -> bytes:
+    """Of a GGUF file of version 3."""
+    return b"GGUF" + struct.pack("<IQQ", 3, num_tensors, num_values) + b"".join(rest)
+
+
+def text(content: bytes) -> bytes:
+    return struct.pack("<Q", len(content)) + content
+
+
+def array(kind: int, num_elements: int) -> bytes:
+    """A value of the metadata under the key `k`: an array that claims `num_elements` of type `kind`."""
+    return text(b"k") + struct.pack("<IIQ", 9, kind, num_elements)
+
+
+UINT8, UINT32, STRING, ARRAY = 0, 4, 8, 9
+CLAIMS = [
+    ("numbers", header(0, 1, array(UINT32, 1 << 60)), "an array claims 1,152,921,504,606,846,976 elements"),
+    (
+        "fewer numbers",
+        header(0, 1, array(UINT32, 1 << 20)),
+        "an array of 1,048,576 elements claims 4,194,304 bytes where 0",
+    ),
+    ("texts", header(0, 1, array(STRING, 1 << 28)), "an array claims 268,435,456 elements, more than any model has"),
+    ("fewer texts", header(0, 1, array(STRING, 1 << 20)), "a number claims 8 bytes where 0 are left"),
+    ("arrays", header(0, 1, array(ARRAY, 1 << 20)), "an array has elements of the type 9"),
+    (
+        "a text",
+        header(0, 1, text(b"k"), struct.pack("<IQ", STRING, 1 << 62)),
+        "a text claims 4,611,686,018,427,387,904",
+    ),
+    ("a key", header(0, 1, struct.pack("<Q", 1 << 62)), "a key claims"),
+    ("values", header(0, 1 << 60), "a number claims 8 bytes where 0 are left"),
+    ("tensors", header(1 << 60, 0), "a number claims 8 bytes where 0 are left"),
+    ("dimensions", header(1, 0, text(b"t"), struct.pack("<I", 1 << 31)), "a tensor claims 2147483648 dimensions"),
+    ("an unknown type", header(0, 1, text(b"k"), struct.pack("<I", 99)), "a value has the unknown type 99"),
+    (
+        "bytes in the other order",
+        b"GGUF" + struct.pack(">IQQ", 3, 1 << 60, 0),
+        "a number claims 8 bytes where 0 are left",
+    ),
+]
+
+
+@pytest.mark.parametrize(("claims", "content", "fault"), CLAIMS, ids=[claim[0] for claim in CLAIMS])
+def test_counts_are_compared_with_the_size_of_the_file(claims: str, content: bytes, fault: str, tmp_path: Path) -> None:
+    """Before memory is taken for what the header claims: the gguf package reads on past the end."""
+    path = tmp_path / "m.gguf"
+    path.write_bytes(content)
+    with pytest.raises(
+        ModelError, match=rf"m.gguf: truncated or damaged GGUF \({len(content)} bytes; {fault}"
+    ) as caught:
+        read_gguf(path)
+    assert str(caught.value).endswith(": download it again")
 
 
 @pytest.mark.parametrize("tied", [True, False])

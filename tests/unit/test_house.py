@@ -84,6 +84,33 @@ def test_the_package_keeps_the_rules() -> None:
     assert found == []
 
 
+def trusting_loads(source: str) -> list[str]:
+    """`line: call` of every load by transformers that does not say `trust_remote_code=False`.
+
+    Without it transformers asks on the terminal whether it may run a file from the model's directory.
+    """
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call):
+            continue
+        called = ast.unparse(node.func)
+        if re.fullmatch(r"(\w+\.)*Auto\w+\.from_(pretrained|config)", called):
+            said = [ast.unparse(keyword.value) for keyword in node.keywords if keyword.arg == "trust_remote_code"]
+            if said != ["False"]:
+                found.append(f"{node.lineno}: {called}")
+    return found
+
+
+def test_no_code_comes_with_a_model() -> None:
+    sources = [path for folder in (PACKAGE, PACKAGE.parent / "benchmarks") for path in sorted(folder.rglob("*.py"))]
+    found = {str(path): trusting_loads(path.read_text()) for path in sources}
+    assert {path: calls for path, calls in found.items() if calls} == {}
+    assert trusting_loads("AutoConfig.from_pretrained(d)") == ["1: AutoConfig.from_pretrained"]
+    assert trusting_loads("t.AutoTokenizer.from_pretrained(d, trust_remote_code=yes)")
+    assert trusting_loads("AutoModelForCausalLM.from_config(c)")
+    assert trusting_loads("AutoConfig.from_pretrained(d, trust_remote_code=False)") == []
+
+
 def spells_adapter_names(source: str) -> bool:
     constants = [node.value for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Constant)]
     return "global" in constants or "local" in constants

@@ -1,12 +1,19 @@
 """This process's place, read from what each launcher puts into the environment."""
 
+import sys
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpa_ds.distributed.launchers import Launch, check_hostfile_of_launcher, discover_launch, expand_hostlist
+from dpa_ds.distributed.launchers import (
+    Launch,
+    check_environment,
+    check_hostfile_of_launcher,
+    discover_launch,
+    expand_hostlist,
+)
 from dpa_ds.errors import ClusterError
 
 SLURM = {
@@ -54,6 +61,11 @@ CONTRADICTIONS = [
     (DEEPSPEED | {"RANK": "-1"}, "RANK is -1, but the job has 4 ranks: RANK must be in 0..3"),
     ({"RANK": "1"}, "RANK is set, but WORLD_SIZE is not: set both, or neither for a job of one rank"),
     ({"WORLD_SIZE": "2"}, "WORLD_SIZE is set, but RANK is not"),
+    (
+        DEEPSPEED | {"WORLD_SIZE": "1" + "0" * 9},
+        "must be the number of ranks of the job, at most 100000, got 1000000000",
+    ),
+    (DEEPSPEED | {"LOCAL_RANK": "-1"}, "LOCAL_RANK must be the number of this rank on its host, 0 or more, got -1"),
     (SLURM | {"SLURM_PROCID": "x"}, "environment variable SLURM_PROCID must be an integer, got 'x'"),
 ]
 
@@ -96,6 +108,35 @@ def test_expand_hostlist(text: str, hosts: list[str]) -> None:
 def test_expand_range(first: int, more: int, width: int) -> None:
     hosts = [f"n{i:0{width}d}" for i in range(first, first + more + 1)]
     assert expand_hostlist(f"n[{first:0{width}d}-{first + more:0{width}d}]") == hosts
+
+
+@pytest.mark.parametrize(
+    ("environ", "message"),
+    [
+        (
+            {"GLOO_SOCKET_IFNAME": "ib9"},
+            "GLOO_SOCKET_IFNAME names 'ib9', but this host has .*lo.*: set it to one of them",
+        ),
+        ({"GLOO_SOCKET_IFNAME": "lo,ib9"}, "GLOO_SOCKET_IFNAME names 'ib9'"),
+        ({"DS_ACCELERATOR": "gpu"}, "DS_ACCELERATOR is 'gpu', but DeepSpeed knows cuda, cpu, "),
+        ({"DS_ACCELERATOR": ""}, "DS_ACCELERATOR is '', but DeepSpeed knows"),
+    ],
+)
+def test_variables_that_name_nothing(environ: dict[str, str], message: str) -> None:
+    with pytest.raises(ClusterError, match=message):
+        check_environment(environ)
+
+
+def test_variables_that_name_something() -> None:
+    check_environment({})
+    check_environment({"GLOO_SOCKET_IFNAME": "lo", "DS_ACCELERATOR": "cuda"})
+
+
+@pytest.mark.parametrize("library", ["mpi4py", "mpi4py.MPI"])
+def test_ranks_of_mpi_without_mpi(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(ClusterError, match=r"mpirun started 2 ranks, but MPI cannot be loaded here .*LD_LIBRARY_PATH"):
+        discover_launch({"PMI_SIZE": "2", "PMI_RANK": "0"})
 
 
 def test_hostfile(tmp_path: Path) -> None:

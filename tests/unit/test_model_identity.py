@@ -1,14 +1,19 @@
 """Which base a run belongs to, and whether it fits one rank."""
 
+import io
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
-from dpa_ds.errors import CheckpointError
+from dpa_ds.config.schema import ModelConfig
+from dpa_ds.errors import CheckpointError, ModelError
 from dpa_ds.model import base
-from dpa_ds.model.directory import model_fingerprint
+from dpa_ds.model.directory import load_tokenizer, model_fingerprint, read_config
 from dpa_ds.runs.folder import MODEL, RunFolder
 from dpa_ds.runs.storage import write_file
 from tests import tiny
@@ -23,6 +28,64 @@ def test_a_copy_has_the_same_fingerprint(model: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(model, tmp_path / "elsewhere"))
     assert model_fingerprint(copy) == model_fingerprint(model)
     assert len(model_fingerprint(model)) == 16
+
+
+def test_no_file_of_a_model_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even where somebody, or a pipe, says yes to the question of transformers."""
+    directory = tmp_path / "evil"
+    directory.mkdir()
+    (directory / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
+    named = {
+        "AutoConfig": "evil.Evil",
+        "AutoModelForCausalLM": "evil.Evil",
+        "AutoTokenizer": ["evil.Evil", "evil.Evil"],
+    }
+    (directory / "config.json").write_text(json.dumps({"model_type": "evil", "auto_map": named}))
+    (directory / "tokenizer_config.json").write_text(json.dumps({"auto_map": named}))
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 10))
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    with pytest.raises(ModelError, match="contains custom code"):
+        read_config(directory)
+    with pytest.raises(ModelError, match="contains custom code"):
+        load_tokenizer(directory)
+    assert not (tmp_path / "ran").exists()
+
+
+def read_and_load(directory: Path) -> None:
+    read_config(directory)
+    base.load_base(ModelConfig(path=str(directory), precision="fp32"), directory, {}, torch.device("cpu"))
+
+
+NONSENSE = [
+    ({"num_hidden_layers": 10_000_000}, "num_hidden_layers must be at most 10000, got 10000000"),
+    ({"vocab_size": 10**15}, "vocab_size must be at most 100000000, got"),
+    ({"attention_dropout": "much"}, r"attention_dropout|much"),
+    ({"attention_dropout": 7}, r"attention_dropout must be a number in \[0, 1\), got 7"),
+    ({"hidden_act": "nonsense"}, "config.json describes no model .*nonsense.*: correct it"),
+    ({"pad_token_id": 10**6}, "config.json describes no model .*: correct it"),
+]
+
+
+@pytest.mark.parametrize(("changes", "fault"), NONSENSE, ids=lambda case: str(case)[:40])
+def test_nonsense_in_the_config_is_one_line(
+    changes: dict[str, object], fault: str, model: Path, tmp_path: Path
+) -> None:
+    directory = Path(shutil.copytree(model, tmp_path / "llama"))
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(ModelError, match=fault) as caught:
+        read_and_load(directory)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_a_base_that_is_not_finite(number: float, model: Path, tmp_path: Path) -> None:
+    directory = Path(shutil.copytree(model, tmp_path / "llama"))
+    tensors = load_file(directory / "model.safetensors")
+    tensors["model.norm.weight"][3] = number
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"tensor 'model.norm.weight' of the base model has NaN or infinity: download"):
+        read_and_load(directory)
 
 
 def flip_a_weight(folder: Path) -> None:

@@ -5,15 +5,18 @@ import importlib.metadata
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
 import torch
 
 import dpa_ds
+from dpa_ds.data.references import REPRESENTATIONS, References
+from dpa_ds.errors import CheckpointError
 from dpa_ds.federation.progress import ClientState
 from dpa_ds.runs.folder import RunFolder
-from dpa_ds.runs.storage import BackgroundWriter
+from dpa_ds.runs.storage import BackgroundWriter, read_info, well_formed, write_folder
 from tests.unit.round_state_for_tests import make_round_state, one_client
 
 ADAPTER = {"a.lora_A.weight": torch.ones(2, 3)}
@@ -70,6 +73,48 @@ def test_damage_is_passed_over_aloud(saved: Path, tmp_path: Path, caplog: pytest
     assert said == [f"{file} is damaged (checksum differs): what came before it is used"]
 
 
+MALFORMED = [
+    {"phase": "one"},
+    {"phase": -1},
+    {"inside": []},
+    {"inside": {"step": 2}},
+    {"inside": {"step": True, "losses": [], "norms": [], "num_skipped": 0, "scaler": {}}},
+    {"inside": {"step": 2, "losses": ["low"], "norms": [], "num_skipped": 0, "scaler": {}}},
+    {"metrics": {}},
+    {"is_update_saved": 1},
+    {"steps_taken": {"global": 1}},
+    {"steps_taken": [1, 1]},
+    {"loss_scale": None},
+    {"has_local_optimizer": "yes"},
+]
+
+
+@pytest.mark.parametrize("change", MALFORMED, ids=str)
+def test_whole_but_malformed_progress_is_passed_over_aloud(
+    change: dict[str, Any], saved: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    info = read_info(saved, "")
+    write_folder(saved, {}, info | change)
+    with caplog.at_level(logging.WARNING):
+        assert restored_step(tmp_path) == 0
+    (record,) = caplog.records
+    assert "the progress of client 0 holds what no run writes" in record.message
+    assert record.message.endswith("it starts the round from scratch")
+
+
+def test_other_names_among_the_progress_are_left_alone(saved: Path, tmp_path: Path) -> None:
+    stranger = saved.with_name("9x")
+    stranger.mkdir()
+    assert restored_step(tmp_path) == 2
+    client = one_client(ClientState(ADAPTER, NUM_STEPS))
+    with BackgroundWriter() as writer:
+        rounds = make_round_state(tmp_path, writer)
+        rounds.open(client).inside.step = 3
+        rounds.save(client, 1)
+    assert restored_step(tmp_path) == 3
+    assert stranger.is_dir()
+
+
 def test_an_update_that_was_handed_over_is_kept_on_disk(tmp_path: Path) -> None:
     """Memory forgets it; a process that resumes after any later save has it again, since it must be reduced
     once more."""
@@ -110,3 +155,29 @@ def test_a_checkout_that_was_never_installed_completes_a_round(tmp_path: Path, m
     meta = json.loads((tmp_path / "rounds" / "round_000001" / "meta.json").read_text())
     assert meta["versions"]["dpa_ds"] == dpa_ds.__version__
     assert meta["versions"]["torch"] == installed("torch")
+
+
+def test_references_that_no_run_wrote() -> None:
+    tensors = References([[1, 2], [3]], dict.fromkeys(REPRESENTATIONS, torch.ones(2, 4))).to_tensors()
+    assert References.from_tensors(tensors).prompts == [[1, 2], [3]]
+    changes: list[dict[str, torch.Tensor]] = [
+        {"lengths": torch.tensor([2, 2])},
+        {"lengths": torch.tensor([3, 0])},
+        {"lengths": torch.tensor([], dtype=torch.int32), "tokens": torch.tensor([], dtype=torch.int32)},
+        {"tokens": torch.tensor([1, -2, 3])},
+        {"tokens": torch.tensor([1.0, 2.0, 3.0])},
+        {"embeddings.mean": torch.ones(1, 4)},
+        {"embeddings.mean": torch.ones(2)},
+        {"embeddings.mean": torch.full((2, 4), float("nan"))},
+    ]
+    for change in changes:
+        with pytest.raises(CheckpointError, match=r"round_000001 holds what no run writes .*: delete it"):
+            read_references(tensors | change)
+    del tensors["embeddings.last_token"]
+    with pytest.raises(CheckpointError, match="KeyError"):
+        read_references(tensors)
+
+
+def read_references(tensors: dict[str, torch.Tensor]) -> None:
+    with well_formed("round_000001", "delete it"):
+        References.from_tensors(tensors)

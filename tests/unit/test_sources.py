@@ -45,6 +45,20 @@ def table(path: Path, **changes: Any) -> DataConfig:
     return replace(DataConfig(format="table", path=str(path), partition=partition), **changes)
 
 
+def test_a_task_column_that_no_row_has(tmp_path: Path) -> None:
+    (tmp_path / "rows.json").write_text(json.dumps(ROWS))
+    config = table(tmp_path / "rows.json", held_out_fraction=0.5)
+    fault = "neither this row nor one after it has the data.task_column 'kind'; columns are 'instruction', 'output'"
+    with pytest.raises(DataError, match=fault):
+        read_clients(replace(config, task_column="kind"), 0, [0])
+    without = [{key: row[key] for key in ("instruction", "output")} for row in ROWS]
+    (tmp_path / "rows.json").write_text(json.dumps(without))
+    for column in ("category", None):  # the default, and no tasks
+        iid = PartitionConfig(kind="iid", num_clients=1)
+        (client,) = read_clients(replace(config, partition=iid, task_column=column), 0, [0])
+        assert {example.task for example in client.train} == {""}
+
+
 BAD_ROWS: list[tuple[str, dict[str, Any], str]] = [
     (
         "missing column",
@@ -58,6 +72,27 @@ BAD_ROWS: list[tuple[str, dict[str, Any], str]] = [
     ("surrogate", {"instruction": "\ud800", "output": "o"}, r"row 2: column 'instruction' has half a surrogate"),
     ("task", {"instruction": "i", "output": "o", "category": {}}, r"row 2: column 'category' must be text, got dict"),
 ]
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("x\nerror: not really", r"x\nerror: not really"),
+        ("\x1b[31mred\x9b0m\x7f", r"\x1b[31mred\x9b0m\x7f"),
+        ("a\u2028b\u202egnp", r"a\u2028b\u202egnp"),
+        ("a\\nb", r"a\\nb"),  # else two tasks would become one
+        ("Frage und Antwort: é 漢 \u3000 \u200d🦊", "Frage und Antwort: é 漢 \u3000 \u200d🦊"),
+    ],
+)
+def test_names_of_tasks_and_clients_are_printable(name: str, shown: str, tmp_path: Path) -> None:
+    table = tmp_path / "rows.json"
+    table.write_text(json.dumps([{"instruction": "a", "output": "b", "category": name}]))
+    partition = PartitionConfig(kind="column", column="category")
+    config = DataConfig(format="table", path=str(table), test_path=str(table), partition=partition)
+    assert list_clients(config, 0) == [shown]
+    (client,) = read_clients(config, 0, [0])
+    assert (client.name, client.train[0].task, client.held_out[0].task) == (shown, shown, shown)
+    assert read_test_rows(config, 0, "test")[0].task == shown
 
 
 @pytest.mark.parametrize(("row", "message"), [case[1:] for case in BAD_ROWS], ids=[case[0] for case in BAD_ROWS])
@@ -94,9 +129,8 @@ def test_feddpa_client_is_scored_on_the_tasks_it_trains_on(tmp_path: Path) -> No
     assert client.held_out == (Example("ask 1", "held", "b"),)
 
 
-@pytest.mark.parametrize("task_column", [None, "absent"])
-def test_without_tasks_every_test_row_is_held_out(tmp_path: Path, task_column: str | None) -> None:
-    client = read_client(DataConfig(path=str(feddpa_of_two(tmp_path)), task_column=task_column), 0, 0)
+def test_without_tasks_every_test_row_is_held_out(tmp_path: Path) -> None:
+    client = read_client(DataConfig(path=str(feddpa_of_two(tmp_path)), task_column=None), 0, 0)
     assert len(client.held_out) == 3
     assert {example.task for example in (*client.train, *client.held_out)} == {""}
 

@@ -134,6 +134,12 @@ def test_missing_file_folder_without_data_and_damaged_folder(tmp_path: Path) -> 
         read_table(tmp_path)
 
 
+def test_a_device_is_no_file(tmp_path: Path) -> None:
+    (tmp_path / "rows.json").symlink_to("/dev/zero")
+    with pytest.raises(DataError, match=r"rows.json: is a device, not a file: write the rows to a file"):
+        read_table(tmp_path / "rows.json")
+
+
 def test_no_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # By hand, because root may read everything.
     def refuse(path: Path) -> bytes:

@@ -1,6 +1,7 @@
 """Numbers on disk: curves may be lost, and the training is not; whatever ends a run, they are written before its end."""
 
 import errno
+import json
 import logging
 import time
 from pathlib import Path
@@ -11,7 +12,8 @@ import pytest
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from dpa_ds.config.schema import TrackingConfig
-from dpa_ds.errors import Preempted
+from dpa_ds.errors import CheckpointError, Preempted
+from dpa_ds.evaluation.report import write_report
 from dpa_ds.federation.metrics import continue_curves
 from dpa_ds.federation.progress import ClientState
 from dpa_ds.runs.storage import BackgroundWriter
@@ -142,3 +144,19 @@ def num_events(folder: Path, tag: str) -> int:
     events = EventAccumulator(str(folder))
     events.Reload()
     return len(events.Scalars(tag))
+
+
+@pytest.mark.parametrize(
+    ("records", "fault"),
+    [
+        (None, "metrics.jsonl cannot be read .No such file or directory.: restore it"),
+        ([], "metrics.jsonl lacks records of the rounds of this run .IndexError: .*: restore it"),
+        ([{"kind": "client", "round": 1}, {"kind": "round", "round": 1}], "metrics.jsonl lacks records .*KeyError"),
+    ],
+)
+def test_a_finished_run_without_its_records(records: list[object] | None, fault: str, tmp_path: Path) -> None:
+    if records is not None:
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    with pytest.raises(CheckpointError, match=fault):
+        write_report(tmp_path, 1, 0.0)
+    assert not (tmp_path / "results.json").exists()

@@ -61,9 +61,13 @@ def _write_by_transformers(file: GgufFile, out_dir: Path, dtype: torch.dtype) ->
     tokens = file.require("tokenizer.ggml.tokens")
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            folder, gguf_file=name, quantization_config=GgufConfig(dequantize=True), dtype=dtype
+            folder,
+            gguf_file=name,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=dtype,
+            trust_remote_code=False,
         )
-        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name, trust_remote_code=False)
     except (ValueError, KeyError, NotImplementedError) as error:
         raise ModelError(
             f"{file.path}: architecture {file.require('general.architecture')!r} with tokenizer "

@@ -9,6 +9,7 @@ from typing import Any
 import gguf
 
 from dpa_ds.errors import ModelError
+from dpa_ds.model.gguf.header import check_counts
 
 GGUF_MAGIC = b"GGUF"
 
@@ -46,6 +47,7 @@ def read_gguf(path: Path) -> GgufFile:
         if stream.read(len(GGUF_MAGIC)) != GGUF_MAGIC:
             raise ModelError(f"{path}: not a GGUF file (it does not begin with 'GGUF'): download it again")
     try:
+        check_counts(path)
         reader = gguf.GGUFReader(path)
         metadata = {key: reader_field.contents() for key, reader_field in reader.fields.items()}
     except (ValueError, KeyError, IndexError, OverflowError, MemoryError, UnicodeDecodeError, struct.error) as error:

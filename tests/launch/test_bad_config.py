@@ -87,8 +87,8 @@ OPTIONS = [
     option(
         "unthinkable rank",
         "lora.rank",
-        "1000000000",
-        "lora.rank 1000000000 is more than the width of the model, 32: lower it",
+        "1000000",
+        "lora.rank 1000000 is more than the width of the model, 32: lower it",
     ),
     option(
         "seconds beyond the clock",

@@ -39,9 +39,11 @@ class Run:
     model: Path
     data: Path
 
-    def evaluate(self, tmp_path: Path, *options: str, num_ranks: int = 1, beams: int = 1) -> Path:
+    def evaluate(
+        self, tmp_path: Path, *options: str, num_ranks: int = 1, beams: int = 1, new_tokens: int = NEW_TOKENS
+    ) -> Path:
         """Folder of the report."""
-        argv = ["--run", str(self.folder), f"--beams={beams}", f"--max_new_tokens={NEW_TOKENS}", *options]
+        argv = ["--run", str(self.folder), f"--beams={beams}", f"--max_new_tokens={new_tokens}", *options]
         (report,) = set(run_on_ranks(evaluate_on_rank, num_ranks, tmp_path, argv))
         return Path(report)
 
@@ -195,11 +197,11 @@ def with_unseen_task(run: Run, tmp_path: Path) -> str:
 
 def test_ranks_and_zero3_change_nothing(run: Run, tmp_path: Path) -> None:
     """With embeddings by the local adapter. Of the riddles the second rank of the partitioned base gets one token only."""
-    options = [with_unseen_task(run, tmp_path), "--clients=1,3", "--tasks=count1,riddle", "--max_new_tokens=4"]
+    options = [with_unseen_task(run, tmp_path), "--clients=1,3", "--tasks=count1,riddle"]
     options += ["--weighting=cosine", "--lambda=8"]
     layouts = {"one": (1, []), "three": (3, []), "zero3": (2, ["--evaluation.sharding=always"])}
     reports = {
-        name: run.copy(tmp_path / name).evaluate(tmp_path, *options, *more, num_ranks=num_ranks, beams=2)
+        name: run.copy(tmp_path / name).evaluate(tmp_path, *options, *more, num_ranks=num_ranks, beams=2, new_tokens=4)
         for name, (num_ranks, more) in layouts.items()
     }
     expected = answers(reports["one"])

@@ -198,7 +198,7 @@ class TrainConfig:
         default=None, metadata=at_least(1, up_to=100_000, or_null="to train for train.local_epochs")
     )
     """Optimizer steps per phase, instead of local_epochs."""
-    learning_rate: float = field(default=3e-4, metadata=above(0, up_to=100))
+    learning_rate: float = field(default=3e-4, metadata=above(0, up_to=1e30))
     """Peak learning rate of AdamW."""
     lr_schedule: Literal["linear", "cosine", "constant"] = "linear"
     """Course of the learning rate within a phase; linear and cosine end at 0."""

@@ -211,6 +211,7 @@ class AdapterEngine:
                 for micro_batch in step.micro_batches:
                     with self.packing:
                         loss_sum += self._loss_sum(self._send(micro_batch))
+            self.adapters.forget_stacked()  # else they would stay in memory during training
             return float(self.world.all_reduce_(loss_sum)) / num_label_tokens
 
     def _apply_gradients(self) -> torch.Tensor:

@@ -207,7 +207,7 @@ def _load_partitioned(config: ModelConfig, directory: Path, deepspeed_json: Mapp
 
 def _check_finite(name: str, tensor: torch.Tensor) -> None:
     """Raise ModelError for NaN or infinity: every client would diverge, and be asked to lower its learning rate."""
-    if not bool(torch.isfinite(tensor).all()):
+    if not tensor.is_meta and not bool(torch.isfinite(tensor).all()):
         raise ModelError(
             f"tensor {name!r} of the base model has NaN or infinity: download it again, or, where model.precision is "
             "fp16, choose one with a wider range"

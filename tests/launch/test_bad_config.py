@@ -79,7 +79,7 @@ OPTIONS = [
     option(
         "too many rounds", "federation.num_rounds", "1000000000", "federation.num_rounds must be at most 100000, got"
     ),
-    option("too large a rate", "train.learning_rate", "1e300", "train.learning_rate must be at most 100, got 1e+300"),
+    option("too large a rate", "train.learning_rate", "1e300", "train.learning_rate must be at most 1e+30, got 1e+300"),
     option("nobody's home", "output_dir", "~nouser/runs", "output_dir must name a home directory that exists (~)"),
     Case("option twice", "--seed is given twice", ("--seed", "1", "--seed", "2")),
     Case("empty recipe name", "--config is empty: give a recipe", ("--config", "")),

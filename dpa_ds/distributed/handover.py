@@ -17,6 +17,7 @@ import safetensors.torch
 import torch
 
 from dpa_ds.distributed.secret import Refused, prove_as_client, prove_as_server, receive_exactly
+from dpa_ds.distributed.tunnel import listen_on_all_interfaces
 
 logger = logging.getLogger(__name__)
 
@@ -48,8 +49,7 @@ class HandoverTransport:
         self._changed = threading.Condition()
         self._step = -1
         self._file = b""
-        family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
-        self._listener = socket.create_server(("", 0), family=family, dualstack_ipv6=family == socket.AF_INET6)
+        self._listener = listen_on_all_interfaces(port=0)
         self._address = f"{host}:{self._listener.getsockname()[1]}"
         threading.Thread(target=self._serve, name="handover", daemon=True).start()
 

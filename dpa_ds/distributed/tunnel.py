@@ -27,6 +27,12 @@ Facts = Mapping[str, str]
 """What must be equal in all groups of a run: names and values, for messages."""
 
 
+def listen_on_all_interfaces(port: int) -> socket.socket:
+    """Of IPv4 and, where the host has it, IPv6. Port 0: any that is free. Raises OSError if it is not free."""
+    family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
+    return socket.create_server(("", port), family=family, dualstack_ipv6=family == socket.AF_INET6)
+
+
 class _Forwarder:
     """Listens, and connects each connection that comes in to another one.
 
@@ -95,9 +101,7 @@ class Gate(_Forwarder):
         self._facts: Facts = {}
         """Of the groups that are connected."""
         self._num_connected = 0
-        family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
-        listener = socket.create_server(("", port), family=family, dualstack_ipv6=family == socket.AF_INET6)
-        super().__init__(listener, self._open_target)
+        super().__init__(listen_on_all_interfaces(port), self._open_target)
 
     @contextlib.contextmanager
     def _open_target(self, connection: socket.socket) -> Iterator[socket.socket]:

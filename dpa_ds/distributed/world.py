@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from dpa_ds.config.schema import ClusterConfig, FederationConfig
 from dpa_ds.distributed.device import claim_device, use_free_memory_of
-from dpa_ds.distributed.elastic import CONNECT_SECONDS, ElasticGroup
+from dpa_ds.distributed.elastic import CONNECT_SECONDS, ElasticGroup, split_address
 from dpa_ds.distributed.job_store import JobStore
 from dpa_ds.distributed.leaders import LeaderGroup, StaticGroup
 from dpa_ds.distributed.secret import read_secret
@@ -221,12 +221,11 @@ def check_rendezvous(rendezvous: str | None, timeout_seconds: float) -> None:
     """
     if rendezvous is None:
         return
-    host, _, port = rendezvous.rpartition(":")
     seconds = min(CONNECT_SECONDS, timeout_seconds)
     deadline = time.monotonic() + seconds
     while True:
         try:
-            socket.create_connection((host.strip("[]"), int(port)), seconds).close()
+            socket.create_connection(split_address(rendezvous), seconds).close()
             return
         except (OSError, UnicodeError) as error:
             if time.monotonic() > deadline:

@@ -168,5 +168,6 @@ def _window_mask(length: int, window: int | None, device: torch.device) -> torch
 
 # Not compiled with the rest by torch.compile: segments differ in every step, and each would be
 # compiled again.
-AttentionInterface.register(NAMES["segments"], torch.compiler.disable(packed_attention))  # type: ignore[no-untyped-call]
-AttentionInterface.register(NAMES["varlen"], torch.compiler.disable(varlen_attention))  # type: ignore[no-untyped-call]
+_uncompiled: Any = torch.compiler.disable
+AttentionInterface.register(NAMES["segments"], _uncompiled(packed_attention))
+AttentionInterface.register(NAMES["varlen"], _uncompiled(varlen_attention))

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from dpa_ds.distributed.launchers import Launch
-from dpa_ds.distributed.watchdog import Watchdog, exit_status_of
+from dpa_ds.distributed.watchdog import Watchdog, exit_status_of, read_failure
 from dpa_ds.errors import ClusterError, DpaError, Preempted, list_some
 
 if TYPE_CHECKING:
@@ -248,8 +248,8 @@ class JobStore:
 
 
 def _is_of_a_rank(failure: str, job_world_size: int) -> bool:
-    rank, _, status = failure.partition(" ")
-    return rank.isdecimal() and int(rank) < job_world_size and status.isdecimal() and 0 < int(status) < 256
+    read = read_failure(failure)
+    return read is not None and read[0] < job_world_size
 
 
 def code_fingerprint() -> str:

@@ -389,6 +389,13 @@ def exit_status_of(failure: str) -> int:
 
     Whoever reaches the store can write there: what is no such text counts as a failure of the cluster.
     """
-    match = re.fullmatch(r"\d{1,9} (\d{1,3})", failure)
-    status = int(match[1]) if match else 0
-    return status if 0 < status < 256 else ClusterError.exit_code
+    read = read_failure(failure)
+    return ClusterError.exit_code if read is None else read[1]
+
+
+def read_failure(failure: str) -> tuple[int, int] | None:
+    """The rank and its exit status; None for what no rank writes."""
+    match = re.fullmatch(r"(\d{1,9}) (\d{1,3})", failure)
+    if match is None or not 0 < int(match[2]) < 256:
+        return None
+    return int(match[1]), int(match[2])

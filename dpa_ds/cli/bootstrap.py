@@ -13,13 +13,12 @@ from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequenc
 from dpa_ds.config.deepspeed_json import load_deepspeed_json
 from dpa_ds.config.load import to_yaml
 from dpa_ds.config.schema import RunConfig
-from dpa_ds.distributed.job_store import JOIN_TIMEOUT_SECONDS, JobStore, code_fingerprint
+from dpa_ds.distributed.job_store import JOIN_TIMEOUT_SECONDS, JobStore, code_fingerprint, package_versions
 from dpa_ds.distributed.launchers import Launch, check_environment, check_hostfile_of_launcher, discover_launch
 from dpa_ds.errors import ClusterError, DpaError
 
 Work = Callable[[JobStore], None]
 """What a job does. Collective: every rank of the job."""
-PACKAGES = ("torch", "deepspeed", "transformers", "peft")
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 """The newer name and the older one, which is read by every version of torch."""
 MARGIN_SECONDS = 5.0
@@ -93,7 +92,7 @@ def _give_up_after(seconds: float, launch: Launch) -> Iterator[None]:
             _report(
                 ClusterError(
                     f"rank {launch.global_rank} waited {seconds:g} s (cluster.timeout_seconds) in vain at "
-                    f"{launch.master_addr}:{launch.master_port}: rank 0 is silent, or another program listens there; "
+                    f"{launch.meeting_place}: rank 0 is silent, or another program listens there; "
                     "look at its output, or choose another MASTER_PORT (deepspeed --master_port)"
                 )
             )
@@ -157,10 +156,9 @@ def _is_further_rank(environ: Mapping[str, str]) -> bool:
 
 def _facts(deepspeed_config: str, recipe: str) -> dict[str, str]:
     """What must be equal on all ranks."""
-    versions = " ".join(f"{name}-{importlib.metadata.version(name)}" for name in PACKAGES)
     return {
         "the code of dpa_ds": code_fingerprint(),
-        "package versions": versions,
+        "package versions": package_versions(),
         "the DeepSpeed JSON": json.dumps(load_deepspeed_json(deepspeed_config)),
         "the resolved config": hashlib.sha256(recipe.encode()).hexdigest()[:16],
     }

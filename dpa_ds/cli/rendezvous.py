@@ -11,9 +11,9 @@ from typing import NoReturn
 from dpa_ds.cli.args import option, parse
 from dpa_ds.cli.bootstrap import run_alone
 from dpa_ds.config.load import load_config
-from dpa_ds.distributed.launchers import reachable_hostname
+from dpa_ds.distributed.launchers import ANY_PORT, LOOPBACK, reachable_hostname
 from dpa_ds.distributed.secret import make_secret
-from dpa_ds.distributed.tunnel import LOOPBACK, Gate
+from dpa_ds.distributed.tunnel import LIGHTHOUSE, STORE, Gate, listen
 from dpa_ds.errors import ClusterError
 
 
@@ -51,6 +51,8 @@ class RendezvousOptions:
 
     port: int = option("PORT", 29600, must_be="a number in 1..65535", test=_is_port)
     """Port to listen on."""
+    host: str = option("ADDRESS", "")
+    """Address of this host to listen on; if not given: all interfaces."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -69,6 +71,7 @@ def run(argv: Sequence[str]) -> NoReturn:
     config = load_config(recipe)
     secret = make_secret(config.run_dir)
     os.environ.setdefault("RUST_LOG", "error")  # read when torchft is imported
+    import torch.distributed as dist
     from torchft.coordination import LighthouseServer
 
     try:
@@ -80,9 +83,18 @@ def run(argv: Sequence[str]) -> NoReturn:
             heartbeat_timeout_ms=round(config.cluster.heartbeat_timeout_seconds * 1000),
         )
         lighthouse_port = int(server.address().rpartition(":")[2])
-        gate = Gate(options.port, lighthouse_port, secret, report=_say)
+        behind = listen(LOOPBACK, ANY_PORT)
+        store_port = int(behind.getsockname()[1])
+        _store = dist.TCPStore(  # lives as long as this function
+            LOOPBACK, store_port, None, True, wait_for_workers=False, master_listen_fd=behind.detach()
+        )
+        listener = listen(options.host, options.port)
+        gate = Gate(listener, {LIGHTHOUSE: lighthouse_port, STORE: store_port}, secret, report=_say)
     except (RuntimeError, OSError) as error:
-        raise ClusterError(f"cannot listen on port {options.port} ({error}): choose another with --port") from error
+        raise ClusterError(
+            f"cannot listen on port {options.port} of {options.host or 'all interfaces'} ({error}): choose another "
+            "with --port, or an address of this host with --host"
+        ) from error
     _say(f"rendezvous for {config.name} at {reachable_hostname()}:{gate.port}")
     while True:
         time.sleep(3600)

@@ -22,7 +22,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from enum import Enum, auto
 from typing import TYPE_CHECKING, Any, cast
@@ -31,10 +31,10 @@ import torch
 import torch.distributed as dist
 
 from dpa_ds.distributed.handover import HandoverTransport
-from dpa_ds.distributed.launchers import reachable_hostname
+from dpa_ds.distributed.launchers import ANY_PORT, LOOPBACK
 from dpa_ds.distributed.leaders import POLL_SECONDS
 from dpa_ds.distributed.secret import VARIABLE
-from dpa_ds.distributed.tunnel import LOOPBACK, Facts, Tunnel
+from dpa_ds.distributed.tunnel import LIGHTHOUSE, STORE, Facts, Tunnel, Visitor, listen
 from dpa_ds.errors import ClusterError, Preempted
 
 if TYPE_CHECKING:
@@ -147,26 +147,35 @@ class ElasticGroup:
         self._handover: _Handover | None = None
 
         self._quorum_thread = ThreadPoolExecutor(1, thread_name_prefix="quorum")
-        host = reachable_hostname()
-        self._store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
-        rendezvous_host, rendezvous_port = split_address(rendezvous)
-        self._tunnel = Tunnel(rendezvous_host, rendezvous_port, secret, facts)
-        bound = min(EXCHANGE_SECONDS, timeout_seconds)
-        self._transport = HandoverTransport(host, secret, self._most_handover_bytes, bound)
+        address = split_address(rendezvous)
+        visitor = Visitor(LIGHTHOUSE, facts, group=f"group {group}")
+        self._tunnel = Tunnel(*address, secret, visitor)
+        self._store_tunnel = Tunnel(*address, secret, replace(visitor, target=STORE))
         try:
+            host = address_towards(*address)
+            bound = min(EXCHANGE_SECONDS, timeout_seconds)
+            self._transport = HandoverTransport(host, secret, self._most_handover_bytes, bound)
             self._manager = self._build_manager(f"group_{group}", host)
-        except (RuntimeError, TimeoutError) as error:
+        except (RuntimeError, OSError) as error:  # TimeoutError among them
             raise self._lost_rendezvous(error) from error
 
     def _build_manager(self, replica_id: str, host: str) -> "Manager":
         os.environ.setdefault("RUST_LOG", "error")  # read when torchft is first imported
-        from torchft import Manager, ProcessGroupGloo
+        from torchft import Manager
+
+        from dpa_ds.distributed.leader_process_group import LeaderProcessGroup
 
         for name in ("torchft", "torchft_quorums", "torchft_commits", "torchft_errors"):
             logging.getLogger(name).setLevel(logging.CRITICAL)  # each lost peer would be a traceback
         exchange = timedelta(seconds=min(EXCHANGE_SECONDS, self.timeout_seconds))
+        # torchft wants a store in each replica, for its ranks: there is one, this process.
+        listener = listen(LOOPBACK, ANY_PORT)
+        store_port = int(listener.getsockname()[1])
+        self._own_store = dist.TCPStore(
+            LOOPBACK, store_port, None, True, wait_for_workers=False, master_listen_fd=listener.detach()
+        )
         return Manager(
-            pg=ProcessGroupGloo(timeout=exchange),
+            pg=LeaderProcessGroup(self._store_tunnel.port, exchange),
             load_state_dict=self._receive_handover,
             state_dict=self._hand_over,
             min_replica_size=1,
@@ -177,8 +186,8 @@ class ElasticGroup:
             connect_timeout=timedelta(seconds=min(CONNECT_SECONDS, self.timeout_seconds)),
             rank=0,  # each leader is a replica of one rank: torchft knows nothing of the ranks of our groups
             world_size=1,
-            store_addr=host,
-            store_port=self._store.port,
+            store_addr=LOOPBACK,
+            store_port=store_port,
             lighthouse_addr=f"http://{LOOPBACK}:{self._tunnel.port}",
             checkpoint_transport=cast(Any, self._transport),
             replica_id=replica_id,
@@ -239,6 +248,7 @@ class ElasticGroup:
         """Leave the group."""
         self._manager.shutdown(wait=False)
         self._tunnel.close()
+        self._store_tunnel.close()
 
     # ---- one exchange -----------------------------------------------------------------------------------------
 
@@ -315,8 +325,8 @@ class ElasticGroup:
         if self._tunnel.refusal:
             raise ClusterError(
                 f"the rendezvous at {self._rendezvous} refuses this group: {self._tunnel.refusal}. All groups of a run "
-                "have one recipe, one code and one base model; its secret is made by launch/rendezvous.py, beside the "
-                f"run's folder, or is {VARIABLE} in the environment of all"
+                "have one name, one recipe, one code and one base model, and each its own cluster.group; the secret is "
+                f"made by launch/rendezvous.py, beside the run's folder, or is {VARIABLE} in the environment of all"
             )
 
     def _lost_rendezvous(self, error: Exception) -> ClusterError:
@@ -351,6 +361,18 @@ class ElasticGroup:
         handover = self._handover
         self._handover = None
         return handover
+
+
+def address_towards(host: str, port: int) -> str:
+    """This host's address on the interface that leads to `host`: there the other leaders reach it, too.
+
+    Raises:
+        OSError: the name is unknown, or no way leads there.
+    """
+    family, _, _, _, address = socket.getaddrinfo(host, port)[0]
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:  # chooses the interface, and sends nothing
+        probe.connect(address)
+        return str(probe.getsockname()[0])
 
 
 def split_address(address: str) -> tuple[str, int]:

@@ -16,8 +16,9 @@ import safetensors
 import safetensors.torch
 import torch
 
+from dpa_ds.distributed.launchers import ANY_PORT
 from dpa_ds.distributed.secret import Refused, prove_as_client, prove_as_server, receive_exactly
-from dpa_ds.distributed.tunnel import listen_on_all_interfaces
+from dpa_ds.distributed.tunnel import listen
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ class HandoverTransport:
     """A `CheckpointTransport` of torchft (0.2.0), by its methods: nothing of that class is used.
 
     Args:
-        host: name of this host, by which the others reach it.
+        host: address of this host where the others reach it.
         secret: of the job.
         most_bytes: what a handover may have, at most.
     """
@@ -49,7 +50,7 @@ class HandoverTransport:
         self._changed = threading.Condition()
         self._step = -1
         self._file = b""
-        self._listener = listen_on_all_interfaces(port=0)
+        self._listener = listen(host, port=ANY_PORT)
         self._address = f"{host}:{self._listener.getsockname()[1]}"
         threading.Thread(target=self._serve, name="handover", daemon=True).start()
 

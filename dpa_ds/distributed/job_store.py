@@ -2,8 +2,8 @@
 
 import contextlib
 import hashlib
+import importlib.metadata
 import json
-import os
 import secrets
 import sys
 import time
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from dpa_ds.distributed.launchers import Launch
+from dpa_ds.distributed.store import connect_store
 from dpa_ds.distributed.watchdog import Watchdog, exit_status_of, read_failure
 from dpa_ds.errors import ClusterError, DpaError, Preempted, list_some
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     import torch.distributed as dist
 
 JOIN_TIMEOUT_SECONDS = 300.0
+PACKAGES = ("torch", "deepspeed", "transformers", "peft")
 POLL_SECONDS = 0.05
 STORE_SECONDS_AT_END = 3.0
 """How long a failing rank waits for the store and the others: launchers end the others meanwhile."""
@@ -38,7 +40,7 @@ class JobStore:
     ) -> None:
         self.launch = launch
         self.hosts: list[str] = [launch.hostname]
-        self.store = store if store is not None else _job_store(launch, timeout_seconds)
+        self.store = store if store is not None else connect_store(launch, timeout_seconds)
         self.timeout_seconds = timeout_seconds
         """Bound on every wait for other ranks; `cluster.timeout_seconds` once `check_consistency` has begun."""
         self.describe_rank: Callable[[int], str] = self._name_and_host
@@ -114,7 +116,7 @@ class JobStore:
     def _other_job(self) -> ClusterError:
         self._is_member = False
         return ClusterError(
-            f"another job runs at {self.launch.master_addr}:{self.launch.master_port} already, and is not touched: "
+            f"another job runs at {self.launch.meeting_place} already, and is not touched: "
             "choose another MASTER_PORT (deepspeed --master_port)"
         )
 
@@ -252,6 +254,11 @@ def _is_of_a_rank(failure: str, job_world_size: int) -> bool:
     return read is not None and read[0] < job_world_size
 
 
+def package_versions() -> str:
+    """Of the packages that results depend on."""
+    return " ".join(f"{name}-{importlib.metadata.version(name)}" for name in PACKAGES)
+
+
 def code_fingerprint() -> str:
     """SHA-256 over the source of this package: equal on every host, or the hosts run different code."""
     root = Path(__file__).parents[1]
@@ -311,26 +318,3 @@ def _judge(hellos: Sequence[_Hello]) -> _Verdict:
             )
             return _Verdict(hosts, text, ClusterError.exit_code, nonces)
     return _Verdict(hosts, nonces=nonces)
-
-
-def _job_store(launch: Launch, timeout_seconds: float) -> "dist.Store":
-    import torch.distributed as dist  # takes a second, which --help need not wait for
-
-    if launch.job_world_size == 1:
-        return dist.HashStore()
-    # Under torchrun the agent serves a store at this address; a second server there would fail to bind.
-    serves = launch.global_rank == 0 and not launch.agent_store
-    timeout = timedelta(seconds=timeout_seconds)
-    try:
-        store = dist.TCPStore(
-            launch.master_addr, launch.master_port, None, serves, timeout=timeout, wait_for_workers=False
-        )
-    except RuntimeError as error:
-        verb = "serve" if serves else "reach"
-        raise ClusterError(
-            f"rank {launch.global_rank} cannot {verb} the job's store at {launch.master_addr}:{launch.master_port}: "
-            f"{str(error).splitlines()[0]}; choose another MASTER_PORT (deepspeed --master_port)"
-        ) from error
-    # A restarted torchrun attempt must not read the keys of the one before.
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return dist.PrefixStore(f"dpa_ds/{attempt}", store)

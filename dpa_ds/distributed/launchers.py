@@ -15,7 +15,10 @@ import psutil
 
 from dpa_ds.errors import ClusterError, list_some
 
+LOOPBACK = "127.0.0.1"
 DEFAULT_PORT = 29500
+ANY_PORT = 0
+"""Rank 0 chooses one that is free."""
 MAX_HOSTS = 100_000
 MAX_RANKS = 100_000
 """Of a job. Rank 0 asks for each of them by name: with 10^9 it would do nothing else for hours."""
@@ -47,6 +50,9 @@ class Launch:
     """Node-local: picks the device."""
     master_addr: str
     master_port: int
+    """ANY_PORT where nobody named one, and rank 0 can tell the others (meeting.py)."""
+    on_one_host: bool = False
+    """All ranks of the job are on this host: nothing need be reached from outside."""
     agent_store: bool = False
     """torchrun's agent already serves a store at the master address."""
     launchers: tuple[tuple[int, str], ...] = field(default=(), compare=False)
@@ -56,6 +62,18 @@ class Launch:
     def hostname(self) -> str:
         """Name of this host, for messages."""
         return socket.gethostname()
+
+    @property
+    def meeting_place(self) -> str:
+        """Where the ranks find rank 0, for messages."""
+        if self.master_port == ANY_PORT:
+            return f"a free port of {self.hostname}"
+        return f"{self.master_addr}:{self.master_port}"
+
+    @property
+    def launcher_process(self) -> int:
+        """Process id of the launcher that started this rank."""
+        return self.launchers[0][0]
 
     def exit(self, code: int) -> NoReturn:
         """End this process at once; under MPI end every rank, since a rank that just exits leaves its peers hanging."""
@@ -87,7 +105,12 @@ def discover_launch(environ: Mapping[str, str] = os.environ) -> Launch:
         raise ClusterError(
             "the deepspeed launcher that started this rank was killed meanwhile: run the same command again"
         )
-    return replace(_discover(environ), launchers=launchers)
+    launch = replace(_discover(environ), launchers=launchers)
+    if launch.on_one_host and not launch.agent_store:
+        launch = replace(launch, master_addr=LOOPBACK)
+        if "CROSS_RANK" in environ and launchers and sys.platform == "linux" and not _names_port():
+            launch = replace(launch, master_port=ANY_PORT)  # deepspeed says 29500, to every job of this host
+    return launch
 
 
 def launchers_above() -> list[tuple[int, str]] | None:
@@ -134,7 +157,7 @@ def _discover(environ: Mapping[str, str]) -> Launch:
         return _from_slurm(environ)
     if any(name in environ for name in MPI_SIZE_VARIABLES):
         return _from_mpi(environ)
-    return Launch("single", 0, 1, 0, "127.0.0.1", 0)
+    return Launch("single", 0, 1, 0, LOOPBACK, ANY_PORT, on_one_host=True)
 
 
 def check_environment(environ: Mapping[str, str] = os.environ) -> None:
@@ -211,8 +234,31 @@ def _from_environment(environ: Mapping[str, str]) -> Launch:
         local_rank=_local_rank(environ, "LOCAL_RANK"),
         master_addr=environ.get("MASTER_ADDR", "127.0.0.1"),
         master_port=_port(environ, DEFAULT_PORT),
+        on_one_host=_is_on_one_host(environ),
         agent_store=environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
     )
+
+
+def _is_on_one_host(environ: Mapping[str, str]) -> bool:
+    """By what deepspeed or torchrun says, else by an address that no other host has."""
+    if "CROSS_SIZE" in environ:  # deepspeed
+        return environ["CROSS_SIZE"] == "1"
+    if "LOCAL_WORLD_SIZE" in environ:  # torchrun
+        return environ["LOCAL_WORLD_SIZE"] == environ["WORLD_SIZE"]
+    return environ.get("MASTER_ADDR", LOOPBACK) in (LOOPBACK, "localhost", "::1")
+
+
+def _names_port() -> bool:
+    """Whether the deepspeed command line, as far as it can be seen, names a port."""
+    words = _deepspeed_commandline()
+    if not words:
+        return True
+    for word in words:
+        if word.endswith(".py"):  # what follows belongs to the script
+            return False
+        if word.startswith("--master_port"):
+            return True
+    return False
 
 
 def _integer(environ: Mapping[str, str], name: str, default: int | None = None) -> int:
@@ -268,6 +314,7 @@ def _from_slurm(environ: Mapping[str, str]) -> Launch:
         master_addr=environ.get("MASTER_ADDR", hosts[0]),
         # Two jobs or steps on one host must not meet: ports that differ by job, and for seven steps of each.
         master_port=_port(environ, 20000 + (job_id * 7 + step_id) % 20000),
+        on_one_host=len(hosts) == 1,
     )
 
 
@@ -337,12 +384,13 @@ def _from_mpi(environ: Mapping[str, str]) -> Launch:
             "the libmpi that mpi4py loads come from different MPIs; use the mpirun that lies beside this python, or "
             "set MPI4PY_MPIABI / LD_LIBRARY_PATH"
         )
-    local_rank = comm.Split_type(MPI.COMM_TYPE_SHARED).Get_rank()
+    on_host = comm.Split_type(MPI.COMM_TYPE_SHARED)
     address = None
     if comm.Get_rank() == 0:
         address = _free_address()
     host, port = comm.bcast(address, root=0)
-    return Launch("mpi", comm.Get_rank(), comm.Get_size(), local_rank, host, port)
+    on_one_host = on_host.Get_size() == comm.Get_size()
+    return Launch("mpi", comm.Get_rank(), comm.Get_size(), on_host.Get_rank(), host, port, on_one_host)
 
 
 def _free_address() -> tuple[str, int]:
@@ -360,5 +408,5 @@ def reachable_hostname() -> str:
     try:
         socket.getaddrinfo(host, None)
     except OSError:
-        return "127.0.0.1"
+        return LOOPBACK
     return host

@@ -1,8 +1,10 @@
-"""The secret of a job whose groups have launchers of their own: who does not know it is not answered.
+"""Secrets: who does not know that of a job, or that of a run, is not answered.
 
-launch/rendezvous.py makes it, in a file beside the run's folder that its owner alone can read; the groups read it.
-Where they share no folder, DPA_DS_SECRET holds the same text everywhere. It never travels: each side of a connection
-proves to the other that it knows it.
+There are two, each in a file that its owner alone can read. That of a run is for groups with launchers of their own:
+launch/rendezvous.py makes it beside the run's folder, and the groups read it. That of a user is for the ranks of one
+job on several hosts: whichever of them is first makes it in the user's home. Where no folder is shared, DPA_DS_SECRET
+holds the same text everywhere, in place of both. It never travels: each side of a connection proves to the other that
+it knows it.
 """
 
 import hashlib
@@ -15,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from dpa_ds.errors import ClusterError, storage_errors
+from dpa_ds.errors import CheckpointError, ClusterError, storage_errors
 
 VARIABLE = "DPA_DS_SECRET"
 """Environment variable that holds the secret in place of the file."""
@@ -39,27 +41,19 @@ class HungUp(Refused):
 
 
 def make_secret(run_dir: Path) -> bytes:
-    """The job's secret; a new one where there is none yet. For launch/rendezvous.py.
+    """The run's secret; a new one where there is none yet. For launch/rendezvous.py.
 
     Raises:
         ClusterError, CheckpointError: it is too short, or cannot be written.
     """
     path = _path(run_dir)
-    if VARIABLE not in os.environ and not path.exists():
-        with storage_errors(path, f"make room, choose another output_dir, or set {VARIABLE}"):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            # Exclusive: of two that start at once, one makes it and the other reads it.
-            try:
-                descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            except FileExistsError:
-                return read_secret(run_dir)
-            with os.fdopen(descriptor, "w") as file:
-                file.write(secrets.token_hex(NONCE_BYTES))
+    if VARIABLE not in os.environ:
+        _make_file(path, f"make room, choose another output_dir, or set {VARIABLE}")
     return read_secret(run_dir)
 
 
 def read_secret(run_dir: Path, wait_seconds: float = 0.0) -> bytes:
-    """The job's secret.
+    """The run's secret.
 
     Args:
         wait_seconds: bound on waiting for the file: launch/rendezvous.py may have been started a moment ago.
@@ -68,22 +62,64 @@ def read_secret(run_dir: Path, wait_seconds: float = 0.0) -> bytes:
         ClusterError: there is none, or it is too short.
     """
     path = _path(run_dir)
-    text = os.environ.get(VARIABLE)
     deadline = time.monotonic() + wait_seconds
-    while text is None and not path.exists() and time.monotonic() < deadline:
+    while VARIABLE not in os.environ and not path.exists() and time.monotonic() < deadline:
         time.sleep(POLL_SECONDS)
+    return _read(
+        path,
+        f"launch/rendezvous.py makes it, with the same output_dir and name; where the groups share no folder, set "
+        f"{VARIABLE} to the same text for all",
+    )
+
+
+def user_secret() -> bytes:
+    """The user's secret, by which the ranks of a job on several hosts know each other; made where there is none yet.
+
+    Raises:
+        ClusterError: it is too short, or there is no home folder that can be written.
+    """
+    remedy = f"set {VARIABLE} to the same text on all hosts of the job"
+    if VARIABLE in os.environ:
+        return _read(Path(), remedy)
+    try:
+        folder = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
+        _make_file(folder / "dpa_ds" / "secret", remedy)
+    except (RuntimeError, CheckpointError) as error:
+        raise ClusterError(f"no place for the secret of a job on several hosts ({error}): {remedy}") from error
+    return _read(folder / "dpa_ds" / "secret", remedy)
+
+
+def _make_file(path: Path, remedy: str) -> None:
+    """Unless it is there. Whole from the beginning: others read it in the same moment."""
+    if path.exists():
+        return
+    draft = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+    with storage_errors(path, remedy):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft.unlink(missing_ok=True)
+        with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(secrets.token_hex(NONCE_BYTES))
+        try:
+            os.link(draft, path)
+        except FileExistsError:  # of two that start at once, one makes it and the other reads it
+            pass
+        except OSError:  # a file system without hard links
+            os.replace(draft, path)
+        draft.unlink(missing_ok=True)
+
+
+def _read(path: Path, remedy: str) -> bytes:
+    """From the environment, else from `path`."""
+    text = os.environ.get(VARIABLE)
     if text is None:
         try:
             text = path.read_text().strip()
         except OSError as error:
-            raise ClusterError(
-                f"no secret of this run at {path} ({error.strerror}): launch/rendezvous.py makes it, with the same "
-                f"output_dir and name; where the groups share no folder, set {VARIABLE} to the same text for all"
-            ) from error
+            raise ClusterError(f"no secret at {path} ({error.strerror}): {remedy}") from error
     if len(text) < SHORTEST:
         raise ClusterError(
-            f"the job's secret ({VARIABLE}, else {path}) has fewer than {SHORTEST} characters: set a longer one, or "
-            "delete the file and start launch/rendezvous.py again"
+            f"the secret ({VARIABLE}, else {path}) has fewer than {SHORTEST} characters: set a longer one, or delete "
+            "the file, and start again"
         )
     return text.encode()
 
@@ -106,7 +142,13 @@ def prove_as_server(connection: socket.socket, secret: bytes) -> None:
         Refused, OSError: as `prove_as_client`.
     """
     nonces = _exchange_nonces(connection, first=False)
-    _check(receive_exactly(connection, DIGEST_BYTES), _digest(secret, b"client", nonces))
+    try:
+        _check(receive_exactly(connection, DIGEST_BYTES), _digest(secret, b"client", nonces))
+    except HungUp:
+        raise
+    except Refused:
+        connection.sendall(bytes(DIGEST_BYTES))  # no proof: the other side learns that this is not a broken connection
+        raise
     connection.sendall(_digest(secret, b"server", nonces))
 
 

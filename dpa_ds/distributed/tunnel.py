@@ -1,52 +1,80 @@
-"""Connections to the rendezvous: from a leader's host, through a proof of the job's secret, to torchft's lighthouse.
+"""Connections that begin with a proof of the secret, for services that ask nobody who he is.
 
-torchft (0.2.0) asks nobody who he is: whoever reaches its lighthouse may join, or end a group. So it listens on its
-host's loopback interface alone. A `Gate` listens in its place, and lets in who knows the secret; a `Tunnel` on each
-leader's host proves it, and torchft connects to that.
+torch's TCPStore and torchft's lighthouse (0.2.0) answer whoever reaches them. So they listen on their host's loopback
+interface alone. A `Gate` listens in their place, and lets in who knows the secret; a `Tunnel` on each host that is to
+reach them proves it, and the library's client connects to that:
+
+    client -> tunnel (loopback) -> network, after a proof -> gate -> service (loopback)
 """
 
-import contextlib
 import logging
+import secrets
 import socket
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
+from dpa_ds.distributed.launchers import LOOPBACK
+from dpa_ds.distributed.pump import Pump
 from dpa_ds.distributed.secret import HungUp, Refused, prove_as_client, prove_as_server, receive_json, send_json
 
 logger = logging.getLogger(__name__)
 
-LOOPBACK = "127.0.0.1"
 CONNECT_SECONDS = 10.0
-MOST_CONNECTIONS = 1024
-"""At a time. A group has a few; more are somebody's mistake, or intent."""
-CHUNK_BYTES = 1 << 16
+STORE = "store"
+"""Service behind a gate: the key-value store of a job, or of the leaders of groups with launchers of their own."""
+LIGHTHOUSE = "lighthouse"
+"""Service behind a gate: torchft's list of the groups that are present."""
+MOST_PROOFS = 256
+"""At a time; further connections wait for their turn."""
+BACKLOG = 4096
+PRESENT_SECONDS = 10.0
+"""A group of which nothing was heard for so long may be replaced. torchft's heartbeats come ten times a second."""
 
 
 Facts = Mapping[str, str]
 """What must be equal in all groups of a run: names and values, for messages."""
 
 
-def listen_on_all_interfaces(port: int) -> socket.socket:
-    """Of IPv4 and, where the host has it, IPv6. Port 0: any that is free. Raises OSError if it is not free."""
+@dataclass(frozen=True)
+class Visitor:
+    """What a process says of itself, once for each of its connections."""
+
+    target: str
+    """Name of the service that it comes for."""
+    facts: Facts = field(default_factory=dict)
+    """Equal for all that are connected at a time."""
+    group: str = ""
+    """Which group it is: of those that name one, there is one process for each."""
+    process: str = field(default_factory=lambda: secrets.token_hex(8))
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """At the address of `host`; empty: on all interfaces, of IPv4 and, where the host has it, IPv6.
+
+    Args:
+        port: 0 for any that is free.
+
+    Raises:
+        OSError: the port is not free, or the address is not of this host.
+    """
+    if host:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address[:2], family=family, backlog=BACKLOG)
     family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
-    return socket.create_server(("", port), family=family, dualstack_ipv6=family == socket.AF_INET6)
+    return socket.create_server(("", port), family=family, backlog=BACKLOG, dualstack_ipv6=family == socket.AF_INET6)
 
 
 class _Forwarder:
-    """Listens, and connects each connection that comes in to another one.
+    """Listens, and joins each connection that comes in with another one, which `_join` opens."""
 
-    Args:
-        open_other_end: given a connection, a context with the one that it is to be connected to.
-    """
-
-    def __init__(
-        self, listener: socket.socket, open_other_end: Callable[[socket.socket], AbstractContextManager[socket.socket]]
-    ) -> None:
+    def __init__(self, listener: socket.socket) -> None:
         self.port = int(listener.getsockname()[1])
         self._listener = listener
-        self._open_other_end = open_other_end
-        self._free = threading.Semaphore(MOST_CONNECTIONS)
+        self._pump = Pump()
+        self._free = threading.Semaphore(MOST_PROOFS)
         threading.Thread(target=self._accept, name="tunnel", daemon=True).start()
 
     def close(self) -> None:
@@ -55,118 +83,177 @@ class _Forwarder:
 
     def _accept(self) -> None:
         while True:
+            self._free.acquire()
             try:
                 connection, _ = self._listener.accept()
             except OSError:  # closed
                 return
-            if not self._free.acquire(blocking=False):
-                connection.close()
-                continue
             threading.Thread(target=self._forward, args=(connection,), daemon=True).start()
 
     def _forward(self, connection: socket.socket) -> None:
         try:
-            with connection, self._open_other_end(connection) as other:
-                for end in (connection, other):
-                    end.settimeout(None)  # the proof had a bound; a connection that is open may be silent
-                    end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                back = threading.Thread(target=_copy, args=(other, connection), daemon=True)
-                back.start()
-                _copy(connection, other)
-                back.join()
+            self._join(connection)
         except (OSError, Refused) as error:
+            connection.close()
             logger.debug("a connection was not forwarded: %s", error)
         finally:
             self._free.release()
 
+    def _join(self, connection: socket.socket) -> None:
+        """Open the other connection, and give both to the pump. Raises OSError, Refused."""
+        raise NotImplementedError
+
+
+@dataclass
+class _Presence:
+    """Of one process, over all of its connections."""
+
+    visitor: Visitor
+    """As it came first."""
+    num_connections: int = 0
+    heard_at: float = field(default_factory=time.monotonic)
+
+    def hear(self) -> None:
+        self.heard_at = time.monotonic()
+
 
 class Gate(_Forwarder):
-    """Lets in who knows `secret`, to `target_port` of this host's loopback interface.
+    """Lets in who knows `secret`, to a service on this host's loopback interface.
 
-    While some group is connected, others must have the same facts.
+    While some visitor is connected, others must have the same facts, and another group.
 
     Args:
-        port: of all interfaces.
+        listener: where it is reached from outside.
+        targets: port of each service, by the name that visitors ask for.
         report: called with one line that says who was refused.
-
-    Raises:
-        OSError: the port is not free.
     """
 
-    def __init__(self, port: int, target_port: int, secret: bytes, report: Callable[[str], None]) -> None:
-        self._target_port = target_port
+    def __init__(
+        self, listener: socket.socket, targets: Mapping[str, int], secret: bytes, report: Callable[[str], None]
+    ) -> None:
+        self._targets = targets
         self._secret = secret
         self._report = report
         self._lock = threading.Lock()
-        self._facts: Facts = {}
-        """Of the groups that are connected."""
-        self._num_connected = 0
-        super().__init__(listen_on_all_interfaces(port), self._open_target)
+        self._present: dict[str, _Presence] = {}
+        """By process."""
+        super().__init__(listener)
 
-    @contextlib.contextmanager
-    def _open_target(self, connection: socket.socket) -> Iterator[socket.socket]:
+    def _join(self, connection: socket.socket) -> None:
         try:
-            self._admit(connection)
+            presence, port = self._admit(connection)
         except HungUp:  # such as a look whether somebody answers here
             raise
         except (Refused, TimeoutError) as error:
-            host, peer_port = connection.getpeername()[:2]
             reason = "it said nothing" if isinstance(error, TimeoutError) else str(error)
-            self._report(f"refused a connection from {host} port {peer_port}: {reason}")
+            self._report(f"refused a connection from {_peer(connection)}: {reason}")
             raise
         try:
-            with socket.create_connection((LOOPBACK, self._target_port), CONNECT_SECONDS) as target:
-                yield target
-        finally:
-            with self._lock:
-                self._num_connected -= 1
+            target = socket.create_connection((LOOPBACK, port), CONNECT_SECONDS)
+        except OSError:
+            self._leave(presence)
+            raise
+        self._pump.add(connection, target, presence.hear, on_end=lambda: self._leave(presence))
 
-    def _admit(self, connection: socket.socket) -> None:
-        """Count a connection that proves the secret, and has the facts of the others. It learns the reason if not."""
+    def _admit(self, connection: socket.socket) -> tuple[_Presence, int]:
+        """The presence of whoever proves the secret and may come in, and the port it comes for; else it learns why."""
         prove_as_server(connection, self._secret)
-        facts = receive_json(connection)
-        if not isinstance(facts, dict):
-            raise Refused("it says nothing of itself")
+        visitor = _visitor(receive_json(connection))
         with self._lock:
-            if self._num_connected == 0:
-                self._facts = facts
-            reason = _difference(self._facts, facts)
+            reason = self._reason_against(visitor)
+            presence = self._present.get(visitor.process, _Presence(visitor))
             if not reason:
-                self._num_connected += 1
-        send_json(connection, reason)
+                presence.num_connections += 1
+                self._present[visitor.process] = presence
         if reason:
+            send_json(connection, reason)
             raise Refused(reason)
+        try:
+            send_json(connection, reason)
+        except OSError:
+            self._leave(presence)
+            raise
+        return presence, self._targets[visitor.target]
+
+    def _reason_against(self, visitor: Visitor) -> str:
+        if visitor.target not in self._targets:
+            return f"it asks for {visitor.target[:40]!r}, which is not here"
+        for other in self._present.values():
+            if reason := _difference(other.visitor.facts, visitor.facts):
+                return reason
+            is_other = visitor.group and visitor.group == other.visitor.group
+            is_other = is_other and visitor.process != other.visitor.process
+            if is_other and time.monotonic() < other.heard_at + PRESENT_SECONDS:
+                return f"{visitor.group} is there already: give each group a number of its own, or end the other"
+        return ""
+
+    def _leave(self, presence: _Presence) -> None:
+        with self._lock:
+            presence.num_connections -= 1
+            if presence.num_connections == 0:
+                self._present.pop(presence.visitor.process, None)
 
 
 class Tunnel(_Forwarder):
-    """A port of this host's loopback interface that leads through the gate at `host`:`port`.
-
-    Args:
-        facts: what must be equal in all groups that are connected there.
-    """
+    """A port of this host's loopback interface that leads through the gate at `host`:`port`."""
 
     refusal = ""
     """Why the gate did not let this host in, the last time; empty where it did."""
 
-    def __init__(self, host: str, port: int, secret: bytes, facts: Facts) -> None:
+    def __init__(self, host: str, port: int, secret: bytes, visitor: Visitor) -> None:
         self._gate = (host, port)
         self._secret = secret
-        self._facts = facts
-        super().__init__(socket.create_server((LOOPBACK, 0)), self._open_gate)
+        self._visitor = visitor
+        super().__init__(listen(LOOPBACK, 0))
 
-    @contextlib.contextmanager
-    def _open_gate(self, _: socket.socket) -> Iterator[socket.socket]:
-        with socket.create_connection(self._gate, CONNECT_SECONDS) as gate:
-            try:
-                prove_as_client(gate, self._secret)
-            except Refused:
-                self.refusal = "they do not have the same secret"
-                raise
-            send_json(gate, self._facts)
-            self.refusal = str(receive_json(gate))
-            if self.refusal:
-                raise Refused(self.refusal)
-            yield gate
+    def try_gate(self) -> None:
+        """Go through the gate once, and come back.
+
+        Raises:
+            Refused, OSError: it does not let this process in, or does not answer.
+        """
+        self._open_gate().close()
+
+    def _join(self, connection: socket.socket) -> None:
+        self._pump.add(connection, self._open_gate())
+
+    def _open_gate(self) -> socket.socket:
+        gate = socket.create_connection(self._gate, CONNECT_SECONDS)
+        try:
+            self._pass(gate)
+        except (OSError, Refused):
+            gate.close()
+            raise
+        return gate
+
+    def _pass(self, gate: socket.socket) -> None:
+        try:
+            prove_as_client(gate, self._secret)
+        except HungUp:  # it ended meanwhile
+            raise
+        except Refused:
+            self.refusal = "they do not have the same secret"
+            raise
+        send_json(gate, asdict(self._visitor))
+        self.refusal = str(receive_json(gate))
+        if self.refusal:
+            raise Refused(self.refusal)
+
+
+def _peer(connection: socket.socket) -> str:
+    host, port = connection.getpeername()[:2]
+    return f"{host} port {port}"
+
+
+def _visitor(said: Any) -> Visitor:
+    try:
+        visitor = Visitor(**said)
+    except TypeError as error:
+        raise Refused("it says nothing of itself") from error
+    texts = (visitor.target, visitor.group, visitor.process)
+    if not all(isinstance(text, str) for text in texts) or not isinstance(visitor.facts, dict):
+        raise Refused("what it says of itself is malformed")
+    return visitor
 
 
 def _difference(expected: Facts, found: Facts) -> str:
@@ -176,12 +263,3 @@ def _difference(expected: Facts, found: Facts) -> str:
         if here != there:
             return f"its {name} is {here!s:.200}, that of the groups that are there {there!s:.200}"
     return ""
-
-
-def _copy(source: socket.socket, sink: socket.socket) -> None:
-    """Until `source` ends; the other direction may continue."""
-    with contextlib.suppress(OSError):
-        while chunk := source.recv(CHUNK_BYTES):
-            sink.sendall(chunk)
-    with contextlib.suppress(OSError):
-        sink.shutdown(socket.SHUT_WR)

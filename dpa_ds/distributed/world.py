@@ -9,13 +9,14 @@ import json
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -23,6 +24,7 @@ from dpa_ds.config.schema import ClusterConfig, FederationConfig
 from dpa_ds.distributed.device import claim_device, use_free_memory_of
 from dpa_ds.distributed.elastic import CONNECT_SECONDS, ElasticGroup, split_address
 from dpa_ds.distributed.job_store import JobStore
+from dpa_ds.distributed.launchers import LOOPBACK
 from dpa_ds.distributed.leaders import LeaderGroup, StaticGroup
 from dpa_ds.distributed.secret import read_secret
 from dpa_ds.distributed.topology import Topology
@@ -166,6 +168,8 @@ def build_world(job: JobStore, topology: Topology, cluster: ClusterConfig, feder
     local_rank = launch.local_rank if device.index is None else device.index
     os.environ.update(RANK=str(world.rank), WORLD_SIZE=str(world.world_size), LOCAL_RANK=str(local_rank))
     os.environ.update(MASTER_ADDR=launch.master_addr, MASTER_PORT=str(launch.master_port))
+    if launch.on_one_host and not topology.num_groups_elsewhere:
+        keep_gloo_on_this_host(os.environ)
     backend = dist.get_default_backend_for_device(device)
     # While leaders wait for the slowest client, the other ranks of their groups wait for them.
     timeout = timedelta(seconds=cluster.timeout_seconds + federation_timeout_seconds)
@@ -189,6 +193,13 @@ def build_world(job: JobStore, topology: Topology, cluster: ClusterConfig, feder
             stop_requested=lambda: job.stop_requested,
         )
     return world
+
+
+def keep_gloo_on_this_host(environ: MutableMapping[str, str]) -> None:
+    """Have gloo listen on the loopback interface, unless the user has named another: its peers are all here."""
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(own.address == LOOPBACK for own in addresses):
+            environ.setdefault("GLOO_SOCKET_IFNAME", name)
 
 
 def world_without_collectives(job: JobStore, topology: Topology) -> World:

@@ -9,7 +9,7 @@ import torch
 
 from dpa_ds.distributed import elastic
 from dpa_ds.distributed.elastic import ElasticGroup, Membership, SyncState
-from dpa_ds.distributed.tunnel import Gate
+from dpa_ds.distributed.tunnel import LIGHTHOUSE, STORE, Gate, listen
 from dpa_ds.distributed.world import check_rendezvous
 from dpa_ds.errors import ClusterError, Preempted
 
@@ -219,7 +219,7 @@ def test_a_lost_rendezvous_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_group_that_the_gate_refuses_ends_with_the_reason() -> None:
     """torchft's own manager, which connects through the tunnel; nothing listens behind the gate."""
-    gate = Gate(0, 1, b"of the tests, long enough", report=len)
+    gate = Gate(listen("127.0.0.1", 0), {LIGHTHOUSE: 1, STORE: 1}, b"of the tests, long enough", report=len)
     settings: dict[str, Any] = {"num_groups": 2, "num_clients": 2, "min_clients": 1, "join_seconds": 2.0}
     settings["timeout_seconds"] = 60.0  # it does not wait that long
     group = ElasticGroup(

@@ -15,11 +15,11 @@ import pytest
 import safetensors.torch
 import torch
 
-from dpa_ds.distributed import handover, secret, tunnel
+from dpa_ds.distributed import handover, secret
 from dpa_ds.distributed.elastic import split_address
 from dpa_ds.distributed.handover import HandoverTransport, decode, encode
 from dpa_ds.distributed.secret import Refused, make_secret, read_secret
-from dpa_ds.distributed.tunnel import Gate, Tunnel
+from dpa_ds.distributed.tunnel import STORE, Gate, Tunnel, Visitor, listen
 from dpa_ds.errors import ClusterError
 
 SECRET = b"of the tests, long enough"
@@ -138,6 +138,12 @@ def test_a_file_of_another_schema_is_refused(file: bytes, reason: str) -> None:
 # ---- who may connect ----------------------------------------------------------------------------------------------
 
 
+def echo(connection: socket.socket) -> None:
+    with connection:
+        while part := connection.recv(1 << 16):
+            connection.sendall(part)
+
+
 @pytest.fixture
 def echo_port() -> Any:
     """A server in place of the lighthouse, which sends back what it gets."""
@@ -149,11 +155,16 @@ def echo_port() -> Any:
                 connection, _ = listener.accept()
             except OSError:
                 return
-            threading.Thread(target=tunnel._copy, args=(connection, connection), daemon=True).start()
+            threading.Thread(target=echo, args=(connection,), daemon=True).start()
 
     threading.Thread(target=serve, daemon=True).start()
     yield listener.getsockname()[1]
     listener.close()
+
+
+def gate_to(port: int, refusals: list[str]) -> Gate:
+    """A gate of this host before the service at `port`."""
+    return Gate(listen("127.0.0.1", 0), {STORE: port}, SECRET, refusals.append)
 
 
 def said(port: int, text: bytes) -> bytes:
@@ -170,8 +181,8 @@ def said(port: int, text: bytes) -> bytes:
 
 def test_a_tunnel_leads_through_the_gate(echo_port: int) -> None:
     refusals: list[str] = []
-    gate = Gate(0, echo_port, SECRET, refusals.append)
-    through = Tunnel("127.0.0.1", gate.port, SECRET, FACTS)
+    gate = gate_to(echo_port, refusals)
+    through = Tunnel("127.0.0.1", gate.port, SECRET, Visitor(STORE, FACTS))
     text = bytes(range(256)) * 4000
     for _ in range(3):
         assert said(through.port, text) == text
@@ -180,8 +191,8 @@ def test_a_tunnel_leads_through_the_gate(echo_port: int) -> None:
 
 def test_the_gate_lets_nobody_else_in(echo_port: int) -> None:
     refusals: list[str] = []
-    gate = Gate(0, echo_port, SECRET, refusals.append)
-    stranger = Tunnel("127.0.0.1", gate.port, b"another secret, as long", FACTS)
+    gate = gate_to(echo_port, refusals)
+    stranger = Tunnel("127.0.0.1", gate.port, b"another secret, as long", Visitor(STORE, FACTS))
     assert said(stranger.port, b"hello") == b""
     assert stranger.refusal == "they do not have the same secret"
     assert b"hello" not in said(gate.port, b"GET /status HTTP/1.1\r\n\r\n" + b"hello" * 100)
@@ -191,9 +202,9 @@ def test_the_gate_lets_nobody_else_in(echo_port: int) -> None:
 
 def test_groups_that_are_there_together_have_equal_facts(echo_port: int) -> None:
     refusals: list[str] = []
-    gate = Gate(0, echo_port, SECRET, refusals.append)
-    first = Tunnel("127.0.0.1", gate.port, SECRET, FACTS)
-    other = Tunnel("127.0.0.1", gate.port, SECRET, FACTS | {"train.learning_rate": "0.02"})
+    gate = gate_to(echo_port, refusals)
+    first = Tunnel("127.0.0.1", gate.port, SECRET, Visitor(STORE, FACTS))
+    other = Tunnel("127.0.0.1", gate.port, SECRET, Visitor(STORE, FACTS | {"train.learning_rate": "0.02"}))
     with socket.create_connection(("127.0.0.1", first.port)) as connected:
         connected.sendall(b"a")
         assert secret.receive_exactly(connected, 1) == b"a"
@@ -202,7 +213,7 @@ def test_groups_that_are_there_together_have_equal_facts(echo_port: int) -> None
         assert other.refusal == reason
         wait_for(lambda: len(refusals) == 1)
         assert refusals[0].endswith(reason)
-    wait_for(lambda: gate._num_connected == 0)
+    wait_for(lambda: not gate._present)
     # All of the other run have left: this one may begin.
     assert said(other.port, b"hello") == b"hello"
     assert other.refusal == ""
@@ -211,7 +222,7 @@ def test_groups_that_are_there_together_have_equal_facts(echo_port: int) -> None
 @pytest.mark.parametrize("facts", [b"[]", b"{", b"null"])
 def test_who_says_nothing_of_itself_is_refused(echo_port: int, facts: bytes) -> None:
     refusals: list[str] = []
-    gate = Gate(0, echo_port, SECRET, refusals.append)
+    gate = gate_to(echo_port, refusals)
     with socket.create_connection(("127.0.0.1", gate.port)) as connection:
         secret.prove_as_client(connection, SECRET)
         connection.sendall(len(facts).to_bytes(secret.LENGTH_BYTES, "little") + facts)
@@ -225,7 +236,7 @@ def test_who_says_nothing_of_itself_is_refused(echo_port: int, facts: bytes) -> 
 def test_a_silent_connection_ends(echo_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(secret, "HANDSHAKE_SECONDS", 0.1)
     refusals: list[str] = []
-    gate = Gate(0, echo_port, SECRET, refusals.append)
+    gate = gate_to(echo_port, refusals)
     with socket.create_connection(("127.0.0.1", gate.port)):
         wait_for(lambda: bool(refusals))
     assert "it said nothing" in refusals[0]
@@ -234,7 +245,7 @@ def test_a_silent_connection_ends(echo_port: int, monkeypatch: pytest.MonkeyPatc
 def test_a_proof_cannot_be_used_again(echo_port: int) -> None:
     """A stranger in between sends what a leader has sent once more, to another connection of the gate."""
     refusals: list[str] = []
-    gate = Gate(0, echo_port, SECRET, refusals.append)
+    gate = gate_to(echo_port, refusals)
     with socket.create_connection(("127.0.0.1", gate.port)) as recorded:
         server_nonce = secret.receive_exactly(recorded, 32)
         client_nonce = bytes(32)
@@ -245,6 +256,7 @@ def test_a_proof_cannot_be_used_again(echo_port: int) -> None:
         replayed.settimeout(10)
         secret.receive_exactly(replayed, 32)
         replayed.sendall(client_nonce + proof)
+        assert secret.receive_exactly(replayed, 32) == bytes(32), "which is no proof"
         assert replayed.recv(1) == b""
     wait_for(lambda: bool(refusals))
 

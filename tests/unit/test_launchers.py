@@ -27,22 +27,34 @@ SLURM = {
 DEEPSPEED = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "n1", "MASTER_PORT": "29500"}
 
 PLACES = {
-    "python": ({}, Launch("single", 0, 1, 0, "127.0.0.1", 0)),
-    "deepspeed": (DEEPSPEED, Launch("env", 3, 4, 1, "n1", 29500)),
+    "python": ({}, Launch("single", 0, 1, 0, "127.0.0.1", 0, on_one_host=True)),
+    "deepspeed": (DEEPSPEED | {"CROSS_SIZE": "2"}, Launch("env", 3, 4, 1, "n1", 29500)),
+    "deepspeed on one host": (
+        DEEPSPEED | {"CROSS_SIZE": "1"},
+        Launch("env", 3, 4, 1, "127.0.0.1", 29500, on_one_host=True),
+    ),
     "torchrun": (
-        DEEPSPEED | {"TORCHELASTIC_USE_AGENT_STORE": "True"},
+        DEEPSPEED | {"TORCHELASTIC_USE_AGENT_STORE": "True", "LOCAL_WORLD_SIZE": "2"},
         Launch("env", 3, 4, 1, "n1", 29500, agent_store=True),
     ),
-    "by hand, least": ({"RANK": "0", "WORLD_SIZE": "1"}, Launch("env", 0, 1, 0, "127.0.0.1", 29500)),
+    "torchrun on one host": (  # its agent's store is where it says
+        DEEPSPEED | {"TORCHELASTIC_USE_AGENT_STORE": "True", "LOCAL_WORLD_SIZE": "4"},
+        Launch("env", 3, 4, 1, "n1", 29500, on_one_host=True, agent_store=True),
+    ),
+    "by hand, least": ({"RANK": "0", "WORLD_SIZE": "1"}, Launch("env", 0, 1, 0, "127.0.0.1", 29500, on_one_host=True)),
     "srun": (SLURM, Launch("slurm", 5, 8, 1, "n01", 20000 + 41 * 7 + 2)),
     "srun with an address": (
         SLURM | {"MASTER_ADDR": "n9", "MASTER_PORT": "77"},
         Launch("slurm", 5, 8, 1, "n9", 77),
     ),
+    "srun on one host": (
+        SLURM | {"SLURM_STEP_NODELIST": "n01"},
+        Launch("slurm", 5, 8, 1, "127.0.0.1", 20000 + 41 * 7 + 2, on_one_host=True),
+    ),
     "torchrun inside srun": (SLURM | DEEPSPEED, Launch("env", 3, 4, 1, "n1", 29500)),
     "python in a batch script": (
         {"SLURM_PROCID": "0", "SLURM_JOB_ID": "41", "SLURM_NTASKS": "8"},
-        Launch("single", 0, 1, 0, "127.0.0.1", 0),
+        Launch("single", 0, 1, 0, "127.0.0.1", 0, on_one_host=True),
     ),
 }
 

@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from typing import NoReturn
 
@@ -13,6 +14,7 @@ from dpa_ds.cli.bootstrap import run_alone
 from dpa_ds.config.load import load_config
 from dpa_ds.distributed.launchers import ANY_PORT, LOOPBACK, reachable_hostname
 from dpa_ds.distributed.secret import make_secret
+from dpa_ds.distributed.store import serve_store
 from dpa_ds.distributed.tunnel import LIGHTHOUSE, STORE, Gate, listen
 from dpa_ds.errors import ClusterError
 
@@ -71,7 +73,6 @@ def run(argv: Sequence[str]) -> NoReturn:
     config = load_config(recipe)
     secret = make_secret(config.run_dir)
     os.environ.setdefault("RUST_LOG", "error")  # read when torchft is imported
-    import torch.distributed as dist
     from torchft.coordination import LighthouseServer
 
     try:
@@ -83,11 +84,7 @@ def run(argv: Sequence[str]) -> NoReturn:
             heartbeat_timeout_ms=round(config.cluster.heartbeat_timeout_seconds * 1000),
         )
         lighthouse_port = int(server.address().rpartition(":")[2])
-        behind = listen(LOOPBACK, ANY_PORT)
-        store_port = int(behind.getsockname()[1])
-        _store = dist.TCPStore(  # lives as long as this function
-            LOOPBACK, store_port, None, True, wait_for_workers=False, master_listen_fd=behind.detach()
-        )
+        _store, store_port = serve_store(ANY_PORT, timedelta(seconds=config.cluster.timeout_seconds))
         listener = listen(options.host, options.port)
         gate = Gate(listener, {LIGHTHOUSE: lighthouse_port, STORE: store_port}, secret, report=_say)
     except (RuntimeError, OSError) as error:

@@ -34,7 +34,8 @@ from dpa_ds.distributed.handover import HandoverTransport
 from dpa_ds.distributed.launchers import ANY_PORT, LOOPBACK
 from dpa_ds.distributed.leaders import POLL_SECONDS
 from dpa_ds.distributed.secret import VARIABLE
-from dpa_ds.distributed.tunnel import LIGHTHOUSE, STORE, Facts, Tunnel, Visitor, listen
+from dpa_ds.distributed.store import serve_store
+from dpa_ds.distributed.tunnel import LIGHTHOUSE, STORE, Facts, Tunnel, Visitor
 from dpa_ds.errors import ClusterError, Preempted
 
 if TYPE_CHECKING:
@@ -169,11 +170,7 @@ class ElasticGroup:
             logging.getLogger(name).setLevel(logging.CRITICAL)  # each lost peer would be a traceback
         exchange = timedelta(seconds=min(EXCHANGE_SECONDS, self.timeout_seconds))
         # torchft wants a store in each replica, for its ranks: there is one, this process.
-        listener = listen(LOOPBACK, ANY_PORT)
-        store_port = int(listener.getsockname()[1])
-        self._own_store = dist.TCPStore(
-            LOOPBACK, store_port, None, True, wait_for_workers=False, master_listen_fd=listener.detach()
-        )
+        self._own_store, store_port = serve_store(ANY_PORT, exchange)
         return Manager(
             pg=LeaderProcessGroup(self._store_tunnel.port, exchange),
             load_state_dict=self._receive_handover,

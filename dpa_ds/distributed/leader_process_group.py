@@ -22,7 +22,7 @@ class LeaderProcessGroup(ProcessGroupGloo):  # type: ignore[misc]  # torchft has
         self._store_port = store_port
 
     def configure(self, store_addr: str, *args: Any, **kwargs: Any) -> None:
-        """Form the group anew.
+        """Form the group once more.
 
         Args:
             store_addr: host:port/prefix, where torchft would meet; all of it is the prefix here, so that it is unique.

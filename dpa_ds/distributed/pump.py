@@ -21,7 +21,7 @@ class _Direction:
     source_ended: bool = False
 
     is_over: bool = False
-    """All is written, and the other side has been told that nothing more comes."""
+    """All is written, and the other side knows that nothing more comes."""
 
     def move(self) -> None:
         """Read if nothing waits, and write what can be written at once. Raises OSError if a connection broke."""

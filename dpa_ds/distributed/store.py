@@ -40,12 +40,13 @@ def connect_store(launch: Launch, timeout_seconds: float) -> "dist.Store":
         return dist.HashStore()
     timeout = timedelta(seconds=timeout_seconds)
     if launch.global_rank == 0:
-        listener = _listen_on_loopback(launch)
-        store_port = int(listener.getsockname()[1])
-        store = dist.TCPStore(
-            LOOPBACK, store_port, None, True, timeout, wait_for_workers=False, master_listen_fd=listener.detach()
-        )
-        port = store_port if launch.on_one_host else _open_gate(launch, store_port)
+        has_named_port = launch.on_one_host and not launch.agent_store
+        try:
+            store, port = serve_store(launch.master_port if has_named_port else ANY_PORT, timeout)
+        except OSError as error:
+            raise _cannot("serve", launch, error) from error
+        if not launch.on_one_host:
+            port = _open_gate(launch, port)
         _announce(launch, port, timeout)
         return store
     port = _learn_port(launch, timeout)
@@ -57,12 +58,22 @@ def connect_store(launch: Launch, timeout_seconds: float) -> "dist.Store":
         raise _cannot("reach", launch, error) from error
 
 
-def _listen_on_loopback(launch: Launch) -> socket.socket:
-    has_named_port = launch.on_one_host and not launch.agent_store
-    try:
-        return listen(LOOPBACK, launch.master_port if has_named_port else ANY_PORT)
-    except OSError as error:
-        raise _cannot("serve", launch, error) from error
+def serve_store(port: int, timeout: timedelta) -> "tuple[dist.TCPStore, int]":
+    """A store on this host's loopback interface alone, as long as it is kept; and its port.
+
+    Args:
+        port: ANY_PORT for one that is free.
+        timeout: bound on each wait for a key.
+
+    Raises:
+        OSError: the port is taken.
+    """
+    import torch.distributed as dist
+
+    listener = listen(LOOPBACK, port)
+    port = int(listener.getsockname()[1])
+    descriptor = listener.detach()
+    return dist.TCPStore(LOOPBACK, port, None, True, timeout, False, master_listen_fd=descriptor), port
 
 
 def _open_gate(launch: Launch, store_port: int) -> int:

@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help demo test faults bench bench-gpu check docs install install-test clean
+.PHONY: help demo test faults intruders bench bench-gpu check docs install install-test clean
 
 # Targets with a line after ## are listed by `make help`.
 help:  ## what there is to make
@@ -34,6 +34,9 @@ bench: install-test  ## the ratios of docs/performance.md, on a CPU
 # The same questions on one large GPU, in less than nine minutes; never run there (docs/gpu.md). DRY=1: tiny, on a CPU.
 bench-gpu: install-test  ## the same questions on one large GPU (DRY=1: a trial on a CPU)
 	$(BIN)/python -m benchmarks.gpu
+
+intruders: install-test  ## send N intruders of each kind to running jobs (N=20), and compare with undisturbed ones
+	$(BIN)/python -m tests.intruders --number $(N)
 
 # What CI checks beside the tests.
 check: install-test  ## format, lint, types, import contracts

@@ -82,11 +82,12 @@ def user_secret() -> bytes:
     if VARIABLE in os.environ:
         return _read(Path(), remedy)
     try:
-        folder = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
-        _make_file(folder / "dpa_ds" / "secret", remedy)
+        # Not XDG_CONFIG_HOME: where ssh starts a rank, variables are not those of rank 0.
+        path = Path.home() / ".config" / "dpa_ds" / "secret"
+        _make_file(path, remedy)
     except (RuntimeError, CheckpointError) as error:
         raise ClusterError(f"no place for the secret of a job on several hosts ({error}): {remedy}") from error
-    return _read(folder / "dpa_ds" / "secret", remedy)
+    return _read(path, remedy)
 
 
 def _make_file(path: Path, remedy: str) -> None:

@@ -6,6 +6,7 @@ import stat
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from dpa_ds.distributed import handover, secret
+from dpa_ds.distributed import handover, secret, tunnel
 from dpa_ds.distributed.elastic import split_address
 from dpa_ds.distributed.handover import HandoverTransport, decode, encode
 from dpa_ds.distributed.secret import Refused, make_secret, read_secret
@@ -139,7 +140,7 @@ def test_a_file_of_another_schema_is_refused(file: bytes, reason: str) -> None:
 
 
 def echo(connection: socket.socket) -> None:
-    with connection:
+    with connection, suppress(ConnectionError):
         while part := connection.recv(1 << 16):
             connection.sendall(part)
 
@@ -288,3 +289,59 @@ def wait_for(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def test_the_secret_of_a_user_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(secret.VARIABLE, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with ThreadPoolExecutor(8) as ranks:
+        found = set(ranks.map(lambda _: secret.user_secret(), range(8)))
+    assert len(found) == 1
+    files = list((tmp_path / ".config" / "dpa_ds").iterdir())
+    assert [file.name for file in files] == ["secret"]
+    assert stat.S_IMODE(files[0].stat().st_mode) == 0o600
+    files[0].unlink()
+    (tmp_path / ".config" / "dpa_ds").rmdir()
+    (tmp_path / ".config" / "dpa_ds").touch()
+    with pytest.raises(ClusterError, match="set DPA_DS_SECRET to the same text on all hosts"):
+        secret.user_secret()
+
+
+def test_a_group_is_let_in_once(echo_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless nothing is heard of the first any more."""
+    refusals: list[str] = []
+    gate = gate_to(echo_port, refusals)
+    first, second, third = (
+        Tunnel("127.0.0.1", gate.port, SECRET, Visitor(STORE, group=f"group {g}")) for g in (1, 1, 2)
+    )
+    with socket.create_connection(("127.0.0.1", first.port)) as connected:
+        connected.sendall(b"a")
+        assert secret.receive_exactly(connected, 1) == b"a"
+        assert said(first.port, b"once more") == b"once more", "a process may have many connections"
+        assert said(second.port, b"hello") == b""
+        assert second.refusal.startswith("group 1 is there already")
+        assert said(third.port, b"hello") == b"hello"
+        monkeypatch.setattr(tunnel, "PRESENT_SECONDS", 0.0)
+        assert said(second.port, b"hello") == b"hello"
+
+
+def test_a_gate_that_ends_is_no_refusal(echo_port: int) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as ending:
+        leader = Tunnel("127.0.0.1", ending.getsockname()[1], SECRET, Visitor(STORE))
+        threading.Thread(target=lambda: ending.accept()[0].close(), daemon=True).start()
+        with pytest.raises((secret.HungUp, OSError)):
+            leader.try_gate()
+    assert leader.refusal == ""
+
+
+def test_a_peer_that_reads_slowly_gets_everything(echo_port: int) -> None:
+    """64 MB, more than the buffers of all sockets on the way, of a client that first sends all and then reads."""
+    gate = gate_to(echo_port, [])
+    leader = Tunnel("127.0.0.1", gate.port, SECRET, Visitor(STORE))
+    text = bytes(range(256)) * (1 << 18)
+    with socket.create_connection(("127.0.0.1", leader.port), 10) as connection:
+        sender = threading.Thread(target=connection.sendall, args=(text,), daemon=True)
+        sender.start()
+        sender.join(0.3)
+        assert sender.is_alive(), "it waits for this side to read"
+        assert secret.receive_exactly(connection, len(text)) == text

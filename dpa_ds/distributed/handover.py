@@ -122,7 +122,8 @@ class HandoverTransport:
                     self._changed.wait_for(lambda: self._step == step, self._timeout_seconds)
                     file = self._file if self._step == step else b""
                 connection.settimeout(self._timeout_seconds)
-                connection.sendall(_packed(len(file)) + file)
+                connection.sendall(_packed(len(file)))
+                connection.sendall(file)
             except Refused as error:
                 logger.warning("refused %s, which asks for this leader's state: %s", peer, error)
             except OSError:  # it hung up; it will come again
@@ -134,7 +135,7 @@ def encode(state: State) -> bytes:
     (user,) = state["user"].values()
     numbers = {**state["torchft"], "completed_rounds": user["completed_rounds"]}
     header = {name: int(numbers[name]) for name in NUMBERS} | {"membership": user["membership"]}
-    tensors = {name: user[name].clone() for name in TENSORS}  # safetensors refuses shared memory
+    tensors = {"shared": user["shared"].contiguous(), "result": user["result"].clone()}  # in memory of their own
     return safetensors.torch.save(tensors, metadata={HEADER_KEY: json.dumps(header)})
 
 

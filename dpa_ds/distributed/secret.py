@@ -172,13 +172,14 @@ def receive_json(connection: socket.socket) -> Any:
 
 def receive_exactly(connection: socket.socket, num_bytes: int) -> bytes:
     """The next `num_bytes` bytes. Raises HungUp if the connection ends before."""
-    parts = bytearray()
-    while len(parts) < num_bytes:
-        part = connection.recv(min(num_bytes - len(parts), 1 << 20))
-        if not part:
+    received = bytearray(num_bytes)
+    rest = memoryview(received)
+    while rest:
+        num_received = connection.recv_into(rest)
+        if not num_received:
             raise HungUp("it hung up")
-        parts += part
-    return bytes(parts)
+        rest = rest[num_received:]
+    return bytes(received)
 
 
 def _exchange_nonces(connection: socket.socket, first: bool) -> bytes:

@@ -34,6 +34,7 @@ from dpa_ds.distributed.world import World
 from dpa_ds.engine.label_loss import cross_entropy_sum
 from dpa_ds.engine.master_weights import Fragment, locate_masters
 from dpa_ds.engine.packed_attention import PackedAttention
+from dpa_ds.engine.packing_check import Rows, choose_rows
 from dpa_ds.engine.profiling import Profile
 from dpa_ds.errors import ConfigError
 
@@ -151,6 +152,29 @@ class AdapterEngine:
         self._positions: torch.Tensor | None = None
         head = adapters.base_model.get_output_embeddings()
         head.register_forward_pre_hook(self._select_positions)
+        self.packing.rows = self._choose_rows()
+
+    @torch.no_grad()
+    def _choose_rows(self) -> Rows:
+        self.adapters.set_mix(global_local_mix(alpha=0.0))
+        self.engine.eval()
+        base = self.adapters.base_model
+
+        def packed(row: MicroBatch) -> torch.Tensor:
+            sent = self._send(row)
+            with self.packing:
+                return self._logits(sent)[0]
+
+        def alone(sequence: torch.Tensor) -> torch.Tensor:
+            logits: torch.Tensor = self.engine(
+                input_ids=send(sequence[None], self.world.device), use_cache=False
+            ).logits
+            return logits[0]
+
+        vocab_size = base.config.get_text_config().vocab_size
+        rows = choose_rows(packed, alone, vocab_size, self.packing.supports_prefix, type(base).__name__)
+        self.adapters.forget_stacked()
+        return rows
 
     # ---- phases -----------------------------------------------------------------------------------------------
 
@@ -253,11 +277,15 @@ class AdapterEngine:
         """Cross-entropy summed over the label tokens, fp32. Logits are computed at labelled
         positions only."""
         self._positions = sent.positions
-        logits = self.engine(
-            input_ids=sent.input_ids, position_ids=sent.position_ids, use_cache=False, **sent.attention
-        ).logits
+        logits = self._logits(sent)
         # (1, labels, vocab) -> (labels, vocab); indexing would copy the gradient.
         return cross_entropy_sum(logits.flatten(0, 1), sent.targets)
+
+    def _logits(self, sent: _SentBatch) -> torch.Tensor:
+        logits: torch.Tensor = self.engine(
+            input_ids=sent.input_ids, position_ids=sent.position_ids, use_cache=False, **sent.attention
+        ).logits
+        return logits
 
     def _select_positions(self, _: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor] | None:
         """Pre-hook of the output head: (batch, seq_len, hidden) -> (1, number of labels, hidden)."""

@@ -16,6 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from dpa_ds.data.batching import SEGMENT_OVERHEAD_TOKENS, BatchingConfig, MicroBatch
 from dpa_ds.distributed.device import send
+from dpa_ds.engine.packing_check import Rows
 from dpa_ds.engine.varlen_attention import MIN_CAPABILITY, MOST_HEAD_DIM, find_borders, varlen_attention
 from dpa_ds.errors import ModelError
 
@@ -40,6 +41,8 @@ class PackedAttention:
         self._config = base.config.get_text_config()
         self._chosen = str(self._config._attn_implementation)
         self._kernel: Kernel = kernel or choose_kernel(base)
+        self.rows = Rows.MANY
+        """What a row may hold; see `packing_check.choose_rows`."""
         if not base._supports_attention_backend:
             raise ModelError(
                 f"{type(base).__name__} has attention of its own that transformers cannot replace: use a "
@@ -61,6 +64,10 @@ class PackedAttention:
 
     def batching(self, token_budget: int, pad_id: int) -> BatchingConfig:
         """How micro-batches are made for this attention."""
+        if self.rows is Rows.ONE:
+            return BatchingConfig(
+                token_budget=1, pad_id=pad_id, prefix_sharing=False
+            )  # each exceeds it: a row of its own
         overhead = SEGMENT_OVERHEAD_TOKENS
         if self._chosen == "sdpa" and self._kernel == "varlen":
             overhead = 0  # all segments are one call: then no example is padded

@@ -106,10 +106,10 @@ class ElasticHarness:
         try:
             self._until_done(trial, argv, folder)
             run_dir = folder / "runs" / "tiny"
+            trial.rounds_without = _rounds_without(run_dir)
             nothing_is_lost(run_dir, NUM_ROUNDS, len(SIZES))
             rounds_are_means(run_dir, folder / "dump", NUM_ROUNDS, SIZES)
             curves_are_whole(run_dir)
-            trial.rounds_without = _rounds_without(run_dir)
         except (AssertionError, OSError, ValueError, KeyError) as error:
             trial.problem = str(error) or repr(error)
         trial.seconds = time.monotonic() - started
@@ -169,6 +169,9 @@ class _Group:
             return
         status = self._running.process.returncode
         self.outputs.append(self._running.output())
+        note = f"[{time.strftime('%X')}] start {self._num_starts}, to end at {self._fault or 'none'}, ended with {status}\n"
+        with (self._folder / f"group_{self.number}.log").open("a") as log:
+            log.write(f"{self.outputs[-1]}{note}")
         self.close()
         self._start_at = time.monotonic() + trial.pause_seconds
         self.is_done = status == 0

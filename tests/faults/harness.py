@@ -118,7 +118,7 @@ class Harness:
             assert ended.returncode == 0, ended.output
             self._note_recovery(trial, run_dir, started)
             assert_same_adapters(adapters(run_dir), adapters(expected), tolerance=0.0)
-            assert _records(run_dir) == _records(expected), "metrics differ"
+            assert comparable_records(run_dir) == comparable_records(expected), "metrics differ"
         except AssertionError as error:
             trial.problem = str(error) or repr(error)
 
@@ -201,7 +201,7 @@ def _all_gone(running: Running) -> None:
         time.sleep(0.05)
 
 
-def _records(run_dir: Path) -> list[dict[str, object]]:
+def comparable_records(run_dir: Path) -> list[dict[str, object]]:
     """metrics.jsonl without times, and without bytes, which are counted by process."""
     leave_out = ("seconds", "tokens_per_second", "restored_tokens", "bytes_handed")
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]

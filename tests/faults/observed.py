@@ -156,7 +156,7 @@ def fill_at(number: int, num_bytes_left: int, folder: str) -> None:
 
     def on_write(path: object) -> None:
         nonlocal count
-        if not str(path).startswith(folder):
+        if not str(path).startswith(f"{folder}/"):
             return
         count += 1
         Path(f"{folder}.writes").write_text(str(count))

@@ -100,6 +100,7 @@ class ElasticHarness:
             checkpoint__keep_rounds=1,
             checkpoint__grace_seconds=10,
             cluster__heartbeat_timeout_seconds=3,
+            cluster__timeout_seconds=15,  # how long a group that comes back waits for others that have ended
             tracking__tensorboard=True,
         )
         started = time.monotonic()

@@ -68,11 +68,15 @@ def one_launcher(args: argparse.Namespace, folder: Path) -> list[Trial]:
 
 def elastic(args: argparse.Namespace, folder: Path) -> list[ElasticTrial]:
     """Kills of groups with launchers of their own, at named steps."""
-    trials = draw_elastic_trials(args.trials, args.seed)
+    drawn = draw_elastic_trials(args.trials, args.seed)
     harness = ElasticHarness(folder)
-    for number, trial in enumerate(trials, 1):
+    trials = []
+    for number, trial in enumerate(drawn, 1):
+        if args.only and number not in args.only:
+            continue
         harness.run(trial, f"trial_{number:04d}")
-        report(number, len(trials), f"{trial}; reached {len(trial.kills)}", trial.problem, trial.seconds)
+        trials.append(trial)
+        report(number, len(drawn), f"{trial}; reached {len(trial.kills)}", trial.problem, trial.seconds)
     kills_of: dict[str, int] = defaultdict(int)
     for trial in trials:
         for kill in trial.kills:
@@ -149,6 +153,7 @@ def parse() -> argparse.Namespace:
         choices=BUGS,
         help="launcher: start again with this bug in the program: exit status 0 if the trials find it, else 1",
     )
+    parser.add_argument("--only", type=int, nargs="+", help="elastic: of these runs only those with these numbers")
     parser.add_argument("--json", help="write the trials here")
     return parser.parse_args()
 

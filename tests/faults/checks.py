@@ -17,8 +17,11 @@ def records_of(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
-def nothing_is_lost(run_dir: Path, num_rounds: int, num_clients: int) -> None:
-    """AssertionError: a round, a record or a client is missing or there twice."""
+def nothing_is_lost(run_dir: Path, num_rounds: int) -> None:
+    """AssertionError: a round, a record or a client is missing or there twice.
+
+    A client whose group was in no round has no adapter yet: nothing of it is lost.
+    """
     records = records_of(run_dir)
     rounds = [record["round"] for record in records if record["kind"] == "round"]
     assert rounds == list(range(num_rounds + 1)), f"rounds in metrics.jsonl: {rounds}"
@@ -27,7 +30,7 @@ def nothing_is_lost(run_dir: Path, num_rounds: int, num_clients: int) -> None:
     newest = run_dir / "rounds" / f"round_{num_rounds:06d}"
     assert json.loads((newest / "meta.json").read_text())["round"] == num_rounds
     assert (run_dir / "adapters").resolve() == newest.resolve(), "adapters does not point to the last round"
-    for client in range(num_clients):
+    for client in sorted({client for server_round, client in clients if server_round}):
         state = json.loads((newest / f"local/client_{client:02d}/state.json").read_text())
         steps = sum(state["info"]["steps_taken"].values())
         recorded = sum(r["num_steps"] for r in records if r["kind"] == "client" and r["client"] == client)
@@ -105,6 +108,6 @@ def update_of(dump: Path, server_round: int, client: int) -> dict[str, Any]:
 
 
 def global_adapter(run_dir: Path, dump: Path, server_round: int) -> dict[str, Any]:
-    """Of a complete round, also of one that was deleted since."""
+    """Of a complete round, as it lies there; of one that was deleted since, as it was completed."""
     kept = run_dir / "rounds" / f"round_{server_round:06d}" / "global" / "adapter_model.safetensors"
     return load_file(kept if kept.exists() else dump / f"round_{server_round:06d}.global")

@@ -191,8 +191,8 @@ def fill(filler: Path, num_bytes_left: int) -> None:
 
 
 def dump_into(folder: Path) -> None:
-    """Keep updates by round and client, the weight that a round counts, and global adapters that are deleted."""
-    add, step, complete, delete = Accumulator.add, Aggregation.step, RunFolder.complete_round, RunFolder._delete_round
+    """Keep updates by round and client, and of a round that counts its weight and its global adapter."""
+    add, step, complete = Accumulator.add, Aggregation.step, RunFolder.complete_round
     weights: dict[int, float] = {}
 
     def add_and_keep(self: Accumulator, update: LocalUpdate) -> None:
@@ -210,17 +210,13 @@ def dump_into(folder: Path) -> None:
     def note_and_complete(self: RunFolder, server_round: int, *args: Any) -> None:
         if not self.is_complete(server_round):
             (folder / f"round_{server_round:06d}.json").write_text(json.dumps(weights[server_round]))
+            adapter = self._unfinished(server_round) / "global" / "adapter_model.safetensors"
+            (folder / f"round_{server_round:06d}.global").write_bytes(adapter.read_bytes())
         complete(self, server_round, *args)
-
-    def copy_and_delete(self: RunFolder, server_round: int) -> None:
-        adapter = self.round_dir(server_round) / "global" / "adapter_model.safetensors"
-        (folder / f"round_{server_round:06d}.global").write_bytes(adapter.read_bytes())
-        delete(self, server_round)
 
     Accumulator.add = add_and_keep  # type: ignore[method-assign]
     Aggregation.step = step_and_note  # type: ignore[method-assign]
     RunFolder.complete_round = note_and_complete  # type: ignore[method-assign]
-    RunFolder._delete_round = copy_and_delete  # type: ignore[method-assign]
 
 
 # ---- rounds ----------------------------------------------------------------------------------------------------

@@ -13,9 +13,12 @@ from tests.mutations.inputs import draw_inputs
 def main() -> None:
     """Exit status 0: each was refused in one line, or was good after all."""
     args = parse()
-    inputs = draw_inputs(args.inputs, args.seed)
+    chosen = dict(enumerate(draw_inputs(args.inputs, args.seed)))
+    if args.only:
+        chosen = {number: chosen[number] for number in args.only}
     with tempfile.TemporaryDirectory(prefix="mutations_") as folder:
-        outcomes = try_all(Path(folder), inputs, args.workers)
+        outcomes = try_all(Path(folder), chosen, args.workers)
+    inputs = list(chosen.values())
     tried = Counter(one.program for one in inputs)
     refused = Counter(one.program for one, outcome in zip(inputs, outcomes, strict=True) if outcome.status)
     wrong = Counter(one.program for one, outcome in zip(inputs, outcomes, strict=True) if outcome.problem)
@@ -37,6 +40,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--inputs", type=int, default=200, help="(%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="draws the inputs (%(default)s)")
     parser.add_argument("--workers", type=int, default=2, help="inputs at a time (%(default)s)")
+    parser.add_argument("--only", type=int, nargs="+", help="of these inputs only those with these numbers")
     return parser.parse_args()
 
 

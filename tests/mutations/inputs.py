@@ -60,14 +60,20 @@ COMMANDS: dict[str, tuple[str, ...]] = {
 ODD_WORDS = st.one_of(
     st.text(max_size=8).filter(lambda word: "\0" not in word),
     st.sampled_from(
-        ["", "-", "--", "-1", "0", "1e999", "nan", ".inf", "²", "[", "{a: 1}", "[1, 2]", "null", "&a *a", "9" * 400]
-        + ["~nobody", "$NOTHING/x", "/dev/null", "/dev/zero", "{root}", "{model}", "{data}", "{recipe}", "\x1b[31m"]
-        + ["--run", "--config", "--seed", "--help=1", "--no_such", "--lora.rank", "--model", "a=b", "true", "groups="]
+        (
+            *("", "-", "--", "-1", "0", "1e999", "nan", ".inf", "²", "[", "{a: 1}", "[1, 2]", "null", "&a *a"),
+            *("~nobody", "$NOTHING/x", "/dev/null", "/dev/zero", "{root}", "{model}", "{data}", "{recipe}", "9" * 400),
+            *("--run", "--config", "--seed", "--help=1", "--no_such", "--lora.rank", "--model", "a=b", "true"),
+            *("groups=", "\x1b[31m"),
+        )
     ),
 )
 ODD_VALUES = st.sampled_from(
-    [None, True, 0, -1, 3, 1.5, 10**30, 1e308, float("nan"), float("inf"), "", "x", "../x", "~nobody", "/dev/zero"]
-    + [[], [1], ["a", "a"], [[]], {}, {"a": 1}, "²", "\x1b[2J", "red " * 300]
+    (
+        *(None, True, 0, -1, 3, 1.5, 10**30, 1e308, float("nan"), float("inf")),
+        *("", "x", "../x", "~nobody", "/dev/zero", "²", "\x1b[2J", "red " * 300),
+        *([], [1], ["a", "a"], [[]], {}, {"a": 1}),
+    )
 )
 BYTES = st.sampled_from([b"\0", b"\xff", b"[", b"{", b'"', b"9" * 300, b"\n", b"-", b"\xef\xbb\xbf", b"*a", b": "])
 TEXT_KINDS = ["cut", "change", "put", "take"]
@@ -94,7 +100,15 @@ TENSOR_FILES = (
     f"{PROGRESS}/client_00/*/local_optimizer.safetensors",
 )
 STATE_FILES = (*(f"{ROUND}/{adapter}/state.json" for adapter in ADAPTERS), f"{PROGRESS}/client_00/*/state.json")
-DEEPSPEED_KEYS = ("zero_optimization", "bf16", "fp16", "gradient_clipping", "train_batch_size", "amp", "steps_per_print")
+DEEPSPEED_KEYS = (
+    "zero_optimization",
+    "bf16",
+    "fp16",
+    "gradient_clipping",
+    "train_batch_size",
+    "amp",
+    "steps_per_print",
+)
 TRAINED = st.sampled_from(["run", "evaluate", "generate"])
 READ_RECIPE = st.sampled_from(["run", "run", "compare", "plan", "preflight", "rendezvous", "scaling_study"])
 

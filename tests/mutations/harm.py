@@ -25,6 +25,7 @@ STARTS_OTHERS = ("compare", "scaling_study")
 """Programs that start others, each of which has that time, and imports for a third of it."""
 SERVING = "rendezvous for "
 """What launch/rendezvous.py says once nothing is wrong: then it serves until it is stopped."""
+REPORT_EVERY = 100
 NOT_ITS_OWN = ("cache", "study")
 """Tokens and converted models; the runs of a study, whose launcher is `false`."""
 STATUSES = (2, 3, 4, 5)
@@ -144,6 +145,8 @@ def try_all(folder: Path, inputs: Mapping[int, Input], num_workers: int) -> list
         if outcome.problem:
             last = outcome.output[-3000:] if "traceback" in outcome.problem else outcome.output[-600:]
             print(f"{number} {show(one)}: {outcome.problem}\n{last}\n", flush=True)
+        if number % REPORT_EVERY == 0:
+            print(f"at input {number}", flush=True)
         return outcome
 
     with ThreadPoolExecutor(num_workers) as workers:

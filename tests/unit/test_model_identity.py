@@ -83,7 +83,7 @@ def test_nonsense_in_the_tokenizers_config_is_one_line(model: Path, tmp_path: Pa
     directory = Path(shutil.copytree(model, tmp_path / "llama"))
     path = directory / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": "long"}))
-    with pytest.raises(ModelError, match="no usable tokenizer in .*tokenizer_config.json, undamaged") as caught:
+    with pytest.raises(ModelError, match=r"no usable tokenizer in .*tokenizer_config\.json, undamaged") as caught:
         load_tokenizer(directory)
     assert "\n" not in str(caught.value)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 
 from tests import tiny
+from tests.faults.checks import curves_are_whole
 from tests.launch.processes import Running, adapters, assert_same_adapters, beside_python, free_port
 
 PROGRAM = ("launch/run.py",)
@@ -119,6 +120,7 @@ class Harness:
             self._note_recovery(trial, run_dir, started)
             assert_same_adapters(adapters(run_dir), adapters(expected), tolerance=0.0)
             assert comparable_records(run_dir) == comparable_records(expected), "metrics differ"
+            curves_are_whole(run_dir)
         except AssertionError as error:
             trial.problem = str(error) or repr(error)
 
@@ -137,6 +139,7 @@ class Harness:
             checkpoint__grace_seconds=30,
             cluster__ranks_per_group=layout.ranks_per_group,
             cluster__heartbeat_timeout_seconds=8,
+            tracking__tensorboard=True,
             engine__deepspeed_config=f"ds_configs/zero{layout.zero_stage}.json",
         )
         return argv, folder / "runs" / "tiny"

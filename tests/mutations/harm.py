@@ -26,8 +26,9 @@ STARTS_OTHERS = ("compare", "scaling_study")
 SERVING = "rendezvous for "
 """What launch/rendezvous.py says once nothing is wrong: then it serves until it is stopped."""
 REPORT_EVERY = 100
-NOT_ITS_OWN = ("cache", "study")
-"""Tokens and converted models; the runs of a study, whose launcher is `false`."""
+NOT_ITS_OWN = ("cache", "study", "model/archives")
+"""Tokens and converted models; the runs of a study, whose launcher is `false`; the folder of the demo's downloads, into
+which the message tells the user to put them."""
 STATUSES = (2, 3, 4, 5)
 
 

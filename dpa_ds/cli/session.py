@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dpa_ds.adapters.adapter_model import AdapterModel
 from dpa_ds.adapters.methods import GLOBAL, Schedule, adapter_table, build_schedule
+from dpa_ds.adapters.state import check_tensors, shapes_of
 from dpa_ds.config.deepspeed_json import load_deepspeed_json
 from dpa_ds.config.load import to_yaml
 from dpa_ds.config.schema import (
@@ -31,7 +32,7 @@ from dpa_ds.distributed.topology import Topology, describe_rank, plan
 from dpa_ds.distributed.world import World, build_world, check_rendezvous, join_leaders
 from dpa_ds.engine.engine import AdapterEngine, build_deepspeed_json
 from dpa_ds.engine.profiling import Profile
-from dpa_ds.errors import CheckpointError
+from dpa_ds.errors import CheckpointError, list_some
 from dpa_ds.evaluation.report import write_report
 from dpa_ds.evaluation.while_training import Scorer, instances_to_score
 from dpa_ds.federation.aggregation.base import LeaderState, ServerOptimizer, ServerState
@@ -72,8 +73,21 @@ def run(session: Session) -> None:
         # On every rank, also after a signal: when the last rank is here, the job says that all is saved.
         session.tracker.close()
     if world.leaders is not None and world.leaders.is_coordinator:
+        warn_of_absent_clients(session)
         logger.info(write_report(run_dir, world.topology.num_groups, time.monotonic() - session.started))
     world.close()
+
+
+def warn_of_absent_clients(session: Session) -> None:
+    """Name the clients that no round holds: their groups, which have launchers of their own, were never there."""
+    folder = session.folder
+    present = set(folder.clients(folder.latest_round()))
+    absent = [label for client_id, label in enumerate(session.labels) if client_id not in present]
+    if absent:
+        logger.warning(
+            f"{list_some(absent)}: no round has a local adapter of theirs, because their rank groups were in none; "
+            "to train them, raise federation.num_rounds and start all groups again"
+        )
 
 
 def build_session(config: RunConfig, job: JobStore) -> Session:
@@ -289,8 +303,8 @@ def restore_server_state(
         return ServerState.empty()
     reference_mean, counted = torch.zeros(0, 0), torch.zeros(0)
     if place.schedule.weighted_by_instance:
-        hidden_size = int(adapters.base_model.config.get_text_config().hidden_size)
-        reference_mean, counted = torch.zeros(len(REPRESENTATIONS), hidden_size), torch.zeros(len(place.names))
+        reference_mean = torch.zeros(len(REPRESENTATIONS), adapters.hidden_size)
+        counted = torch.zeros(len(place.names))
     if place.completed_rounds == 0:
         adapter = adapters.initial_state(GLOBAL, (seed, GLOBAL_SEED))
         optimizer = server_optimizer.initial_tensors(adapter)
@@ -310,9 +324,9 @@ def restore_server_state(
         )
     with well_formed(round_dir / GLOBAL, f"delete {round_dir} to continue from the round before"):
         expected = {"reference_mean": reference_mean, "counted": counted}
-        _check_shapes({name: mean[name] for name in expected}, expected)
+        check_tensors({name: mean[name] for name in expected}, shapes_of(expected))
         optimizer = saved.extras.get("server_optimizer", {})
-        _check_shapes(optimizer, server_optimizer.initial_tensors(saved.weights))
+        check_tensors(optimizer, shapes_of(server_optimizer.initial_tensors(saved.weights)))
         return ServerState(
             adapter=saved.weights,
             reference_mean=mean["reference_mean"],
@@ -321,15 +335,6 @@ def restore_server_state(
             scalars=checked(saved.info["scalars"], dict[str, float], "scalars"),
             references_counted=mean["counted"],
         )
-
-
-def _check_shapes(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
-    """Raise ValueError unless the names and shapes are those expected, and all numbers finite."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
-    if shapes != {name: tuple(tensor.shape) for name, tensor in expected.items()}:
-        raise ValueError(f"tensors {str(shapes)[:80]}")
-    if not all(tensor.isfinite().all() for tensor in found.values()):
-        raise ValueError("NaN or infinity")
 
 
 def host_clients(

@@ -23,6 +23,8 @@ COLUMNS = (
 )
 """One row a client in the table that leaders sum after each round. Beside it, only its label and task names
 leave the group."""
+ROUNDS = "rounds"
+"""TensorBoard run of the numbers of a whole round; the coordinator writes it."""
 TOKENS = ("real_tokens", "restored_tokens", "computed_tokens")
 
 Row = dict[str, float]
@@ -99,12 +101,14 @@ def continue_curves(tracker: Tracker, clients: Sequence[HostedClient], num_compl
         tracker.continue_curves(f"client_{client.client_id:02d}", first_step)
 
 
-def draw_evaluation(tracker: Tracker, server_round: int, table: MetricsTable, clients: Sequence[HostedClient]) -> None:
-    """Add a point to the held-out curves of the clients of this rank group: a client's curves have one writer."""
-    for client in clients:
-        row = table.rows[client.client_id]
+def draw_evaluation(tracker: Tracker, server_round: int, rows: Mapping[int, Row]) -> None:
+    """Add a point to the held-out curves of the clients of this rank group: a client's curves have one writer.
+
+    Before the exchange of metrics: after it the round may count, and a group that is lost would not draw it again.
+    """
+    for client_id, row in rows.items():
         tagged = {tag: row[name] for name, tag in EVALUATED.items() if not math.isnan(row[name])}
-        tracker.scalars(f"client_{client.client_id:02d}", tagged, server_round)
+        tracker.scalars(f"client_{client_id:02d}", tagged, server_round)
 
 
 def record_round(
@@ -132,7 +136,8 @@ def record_round(
     world.leaders.bytes_handed.clear()
     tracker.record("round", server_round, **summary)
     tracker.sync_records()
-    tracker.scalars("rounds", summary, server_round)
+    tracker.take_curves(ROUNDS, server_round)  # of the last coordinator, if that was another one
+    tracker.scalars(ROUNDS, summary, server_round)
     shown = [f"{name.replace('held_out_', 'held-out ')} {summary[name]:.4f}" for name in EVALUATED if name in summary]
     if shown:
         tracker.say(f"round {server_round}: mean {', '.join(shown)}")

@@ -11,7 +11,7 @@ import torch
 
 from dpa_ds.adapters.adapter_model import AdapterModel
 from dpa_ds.adapters.methods import GLOBAL, LOCAL
-from dpa_ds.adapters.state import AdapterState
+from dpa_ds.adapters.state import AdapterState, check_tensors, optimizer_shapes, shapes_of
 from dpa_ds.config.schema import CheckpointConfig
 from dpa_ds.distributed.job_store import JobStore
 from dpa_ds.distributed.preemption import PreemptionSync
@@ -186,11 +186,31 @@ class RoundState:
                 steps_from_json(saved.info["steps_taken"])
                 checked(saved.info["loss_scale"], dict[str, float], "loss_scale")
                 checked(saved.info["has_local_optimizer"], bool, "has_local_optimizer")
-                saved.tensors[LOCAL]
+                self._check_tensors(client, saved)
         except CheckpointError as error:
             logger.warning(f"{error}")
             return None
         return saved
+
+    def _check_tensors(self, client: HostedClient, saved: SavedFolder) -> None:
+        """Raise LookupError or ValueError if tensors of a client's progress are missing, or do not fit its adapters."""
+        local, shared = shapes_of(client.state.local_adapter), shapes_of(self.server_state.adapter)
+        expected = {
+            LOCAL: local,
+            "local_optimizer": optimizer_shapes(local),
+            "update": shared,
+            "optimizer": optimizer_shapes(shared),
+        }
+        # Of the adapter that the interrupted phase trains.
+        if shapes_of(saved.tensors.get("optimizer", {})) == optimizer_shapes(local):
+            expected["optimizer"] = optimizer_shapes(local)
+        needed = [LOCAL]
+        if saved.info["has_local_optimizer"]:
+            needed.append("local_optimizer")
+        if saved.info["inside"]["step"]:
+            needed.append("optimizer")
+        for name in {*needed, *saved.tensors}:
+            check_tensors(saved.tensors[name], expected[name])
 
 
 class RoundCommit:

@@ -51,7 +51,7 @@ PACKAGES = ("torch", "deepspeed", "transformers", "peft")
 _NUMBER = re.compile("[0-9]{1,9}")
 _ROUND = re.compile(r"round_([0-9]{6,})(\.tmp)?")
 _CLIENT = re.compile(r"client_([0-9]{2,})")
-_HALF_WRITTEN = re.compile(r"(config\.yaml|[a-z_]+\.json)\..+\.\d+\.tmp")
+_HALF_WRITTEN = re.compile(r"(config\.yaml|[a-z_]+\.jsonl?)\..+\.\d+\.tmp")
 """Names of files in the run folder whose writer ended before they were whole (`storage.write_file`)."""
 
 

@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -47,7 +47,14 @@ from dpa_ds.inference.weighting import resolve_weighting
 from dpa_ds.model.base import check_precision, load_base, resolve_model
 from dpa_ds.model.directory import load_tokenizer, model_fingerprint
 from dpa_ds.runs.folder import MODEL, RunFolder
-from dpa_ds.runs.resume import RunLock, find_resume_round, validate_run_dir
+from dpa_ds.runs.private import open_run_folder
+from dpa_ds.runs.resume import (
+    RunLock,
+    create_private_part,
+    find_resume_round,
+    validate_private_part,
+    validate_run_dir,
+)
 from dpa_ds.runs.storage import BackgroundWriter, well_formed, write_file
 from dpa_ds.runs.tracking import Tracker, logger, setup_logging
 
@@ -99,7 +106,7 @@ def build_session(config: RunConfig, job: JobStore) -> Session:
     labels, trained_tasks = exchange_labels(job, world, clients, place.names)
     check_rendezvous(config.cluster.rendezvous if world.is_leader else None, config.federation.timeout_seconds)
     # Everything that a user can get wrong was read by now: from here on the run exists.
-    if world.is_coordinator:
+    if world.is_leader:
         create_run(place, to_yaml(config), fingerprint_sections(config), model.fingerprint, config.model.path)
     tracker = Tracker(config.run_dir if world.is_leader else None, world.is_coordinator, config.tracking)
     writer = BackgroundWriter()
@@ -167,7 +174,8 @@ def find_place(config: RunConfig, job: JobStore) -> Place:
     names = client_names(config.data, config.seed, schedule.pooled)
     topology = plan(config.cluster, job.launch.job_world_size, len(names))
     job.describe_rank = partial(describe_rank, topology, job.hosts)
-    folder = RunFolder(config.run_dir)
+    own_group = topology.group_of_rank(job.launch.global_rank)
+    folder = open_run_folder(config.run_dir, config.private_dir, own_group)
     lock = RunLock(config.run_dir, config.cluster.group, config.checkpoint.grace_seconds)
 
     def find_round() -> int:
@@ -176,6 +184,8 @@ def find_place(config: RunConfig, job: JobStore) -> Place:
 
     completed = int(job.broadcast_from_rank_zero("completed_rounds", find_round))
     world = build_world(job, topology, config.cluster, config.federation.timeout_seconds)
+    if world.is_leader:
+        validate_private_part(folder, fingerprint_sections(config))
     if world.is_coordinator:
         zero = load_deepspeed_json(config.engine.deepspeed_config).get("zero_optimization", {})
         logger.info(
@@ -185,6 +195,7 @@ def find_place(config: RunConfig, job: JobStore) -> Place:
         )
         for line in describe_groups(topology, job.hosts, config.cluster.rendezvous):
             logger.info(f"  {line}")
+        logger.info(f"  {folder.describe_parts()}")
         if completed:
             logger.info(f"  continues after round {completed} of {config.federation.num_rounds}")
         if schedule.weighted_by_instance and config.weighting.num_references == 1:
@@ -213,7 +224,8 @@ def describe_groups(topology: Topology, hosts: Sequence[str], rendezvous: str | 
 def create_run(
     place: Place, recipe: str, fingerprint: Mapping[str, Any], base_fingerprint: str, base_path: str
 ) -> None:
-    """Write what makes the folder a run: its lock, its recipe, what its base model is. The coordinator.
+    """Write what makes the folder a run: its lock, its recipe, what its base model is. The coordinator; of each group's
+    private part its leader.
 
     Args:
         fingerprint: of the recipe, `fingerprint_sections`.
@@ -224,11 +236,13 @@ def create_run(
         CheckpointError: another job has begun the run meanwhile, or the file system refuses.
     """
     run_dir = place.folder.run_dir
-    place.lock.create()
-    # Again: groups with launchers of their own begin a run together, each with a lock of its own.
-    validate_run_dir(place.folder, fingerprint)
-    write_file(run_dir / "config.yaml", recipe)
-    write_file(run_dir / MODEL, json.dumps({"fingerprint": base_fingerprint, "path": base_path}))
+    if place.world.is_coordinator:
+        place.lock.create()
+        # Again: groups with launchers of their own begin a run together, each with a lock of its own.
+        validate_run_dir(place.folder, fingerprint)
+        write_file(run_dir / "config.yaml", recipe)
+        write_file(run_dir / MODEL, json.dumps({"fingerprint": base_fingerprint, "path": base_path}))
+    create_private_part(place.folder, recipe)
 
 
 # ---- what the session is made of ------------------------------------------------------------------------------
@@ -336,6 +350,8 @@ def host_clients(
     data: DataConfig, seed: int, place: Place, model: LoadedModel
 ) -> tuple[list[HostedClient], LeaderState]:
     """The clients of this rank group, and what its leader keeps. Collective: all ranks of the group."""
+    if place.folder.own_part != place.folder.run_dir:
+        data = replace(data, cache_dir=str(place.folder.own_part.parent))  # tokens are the clients' texts
     builder = ClientBuilder(
         data=data,
         seed=seed,

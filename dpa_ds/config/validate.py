@@ -34,6 +34,7 @@ MAX_FILE_BYTES = 1 << 20
 _NOT_IN_FINGERPRINT = {
     "name",
     "output_dir",
+    "private_dir",
     "data.cache_dir",
     "federation.num_rounds",
     "federation.timeout_seconds",
@@ -47,7 +48,7 @@ _NOT_IN_FINGERPRINT = {
     "weighting.representation",
     "weighting.encoder",
 }
-_SECTIONS_NOT_IN_FINGERPRINT = {"checkpoint", "cluster", "engine", "evaluation", "generation", "tracking"}
+_SECTIONS_NOT_IN_FINGERPRINT = {"checkpoint", "cluster", "engine", "evaluation", "generation", "metrics", "tracking"}
 
 
 def validate(config: RunConfig) -> None:

@@ -96,6 +96,8 @@ def finish_round(session: Session, cohort: Cohort, server_round: int) -> None:
     seconds = {**session.timer.seconds, "save_inside_phases": rounds.seconds_saving}
     draw_evaluation(session.tracker, server_round, table, session.clients)
     count_round(session, server_round, table, seconds)
+    if session.world.leaders is not None:
+        session.folder.delete_private_rounds()
     rounds.end_round(server_round)
     session.timer.end_round(server_round)
 
@@ -226,6 +228,9 @@ def start_rounds(session: Session) -> None:
         if rounds.num_completed:
             session.folder.repair_link(rounds.num_completed)
         session.tracker.drop_records_after(rounds.num_completed)
+    if leaders is not None:
+        clients = [client.client_id for client in session.clients]
+        session.folder.remove_private_leftovers(clients, rounds.num_completed)
     if rounds.num_completed == 0:
         finish_round(session, Cohort((), []), server_round=0)
     # After the leftovers are gone: what is found now belongs to the round that comes next.
@@ -274,8 +279,12 @@ def _is_outdated(session: Session, completed_rounds: int) -> bool:
     folder = session.folder
     if folder.latest_round() > completed_rounds:
         return True
+    if completed_rounds == 0:
+        return False
+    saved = folder.clients(completed_rounds)
     for client in session.clients:
-        saved = folder.round_dir(completed_rounds) / client.folder
-        if saved.is_dir() and folder.info(completed_rounds, client.folder)["steps_taken"] != client.state.num_steps:
-            return True
+        if client.client_id in saved:
+            info = folder.info(completed_rounds, client.folder)
+            if info["steps_taken"] != client.state.num_steps:
+                return True
     return False

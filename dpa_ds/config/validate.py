@@ -19,6 +19,7 @@ from dpa_ds.config.schema import (
     DataConfig,
     LoraConfig,
     MethodConfig,
+    MetricsConfig,
     RunConfig,
     WeightingConfig,
 )
@@ -62,6 +63,7 @@ def validate(config: RunConfig) -> None:
         _partition_problems(config.data),
         _method_problems(config.method, config.lora),
         _weighting_problems(config.weighting, config.method),
+        _sharing_problems(config.metrics, config.private_dir),
     )
     first = next(problems, None)
     if first is not None:
@@ -240,6 +242,14 @@ def _weighting_problems(weighting: WeightingConfig, method: MethodConfig) -> Ite
             f"weighting.encoder {weighting.encoder} does not go with weighting.kind centred_cosine: clients can share "
             "one reference mean only of the encoder that all of them have and that never changes: use encoder none, or "
             "weighting.kind cosine"
+        )
+
+
+def _sharing_problems(metrics: MetricsConfig, private_dir: str | None) -> Iterator[str]:
+    if metrics.share == "sums" and private_dir is None:
+        yield (
+            "metrics.share sums needs private_dir, where the numbers of each client go: set it, or metrics.share "
+            "per_client"
         )
 
 

@@ -92,14 +92,16 @@ def write_evaluation(
     answers: Sequence[Answer],
     clients: Sequence[ClientInfo],
     settings: Mapping[str, Any],
+    num_examples: int = 0,
 ) -> str:
     """Write summary.json, report.md and three pictures into `folder`; returns the table as text. Coordinator only.
 
     Args:
         answers: one to each of `instances` from every client that was asked.
         clients: all clients of the run.
+        num_examples: answers to show of the best, and of the worst: their texts are in the report then.
     """
-    summary = summarize(instances, answers, clients)
+    summary = summarize(instances, answers, clients, num_examples)
     write_file(folder / "summary.json", json.dumps({"settings": dict(settings), **summary}, indent=1))
     pictures = ["scores.png", "alpha.png"]
     heat_map(summary, folder / "scores.png")

@@ -15,6 +15,7 @@ and is replaced or deleted.
 
 import contextlib
 import glob
+import os
 import re
 import shutil
 from collections import defaultdict
@@ -60,6 +61,7 @@ def open_run_folder(run_dir: Path, private_dir: str | None, group: int | None) -
         return RunFolder(run_dir)
     template = str(expand(private_dir, "private_dir"))
     places = [place / run_dir.name for place in _visible(template)]
+    places = [place for place in places if os.access(place, os.R_OK | os.X_OK)]
     own = None
     if group is not None or GROUP not in template:
         own = Path(template.replace(GROUP, str(group))) / run_dir.name

@@ -19,8 +19,10 @@ from dpa_ds.config.schema import (
     EngineConfig,
     FederationConfig,
     LoraConfig,
+    MetricsConfig,
     ModelConfig,
     RunConfig,
+    TrackingConfig,
     TrainConfig,
 )
 from dpa_ds.config.validate import fingerprint_sections, show
@@ -108,7 +110,7 @@ def build_session(config: RunConfig, job: JobStore) -> Session:
     # Everything that a user can get wrong was read by now: from here on the run exists.
     if world.is_leader:
         create_run(place, to_yaml(config), fingerprint_sections(config), model.fingerprint, config.model.path)
-    tracker = Tracker(config.run_dir if world.is_leader else None, world.is_coordinator, config.tracking)
+    tracker = build_tracker(place, config.tracking, config.metrics)
     writer = BackgroundWriter()
     layout = describe_layout(engine, config.train, config.federation)
     saving = RoundSaving(place.folder, writer, config.checkpoint, layout)
@@ -128,6 +130,7 @@ def build_session(config: RunConfig, job: JobStore) -> Session:
     return Session(
         seed=config.seed,
         federation=config.federation,
+        share=config.metrics.share,
         world=world,
         clients=clients,
         labels=labels,
@@ -243,6 +246,14 @@ def create_run(
         write_file(run_dir / "config.yaml", recipe)
         write_file(run_dir / MODEL, json.dumps({"fingerprint": base_fingerprint, "path": base_path}))
     create_private_part(place.folder, recipe)
+
+
+def build_tracker(place: Place, tracking: TrackingConfig, metrics: MetricsConfig) -> Tracker:
+    """Reports the numbers of this rank: curves of single clients go where the recipe allows them to be seen."""
+    folder, world = place.folder, place.world
+    run_dir = folder.run_dir if world.is_leader else None
+    clients_dir = folder.own_part if world.is_leader and metrics.share == "sums" else None
+    return Tracker(run_dir, world.is_coordinator, tracking, clients_dir)
 
 
 # ---- what the session is made of ------------------------------------------------------------------------------

@@ -89,23 +89,23 @@ class Evaluation:
         return write_evaluation(folder, self.instances, answers, infos, {**self.settings, **covered}, num_examples)
 
 
-def write_reports(evaluation: Evaluation, share: Literal["per_client", "sums"]) -> str:
+def write_reports(evaluation: Evaluation, share: Literal["per_client", "sums"]) -> tuple[Path, str]:
     """Write what belongs into the common folder, and into the private ones. Coordinator only.
 
     Returns:
-        the text of the report.
+        the folder of the report that all may see, and its text.
     """
     folders = evaluation.folders
     if folders.run.private_places == [folders.run.run_dir]:
         report_dir = folders.common / evaluation.part(evaluation.config.clients)
         answers = select_answers(folders.read_answers(), evaluation.clients, evaluation.instances)
-        return evaluation.write(report_dir, answers, evaluation.infos, evaluation.config.clients)
+        return report_dir, evaluation.write(report_dir, answers, evaluation.infos, evaluation.config.clients)
     if share == "sums":
         return _write_sums(evaluation)
     return _write_joined(evaluation)
 
 
-def _write_joined(evaluation: Evaluation) -> str:
+def _write_joined(evaluation: Evaluation) -> tuple[Path, str]:
     """Share the scores of the clients that were evaluated here, and report on all that are shared."""
     folders = evaluation.folders
     own_answers = list(folders.read_answers())
@@ -125,10 +125,10 @@ def _write_joined(evaluation: Evaluation) -> str:
         if answer.client in counted and answer.client not in evaluation.clients:
             answers.append(answer)
     report_dir = folders.common / evaluation.part(wanted)
-    return evaluation.write(report_dir, answers, shared.clients, wanted)
+    return report_dir, evaluation.write(report_dir, answers, shared.clients, wanted)
 
 
-def _write_sums(evaluation: Evaluation) -> str:
+def _write_sums(evaluation: Evaluation) -> tuple[Path, str]:
     """A report for each private part, into that part; the sums over its clients, and their means, for all."""
     folders = evaluation.folders
     all_answers = list(folders.read_answers())
@@ -147,4 +147,4 @@ def _write_sums(evaluation: Evaluation) -> str:
     report_dir = folders.common / what
     write_file(report_dir / "summary.json", json.dumps({"settings": dict(evaluation.settings), **joined}, indent=1))
     texts.append(f"means over the {len(joined['clients'])} clients that were shared: {report_dir / 'summary.json'}")
-    return "\n".join(texts)
+    return report_dir, "\n".join(texts)

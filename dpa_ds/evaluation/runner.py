@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
@@ -34,10 +35,11 @@ STOP = -1
 """Stands for a work item where a signal asked the job to stop."""
 
 
-def evaluate(config: RunConfig, job: JobStore) -> None:
+def evaluate(config: RunConfig, job: JobStore) -> Path | None:
     """Score the clients of a trained run on test instances, from where an interrupted evaluation stopped.
 
     All parts of an evaluation share their answers; each has a report of its own, so that none replaces a fuller one.
+    Returns the folder of the report, on the coordinator.
     Collective: every rank of the job.
     """
     started = time.monotonic()
@@ -82,13 +84,15 @@ def evaluate(config: RunConfig, job: JobStore) -> None:
     job.timeout_seconds = config.federation.timeout_seconds
     job.barrier("answered")
 
+    report_dir = None
     if world.is_coordinator:
         described = {"run": config.name, **settings}
         evaluation = Evaluation(folders, config.evaluation, clients, instances, everything, described)
-        text = write_reports(evaluation, config.metrics.share)
+        report_dir, text = write_reports(evaluation, config.metrics.share)
         answers_dir = folders.answers_dir(clients[0])
         logger.info(f"{text}\nanswers: {answers_dir}\ntook {time.monotonic() - started:.0f} s")
     world.close()
+    return report_dir
 
 
 def load_clients(

@@ -86,7 +86,8 @@ def finish_round(session: Session, cohort: Cohort, server_round: int) -> None:
         # Before the exchange of metrics, which tells the other leaders that this one's files are on disk.
         commit.wait()
     with part("record"):
-        table = exchange_metrics(session.world, fill_rows(session, cohort, evaluated), session.labels)
+        rows = fill_rows(session, cohort, evaluated)
+        table = exchange_metrics(session.world, rows, session.labels, session.share)
     # All ranks have the same table, so all of them stop, or none.
     if table.all_rejected(cohort.client_ids):
         raise TrainingError(
@@ -94,7 +95,7 @@ def finish_round(session: Session, cohort: Cohort, server_round: int) -> None:
             "train.learning_rate. Earlier rounds are intact"
         )
     seconds = {**session.timer.seconds, "save_inside_phases": rounds.seconds_saving}
-    draw_evaluation(session.tracker, server_round, table, session.clients)
+    draw_evaluation(session.tracker, server_round, rows)
     count_round(session, server_round, table, seconds)
     if session.world.leaders is not None:
         session.folder.delete_private_rounds()

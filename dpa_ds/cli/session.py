@@ -108,8 +108,7 @@ def build_session(config: RunConfig, job: JobStore) -> Session:
     labels, trained_tasks = exchange_labels(job, world, clients, place.names)
     check_rendezvous(config.cluster.rendezvous if world.is_leader else None, config.federation.timeout_seconds)
     # Everything that a user can get wrong was read by now: from here on the run exists.
-    if world.is_leader:
-        create_run(place, to_yaml(config), fingerprint_sections(config), model.fingerprint, config.model.path)
+    create_run(place, to_yaml(config), fingerprint_sections(config), model.fingerprint, config.model.path)
     tracker = build_tracker(place, config.tracking, config.metrics)
     writer = BackgroundWriter()
     layout = describe_layout(engine, config.train, config.federation)
@@ -227,8 +226,9 @@ def describe_groups(topology: Topology, hosts: Sequence[str], rendezvous: str | 
 def create_run(
     place: Place, recipe: str, fingerprint: Mapping[str, Any], base_fingerprint: str, base_path: str
 ) -> None:
-    """Write what makes the folder a run: its lock, its recipe, what its base model is. The coordinator; of each group's
-    private part its leader.
+    """Write what makes the folder a run: its lock, its recipe, what its base model is.
+
+    The coordinator does, and of a group's private part its leader; others return at once.
 
     Args:
         fingerprint: of the recipe, `fingerprint_sections`.
@@ -245,7 +245,8 @@ def create_run(
         validate_run_dir(place.folder, fingerprint)
         write_file(run_dir / "config.yaml", recipe)
         write_file(run_dir / MODEL, json.dumps({"fingerprint": base_fingerprint, "path": base_path}))
-    create_private_part(place.folder, recipe)
+    if place.world.is_leader:
+        create_private_part(place.folder, recipe)
 
 
 def build_tracker(place: Place, tracking: TrackingConfig, metrics: MetricsConfig) -> Tracker:

@@ -21,13 +21,17 @@ from tests.launch.processes import (
     PYTHON,
     RUN,
     Ended,
+    Forked,
+    Running,
     adapters,
     assert_same_adapters,
     run,
     run_by_hand,
     run_forked,
     start_by_hand,
+    wait_for,
 )
+from tests.launch.test_elastic import last_round, presence, rendezvous, wait_until
 from tests.launch.test_resume import kill_when
 
 pytestmark = pytest.mark.launch
@@ -281,6 +285,57 @@ def test_clients_move_to_other_groups(tmp_path: Path, arguments: Arguments) -> N
         two_groups([*argv, "--federation.num_rounds", "3"])
         results[private] = private_adapters(folder, 3) if private else adapters(folder / "runs" / "tiny", 3)
     assert_same_adapters(results[True], results[False], tolerance=0.0)
+
+
+@contextmanager
+def site(argv: list[str], group: int, meeting: str, root: Path) -> Iterator[Running]:
+    """A group with a launcher of its own, whose private folder the other one cannot see."""
+    own = ["--cluster.group", str(group), "--cluster.rendezvous", meeting]
+    with Forked([*RUN, *argv, *own], DS_ACCELERATOR="cpu", SITE=str(root / f"site{group}")) as running:
+        yield running
+
+
+def last_saved(run_dir: Path, server_round: int) -> list[int]:
+    meta = json.loads((run_dir / "rounds" / f"round_{server_round:06d}" / "meta.json").read_text())
+    return list(meta["last_saved"])
+
+
+def test_a_group_of_its_own_site_is_lost_and_comes_back(tmp_path: Path, arguments: Arguments) -> None:
+    settings: dict[str, Any] = {"federation__num_rounds": 500, "train__max_steps": 60, "checkpoint__every_steps": 10}
+    settings |= {"private_dir": "${SITE}/private", "federation__timeout_seconds": 15}
+    settings |= {"cluster__heartbeat_timeout_seconds": 3}
+    argv, run_dir = arguments(tmp_path, **settings), tmp_path / "runs" / "tiny"
+    own = tmp_path / "site1" / "private" / "tiny" / "rounds"
+
+    def is_absent(server_round: int) -> bool:
+        return presence(run_dir).get(server_round) == [0]
+
+    with rendezvous(argv) as (meeting, _), site(argv, 0, meeting, tmp_path) as survivor:
+        with site(argv, 1, meeting, tmp_path) as lost:
+            wait_for(own, "round_000003/progress/client_01/*", [survivor, lost], 150)
+            lost.process.kill()
+            wait_until(lambda: is_absent(last_round(run_dir)) and is_absent(last_round(run_dir) - 1), survivor)
+        (saved, *_) = last_saved(run_dir, last_round(run_dir))[1:]
+        kept = load_file(own / f"round_{saved:06d}" / "local" / "client_01" / "adapter_model.safetensors")
+        assert saved < last_round(run_dir) - 1, "the rounds that named it first are deleted, and it is not"
+        with site(argv, 1, meeting, tmp_path) as back:
+            wait_until(lambda: last_saved(run_dir, last_round(run_dir))[1] > saved, survivor, back)
+            for group in (survivor, back):
+                group.process.terminate()
+            assert [group.wait(150).returncode for group in (survivor, back)] == [75, 75]
+    assert kept
+    rounds = last_round(run_dir) + 1
+    for number in range(2):
+        found = {path.name for path in (tmp_path / f"site{number}").glob("private/tiny/rounds/*/*/client_*")}
+        assert found == {f"client_0{number}"}, "a site has its own clients only"
+    assert not list(run_dir.rglob("client_*"))
+
+    with rendezvous(argv) as (meeting, _):
+        again = arguments(tmp_path, **{**settings, "federation__num_rounds": rounds})
+        with site(again, 0, meeting, tmp_path) as one, site(again, 1, meeting, tmp_path) as other:
+            for group in (one, other):
+                well_ended(group.wait(150))
+    assert last_saved(run_dir, rounds) == [rounds, rounds]
 
 
 # ---- evaluation -------------------------------------------------------------------------------------------------------

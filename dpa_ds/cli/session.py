@@ -25,7 +25,7 @@ from dpa_ds.config.schema import (
     TrackingConfig,
     TrainConfig,
 )
-from dpa_ds.config.validate import fingerprint_sections, show
+from dpa_ds.config.validate import agreed_sections, fingerprint_sections, show
 from dpa_ds.data.references import REPRESENTATIONS
 from dpa_ds.data.sources import NO_TASK
 from dpa_ds.distributed.job_store import JobStore, code_fingerprint
@@ -124,7 +124,7 @@ def build_session(config: RunConfig, job: JobStore) -> Session:
         instances = instances_to_score(config.data, config.seed, config.evaluation, trained_tasks)
         scorer = Scorer(engine, world, model.tokenizer, weighting, config.generation, instances, config.data.template)
     # Last of all: from here on the other groups wait for this one, where each has a launcher of its own.
-    facts = group_facts(fingerprint_sections(config), model.fingerprint, world.topology.num_groups)
+    facts = group_facts(agreed_sections(config), model.fingerprint, world.topology.num_groups)
     join_leaders(config.federation, config.cluster, config.run_dir, facts, job, world)
     return Session(
         seed=config.seed,
@@ -376,13 +376,13 @@ def host_clients(
     return builder.build(place.completed_rounds)
 
 
-def group_facts(fingerprint: Mapping[str, Any], base_fingerprint: str, num_groups: int) -> dict[str, str]:
+def group_facts(agreed: Mapping[str, Any], base_fingerprint: str, num_groups: int) -> dict[str, str]:
     """What must be equal in all groups of a run that have launchers of their own: else their averages mean nothing.
 
     Args:
-        fingerprint: every field of the recipe that determines the result.
+        agreed: what of the recipe must be equal, `agreed_sections`.
     """
-    facts = {key: show(value) for key, value in fingerprint.items() if key not in PLACES}
+    facts = {key: show(value) for key, value in agreed.items() if key not in PLACES}
     return facts | {
         "code of dpa_ds": code_fingerprint(),
         "base model": base_fingerprint,

@@ -85,6 +85,15 @@ def fingerprint_sections(config: RunConfig) -> dict[str, Any]:
     return determining
 
 
+def agreed_sections(config: RunConfig) -> dict[str, Any]:
+    """What must be equal in rank groups with launchers of their own: what determines the result, and what is shared.
+
+    They exchange tables of one size, and all of them save a round in as many parts.
+    """
+    sharing = {"metrics.share": config.metrics.share, "private_dir is set": config.private_dir is not None}
+    return fingerprint_sections(config) | sharing
+
+
 def diff_configs(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Lines such as `train.learning_rate: 0.0003 -> 0.001` for two flat dotted dicts, in the order of the keys."""
     lines = []

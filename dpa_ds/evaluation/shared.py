@@ -71,21 +71,30 @@ def read_scores(evaluation_dir: Path, instances: Sequence[Instance]) -> SharedSc
     for instance in instances:
         num_rows[instance.task] += 1
     asked = {(instance.task, instance.row) for instance in instances}
-    clients, answers = [], []
+    clients: list[ClientInfo] = []
+    answers: list[ScoredAnswer] = []
     for path in sorted((evaluation_dir / SCORES).glob("client_*.json")):
         with well_formed(path, "delete it, and evaluate that client again"):
             content = json.loads(path.read_text())
             info = ClientInfo(int(content["client"]), str(content["label"]), tuple(content["own_tasks"]))
-            by_task: dict[str, list[ScoredAnswer]] = defaultdict(list)
+            by_task: dict[str, dict[int, ScoredAnswer]] = defaultdict(dict)
             for task, row, alpha, scores in content["answers"]:
                 if (task, row) in asked:
-                    by_task[task].append(ScoredAnswer(info.client, task, row, alpha, "", tuple(scores)))
+                    by_task[task][row] = _checked(ScoredAnswer(info.client, task, row, alpha, "", tuple(scores)))
         clients.append(info)
         for task, of_task in by_task.items():
             # A part of a cell is what an evaluation of fewer instances left.
             if len(of_task) == num_rows[task]:
-                answers += of_task
+                answers += of_task.values()
     return SharedScores(tuple(clients), tuple(answers))
+
+
+def _checked(answer: ScoredAnswer) -> ScoredAnswer:
+    """The answer, if its numbers have their types and ranges. ValueError: they have not."""
+    are_scores = all(isinstance(score, int | float) and 0 <= score <= 100 for score in answer.scores)
+    if not answer.is_valid or not are_scores or len(answer.scores) != len(METRICS):
+        raise ValueError(f"scores of row {answer.row}")
+    return answer
 
 
 @dataclass

@@ -115,7 +115,8 @@ def read_folder(folder: Path, remedy: str) -> SavedFolder:
 
 
 def copy_folder(source: Path, target: Path) -> None:
-    """Replace `target` by a copy of `source`, a folder that `write_folder` wrote, and wait until it is on the disk.
+    """Replace `target` by a private copy of `source`, a folder that `write_folder` wrote, and wait until it is on the
+    disk.
 
     Raises:
         CheckpointError: the file system refuses.
@@ -123,7 +124,9 @@ def copy_folder(source: Path, target: Path) -> None:
     with storage_errors(target):
         shutil.rmtree(target, ignore_errors=True)
         shutil.copytree(source, target)
+        target.chmod(PRIVATE_FOLDER)  # an older version left them open
         for path in target.iterdir():
+            path.chmod(PRIVATE_FILE)
             fsync(path)
         fsync(target)
         fsync(target.parent)

@@ -159,7 +159,7 @@ class SplitRunFolder(RunFolder):
     def _copies(self, server_round: int, client: int) -> list[Path]:
         """Where this client's copy of a round is, the own place first."""
         folders = [place / "rounds" / round_name(server_round) / local_folder(client) for place in self._places]
-        return [folder for folder in folders if folder.is_dir()]
+        return [folder for folder in folders if os.path.isdir(folder)]  # unlike Path.is_dir also where it is closed
 
     def _find(self, server_round: int, client: int) -> Path | None:
         """The copy of a client that belongs to a complete round; None: there is none, it starts from scratch.

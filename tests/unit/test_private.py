@@ -1,5 +1,7 @@
 """A run in two parts: which private copies belong to a round that counts, which are deleted, and who may read them."""
 
+import os
+import shutil
 import stat
 from pathlib import Path
 
@@ -108,6 +110,15 @@ def test_one_folder_for_all_groups(tmp_path: Path) -> None:
     groups.round(1)
     groups.round(2)
     assert [groups.value(2, client, group=0) for client in (0, 1)] == [2.0, 2.0]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="no mode stops root")
+def test_a_folder_that_is_closed_to_this_user_is_not_seen(tmp_path: Path) -> None:
+    groups = Groups(tmp_path, "private/all")
+    groups.round(1)
+    (tmp_path / "private" / "all" / "tiny").chmod(0)
+    assert groups.folder(None).clients_here(1) == []
+    (tmp_path / "private" / "all" / "tiny").chmod(0o700)
 
 
 # ---- a kill at any moment -------------------------------------------------------------------------------------------
@@ -228,8 +239,6 @@ def test_a_missing_part_is_one_line_with_its_remedy(groups: Groups) -> None:
 
 
 def test_after_the_remedy_the_round_before_is_whole(groups: Groups) -> None:
-    import shutil
-
     groups.round(1)
     groups.round(2)
     for client in (0, 1):

@@ -175,7 +175,8 @@ class SplitRunFolder(RunFolder):
             wanted = f"{self._template}/{self.run_dir.name}/rounds/{round_name(saved)}/{local_folder(client)}"
             raise CheckpointError(
                 f"the adapter of client {client} after round {server_round} is not at {wanted}: mount or copy the "
-                "folder that has it, or set private_dir to where it is; if it is lost, delete "
+                "folder that has it, set private_dir to where it is, or run this as the user who may read it; if it is "
+                "lost, delete "
                 f"{self.round_dir(server_round)} to continue from the round before"
             )
         for folder in copies:

@@ -25,7 +25,7 @@ from dpa_ds.config.schema import (
     TrackingConfig,
     TrainConfig,
 )
-from dpa_ds.config.validate import agreed_sections, fingerprint_sections, show
+from dpa_ds.config.validate import agreed_sections, fingerprint_sections, flatten, show
 from dpa_ds.data.references import REPRESENTATIONS
 from dpa_ds.data.sources import NO_TASK
 from dpa_ds.distributed.job_store import JobStore, code_fingerprint
@@ -124,7 +124,7 @@ def build_session(config: RunConfig, job: JobStore) -> Session:
         instances = instances_to_score(config.data, config.seed, config.evaluation, trained_tasks)
         scorer = Scorer(engine, world, model.tokenizer, weighting, config.generation, instances, config.data.template)
     # Last of all: from here on the other groups wait for this one, where each has a launcher of its own.
-    facts = group_facts(agreed_sections(config), model.fingerprint, world.topology.num_groups)
+    facts = group_facts(agreed_sections(flatten(config)), model.fingerprint, world.topology.num_groups)
     join_leaders(config.federation, config.cluster, config.run_dir, facts, job, world)
     return Session(
         seed=config.seed,

@@ -77,21 +77,29 @@ def flatten(config: RunConfig) -> dict[str, Any]:
 
 def fingerprint_sections(config: RunConfig) -> dict[str, Any]:
     """Flat dotted dict of every field that determines the result of training: a resumed run must agree in all."""
+    return _determining(flatten(config))
+
+
+def _determining(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Of all fields of a recipe those that determine the result."""
     determining = {}
-    for key, value in flatten(config).items():
+    for key, value in values.items():
         section = key.partition(".")[0]
         if key not in _NOT_IN_FINGERPRINT and section not in _SECTIONS_NOT_IN_FINGERPRINT:
             determining[key] = value
     return determining
 
 
-def agreed_sections(config: RunConfig) -> dict[str, Any]:
+def agreed_sections(values: Mapping[str, Any]) -> dict[str, Any]:
     """What must be equal in rank groups with launchers of their own: what determines the result, and what is shared.
 
     They exchange tables of one size, and all of them save a round in as many parts.
+
+    Args:
+        values: every field of the recipe, as `flatten` gives them.
     """
-    sharing = {"metrics.share": config.metrics.share, "private_dir is set": config.private_dir is not None}
-    return fingerprint_sections(config) | sharing
+    sharing = {"metrics.share": values["metrics.share"], "private_dir is set": values["private_dir"] is not None}
+    return _determining(values) | sharing
 
 
 def diff_configs(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -122,7 +122,7 @@ class ClientBuilder:
             return self._fresh(client_id)
         self.adapters.check_shapes(LOCAL, saved.weights)
         round_dir = self.run_folder.round_dir(completed_rounds)
-        with well_formed(round_dir / local_folder(client_id), f"delete {round_dir} to continue from the round before"):
+        with well_formed(f"the state of client {client_id}", f"delete {round_dir} to continue from the round before"):
             self._check_tensors(saved)
             return _Restored.of(saved, self.world.is_leader)
 

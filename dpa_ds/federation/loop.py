@@ -12,7 +12,6 @@ from dpa_ds.errors import ClusterError, TrainingError
 from dpa_ds.federation.aggregation.pipeline import Accumulator, ReducedRound
 from dpa_ds.federation.clients import HostedClient
 from dpa_ds.federation.metrics import (
-    ROUNDS,
     MetricsTable,
     continue_curves,
     draw_evaluation,
@@ -23,6 +22,7 @@ from dpa_ds.federation.metrics import (
 from dpa_ds.federation.round_evaluation import Evaluated
 from dpa_ds.federation.sampling import sample_clients
 from dpa_ds.federation.session import Session
+from dpa_ds.runs.tracking import ALL_CLIENTS
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def finish_round(session: Session, cohort: Cohort, server_round: int) -> None:
     rows = fill_rows(session, cohort, evaluated)
     draw_evaluation(session.tracker, server_round, rows)
     with part("record"):
-        table = exchange_metrics(session.world, rows, session.labels)
+        table = exchange_metrics(session.world, rows, session.labels, session.share)
     # All ranks have the same table, so all of them stop, or none.
     if table.all_rejected(cohort.client_ids):
         raise TrainingError(
@@ -98,6 +98,8 @@ def finish_round(session: Session, cohort: Cohort, server_round: int) -> None:
         )
     seconds = {**session.timer.seconds, "save_inside_phases": rounds.seconds_saving}
     count_round(session, server_round, table, seconds)
+    if session.world.leaders is not None:
+        session.folder.delete_private_rounds()
     rounds.end_round(server_round)
     session.timer.end_round(server_round)
 
@@ -106,7 +108,7 @@ def count_round(session: Session, server_round: int, table: MetricsTable, second
     """Record the round and make it count: the coordinator does. Collective: every rank of the job."""
     world = session.world
     if world.leaders is not None and not world.leaders.is_coordinator:
-        session.tracker.leave_curves(ROUNDS)  # to the coordinator
+        session.tracker.leave_curves(ALL_CLIENTS)  # to the coordinator
 
     def is_on_disk() -> bool:
         """Whether it counts already: another coordinator came so far before it was lost, or this one was slow."""
@@ -247,6 +249,9 @@ def start_rounds(session: Session) -> None:
     # the one that joins would be alone in the exchange.
     if not was_running:
         do_as_coordinator(session.world, tidy, undo=lambda: None)
+    if session.world.leaders is not None:
+        clients = [client.client_id for client in session.clients]
+        session.folder.remove_private_leftovers(clients, rounds.num_completed)
     if rounds.num_completed == 0:
         finish_round(session, Cohort((), []), server_round=0)
     # After the leftovers are gone: what is found now belongs to the round that comes next.
@@ -296,8 +301,12 @@ def _is_outdated(session: Session, completed_rounds: int) -> bool:
     folder = session.folder
     if folder.latest_round() > completed_rounds:
         return True
+    if completed_rounds == 0:
+        return False
+    saved = folder.clients(completed_rounds)
     for client in session.clients:
-        saved = folder.round_dir(completed_rounds) / client.folder
-        if saved.is_dir() and folder.info(completed_rounds, client.folder)["steps_taken"] != client.state.num_steps:
-            return True
+        if client.client_id in saved:
+            info = folder.info(completed_rounds, client.folder)
+            if info["steps_taken"] != client.state.num_steps:
+                return True
     return False

@@ -230,6 +230,18 @@ class RoundCommit:
     5. Rounds older than the last `keep_rounds` are deleted, but for the last copy of a client, and for a round that
        somebody reads. Durable: round N and what is kept; an absent client's adapter is in round N.
 
+    With `private_dir` clients' adapters are written to a private folder of their group instead (`private.py`), and each
+    leader keeps to this order with its own:
+
+    - What step 2 waits for is the private part: it is durable before any leader can know that round N was saved. A job
+      that ends between there and the rename leaves a private part that is newer than the common one. It is not read,
+      because no complete round names it, and is replaced when round N is saved again.
+    - `meta.json` names for each client the round that its private part was last saved in: N, or for an absent client
+      what the round before says. So the rename of the common folder makes the private parts count, whoever sees them.
+    - Step 5 has a second half: each leader deletes the private copies that no complete round names any more. A leader
+      that is slow, or killed, does so after the next round, or when it resumes. Copies are deleted after the common
+      rounds that name them, never before: a private part is older than the common one only where somebody lost it.
+
     A job that ends before the rename leaves round N - 1 as the last one, and its clients' progress in `round_N.tmp`.
     Where groups have launchers of their own, steps 3 and 4 end with an exchange of their own (`loop.count_round`):
     if the coordinator is lost in them, the next one does them again from what it knows of the round, before any

@@ -20,6 +20,9 @@ from dpa_ds.runs.storage import fsync, write_file
 
 logger = logging.getLogger("dpa_ds")
 
+ALL_CLIENTS = "rounds"
+"""TensorBoard run with the numbers of whole rounds; the others are of single clients."""
+
 
 def setup_logging(is_coordinator: bool) -> None:
     """Send this package's messages to stdout: everything from the coordinator, warnings from other ranks.
@@ -46,13 +49,17 @@ class Tracker:
     Args:
         run_dir: folder of the run, or None on ranks that write nothing.
         is_coordinator: whether this rank is the job's coordinator.
+        clients_dir: where the curves of single clients go; None: to `run_dir`.
 
     Raises:
         CheckpointError: something else is where the TensorBoard events belong.
     """
 
-    def __init__(self, run_dir: Path | None, is_coordinator: bool, config: TrackingConfig) -> None:
+    def __init__(
+        self, run_dir: Path | None, is_coordinator: bool, config: TrackingConfig, clients_dir: Path | None = None
+    ) -> None:
         self._run_dir = run_dir
+        self._clients_dir = clients_dir or run_dir
         self._is_coordinator = is_coordinator
         self._config = config
         self._writers: dict[str, Any] = {}
@@ -119,7 +126,9 @@ class Tracker:
         if self._run_dir is None or not self._config.tensorboard or self._lost_curves:
             return
         with self._losing_curves():
-            writer = self._writer(self._run_dir / "tensorboard", source)
+            folder = self._run_dir if source == ALL_CLIENTS else self._clients_dir
+            assert folder is not None, "a rank that writes"
+            writer = self._writer(folder / "tensorboard", source)
             for tag, value in values.items():
                 series = [value] if isinstance(value, float | int) else value
                 for step, number in enumerate(series, first_step):

@@ -501,7 +501,7 @@ def test_fingerprint_holds_what_determines_the_result() -> None:
     assert fingerprint == json.loads(json.dumps(fingerprint))
     left_out = set(flatten(VALID)) - set(fingerprint)
     assert left_out == {
-        *("name", "output_dir", "data.cache_dir", "train.micro_batch_tokens"),
+        *("name", "output_dir", "private_dir", "metrics.share", "data.cache_dir", "train.micro_batch_tokens"),
         *(f"federation.{key}" for key in ("num_rounds", "timeout_seconds", "min_clients")),
         *("federation.max_update_norm", "federation.on_bad_update", "resume"),
         *(f"weighting.{key}" for key in ("kind", "scale", "representation", "encoder")),

@@ -161,12 +161,11 @@ class Harness:
             for number, intruder in enumerate(intruders, 1):
                 intruder(job, drawn)
                 report(f"{number}/{len(intruders)} {mode}: {intruder.__name__}, and the job continues")
-            num_rounds = _last_round(folder / "runs" / "tiny") + 1
-            wait_for(
-                folder / "runs" / "tiny", f"rounds/round_{num_rounds:06d}/meta.json", job.processes, DEADLINE_SECONDS
-            )
-            disturbed = adapters(folder / "runs" / "tiny", num_rounds)
+            after = _last_round(folder / "runs" / "tiny") + 1
+            wait_for(folder / "runs" / "tiny", f"rounds/round_{after:06d}/meta.json", job.processes, DEADLINE_SECONDS)
             _stop(job)
+        num_rounds = _last_round(folder / "runs" / "tiny")
+        disturbed = adapters(folder / "runs" / "tiny", num_rounds)
         while _SILENT:
             _SILENT.pop().close()
         expected = self._folder / f"{mode}_{seed}_undisturbed"

@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help demo test faults intruders bench bench-gpu check docs install install-test clean
+.PHONY: help demo test faults intruders mutations bench bench-gpu check docs install install-test clean
 
 # Targets with a line after ## are listed by `make help`.
 help:  ## what there is to make
@@ -19,10 +19,17 @@ demo: install  ## install; fetch the demo's model and data; train and evaluate e
 test: install-test  ## install; run all tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-# Kill N real runs at random moments, start them again, and compare with an undisturbed one (a minute each on two cores).
+# Do harm to real runs, start them again, and look whether anything is lost. MODE=launcher: N runs under one launcher
+# are killed at random moments (a minute each on two cores); MODE=elastic: N kills of groups with launchers of their
+# own, at named steps of a round (20 s each); MODE=disk: N writes find the disk full (6 s each).
 N ?= 20
-faults: install-test  ## kill N real runs at random moments (N=20), and compare with an undisturbed one
-	$(BIN)/python -m tests.faults --trials $(N)
+MODE ?= launcher
+faults: install-test  ## harm N real runs (N=20, MODE=launcher, elastic or disk): nothing may be lost
+	$(BIN)/python -m tests.faults --mode $(MODE) --trials $(N)
+
+# Each must be taken, or refused in one line with nothing half-written (a second or two each on two cores).
+mutations: install-test  ## give N mutated inputs (N=20) to every program of launch/
+	$(BIN)/python -m tests.mutations --inputs $(N)
 
 # Ratios of docs/performance.md, in minutes on two cores; the demo's model and data must be there (make demo).
 bench: install-test  ## the ratios of docs/performance.md, on a CPU

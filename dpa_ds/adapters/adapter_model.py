@@ -10,7 +10,7 @@ layers compute all adapters at once (`mixed_lora.py`).
 import hashlib
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import peft
 import torch
@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dpa_ds.adapters.methods import AdapterSpec
 from dpa_ds.adapters.mixed_lora import MixedLora, with_mixed_layers
-from dpa_ds.adapters.state import AdapterState
+from dpa_ds.adapters.state import AdapterState, Shapes, shapes_of
 from dpa_ds.config.schema import LoraConfig
 from dpa_ds.errors import ModelError
 
@@ -41,12 +41,12 @@ class AdapterModel:
         self.scale = config.alpha / config.rank
         self.parameters: dict[str, dict[str, torch.nn.Parameter]] = {}
         """Per adapter: PEFT's adapter-less key -> parameter, keys sorted."""
-        self.shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+        self.shapes: dict[str, Shapes] = {}
         """Full shapes of `parameters`, kept because ZeRO-3 empties the parameters themselves."""
         for spec in table:
             parameters = _adapter_parameters(self.peft_model, spec.name)
             self.parameters[spec.name] = parameters
-            self.shapes[spec.name] = _shapes(parameters)
+            self.shapes[spec.name] = shapes_of(parameters)
             # Before DeepSpeed takes over all must require gradients: it only manages what then does.
             for parameter in parameters.values():
                 parameter.requires_grad_(True)
@@ -61,6 +61,11 @@ class AdapterModel:
     def device(self) -> torch.device:
         """Where inputs go (under ZeRO-3 too, where parameters themselves are elsewhere)."""
         return self.base_model.device
+
+    @property
+    def hidden_size(self) -> int:
+        """Of the base, in the layers that embed a prompt."""
+        return int(self.base_model.config.get_text_config().hidden_size)
 
     @property
     def no_mix(self) -> torch.Tensor:
@@ -121,7 +126,7 @@ class AdapterModel:
 
     def check_shapes(self, adapter: str, state: AdapterState) -> None:
         """Raise ModelError unless `state` has the keys and shapes of `adapter` on this model."""
-        expected, found = self.shapes[adapter], _shapes(state)
+        expected, found = self.shapes[adapter], shapes_of(state)
         for key in (*expected, *found):
             if expected.get(key) != found.get(key):
                 raise ModelError(
@@ -188,10 +193,6 @@ def _adapter_parameters(model: peft.PeftModel, adapter: str) -> dict[str, torch.
         if f".lora_A.{adapter}." in name or f".lora_B.{adapter}." in name:
             found[name.replace(f".{adapter}.weight", ".weight")] = parameter
     return dict(sorted(found.items()))
-
-
-def _shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
-    return {key: tuple(tensor.shape) for key, tensor in tensors.items()}
 
 
 def _one_logit(base: PreTrainedModel) -> dict[str, int]:

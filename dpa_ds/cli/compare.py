@@ -8,6 +8,7 @@ from dpa_ds.cli.bootstrap import Work, run_job
 from dpa_ds.config.load import load_config
 from dpa_ds.config.schema import RunConfig
 from dpa_ds.distributed.job_store import JobStore
+from dpa_ds.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +56,10 @@ def prepare(argv: Sequence[str]) -> tuple[RunConfig, Work]:
     """The recipe, and the comparison, which refuses an unknown method or weighting, and what is no number."""
     options, recipe = parse(argv, CompareOptions, "deepspeed launch/compare.py --config RECIPE")
     config = load_config(recipe)
+    if config.private_dir is not None:
+        raise ConfigError(
+            "launch/compare.py is for one operator, who sees all answers: leave private_dir out (--private_dir null)"
+        )
 
     def work(job: JobStore) -> None:
         from dpa_ds.experiments.compare import build_plan, compare  # imports torch: only once ranks are in order

@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dpa_ds.adapters.adapter_model import AdapterModel
 from dpa_ds.adapters.methods import GLOBAL, Schedule, adapter_table, build_schedule
+from dpa_ds.adapters.state import check_tensors, shapes_of
 from dpa_ds.config.deepspeed_json import load_deepspeed_json
 from dpa_ds.config.load import to_yaml
 from dpa_ds.config.schema import (
@@ -19,11 +20,13 @@ from dpa_ds.config.schema import (
     EngineConfig,
     FederationConfig,
     LoraConfig,
+    MetricsConfig,
     ModelConfig,
     RunConfig,
+    TrackingConfig,
     TrainConfig,
 )
-from dpa_ds.config.validate import fingerprint_sections, show
+from dpa_ds.config.validate import agreed_sections, fingerprint_sections, flatten, show
 from dpa_ds.data.references import REPRESENTATIONS
 from dpa_ds.data.sources import NO_TASK
 from dpa_ds.distributed.job_store import JobStore, code_fingerprint, package_versions
@@ -31,7 +34,7 @@ from dpa_ds.distributed.topology import Topology, describe_rank, plan
 from dpa_ds.distributed.world import World, build_world, check_rendezvous, join_leaders
 from dpa_ds.engine.engine import AdapterEngine, build_deepspeed_json
 from dpa_ds.engine.profiling import Profile
-from dpa_ds.errors import CheckpointError
+from dpa_ds.errors import CheckpointError, list_some
 from dpa_ds.evaluation.report import write_report
 from dpa_ds.evaluation.while_training import Scorer, instances_to_score
 from dpa_ds.federation.aggregation.base import LeaderState, ServerOptimizer, ServerState
@@ -47,7 +50,14 @@ from dpa_ds.inference.weighting import resolve_weighting
 from dpa_ds.model.base import check_precision, load_base, resolve_model
 from dpa_ds.model.directory import load_tokenizer, model_fingerprint
 from dpa_ds.runs.folder import MODEL, RunFolder
-from dpa_ds.runs.resume import RunLock, find_resume_round, validate_run_dir
+from dpa_ds.runs.private import open_run_folder
+from dpa_ds.runs.resume import (
+    RunLock,
+    create_private_part,
+    find_resume_round,
+    validate_private_part,
+    validate_run_dir,
+)
 from dpa_ds.runs.storage import BackgroundWriter, well_formed, write_file
 from dpa_ds.runs.tracking import Tracker, logger, setup_logging
 
@@ -72,8 +82,21 @@ def run(session: Session) -> None:
         # On every rank, also after a signal: when the last rank is here, the job says that all is saved.
         session.tracker.close()
     if world.leaders is not None and world.leaders.is_coordinator:
+        warn_of_absent_clients(session)
         logger.info(write_report(run_dir, world.topology.num_groups, time.monotonic() - session.started))
     world.close()
+
+
+def warn_of_absent_clients(session: Session) -> None:
+    """Name the clients that no round holds: their groups, which have launchers of their own, were never there."""
+    folder = session.folder
+    present = set(folder.clients(folder.latest_round()))
+    absent = [label for client_id, label in enumerate(session.labels) if client_id not in present]
+    if absent:
+        logger.warning(
+            f"{list_some(absent)}: no round has a local adapter of theirs, because their rank groups were in none; "
+            "to train them, raise federation.num_rounds and start all groups again"
+        )
 
 
 def build_session(config: RunConfig, job: JobStore) -> Session:
@@ -99,9 +122,8 @@ def build_session(config: RunConfig, job: JobStore) -> Session:
     labels, trained_tasks = exchange_labels(job, world, clients, place.names)
     check_rendezvous(config.cluster.rendezvous if world.is_leader else None, config.federation.timeout_seconds)
     # Everything that a user can get wrong was read by now: from here on the run exists.
-    if world.is_coordinator:
-        create_run(place, to_yaml(config), fingerprint_sections(config), model.fingerprint, config.model.path)
-    tracker = Tracker(config.run_dir if world.is_leader else None, world.is_coordinator, config.tracking)
+    create_run(place, to_yaml(config), fingerprint_sections(config), model.fingerprint, config.model.path)
+    tracker = build_tracker(place, config.tracking, config.metrics)
     writer = BackgroundWriter()
     layout = describe_layout(engine, config.train, config.federation)
     saving = RoundSaving(place.folder, writer, config.checkpoint, layout)
@@ -116,11 +138,12 @@ def build_session(config: RunConfig, job: JobStore) -> Session:
         instances = instances_to_score(config.data, config.seed, config.evaluation, trained_tasks)
         scorer = Scorer(engine, world, model.tokenizer, weighting, config.generation, instances, config.data.template)
     # Last of all: from here on the other groups wait for this one, where each has a launcher of its own.
-    facts = group_facts(config.name, fingerprint_sections(config), model.fingerprint, world.topology.num_groups)
+    facts = group_facts(config.name, agreed_sections(flatten(config)), model.fingerprint, world.topology.num_groups)
     join_leaders(config.federation, config.cluster, config.run_dir, facts, job, world)
     return Session(
         seed=config.seed,
         federation=config.federation,
+        share=config.metrics.share,
         world=world,
         clients=clients,
         labels=labels,
@@ -167,7 +190,8 @@ def find_place(config: RunConfig, job: JobStore) -> Place:
     names = client_names(config.data, config.seed, schedule.pooled)
     topology = plan(config.cluster, job.launch.job_world_size, len(names))
     job.describe_rank = partial(describe_rank, topology, job.hosts)
-    folder = RunFolder(config.run_dir)
+    own_group = topology.group_of_rank(job.launch.global_rank)
+    folder = open_run_folder(config.run_dir, config.private_dir, own_group)
     lock = RunLock(config.run_dir, config.cluster.group, config.checkpoint.grace_seconds)
 
     def find_round() -> int:
@@ -176,6 +200,8 @@ def find_place(config: RunConfig, job: JobStore) -> Place:
 
     completed = int(job.broadcast_from_rank_zero("completed_rounds", find_round))
     world = build_world(job, topology, config.cluster, config.federation.timeout_seconds)
+    if world.is_leader:
+        validate_private_part(folder, fingerprint_sections(config))
     if world.is_coordinator:
         zero = load_deepspeed_json(config.engine.deepspeed_config).get("zero_optimization", {})
         logger.info(
@@ -185,6 +211,7 @@ def find_place(config: RunConfig, job: JobStore) -> Place:
         )
         for line in describe_groups(topology, job.hosts, config.cluster.rendezvous):
             logger.info(f"  {line}")
+        logger.info(f"  {folder.describe_parts()}")
         if completed:
             logger.info(f"  continues after round {completed} of {config.federation.num_rounds}")
         if schedule.weighted_by_instance and config.weighting.num_references == 1:
@@ -213,7 +240,9 @@ def describe_groups(topology: Topology, hosts: Sequence[str], rendezvous: str | 
 def create_run(
     place: Place, recipe: str, fingerprint: Mapping[str, Any], base_fingerprint: str, base_path: str
 ) -> None:
-    """Write what makes the folder a run: its lock, its recipe, what its base model is. The coordinator.
+    """Write what makes the folder a run: its lock, its recipe, what its base model is.
+
+    The coordinator does, and of a group's private part its leader; others return at once.
 
     Args:
         fingerprint: of the recipe, `fingerprint_sections`.
@@ -224,11 +253,22 @@ def create_run(
         CheckpointError: another job has begun the run meanwhile, or the file system refuses.
     """
     run_dir = place.folder.run_dir
-    place.lock.create()
-    # Again: groups with launchers of their own begin a run together, each with a lock of its own.
-    validate_run_dir(place.folder, fingerprint)
-    write_file(run_dir / "config.yaml", recipe)
-    write_file(run_dir / MODEL, json.dumps({"fingerprint": base_fingerprint, "path": base_path}))
+    if place.world.is_coordinator:
+        place.lock.create()
+        # Again: groups with launchers of their own begin a run together, each with a lock of its own.
+        validate_run_dir(place.folder, fingerprint)
+        write_file(run_dir / "config.yaml", recipe)
+        write_file(run_dir / MODEL, json.dumps({"fingerprint": base_fingerprint, "path": base_path}))
+    if place.world.is_leader:
+        create_private_part(place.folder, recipe)
+
+
+def build_tracker(place: Place, tracking: TrackingConfig, metrics: MetricsConfig) -> Tracker:
+    """Reports the numbers of this rank: curves of single clients go where the recipe allows them to be seen."""
+    folder, world = place.folder, place.world
+    run_dir = folder.run_dir if world.is_leader else None
+    clients_dir = folder.own_part if world.is_leader and metrics.share == "sums" else None
+    return Tracker(run_dir, world.is_coordinator, tracking, clients_dir)
 
 
 # ---- what the session is made of ------------------------------------------------------------------------------
@@ -289,8 +329,8 @@ def restore_server_state(
         return ServerState.empty()
     reference_mean, counted = torch.zeros(0, 0), torch.zeros(0)
     if place.schedule.weighted_by_instance:
-        hidden_size = int(adapters.base_model.config.get_text_config().hidden_size)
-        reference_mean, counted = torch.zeros(len(REPRESENTATIONS), hidden_size), torch.zeros(len(place.names))
+        reference_mean = torch.zeros(len(REPRESENTATIONS), adapters.hidden_size)
+        counted = torch.zeros(len(place.names))
     if place.completed_rounds == 0:
         adapter = adapters.initial_state(GLOBAL, (seed, GLOBAL_SEED))
         optimizer = server_optimizer.initial_tensors(adapter)
@@ -310,9 +350,9 @@ def restore_server_state(
         )
     with well_formed(round_dir / GLOBAL, f"delete {round_dir} to continue from the round before"):
         expected = {"reference_mean": reference_mean, "counted": counted}
-        _check_shapes({name: mean[name] for name in expected}, expected)
+        check_tensors({name: mean[name] for name in expected}, shapes_of(expected))
         optimizer = saved.extras.get("server_optimizer", {})
-        _check_shapes(optimizer, server_optimizer.initial_tensors(saved.weights))
+        check_tensors(optimizer, shapes_of(server_optimizer.initial_tensors(saved.weights)))
         return ServerState(
             adapter=saved.weights,
             reference_mean=mean["reference_mean"],
@@ -323,19 +363,12 @@ def restore_server_state(
         )
 
 
-def _check_shapes(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
-    """Raise ValueError unless the names and shapes are those expected, and all numbers finite."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
-    if shapes != {name: tuple(tensor.shape) for name, tensor in expected.items()}:
-        raise ValueError(f"tensors {str(shapes)[:80]}")
-    if not all(tensor.isfinite().all() for tensor in found.values()):
-        raise ValueError("NaN or infinity")
-
-
 def host_clients(
     data: DataConfig, seed: int, place: Place, model: LoadedModel
 ) -> tuple[list[HostedClient], LeaderState]:
     """The clients of this rank group, and what its leader keeps. Collective: all ranks of the group."""
+    if place.folder.own_part != place.folder.run_dir:
+        data = replace(data, cache_dir=str(place.folder.own_part.parent))  # tokens are the clients' texts
     builder = ClientBuilder(
         data=data,
         seed=seed,
@@ -348,14 +381,14 @@ def host_clients(
     return builder.build(place.completed_rounds)
 
 
-def group_facts(name: str, fingerprint: Mapping[str, Any], base_fingerprint: str, num_groups: int) -> dict[str, str]:
+def group_facts(name: str, agreed: Mapping[str, Any], base_fingerprint: str, num_groups: int) -> dict[str, str]:
     """What must be equal in all groups of a run that have launchers of their own: else their averages mean nothing.
 
     Args:
         name: of the run.
-        fingerprint: every field of the recipe that determines the result.
+        agreed: what of the recipe must be equal, `agreed_sections`.
     """
-    facts = {key: show(value) for key, value in fingerprint.items() if key not in PLACES}
+    facts = {key: show(value) for key, value in agreed.items() if key not in PLACES}
     return facts | {
         "name of the run": name,
         "code of dpa_ds": code_fingerprint(),

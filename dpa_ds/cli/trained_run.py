@@ -36,6 +36,8 @@ class RunOptions:
     """With --weighting fixed: the weight."""
     beams: str | None = option("N", None, sets="generation.num_beams")
     """Beams; 1: greedy (default: the recipe's)."""
+    private_dir: str | None = option("FOLDER", None, sets="private_dir")
+    """Where what the clients keep to themselves can be seen here (default: the recipe's private_dir)."""
     max_new_tokens: str | None = option("N", None, sets="generation.max_new_tokens")
     """Longest answer, in tokens (default: the recipe's)."""
 

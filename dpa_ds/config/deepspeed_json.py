@@ -16,6 +16,8 @@ _ABSENT = object()
 MAX_COMPARED = 100
 """Characters of an unknown key that are compared with those that are known."""
 MAX_COUNT = 2**40
+MAX_SIZE = 2**63
+"""Beyond what DeepSpeed itself means by no bound."""
 _OWNER_OF_DEEPSPEED_KEY = {
     "train_batch_size": "train.batch_size",
     "train_micro_batch_size_per_gpu": "train.micro_batch_tokens",
@@ -40,6 +42,14 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_COUNT
 
 
+def _is_stage(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 3
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < MAX_SIZE
+
+
 def _is_float_type(value: Any) -> bool:
     return value in ("fp32", "bf16", "fp16")
 
@@ -50,6 +60,9 @@ def _is_no_placeholder(value: Any) -> bool:
 
 _BOOL = Requirement("must be true or false", _is_bool)
 _COUNT = Requirement(f"must be a whole number in 1..{MAX_COUNT}", _is_count)
+# Also read by the planner, which runs without DeepSpeed.
+_STAGE = Requirement("must be a stage, 0 to 3", _is_stage)
+_SIZE = Requirement("must be a number >= 0 and < 2^63", _is_size)
 _FLOAT_TYPE = Requirement("must be one of fp32, bf16, fp16", _is_float_type)
 # DeepSpeed has types for these, and refuses other values itself; but "auto", which the Trainer of transformers fills
 # in, it silently takes for its default: ZeRO stage 0.
@@ -80,29 +93,29 @@ _KEYS = {
     "fp16.hysteresis": _BY_DEEPSPEED,
     "fp16.consecutive_hysteresis": _BY_DEEPSPEED,
     "fp16.min_loss_scale": _BY_DEEPSPEED,
-    "zero_optimization.stage": _BY_DEEPSPEED,
+    "zero_optimization.stage": _STAGE,
     "zero_optimization.contiguous_gradients": _BY_DEEPSPEED,
     "zero_optimization.overlap_comm": _BY_DEEPSPEED,
     "zero_optimization.reduce_scatter": _BY_DEEPSPEED,
-    "zero_optimization.reduce_bucket_size": _BY_DEEPSPEED,
+    "zero_optimization.reduce_bucket_size": _SIZE,
     "zero_optimization.use_multi_rank_bucket_allreduce": _BY_DEEPSPEED,
     "zero_optimization.allgather_partitions": _BY_DEEPSPEED,
     "zero_optimization.allgather_bucket_size": _BY_DEEPSPEED,
     "zero_optimization.round_robin_gradients": _BY_DEEPSPEED,
     "zero_optimization.ignore_unused_parameters": _BY_DEEPSPEED,
     "zero_optimization.sub_group_size": _BY_DEEPSPEED,
-    "zero_optimization.stage3_prefetch_bucket_size": _BY_DEEPSPEED,
-    "zero_optimization.stage3_param_persistence_threshold": _BY_DEEPSPEED,
+    "zero_optimization.stage3_prefetch_bucket_size": _SIZE,
+    "zero_optimization.stage3_param_persistence_threshold": _SIZE,
     "zero_optimization.stage3_model_persistence_threshold": _BY_DEEPSPEED,
-    "zero_optimization.stage3_max_live_parameters": _BY_DEEPSPEED,
-    "zero_optimization.stage3_max_reuse_distance": _BY_DEEPSPEED,
+    "zero_optimization.stage3_max_live_parameters": _SIZE,
+    "zero_optimization.stage3_max_reuse_distance": _SIZE,
     "zero_optimization.stage3_module_granularity_threshold": _BY_DEEPSPEED,
     "zero_optimization.stage3_use_all_reduce_for_fetch_params": _BY_DEEPSPEED,
     "zero_optimization.stage3_allgather_sequential": _BY_DEEPSPEED,
     "zero_optimization.memory_efficient_linear": _BY_DEEPSPEED,
     "zero_optimization.log_trace_cache_warnings": _BY_DEEPSPEED,
     "zero_optimization.enable_sanity_checks": _BY_DEEPSPEED,
-    "zero_optimization.zero_hpz_partition_size": _BY_DEEPSPEED,
+    "zero_optimization.zero_hpz_partition_size": _COUNT,
     # Refused once they are true, with the reason (engine/engine.py).
     "zero_optimization.zero_quantized_weights": _BY_DEEPSPEED,
     "zero_optimization.zero_quantized_gradients": _BY_DEEPSPEED,

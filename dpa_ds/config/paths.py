@@ -7,8 +7,8 @@ from pathlib import Path
 from dpa_ds.errors import ConfigError
 
 PATH_FIELDS = ("output_dir", "model.path", "data.path", "data.test_path", "engine.deepspeed_config")
-"""Fields of a recipe that are expanded as it is read. data.cache_dir is expanded where it is used: the default lies
-in a home directory, which may be another one on each host, and recipes are compared among hosts."""
+"""Fields of a recipe that are expanded as it is read. data.cache_dir and private_dir are expanded where they are used:
+they may be another folder on each host, and recipes are compared among hosts."""
 _VARIABLE = re.compile(r"\$(?:\w+|\{[^}]*\})", re.ASCII)
 
 

@@ -5,6 +5,7 @@ A demand has one text, for messages and documentation, and one test. The metadat
 """
 
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -129,6 +130,11 @@ def _are_names(names: Sequence[str]) -> bool:
     return len(names) > 0 and all(names)
 
 
+def _has_known_braces(path: str) -> bool:
+    without_variables = re.sub(r"\$\{\w*\}", "", path)
+    return path.count("{group}") <= 1 and not re.search("[{}]", without_variables.replace("{group}", ""))
+
+
 def _has_one_instruction(template: str) -> bool:
     return template.count("{instruction}") == 1
 
@@ -145,6 +151,11 @@ ANY_PATH = must("must be a path (no NUL character, names of up to 255 bytes)", _
 PATH = all_of(
     ANY_PATH,
     must("must name a home directory that exists (~) and variables that are set ($NAME)", is_expandable),
+)
+PRIVATE_DIR = all_of(
+    ANY_PATH,
+    not_empty(),
+    must("must have no braces but those of {group}, at most once, and of ${VARIABLES}", _has_known_braces),
 )
 PLAIN_NAME = must("must be a plain folder name, not empty and without / or \\", _is_plain_name)
 SHORT_NAME = must(f"must be a folder name of at most {MAX_NAME_BYTES} bytes", _is_short_name)

@@ -18,6 +18,7 @@ from dpa_ds.config.ranges import (
     ONE_INSTRUCTION,
     PATH,
     PLAIN_NAME,
+    PRIVATE_DIR,
     SECONDS,
     SHORT_NAME,
     TASK_NAMES,
@@ -278,6 +279,8 @@ class EvaluationConfig:
     """launch/evaluate.py: tasks to score; null: all of the test data."""
     sharding: Literal["auto", "never", "always"] = "auto"
     """launch/evaluate.py: divide the base among the ranks (ZeRO-3) where it does not fit one of them; slow."""
+    examples: bool = False
+    """Show prompts, right answers and answers of clients in summary.json and report.md, five of the best and worst."""
 
 
 @dataclass(frozen=True)
@@ -294,6 +297,14 @@ class CheckpointConfig:
     """Complete rounds to keep; the older ones are deleted."""
     grace_seconds: float = field(default=25.0, metadata=SECONDS)
     """After SIGTERM, SIGUSR1 or Ctrl-C every rank has saved and ended within this time, in seconds."""
+
+
+@dataclass(frozen=True)
+class MetricsConfig:
+    """What of the clients' numbers leaves their rank group."""
+
+    share: Literal["per_client", "sums"] = "per_client"
+    """per_client: losses and counts of each client are in the common folder; sums: sums and means over clients only."""
 
 
 @dataclass(frozen=True)
@@ -316,6 +327,8 @@ class RunConfig:
     """Name of the run: results go to <output_dir>/<name>."""
     output_dir: str = field(default="runs", metadata=required_path())
     """Folder of all runs, on a file system that every host sees."""
+    private_dir: str | None = field(default=None, metadata=PRIVATE_DIR)
+    """What clients keep to themselves goes to <private_dir>/<name>; {group}: the rank group; null: to output_dir."""
     seed: int = field(default=0, metadata=at_least(0, up_to=2**63 - 1))
     """Fixes initial adapters, sampling of clients, order of examples and dropout."""
     resume: Literal["auto", "never", "must"] = "auto"
@@ -344,6 +357,8 @@ class RunConfig:
     """Held-out loss and scores."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """What is saved when."""
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    """What of the clients' numbers leaves their rank group."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     """Where numbers go."""
 

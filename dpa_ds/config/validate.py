@@ -19,6 +19,7 @@ from dpa_ds.config.schema import (
     DataConfig,
     LoraConfig,
     MethodConfig,
+    MetricsConfig,
     RunConfig,
     WeightingConfig,
 )
@@ -34,6 +35,7 @@ MAX_FILE_BYTES = 1 << 20
 _NOT_IN_FINGERPRINT = {
     "name",
     "output_dir",
+    "private_dir",
     "data.cache_dir",
     "federation.num_rounds",
     "federation.timeout_seconds",
@@ -47,7 +49,7 @@ _NOT_IN_FINGERPRINT = {
     "weighting.representation",
     "weighting.encoder",
 }
-_SECTIONS_NOT_IN_FINGERPRINT = {"checkpoint", "cluster", "engine", "evaluation", "generation", "tracking"}
+_SECTIONS_NOT_IN_FINGERPRINT = {"checkpoint", "cluster", "engine", "evaluation", "generation", "metrics", "tracking"}
 
 
 def validate(config: RunConfig) -> None:
@@ -61,6 +63,7 @@ def validate(config: RunConfig) -> None:
         _partition_problems(config.data),
         _method_problems(config.method, config.lora),
         _weighting_problems(config.weighting, config.method),
+        _sharing_problems(config.metrics, config.private_dir),
     )
     first = next(problems, None)
     if first is not None:
@@ -74,12 +77,29 @@ def flatten(config: RunConfig) -> dict[str, Any]:
 
 def fingerprint_sections(config: RunConfig) -> dict[str, Any]:
     """Flat dotted dict of every field that determines the result of training: a resumed run must agree in all."""
+    return _determining(flatten(config))
+
+
+def _determining(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Of all fields of a recipe those that determine the result."""
     determining = {}
-    for key, value in flatten(config).items():
+    for key, value in values.items():
         section = key.partition(".")[0]
         if key not in _NOT_IN_FINGERPRINT and section not in _SECTIONS_NOT_IN_FINGERPRINT:
             determining[key] = value
     return determining
+
+
+def agreed_sections(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What must be equal in rank groups with launchers of their own: what determines the result, and what is shared.
+
+    They exchange tables of one size, and all of them save a round in as many parts.
+
+    Args:
+        values: every field of the recipe, as `flatten` gives them.
+    """
+    sharing = {"metrics.share": values["metrics.share"], "private_dir is set": values["private_dir"] is not None}
+    return _determining(values) | sharing
 
 
 def diff_configs(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -239,6 +259,14 @@ def _weighting_problems(weighting: WeightingConfig, method: MethodConfig) -> Ite
             f"weighting.encoder {weighting.encoder} does not go with weighting.kind centred_cosine: clients can share "
             "one reference mean only of the encoder that all of them have and that never changes: use encoder none, or "
             "weighting.kind cosine"
+        )
+
+
+def _sharing_problems(metrics: MetricsConfig, private_dir: str | None) -> Iterator[str]:
+    if metrics.share == "sums" and private_dir is None:
+        yield (
+            "metrics.share sums needs private_dir, where the numbers of each client go: set it, or metrics.share "
+            "per_client"
         )
 
 

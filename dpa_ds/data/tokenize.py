@@ -211,10 +211,15 @@ def _read_cache(path: Path) -> TokenizedExamples | None:
 
 
 def _write_cache(path: Path, tokenized: TokenizedExamples) -> None:
-    """Write under another name, then rename: a reader sees all or nothing, whoever else writes or dies."""
+    """Write under another name, then rename: a reader sees all or nothing, whoever else writes or dies.
+
+    Tokens are as good as the texts: only their owner may read them.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.chmod(0o700)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex}.tmp")
     try:
+        temporary.touch(0o600)
         temporary.write_bytes(safetensors.numpy.save(_to_arrays(tokenized)))
         temporary.replace(path)
     finally:

@@ -10,16 +10,21 @@ from dataclasses import dataclass
 CHUNK_BYTES = 1 << 16
 
 
+def _nothing() -> None:
+    pass
+
+
 @dataclass
 class _Direction:
     """What is read from one connection of a pair and written to the other."""
 
     source: socket.socket
     sink: socket.socket
+    heard: Callable[[], None]
+    """Called when `source` has sent something."""
     waiting: bytes = b""
     """Read, and not yet written. Nothing more is read meanwhile."""
     source_ended: bool = False
-
     is_over: bool = False
     """All is written, and the other side knows that nothing more comes."""
 
@@ -29,6 +34,7 @@ class _Direction:
             with contextlib.suppress(BlockingIOError):
                 self.waiting = self.source.recv(CHUNK_BYTES)
                 self.source_ended = not self.waiting
+                self.heard()
         if self.waiting:
             with contextlib.suppress(BlockingIOError):
                 self.waiting = self.waiting[self.sink.send(self.waiting) :]
@@ -42,9 +48,7 @@ class _Pair:
 
     def __init__(self, first: socket.socket, second: socket.socket, heard: Callable[[], None]) -> None:
         self.ends = (first, second)
-        self.directions = (_Direction(first, second), _Direction(second, first))
-        self.heard = heard
-        """Called when something may have come from `first`."""
+        self.directions = (_Direction(first, second, heard), _Direction(second, first, _nothing))
 
     def move(self) -> bool:
         """Move what can be moved; False once the pair is over."""
@@ -53,7 +57,6 @@ class _Pair:
                 direction.move()
         except OSError:
             return False
-        self.heard()
         return not all(direction.is_over for direction in self.directions)
 
     def events_of(self, end: socket.socket) -> int:
@@ -84,13 +87,13 @@ class Pump:
         self,
         first: socket.socket,
         second: socket.socket,
-        heard: Callable[[], None] = lambda: None,
-        on_end: Callable[[], None] = lambda: None,
+        heard: Callable[[], None] = _nothing,
+        on_end: Callable[[], None] = _nothing,
     ) -> None:
         """Join two connections, which are the pump's from now on. It closes both.
 
         Args:
-            heard: called, in the pump's thread, when something has moved.
+            heard: called, in the pump's thread, when something has come from `first`.
             on_end: called, in the pump's thread, when both are closed.
         """
         for end in (first, second):

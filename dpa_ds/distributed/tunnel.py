@@ -150,10 +150,10 @@ class Gate(_Forwarder):
             raise
         try:
             target = socket.create_connection((LOOPBACK, port), CONNECT_SECONDS)
+            self._pump.add(connection, target, presence.hear, on_end=lambda: self._leave(presence))
         except OSError:
             self._leave(presence)
             raise
-        self._pump.add(connection, target, presence.hear, on_end=lambda: self._leave(presence))
 
     def _admit(self, connection: socket.socket) -> tuple[_Presence, int]:
         """The presence of whoever proves the secret and may come in, and the port it comes for; else it learns why."""

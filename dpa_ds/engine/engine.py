@@ -25,7 +25,7 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from dpa_ds.adapters.adapter_model import AdapterModel, global_local_mix
 from dpa_ds.adapters.methods import Phase
-from dpa_ds.adapters.state import AdapterState, flatten
+from dpa_ds.adapters.state import MOMENTS, AdapterState, flatten
 from dpa_ds.config.schema import TrainConfig
 from dpa_ds.config.validate import show
 from dpa_ds.data.batching import IGNORE_INDEX, MicroBatch, StepBatch
@@ -38,8 +38,6 @@ from dpa_ds.engine.packing_check import Rows, choose_rows
 from dpa_ds.engine.profiling import Profile
 from dpa_ds.errors import ConfigError
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-"""AdamW's state beside its step count, by torch's names."""
 UNTRAINED = "untrained"
 """Name of the optimizer group of what no phase trains."""
 UNSUPPORTED = {

@@ -64,14 +64,25 @@ class Answer:
         )
 
 
+@dataclass(frozen=True)
+class ScoredAnswer(Answer):
+    """An answer without its text, as one group shares it with the others."""
+
+    scores: tuple[float, ...]
+    """By metric, in the order of METRICS."""
+
+
 def prepare_answers(folder: Path) -> None:
-    """Make the folder; end a line that a crash or a full disk cut off, so that the next answer does not continue it.
+    """Make the folder, which only its owner may read.
+
+    A line that a crash or a full disk cut off is ended, so that the next answer does not continue it.
 
     Raises:
         CheckpointError: as `append_answers`.
     """
     with storage_errors(f"answers to {folder}", _KEPT):
         folder.mkdir(parents=True, exist_ok=True)
+        folder.chmod(0o700)
         for path in folder.glob("*.jsonl"):
             if path.stat().st_size and not path.read_bytes().endswith(b"\n"):
                 with path.open("a") as file:
@@ -85,6 +96,8 @@ def append_answers(path: Path, answers: Sequence[Answer]) -> None:
         CheckpointError: the file system refuses, for example because it is full.
     """
     lines = [json.dumps(asdict(answer)) + "\n" for answer in answers]
+    with storage_errors(f"answers to {path}", _KEPT):
+        path.touch(0o600)
     with storage_errors(f"answers to {path}", _KEPT), path.open("a", encoding="utf-8") as file:
         # One write: a crash cuts off the last line at most, never one in the middle.
         file.write("".join(lines))

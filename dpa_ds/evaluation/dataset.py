@@ -5,7 +5,6 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 from dpa_ds.config.schema import DataConfig, EvaluationConfig, RunConfig
@@ -20,14 +19,21 @@ from dpa_ds.runs.folder import RunFolder
 _LONGEST_NAME = 60
 
 
-def choose_clients(wanted: Sequence[int] | None, existing: Sequence[int], run_dir: Path) -> list[int]:
-    """The clients `wanted`, ascending and each once; None: all of `existing`.
+def choose_clients(wanted: Sequence[int] | None, folder: RunFolder, server_round: int) -> list[int]:
+    """The clients `wanted`, ascending and each once; None: all whose files can be seen here.
 
     Raises:
-        ConfigError: the run in `run_dir` has no such client.
+        ConfigError: the run has no such client, or none can be seen.
     """
+    existing, run_dir = folder.clients(server_round), folder.run_dir
     if wanted is None:
-        return list(existing)
+        here = folder.clients_here(server_round)
+        if not here:
+            raise ConfigError(
+                f"what the clients of {run_dir} keep to themselves cannot be seen here: {folder.describe_parts()}; say "
+                "where it is with --private_dir"
+            )
+        return here
     unknown = sorted(set(wanted) - set(existing))
     if unknown:
         raise ConfigError(f"{run_dir} has no client {unknown}: its clients are {list(existing)}")

@@ -388,4 +388,4 @@ def _write(figure: "Figure", path: Path) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise CheckpointError(f"cannot write {path}: {error}: make room, or choose another folder") from error
+        raise CheckpointError(f"cannot write {path}: {error}: make room, then run the same command again") from error

@@ -6,12 +6,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dpa_ds.adapters.methods import GLOBAL, LOCAL
 from dpa_ds.data.sources import ClientInfo
 from dpa_ds.errors import CheckpointError
 from dpa_ds.evaluation.answers import Answer, Instance
 from dpa_ds.evaluation.figures import HELD_OUT_LOSS, Point, Score, alpha_histograms, curves, heat_map, p_against_ttp
 from dpa_ds.evaluation.statistics import summarize
 from dpa_ds.evaluation.tables import MAIN_METRIC, Json, markdown_report, overall_floor, terminal_table
+from dpa_ds.runs.folder import LINK
 from dpa_ds.runs.storage import write_file
 from dpa_ds.runs.tracking import read_records
 
@@ -76,7 +78,10 @@ def write_report(run_dir: Path, num_groups: int, seconds: float) -> str:
         num_fallen = sum(course.change < 0 for course in evaluated)
         lines.append(f"held-out loss fell for {num_fallen} of {len(evaluated)} clients")
     lines += _cost_lines(last_round, num_groups)
-    lines.append(f"adapters (PEFT format): {run_dir / 'adapters'}/global and /local/client_NN")
+    adapters = f"adapters (PEFT format): {run_dir / LINK / GLOBAL}"
+    if (run_dir / LINK / LOCAL).is_dir():
+        adapters += f" and /{LOCAL}/client_NN"
+    lines.append(adapters)
     lines.append(f"numbers: {run_dir / 'metrics.jsonl'}, {run_dir / 'results.json'}")
     if evaluated:
         lines.append(f"picture: {run_dir / 'held_out_loss.png'}")
@@ -92,14 +97,16 @@ def write_evaluation(
     answers: Sequence[Answer],
     clients: Sequence[ClientInfo],
     settings: Mapping[str, Any],
+    num_examples: int = 0,
 ) -> str:
     """Write summary.json, report.md and three pictures into `folder`; returns the table as text. Coordinator only.
 
     Args:
         answers: one to each of `instances` from every client that was asked.
         clients: all clients of the run.
+        num_examples: answers to show of the best, and of the worst: their texts are in the report then.
     """
-    summary = summarize(instances, answers, clients)
+    summary = summarize(instances, answers, clients, num_examples)
     write_file(folder / "summary.json", json.dumps({"settings": dict(settings), **summary}, indent=1))
     pictures = ["scores.png", "alpha.png"]
     heat_map(summary, folder / "scores.png")
@@ -142,9 +149,11 @@ def _last_round(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _courses_by_client(records: Sequence[dict[str, Any]]) -> list[_ClientCourse]:
-    """By client id."""
+    """By client id; where only sums are shared, the one course of their mean."""
     courses: dict[int, _ClientCourse] = {}
     for record in records:
+        if record["kind"] == "round" and "num_examples" in record:
+            record = {"client": 0, "label": "mean over clients", **record, "kind": "client"}
         if record["kind"] != "client":
             continue
         client = record["client"]

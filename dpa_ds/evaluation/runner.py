@@ -11,23 +11,23 @@ from dpa_ds.adapters.methods import LOCAL
 from dpa_ds.config.schema import RunConfig, TrackingConfig
 from dpa_ds.distributed.job_store import JobStore
 from dpa_ds.distributed.world import World
-from dpa_ds.evaluation.answers import append_answers, prepare_answers, read_answers, select_answers
+from dpa_ds.evaluation.answers import append_answers, prepare_answers
 from dpa_ds.evaluation.dataset import (
     choose_clients,
     choose_instances,
     describe_settings,
     name_of,
-    name_of_part,
     read_instances,
     tokenize_instances,
 )
-from dpa_ds.evaluation.report import write_evaluation
+from dpa_ds.evaluation.parts import Evaluation, EvaluationFolders, write_reports
 from dpa_ds.evaluation.work_items import EvaluationSet, answer_work_item
-from dpa_ds.inference.client_model import ClientModel, Predictor, describe_client, load_client_model
+from dpa_ds.inference.client_model import ClientModel, Predictor, load_client_model
 from dpa_ds.inference.loading import build_predictor, place_base
 from dpa_ds.inference.weighting import resolve_weighting
 from dpa_ds.model.directory import model_fingerprint
 from dpa_ds.runs.folder import RunFolder
+from dpa_ds.runs.private import open_run_folder
 from dpa_ds.runs.storage import write_file
 from dpa_ds.runs.tracking import Tracker, logger, setup_logging
 
@@ -35,20 +35,21 @@ STOP = -1
 """Stands for a work item where a signal asked the job to stop."""
 
 
-def evaluate(config: RunConfig, job: JobStore) -> Path:
+def evaluate(config: RunConfig, job: JobStore) -> Path | None:
     """Score the clients of a trained run on test instances, from where an interrupted evaluation stopped.
 
     All parts of an evaluation share their answers; each has a report of its own, so that none replaces a fuller one.
-    Returns the folder of the report. Collective: every rank of the job.
+    Returns the folder of the report, on the coordinator.
+    Collective: every rank of the job.
     """
     started = time.monotonic()
     job.start_watchdog(config.checkpoint.grace_seconds, config.cluster.heartbeat_timeout_seconds)
     setup_logging(is_coordinator=job.launch.global_rank == 0)
-    folder = RunFolder(config.run_dir)
+    folder = open_run_folder(config.run_dir, config.private_dir, group=None)
     # One rank looks, for all: a training that is still running may complete a round meanwhile.
     server_round = int(job.broadcast_from_rank_zero("round", folder.hold_trained_round))
     existing = folder.clients(server_round)
-    clients = choose_clients(config.evaluation.clients, existing, config.run_dir)
+    clients = choose_clients(config.evaluation.clients, folder, server_round)
     everything = read_instances(config.data, config.seed, config.evaluation.split)
     instances = choose_instances(everything, config.evaluation)
 
@@ -71,26 +72,24 @@ def evaluate(config: RunConfig, job: JobStore) -> Path:
     evaluation_set = EvaluationSet(instances, prompts, client_models)
 
     settings = describe_settings(config, weighting, folder, server_round, fingerprint, everything)
-    evaluation_dir = config.run_dir / "evaluations" / name_of(settings)
-    answers_dir = evaluation_dir / "answers"
+    folders = EvaluationFolders(folder, server_round, name_of(settings))
     if world.is_coordinator:
-        write_file(evaluation_dir / "settings.json", json.dumps(settings, indent=1))
-        prepare_answers(answers_dir)
+        write_file(folders.common / "settings.json", json.dumps(settings, indent=1))
+        for answers_dir in {folders.answers_dir(client) for client in clients}:
+            prepare_answers(answers_dir)
         logger.info(f"{config.name} after round {server_round}, {settings['weighting']}")
     job.barrier("folder")
-    answer_missing(job, world, predictor, evaluation_set, answers_dir, config.tracking)
+    answer_missing(job, world, predictor, evaluation_set, folders, config.tracking)
     # Others may still have a whole work item to do.
     job.timeout_seconds = config.federation.timeout_seconds
     job.barrier("answered")
 
-    part = config.evaluation
-    report_dir = evaluation_dir / name_of_part(part.clients, part.tasks, part.instances_per_task)
+    report_dir = None
     if world.is_coordinator:
-        answers = select_answers(read_answers(answers_dir), clients, instances)
-        infos = [describe_client(folder, server_round, client) for client in existing]
-        covered = {"clients": part.clients, "tasks": part.tasks, "instances_per_task": part.instances_per_task}
-        described = {"run": config.name, **settings, **covered}
-        text = write_evaluation(report_dir, instances, answers, infos, described)
+        described = {"run": config.name, **settings}
+        evaluation = Evaluation(folders, config.evaluation, clients, instances, everything, described)
+        report_dir, text = write_reports(evaluation, config.metrics.share)
+        answers_dir = folders.answers_dir(clients[0])
         logger.info(f"{text}\nanswers: {answers_dir}\ntook {time.monotonic() - started:.0f} s")
     world.close()
     return report_dir
@@ -117,15 +116,15 @@ def answer_missing(
     world: World,
     predictor: Predictor,
     evaluation_set: EvaluationSet,
-    answers_dir: Path,
+    folders: EvaluationFolders,
     tracking: TrackingConfig,
 ) -> None:
-    """Answer what is not in `answers_dir` yet, each rank into a file of its own. Collective: every rank of the job.
+    """Answer what is not in `folders` yet, each rank into a file of its own. Collective: every rank of the job.
 
     Raises:
         Preempted: a signal asked the job to stop; what was answered is saved.
     """
-    done = {answer.key for answer in read_answers(answers_dir)}
+    done = {answer.key for answer in folders.read_answers()}
     # Nobody answers before everybody has read what is there: work items are planned alike, and skipped alike.
     job.barrier("known")
     total = len(evaluation_set.keys)
@@ -136,7 +135,8 @@ def answer_missing(
         known = f"{total - num_missing} of {total} answers are there already"
         logger.info(f"{num_clients} clients x {num_instances} instances; {known}")
     items = evaluation_set.plan(predictor.generation, world.topology.num_groups)
-    answers_path = answers_dir / f"rank_{job.launch.global_rank:04d}.jsonl"
+    file_name = f"rank_{job.launch.global_rank:04d}.jsonl"
+    answers_dirs = {client: folders.answers_dir(client) for client in evaluation_set.client_models}
     tracker = Tracker(None, world.is_coordinator, tracking)
     num_shown = 0
     with tracker.progress(num_missing, unit="answer"):
@@ -144,7 +144,9 @@ def answer_missing(
             item = items[number]
             task = evaluation_set.instances[item.instances[0]].task
             for batch in answer_work_item(item, evaluation_set, predictor, world, done):
-                append_answers(answers_path, batch)
+                for answers_dir in set(answers_dirs.values()):
+                    of_place = [answer for answer in batch if answers_dirs[answer.client] == answers_dir]
+                    append_answers(answers_dir / file_name, of_place)
                 num_answered = job.fetch_add("answered", len(batch)) + len(batch)
                 tracker.advance(task, num_answered - num_shown)
                 num_shown = num_answered

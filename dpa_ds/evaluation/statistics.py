@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpa_ds.data.sources import ClientInfo
-from dpa_ds.evaluation.answers import Answer, Instance
+from dpa_ds.evaluation.answers import Answer, Instance, ScoredAnswer
 from dpa_ds.evaluation.metrics import METRICS, best_floor, describe_floors, score_answer
 
 Quantity = Literal["P", "TTP", "UNSEEN"]
@@ -57,23 +57,22 @@ class ScoreTable:
         cls, instances: Sequence[Instance], answers: Sequence[Answer], clients: Sequence[ClientInfo]
     ) -> "ScoreTable":
         """Score `answers`, given in any order; a client x task cell has one answer to each instance, or none at all."""
-        texts: dict[Cell, dict[int, str]] = defaultdict(dict)
+        by_cell: dict[Cell, dict[int, Answer]] = defaultdict(dict)
         for answer in answers:
-            text_by_row = texts[answer.client, answer.task]
-            assert answer.row not in text_by_row, f"two answers to {answer.key}"
-            text_by_row[answer.row] = answer.text
+            by_row = by_cell[answer.client, answer.task]
+            assert answer.row not in by_row, f"two answers to {answer.key}"
+            by_row[answer.row] = answer
         by_task = _group_by_task(instances)
         cells = {}
         # Sorted: the order of the cells decides sums, and must not depend on which rank answered first.
-        for (client, task), text_by_row in sorted(texts.items()):
+        for (client, task), by_row in sorted(by_cell.items()):
             asked = by_task.get(task, [])
             # A part of a cell would be a score of other instances than the other clients'.
-            is_whole = sorted(text_by_row) == sorted(instance.row for instance in asked)
+            is_whole = sorted(by_row) == sorted(instance.row for instance in asked)
             assert is_whole, f"client {client}, task {task!r}: not one answer to each instance"
             scores = []
             for instance in asked:
-                by_metric = score_answer(text_by_row[instance.row], instance.reference)
-                scores.append([by_metric[metric] for metric in METRICS])
+                scores.append(scores_of(by_row[instance.row], instance))
             cells[client, task] = np.array(scores)
         return cls(tuple(clients), cells)
 
@@ -147,6 +146,14 @@ class ScoreTable:
         return _by_metric(self.average(quantity, self.means()))
 
 
+def scores_of(answer: Answer, instance: Instance) -> tuple[float, ...]:
+    """By metric, in the order of METRICS."""
+    if isinstance(answer, ScoredAnswer):
+        return answer.scores
+    by_metric = score_answer(answer.text, instance.reference)
+    return tuple(by_metric[metric] for metric in METRICS)
+
+
 def summarize(
     instances: Sequence[Instance],
     answers: Sequence[Answer],
@@ -158,7 +165,8 @@ def summarize(
 
     `instances` and `answers` as in ScoreTable.build; `clients`: all clients of the run, of which those with answers are
     described. P, TTP and UNSEEN, of a client or overall, are None where none of their tasks was evaluated. `floors`:
-    per metric the best of constant answer, copy and first option on each task, averaged as the scores are.
+    per metric the best of constant answer, copy and first option on each task, averaged as the scores are. Without
+    examples no text of an instance or answer is in it.
     """
     table = ScoreTable.build(instances, answers, clients)
     means = table.resampled_means(seed)
@@ -166,6 +174,8 @@ def summarize(
     floor_of_task = {}
     for task, of_task in _group_by_task(instances).items():
         described = _describe_task(task, of_task, clients)
+        if not num_examples:
+            described["constant_answer"] = ""  # the text of a right answer
         tasks.append(described)
         floor_of_task[task] = np.array(list(best_floor(described["floors"]).values()))
     floor_of_cell = {(client, task): floor_of_task[task] for client, task in table.cells}
@@ -327,7 +337,8 @@ def _choose_examples(
     """
     asked = {(instance.task, instance.row): instance for instance in instances}
     examples = []
-    for answer in answers:
+    with_text = [answer for answer in answers if not isinstance(answer, ScoredAnswer)]
+    for answer in with_text if num_examples else ():
         instance = asked[answer.task, answer.row]
         example = asdict(instance)
         example |= {"client": answer.client, "answer": answer.text, "alpha": answer.alpha}

@@ -136,7 +136,8 @@ def markdown_report(summary: Json, title: str, details: Mapping[str, str], pictu
     parts += [f"## Floors: {main}", _floor_table(summary)]
     parts += ["## Alpha, the weight of the local adapter", *_alpha_tables(summary)]
     for kind, examples in summary["examples"].items():
-        parts += [f"## Examples: {kind}", _example_table(examples)]
+        if examples:
+            parts += [f"## Examples: {kind}", _example_table(examples)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -190,7 +191,7 @@ def _floor_table(summary: Json) -> str:
     header = ["task", "constant answer", "score of the constant answer", "copy of the prompt", "first option"]
     rows = []
     for task in summary["tasks"]:
-        row = [escape(task["task"]), escape(task["constant_answer"])]
+        row = [escape(task["task"]), escape(task["constant_answer"], empty="-")]
         for kind in FLOOR_KINDS:
             scores = task["floors"].get(kind) or {}
             row.append(number(scores.get(MAIN_METRIC)))

@@ -7,9 +7,9 @@ from transformers import PreTrainedTokenizerBase
 
 from dpa_ds.adapters.adapter_model import AdapterModel
 from dpa_ds.adapters.methods import GLOBAL, LOCAL
-from dpa_ds.adapters.state import AdapterState
+from dpa_ds.adapters.state import AdapterState, check_tensors, optimizer_shapes
 from dpa_ds.config.schema import DataConfig, TrainConfig, WeightingConfig
-from dpa_ds.data.references import References, draw_references
+from dpa_ds.data.references import REPRESENTATIONS, References, draw_references
 from dpa_ds.data.sources import ClientData, list_clients, pool_clients, read_clients
 from dpa_ds.data.tokenize import TokenizedExamples, load_or_tokenize
 from dpa_ds.distributed.world import World
@@ -122,8 +122,21 @@ class ClientBuilder:
             return self._fresh(client_id)
         self.adapters.check_shapes(LOCAL, saved.weights)
         round_dir = self.run_folder.round_dir(completed_rounds)
-        with well_formed(round_dir / local_folder(client_id), f"delete {round_dir} to continue from the round before"):
+        with well_formed(f"the state of client {client_id}", f"delete {round_dir} to continue from the round before"):
+            self._check_tensors(saved)
             return _Restored.of(saved, self.world.is_leader)
+
+    def _check_tensors(self, saved: SavedAdapter) -> None:
+        """Raise ValueError if what was saved beside a local adapter does not fit it, or this model."""
+        if "optimizer" in saved.extras:
+            check_tensors(saved.extras["optimizer"], optimizer_shapes(self.adapters.shapes[LOCAL]))
+        if "leader_state" in saved.extras:
+            check_tensors(saved.extras["leader_state"], self.adapters.shapes[GLOBAL])
+        if "references" in saved.extras:
+            tensors = saved.extras["references"]
+            shape = (len(tensors["lengths"]), self.adapters.hidden_size)
+            for name in REPRESENTATIONS:
+                check_tensors({name: tensors[f"embeddings.{name}"]}, {name: shape})
 
     def _fresh(self, client_id: int) -> "_Restored":
         adapter: AdapterState = {}

@@ -1,6 +1,6 @@
 """The round loop: sample, train, reduce, step, evaluate, commit."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -22,6 +22,7 @@ from dpa_ds.federation.metrics import (
 from dpa_ds.federation.round_evaluation import Evaluated
 from dpa_ds.federation.sampling import sample_clients
 from dpa_ds.federation.session import Session
+from dpa_ds.runs.tracking import ALL_CLIENTS
 
 
 @dataclass(frozen=True)
@@ -85,8 +86,10 @@ def finish_round(session: Session, cohort: Cohort, server_round: int) -> None:
     with part("save"):
         # Before the exchange of metrics, which tells the other leaders that this one's files are on disk.
         commit.wait()
+    rows = fill_rows(session, cohort, evaluated)
+    draw_evaluation(session.tracker, server_round, rows)
     with part("record"):
-        table = exchange_metrics(session.world, fill_rows(session, cohort, evaluated), session.labels)
+        table = exchange_metrics(session.world, rows, session.labels, session.share)
     # All ranks have the same table, so all of them stop, or none.
     if table.all_rejected(cohort.client_ids):
         raise TrainingError(
@@ -94,50 +97,65 @@ def finish_round(session: Session, cohort: Cohort, server_round: int) -> None:
             "train.learning_rate. Earlier rounds are intact"
         )
     seconds = {**session.timer.seconds, "save_inside_phases": rounds.seconds_saving}
-    draw_evaluation(session.tracker, server_round, table, session.clients)
     count_round(session, server_round, table, seconds)
+    if session.world.leaders is not None:
+        session.folder.delete_private_rounds()
     rounds.end_round(server_round)
     session.timer.end_round(server_round)
 
 
 def count_round(session: Session, server_round: int, table: MetricsTable, seconds: Mapping[str, float]) -> None:
-    """Record the round and make it count: the coordinator does. Collective: every rank of the job.
-
-    Where groups may be lost, all wait until it is done; if the coordinator is lost meanwhile, the next one does it.
-    """
+    """Record the round and make it count: the coordinator does. Collective: every rank of the job."""
     world = session.world
+    if world.leaders is not None and not world.leaders.is_coordinator:
+        session.tracker.leave_curves(ALL_CLIENTS)  # to the coordinator
 
     def is_on_disk() -> bool:
         """Whether it counts already: another coordinator came so far before it was lost, or this one was slow."""
         return session.folder.latest_round() >= max(1, server_round)
 
-    def count_as_coordinator() -> bool:
-        """Whether this leader is the coordinator, and so has done it."""
-        if world.leaders is None or not world.leaders.is_coordinator:
-            return False
+    def count() -> None:
         # The record first: a process that ends between the two writes it once more, and never none.
         if not is_on_disk():
             record_round(world, session.tracker, server_round, table, seconds)
         if server_round > 0:
             session.commit.finish(server_round, session.round_state.server_state, table)
-        return True
 
-    def is_counted() -> bool:
+    def drop_records() -> None:
+        """Of the coordinator that was lost, which wrote some of them."""
+        if not is_on_disk():
+            session.tracker.drop_records_of(server_round)
+
+    do_as_coordinator(world, count, drop_records)
+
+
+def do_as_coordinator(world: World, do: Callable[[], None], undo: Callable[[], None]) -> None:
+    """Have the coordinator do what belongs to all. Collective: every rank of the job.
+
+    Where groups may be lost, all wait until it is done. If the coordinator is lost meanwhile, the next one calls
+    `undo`, for what the first one may have left half done, and does it.
+    """
+
+    def is_done() -> bool:
         """Whether some leader that is still present has done it. Collective: all leaders."""
         assert world.leaders is not None, "a leader"
-        num_done = torch.tensor([float(count_as_coordinator())])
+        num_done = torch.zeros(1)
+        if world.leaders.is_coordinator:
+            do()
+            num_done += 1.0
         world.leaders.all_reduce_(num_done, "commit")
         return bool(num_done > 0)
 
-    def count_until_done() -> None:
-        while not is_counted():
-            if not is_on_disk():
-                session.tracker.drop_records_of(server_round)  # the coordinator that was lost wrote some of them
+    def do_until_done() -> None:
+        assert world.leaders is not None, "a leader"
+        while not is_done():
+            if world.leaders.is_coordinator:  # it alone: two that rewrite one file would lose it
+                undo()
 
     if world.topology.num_groups_elsewhere:
-        world.on_leader(count_until_done)
-    else:
-        count_as_coordinator()
+        world.on_leader(do_until_done)
+    elif world.leaders is not None and world.leaders.is_coordinator:
+        do()
 
 
 # ---- the parts of a round -------------------------------------------------------------------------------------
@@ -218,14 +236,22 @@ def start_rounds(session: Session) -> None:
 
     Collective: every rank of the job.
     """
-    rounds, leaders = session.round_state, session.world.leaders
+    rounds = session.round_state
     was_running = sync_round(session, is_starting=True)
-    # Not where others have been running: what looks left over is their current round.
-    if leaders is not None and leaders.is_coordinator and not was_running:
+
+    def tidy() -> None:
         session.folder.remove_leftovers(rounds.num_completed)
         if rounds.num_completed:
             session.folder.repair_link(rounds.num_completed)
         session.tracker.drop_records_after(rounds.num_completed)
+
+    # Not where others have been running: what looks left over is their current round. All leaders know it alike, or
+    # the one that joins would be alone in the exchange.
+    if not was_running:
+        do_as_coordinator(session.world, tidy, undo=lambda: None)
+    if session.world.leaders is not None:
+        clients = [client.client_id for client in session.clients]
+        session.folder.remove_private_leftovers(clients, rounds.num_completed)
     if rounds.num_completed == 0:
         finish_round(session, Cohort((), []), server_round=0)
     # After the leftovers are gone: what is found now belongs to the round that comes next.
@@ -242,7 +268,7 @@ def sync_round(session: Session, is_starting: bool = False) -> bool:
         is_starting: this process has run no round yet.
 
     Returns:
-        on leaders, whether the others had been running before this group joined.
+        whether the others had been running before this group joined.
     """
     rounds, world = session.round_state, session.world
     if not world.topology.num_groups_elsewhere:  # the groups of one job start and end together
@@ -262,8 +288,9 @@ def sync_round(session: Session, is_starting: bool = False) -> bool:
         agreed, was_running = found
         rounds.server_state = rounds.server_state.unflatten(agreed.shared)
         rounds.num_completed = agreed.completed_rounds
-    rounds.num_completed = int(world.broadcast_(torch.tensor([rounds.num_completed])))
-    return was_running
+    shared = world.broadcast_(torch.tensor([rounds.num_completed, int(was_running)])).tolist()
+    rounds.num_completed = shared[0]
+    return bool(shared[1])
 
 
 def _is_outdated(session: Session, completed_rounds: int) -> bool:
@@ -274,8 +301,12 @@ def _is_outdated(session: Session, completed_rounds: int) -> bool:
     folder = session.folder
     if folder.latest_round() > completed_rounds:
         return True
+    if completed_rounds == 0:
+        return False
+    saved = folder.clients(completed_rounds)
     for client in session.clients:
-        saved = folder.round_dir(completed_rounds) / client.folder
-        if saved.is_dir() and folder.info(completed_rounds, client.folder)["steps_taken"] != client.state.num_steps:
-            return True
+        if client.client_id in saved:
+            info = folder.info(completed_rounds, client.folder)
+            if info["steps_taken"] != client.state.num_steps:
+                return True
     return False

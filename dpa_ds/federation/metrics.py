@@ -4,13 +4,14 @@ coordinator records it."""
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from typing import Literal
 
 import torch
 
 from dpa_ds.distributed.world import World
 from dpa_ds.federation.clients import HostedClient
 from dpa_ds.federation.progress import RoundMetrics, RoundProgress
-from dpa_ds.runs.tracking import Tracker
+from dpa_ds.runs.tracking import ALL_CLIENTS, Tracker
 
 EVALUATED = {"held_out_loss": "held_out/loss", "P": "scores/P", "TTP": "scores/TTP"}
 """Columns that have numbers in some rounds only, NaN in the others, and their TensorBoard tags."""
@@ -24,6 +25,10 @@ COLUMNS = (
 """One row a client in the table that leaders sum after each round. Beside it, only its label and task names
 leave the group."""
 TOKENS = ("real_tokens", "restored_tokens", "computed_tokens")
+AGREED = ("present", "participated", "rejected")
+"""Columns that all leaders need of every client, whatever is shared: who is absent, and whether a round failed."""
+NUM_EVALUATED = tuple(f"num_{name}" for name in EVALUATED)
+"""Columns of sums over clients: how many have a number."""
 
 Row = dict[str, float]
 """Column -> number of one client."""
@@ -34,8 +39,10 @@ class MetricsTable:
     """The numbers of a round of all clients, the same on every rank."""
 
     rows: Sequence[Row]
-    """By client id."""
+    """By client id. Where only sums are shared they have the columns AGREED alone."""
     labels: Sequence[str]
+    sums: Row | None = None
+    """Where only these are shared: the columns of all clients present, added up, and NUM_EVALUATED."""
 
     def present(self) -> dict[int, Row]:
         """Rows of the clients whose leader took part in the exchange, by client id."""
@@ -68,23 +75,46 @@ def fill_row(
     return row
 
 
-def exchange_metrics(world: World, rows: Mapping[int, Row], labels: Sequence[str]) -> MetricsTable:
+def exchange_metrics(
+    world: World, rows: Mapping[int, Row], labels: Sequence[str], share: Literal["per_client", "sums"]
+) -> MetricsTable:
     """The table of all clients: 8 bytes a column and client. Collective: every rank of the job.
 
     Args:
         rows: those of the clients that this group hosts, by client id.
+        share: `sums`: of a client only AGREED leaves its group, of the other columns sums.
     """
-    table = torch.zeros(len(labels), len(COLUMNS), dtype=torch.float64)
+    columns = COLUMNS if share == "per_client" else AGREED
+    summed = () if share == "per_client" else (*COLUMNS, *NUM_EVALUATED)
+    own = torch.zeros(len(labels), len(columns), dtype=torch.float64)
     for client_id, row in rows.items():
-        table[client_id] = torch.tensor([row[column] for column in COLUMNS], dtype=torch.float64)
+        own[client_id] = torch.tensor([row[column] for column in columns], dtype=torch.float64)
+    own_sums = sum_rows(list(rows.values()))
+    sums = torch.tensor([own_sums[column] for column in summed], dtype=torch.float64)
+    buffer = torch.cat([own.view(-1), sums])
 
     def add_up() -> torch.Tensor:
         assert world.leaders is not None, "a leader"
-        world.leaders.all_reduce_(table.view(-1), "metrics")
-        return table
+        world.leaders.all_reduce_(buffer, "metrics")
+        return buffer
 
-    table = world.from_leader(add_up, like=table)
-    return MetricsTable([dict(zip(COLUMNS, row, strict=True)) for row in table.tolist()], labels)
+    buffer = world.from_leader(add_up, like=buffer)
+    table, total = buffer[: own.numel()].view(own.shape), buffer[own.numel() :]
+    return MetricsTable(
+        rows=[dict(zip(columns, row, strict=True)) for row in table.tolist()],
+        labels=labels,
+        sums=dict(zip(summed, total.tolist(), strict=True)) or None,
+    )
+
+
+def sum_rows(rows: Sequence[Row]) -> Row:
+    """Sum of each column, and how many rows have a number in those that are NaN in some."""
+    sums: Row = {}
+    for name in COLUMNS:
+        sums[name] = sum(row[name] for row in rows if not math.isnan(row[name]))
+    for name, count in zip(EVALUATED, NUM_EVALUATED, strict=True):
+        sums[count] = float(sum(not math.isnan(row[name]) for row in rows))
+    return sums
 
 
 def continue_curves(tracker: Tracker, clients: Sequence[HostedClient], num_completed: int) -> None:
@@ -93,18 +123,23 @@ def continue_curves(tracker: Tracker, clients: Sequence[HostedClient], num_compl
     The curves of a client count optimizer steps or rounds, and are hidden from one number on: what is below it in
     either is kept, though a step that is taken again may then be there twice.
     """
-    tracker.continue_curves("rounds", num_completed + 1)
+    tracker.continue_curves(ALL_CLIENTS, num_completed + 1)
     for client in clients:
         first_step = max(num_completed + 1, *client.state.num_steps.values())
         tracker.continue_curves(f"client_{client.client_id:02d}", first_step)
 
 
-def draw_evaluation(tracker: Tracker, server_round: int, table: MetricsTable, clients: Sequence[HostedClient]) -> None:
-    """Add a point to the held-out curves of the clients of this rank group: a client's curves have one writer."""
-    for client in clients:
-        row = table.rows[client.client_id]
+def draw_evaluation(tracker: Tracker, server_round: int, rows: Mapping[int, Row]) -> None:
+    """Add a point to the held-out curves of the clients of this rank group: a client's curves have one writer.
+
+    Before the exchange of metrics: after it the round may count, and a group that is lost would not draw it again.
+
+    Args:
+        rows: of its clients, by client id.
+    """
+    for client_id, row in rows.items():
         tagged = {tag: row[name] for name, tag in EVALUATED.items() if not math.isnan(row[name])}
-        tracker.scalars(f"client_{client.client_id:02d}", tagged, server_round)
+        tracker.scalars(f"client_{client_id:02d}", tagged, server_round)
 
 
 def record_round(
@@ -122,31 +157,37 @@ def record_round(
     """
     if world.leaders is None or not world.leaders.is_coordinator:
         return
-    rows = table.present()
-    for client_id, row in rows.items():
-        known = {name: value for name, value in row.items() if not math.isnan(value)}
-        tracker.record("client", server_round, client=client_id, label=table.labels[client_id], **known)
-    summary = _summarize(list(rows.values()), seconds)
+    if table.sums is None:
+        rows = table.present()
+        for client_id, row in rows.items():
+            known = {name: value for name, value in row.items() if not math.isnan(value)}
+            tracker.record("client", server_round, client=client_id, label=table.labels[client_id], **known)
+        summary = _summarize(sum_rows(list(rows.values())), seconds)
+    else:
+        summary = {"num_examples": table.sums["num_examples"], **_summarize(table.sums, seconds)}
     for purpose, num_bytes in world.leaders.bytes_handed.items():
         summary[f"bytes_handed/{purpose}"] = float(num_bytes)
     world.leaders.bytes_handed.clear()
     tracker.record("round", server_round, **summary)
     tracker.sync_records()
-    tracker.scalars("rounds", summary, server_round)
+    tracker.take_curves(ALL_CLIENTS, server_round)  # of the last coordinator, if that was another one
+    tracker.scalars(ALL_CLIENTS, summary, server_round)
     shown = [f"{name.replace('held_out_', 'held-out ')} {summary[name]:.4f}" for name in EVALUATED if name in summary]
     if shown:
         tracker.say(f"round {server_round}: mean {', '.join(shown)}")
 
 
-def _summarize(rows: Sequence[Row], seconds: Mapping[str, float]) -> dict[str, float]:
-    """Numbers of the whole round."""
+def _summarize(totals: Row, seconds: Mapping[str, float]) -> dict[str, float]:
+    """Numbers of the whole round.
+
+    Args:
+        totals: as `sum_rows` gives them, of all clients present.
+    """
     summary = {f"seconds/{part}": value for part, value in seconds.items()}
-    totals = {name: sum(row[name] for row in rows) for name in TOKENS}
     own_tokens = totals["real_tokens"] - totals["restored_tokens"]  # of this process, as its seconds
     summary["tokens_per_second"] = own_tokens / max(seconds.get("train", 0.0), 1e-9)
     summary["computed_share"] = totals["computed_tokens"] / max(totals["real_tokens"], 1.0)
-    for name in EVALUATED:
-        values = [row[name] for row in rows if not math.isnan(row[name])]
-        if values:
-            summary[name] = sum(values) / len(values)
+    for name, count in zip(EVALUATED, NUM_EVALUATED, strict=True):
+        if totals[count]:
+            summary[name] = totals[name] / totals[count]
     return summary

@@ -11,7 +11,7 @@ import torch
 
 from dpa_ds.adapters.adapter_model import AdapterModel
 from dpa_ds.adapters.methods import GLOBAL, LOCAL
-from dpa_ds.adapters.state import AdapterState
+from dpa_ds.adapters.state import AdapterState, check_tensors, optimizer_shapes, shapes_of
 from dpa_ds.config.schema import CheckpointConfig
 from dpa_ds.distributed.job_store import JobStore
 from dpa_ds.distributed.preemption import PreemptionSync
@@ -186,11 +186,31 @@ class RoundState:
                 steps_from_json(saved.info["steps_taken"])
                 checked(saved.info["loss_scale"], dict[str, float], "loss_scale")
                 checked(saved.info["has_local_optimizer"], bool, "has_local_optimizer")
-                saved.tensors[LOCAL]
+                self._check_tensors(client, saved)
         except CheckpointError as error:
             logger.warning(f"{error}")
             return None
         return saved
+
+    def _check_tensors(self, client: HostedClient, saved: SavedFolder) -> None:
+        """Raise LookupError or ValueError if tensors of a client's progress are missing, or do not fit its adapters."""
+        local, shared = shapes_of(client.state.local_adapter), shapes_of(self.server_state.adapter)
+        expected = {
+            LOCAL: local,
+            "local_optimizer": optimizer_shapes(local),
+            "update": shared,
+            "optimizer": optimizer_shapes(shared),
+        }
+        # Of the adapter that the interrupted phase trains.
+        if shapes_of(saved.tensors.get("optimizer", {})) == optimizer_shapes(local):
+            expected["optimizer"] = optimizer_shapes(local)
+        needed = [LOCAL]
+        if saved.info["has_local_optimizer"]:
+            needed.append("local_optimizer")
+        if saved.info["inside"]["step"]:
+            needed.append("optimizer")
+        for name in {*needed, *saved.tensors}:
+            check_tensors(saved.tensors[name], expected[name])
 
 
 class RoundCommit:
@@ -209,6 +229,18 @@ class RoundCommit:
        Durable: round N. `adapters` points to it a moment later, and is repaired by a run that resumes.
     5. Rounds older than the last `keep_rounds` are deleted, but for the last copy of a client, and for a round that
        somebody reads. Durable: round N and what is kept; an absent client's adapter is in round N.
+
+    With `private_dir` clients' adapters are written to a private folder of their group instead (`private.py`), and each
+    leader keeps to this order with its own:
+
+    - What step 2 waits for is the private part: it is durable before any leader can know that round N was saved. A job
+      that ends between there and the rename leaves a private part that is newer than the common one. It is not read,
+      because no complete round names it, and is replaced when round N is saved again.
+    - `meta.json` names for each client the round that its private part was last saved in: N, or for an absent client
+      what the round before says. So the rename of the common folder makes the private parts count, whoever sees them.
+    - Step 5 has a second half: each leader deletes the private copies that no complete round names any more. A leader
+      that is slow, or killed, does so after the next round, or when it resumes. Copies are deleted after the common
+      rounds that name them, never before: a private part is older than the common one only where somebody lost it.
 
     A job that ends before the rename leaves round N - 1 as the last one, and its clients' progress in `round_N.tmp`.
     Where groups have launchers of their own, steps 3 and 4 end with an exchange of their own (`loop.count_round`):

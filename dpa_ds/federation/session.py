@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Literal
 
 from dpa_ds.config.schema import FederationConfig
 from dpa_ds.distributed.world import World
@@ -51,6 +52,8 @@ class Session:
 
     seed: int
     federation: FederationConfig
+    share: Literal["per_client", "sums"]
+    """What of the clients' numbers leaves their rank group."""
     world: World
     clients: Sequence[HostedClient]
     """Hosted by this rank group, in order."""

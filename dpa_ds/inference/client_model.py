@@ -44,8 +44,9 @@ def load_client_model(folder: RunFolder, server_round: int, client: int) -> Clie
         CheckpointError: a file is missing or damaged, or the adapter is not finite.
     """
     saved = folder.load_adapter(server_round, local_folder(client))
-    place = folder.round_dir(server_round)
-    with well_formed(place / local_folder(client), f"delete {place} to use the round before, or train again"):
+    place = folder.adapter_dir(server_round, local_folder(client))
+    round_dir = folder.round_dir(server_round)
+    with well_formed(place, f"delete {round_dir} to use the round before, or train again"):
         info = _client_info(client, saved.info)
         references = None
         if "references" in saved.extras:
@@ -60,8 +61,9 @@ def describe_client(folder: RunFolder, server_round: int, client: int) -> Client
         CheckpointError: its folder cannot be read.
     """
     info = folder.info(server_round, local_folder(client))
-    place = folder.round_dir(server_round)
-    with well_formed(place / local_folder(client), f"delete {place} to use the round before, or train again"):
+    place = folder.adapter_dir(server_round, local_folder(client))
+    round_dir = folder.round_dir(server_round)
+    with well_formed(place, f"delete {round_dir} to use the round before, or train again"):
         return _client_info(client, info)
 
 

@@ -19,7 +19,7 @@ from dpa_ds.inference.client_model import ClientModel, Predictor, load_client_mo
 from dpa_ds.inference.loading import build_predictor, place_base
 from dpa_ds.inference.weighting import describe_weighting, resolve_weighting
 from dpa_ds.model.directory import model_fingerprint
-from dpa_ds.runs.folder import RunFolder
+from dpa_ds.runs.private import open_run_folder
 from dpa_ds.runs.tracking import logger, setup_logging
 
 TABLES = (".json", ".jsonl", ".csv", ".parquet")
@@ -48,7 +48,7 @@ def generate(
     if job.launch.job_world_size != 1:
         raise ClusterError("launch/generate.py is one process: start it with python, without a launcher")
     setup_logging(is_coordinator=input_path is None)
-    folder = RunFolder(config.run_dir)
+    folder = open_run_folder(config.run_dir, config.private_dir, group=None)
     server_round = folder.hold_trained_round()
     existing = folder.clients(server_round)
     if client not in existing:

@@ -85,6 +85,7 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     with _library_errors(f"no usable tokenizer in {directory}", remedy):
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         highest = max(tokenizer.get_vocab().values())
+        tokenizer("a")  # reads settings that loading does not, such as model_max_length
     if tokenizer.eos_token_id is None:
         raise ModelError(f"the tokenizer in {directory} has no end token (eos_token): set it in tokenizer_config.json")
     num_tokens = getattr(read_config(directory).get_text_config(), "vocab_size", highest + 1)

@@ -9,6 +9,9 @@
 
 Every leader writes its clients; the coordinator the rest. All hosts see the folder (a shared file system). The
 frozen base is never written. Folders that are named otherwise are somebody else's: they are not read, and not deleted.
+
+Only the owner may read what a client keeps to itself (`local/client_02`, `progress/client_02`); for the rest the umask
+decides. With `private_dir` it lies in another folder: `private.py`.
 """
 
 import contextlib
@@ -37,6 +40,7 @@ from dpa_ds.runs.storage import (
     copy_folder,
     fsync,
     is_whole,
+    make_folder,
     read_folder,
     read_info,
     sha256_of,
@@ -45,13 +49,16 @@ from dpa_ds.runs.storage import (
 )
 
 META, MODEL = "meta.json", "model.json"
+LAST_SAVED = "last_saved"
+"""Key of `meta.json` where clients' parts lie elsewhere: the round that each was last saved in, 0 for never."""
 WEIGHTS = "adapter_model"
+PROGRESS = "progress"
 LINK = "adapters"
 PACKAGES = ("torch", "deepspeed", "transformers", "peft")
 _NUMBER = re.compile("[0-9]{1,9}")
 _ROUND = re.compile(r"round_([0-9]{6,})(\.tmp)?")
 _CLIENT = re.compile(r"client_([0-9]{2,})")
-_HALF_WRITTEN = re.compile(r"(config\.yaml|[a-z_]+\.json)\..+\.\d+\.tmp")
+_HALF_WRITTEN = re.compile(r"(config\.yaml|[a-z_]+\.jsonl?)\..+\.\d+\.tmp")
 """Names of files in the run folder whose writer ended before they were whole (`storage.write_file`)."""
 
 
@@ -68,7 +75,25 @@ class SavedAdapter:
 
 def local_folder(client_id: int) -> str:
     """Name of a client's adapter in a round: `local/client_02`."""
-    return f"{LOCAL}/client_{client_id:02d}"
+    return f"{LOCAL}/{client_name(client_id)}"
+
+
+def round_number(path: Path) -> int | None:
+    """Number of a complete round, by its folder; None: it is not named as one."""
+    match = _ROUND.fullmatch(path.name)
+    if match is None or path.name != round_name(int(match[1])):
+        return None
+    return int(match[1])
+
+
+def client_name(client_id: int) -> str:
+    """Name of a client's folders: `client_02`."""
+    return f"client_{client_id:02d}"
+
+
+def round_name(server_round: int) -> str:
+    """Name of a complete round's folder: `round_000003`."""
+    return f"round_{server_round:06d}"
 
 
 def _numbered(folder: Path) -> list[Path]:
@@ -78,7 +103,10 @@ def _numbered(folder: Path) -> list[Path]:
 
 
 class RunFolder:
-    """The rounds of one run on disk."""
+    """The rounds of one run on disk, with all that its clients keep to themselves.
+
+    Where a client's files lie is known to a few methods alone, which `private.SplitRunFolder` answers in another way.
+    """
 
     def __init__(self, run_dir: Path) -> None:
         self.run_dir = run_dir
@@ -155,22 +183,101 @@ class RunFolder:
                 fcntl.flock(self._held, fcntl.LOCK_SH)
             # It may have been deleted between the look and the lock: then there is a later one.
             if path.exists():
+                self.check_parts(server_round)
                 return server_round
 
     def round_dir(self, server_round: int) -> Path:
         """Where a complete round lies."""
-        return self.rounds_dir / f"round_{server_round:06d}"
+        return self.rounds_dir / round_name(server_round)
+
+    def read_meta(self, server_round: int) -> dict[str, Any]:
+        """`meta.json` of a complete round.
+
+        Raises:
+            CheckpointError: it cannot be read.
+        """
+        path = self.round_dir(server_round) / META
+        try:
+            return dict(json.loads(path.read_text()))
+        except UNREADABLE as error:
+            raise CheckpointError(f"{path} cannot be read ({error}): restore it") from error
+
+    # ---- where a client's files lie ---------------------------------------------------------------------------
+
+    @property
+    def own_part(self) -> Path:
+        """Run folder of what the clients of this process' group keep to themselves."""
+        return self.run_dir
+
+    def describe_parts(self) -> str:
+        """A line for the start of a run."""
+        return f"what clients keep to themselves goes to the common folder {self.run_dir} (private_dir is null)"
+
+    @property
+    def private_places(self) -> list[Path]:
+        """Run folders that hold what clients keep to themselves, as far as they can be seen here."""
+        return [self.run_dir]
+
+    def check_parts(self, server_round: int) -> None:
+        """Refuse a complete round that was saved in one part where two are asked for, or the reverse.
+
+        Raises:
+            CheckpointError: so it is.
+        """
+        if LAST_SAVED in self.read_meta(server_round):
+            raise CheckpointError(
+                f"{self.run_dir} was trained with private_dir: what its clients keep to themselves is not in it; "
+                "set private_dir to where it is"
+            )
 
     def clients(self, server_round: int) -> list[int]:
-        """Ids of the clients whose local adapters a complete round holds."""
-        return _clients_below(self.round_dir(server_round))
+        """Ids of the clients whose local adapters belong to a complete round."""
+        return clients_below(self.round_dir(server_round))
+
+    def clients_here(self, server_round: int) -> list[int]:
+        """Of `clients` those whose files can be seen here."""
+        return self.clients(server_round)
+
+    def place_of(self, server_round: int, client: int) -> Path:
+        """Run folder of all that a client keeps to itself after a complete round.
+
+        Raises:
+            CheckpointError: it cannot be seen here.
+        """
+        return self.run_dir
+
+    def adapter_dir(self, server_round: int, name: str) -> Path:
+        """Where an adapter of a complete round lies.
+
+        Raises:
+            CheckpointError: it cannot be seen here.
+        """
+        return self.round_dir(server_round) / name
+
+    def remove_private_leftovers(self, clients: Sequence[int], completed: int) -> None:
+        """Before the first round: delete of these clients what cannot be of use after round `completed`. Leaders."""
+
+    def delete_private_rounds(self) -> None:
+        """After a round counts: delete what no complete round needs. Leaders."""
+
+    def _saving_dir(self, server_round: int, name: str) -> Path:
+        """Where an adapter of a round is written that does not count yet."""
+        return self._unfinished(server_round) / name
+
+    def _progress(self, server_round: int, client: int) -> Path:
+        """Where it is written how far a client has come in a round."""
+        return self._unfinished(server_round) / PROGRESS / client_name(client)
+
+    def _progress_places(self, server_round: int, client: int) -> list[Path]:
+        """Where it may have been written."""
+        return [self._progress(server_round, client)]
+
+    # ---- a round ----------------------------------------------------------------------------------------------
 
     def digest(self, server_round: int) -> str:
         """Which adapters a complete round holds, from the checksums that were saved with them: 16 hex digits."""
         states = sorted(self.round_dir(server_round).glob(f"**/{STATE}"))
         return hashlib.sha256(b"".join(path.read_bytes() for path in states)).hexdigest()[:16]
-
-    # ---- a round ----------------------------------------------------------------------------------------------
 
     def save_adapter(
         self,
@@ -182,11 +289,11 @@ class RunFolder:
         info: Mapping[str, Any],
     ) -> None:
         """Write one adapter ("global", "local/client_02") of a round that is not yet complete. Leaders only."""
-        folder = self._unfinished(server_round) / name
+        folder, private = self._saving_dir(server_round, name), name != GLOBAL
         with storage_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder, private)
             config.save_pretrained(str(folder))
-        write_folder(folder, {WEIGHTS: weights, **extras}, info)
+        write_folder(folder, {WEIGHTS: weights, **extras}, info, private)
 
     def carry_over(self, server_round: int, clients: Sequence[int]) -> None:
         """Give a round that is not yet complete the local adapters of `clients` as they were before it.
@@ -226,7 +333,7 @@ class RunFolder:
                 fsync(self.rounds_dir)
             self.repair_link(server_round)
         # The new round counts, whatever becomes of old ones.
-        shutil.rmtree(final / "progress", ignore_errors=True)
+        shutil.rmtree(final / PROGRESS, ignore_errors=True)
         self._delete_old_rounds(keep_rounds)
 
     def _write_manifest(self, server_round: int, meta: Mapping[str, Any]) -> None:
@@ -244,9 +351,9 @@ class RunFolder:
         rounds = self.complete_rounds()
         covered: set[int] = set()
         for number in rounds[-keep_rounds:]:
-            covered.update(self.clients(number))
+            covered.update(clients_below(self.round_dir(number)))
         for number in reversed(rounds[:-keep_rounds]):
-            clients = self.clients(number)
+            clients = clients_below(self.round_dir(number))
             if covered.issuperset(clients):
                 self._delete_round(number)
             covered.update(clients)
@@ -306,10 +413,10 @@ class RunFolder:
         Raises:
             CheckpointError: a file is missing or damaged, or the adapter has NaN or infinity.
         """
-        return self._load(self.round_dir(server_round), name)
+        return self._load(self.round_dir(server_round), self.adapter_dir(server_round, name))
 
-    def _load(self, round_dir: Path, name: str) -> SavedAdapter:
-        folder = round_dir / name
+    def _load(self, round_dir: Path, folder: Path) -> SavedAdapter:
+        """Read an adapter that belongs to a complete round: whoever deletes that does without the adapter."""
         remedy = f"delete {round_dir} to continue from the round before"
         saved = read_folder(folder, remedy)
         if WEIGHTS not in saved.tensors:
@@ -345,7 +452,7 @@ class RunFolder:
         if name == GLOBAL:  # an older one is the state of another round
             return None
         older = self.newest_round_with(server_round, name)
-        return None if older is None else self._load(older, name)
+        return None if older is None else self._load(older, older / name)
 
     def info(self, server_round: int, name: str) -> dict[str, Any]:
         """What the saver added to an adapter of a complete round, without reading its tensors.
@@ -353,7 +460,7 @@ class RunFolder:
         Raises:
             CheckpointError: the file is missing or damaged.
         """
-        return read_info(self.round_dir(server_round) / name, "restore it, or delete that round")
+        return read_info(self.adapter_dir(server_round, name), "restore it, or delete that round")
 
     # ---- inside a round ---------------------------------------------------------------------------------------
 
@@ -378,12 +485,13 @@ class RunFolder:
         new = folder / f"{number:06d}"
         try:
             with storage_errors(new):
-                new.mkdir(parents=True, exist_ok=True)
+                make_folder(folder, private=True)
+                make_folder(new, private=True)
                 for name in kept:
                     file = older[-1] / f"{name}.safetensors"
                     if file.exists():  # a method without a global phase has no update
                         shutil.copyfile(file, new / file.name)
-            write_folder(new, tensors, info)
+            write_folder(new, tensors, info, private=True)
         except CheckpointError:
             if self.latest_round() < server_round:
                 raise
@@ -395,20 +503,25 @@ class RunFolder:
     ) -> SavedFolder | None:
         """The newest whole progress of a client in a round, if there is one; `on_damage` is reported what was
         passed over."""
-        for folder in reversed(_numbered(self._progress(server_round, client))):
-            if (folder / STATE).exists():  # else the write was interrupted
-                try:
-                    return read_folder(folder, "what came before it is used")
-                except CheckpointError as error:
-                    on_damage(error)
+        for place in self._progress_places(server_round, client):
+            for folder in reversed(_numbered(place)):
+                if (folder / STATE).exists():  # else the write was interrupted
+                    try:
+                        return read_folder(folder, "what came before it is used")
+                    except CheckpointError as error:
+                        on_damage(error)
         return None
+
+    def has_progress(self) -> bool:
+        """Whether some round was begun and is not complete."""
+        return bool(self.unfinished_rounds())
 
     def remove_leftovers(self, completed: int) -> None:
         """Delete what cannot be of use after round `completed`. Coordinator, before any round starts."""
         covered: set[int] = set()
         for number in self.complete_rounds():
-            covered.update(self.clients(number))
-            shutil.rmtree(self.round_dir(number) / "progress", ignore_errors=True)
+            covered.update(clients_below(self.round_dir(number)))
+            shutil.rmtree(self.round_dir(number) / PROGRESS, ignore_errors=True)
         for number in reversed(self.unfinished_rounds()):
             if number == completed + 1:
                 self._remove_all_but_progress(number)
@@ -425,7 +538,7 @@ class RunFolder:
 
     def _remove_all_but_progress(self, server_round: int) -> None:
         for path in self._unfinished(server_round).iterdir():
-            if path.name == "progress":
+            if path.name == PROGRESS:
                 continue
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)
@@ -435,16 +548,13 @@ class RunFolder:
     def _saved_clients(self, server_round: int) -> list[int]:
         """Ids of the clients whose local adapters a round that is not complete has whole."""
         unfinished = self._unfinished(server_round)
-        return [client for client in _clients_below(unfinished) if is_whole(unfinished / local_folder(client))]
-
-    def _progress(self, server_round: int, client: int) -> Path:
-        return self._unfinished(server_round) / "progress" / f"client_{client:02d}"
+        return [client for client in clients_below(unfinished) if is_whole(unfinished / local_folder(client))]
 
     def _unfinished(self, server_round: int) -> Path:
-        return self.rounds_dir / f"round_{server_round:06d}.tmp"
+        return self.rounds_dir / f"{round_name(server_round)}.tmp"
 
 
-def _clients_below(round_dir: Path) -> list[int]:
+def clients_below(round_dir: Path) -> list[int]:
     """Ids of the clients that a round has a folder of, ascending."""
     matches = [_CLIENT.fullmatch(path.name) for path in (round_dir / LOCAL).glob("client_*")]
     return sorted(int(match[1]) for match in matches if match)

@@ -12,7 +12,7 @@ from dpa_ds.config.load import load_config
 from dpa_ds.config.validate import diff_configs, fingerprint_sections
 from dpa_ds.errors import CheckpointError, storage_errors
 from dpa_ds.runs.folder import META, RunFolder
-from dpa_ds.runs.storage import UNREADABLE, lock_file, sha256_of, verify_folder
+from dpa_ds.runs.storage import UNREADABLE, lock_file, make_folder, sha256_of, verify_folder, write_file
 from dpa_ds.runs.tracking import logger
 
 _LEFTOVER = re.compile(r"lock(_group_\d+)?|config\.yaml\..+\.\d+\.tmp")
@@ -83,6 +83,13 @@ def validate_run_dir(folder: RunFolder, fingerprint: Mapping[str, Any]) -> int:
         CheckpointError: another run lives here, or the place cannot be written.
     """
     run_dir = folder.run_dir
+    _check_recipe(run_dir, fingerprint)
+    _check_writable(run_dir, "choose another output_dir")
+    return folder.latest_round()
+
+
+def _check_recipe(run_dir: Path, fingerprint: Mapping[str, Any]) -> None:
+    """Refuse a folder that holds another run, or something else."""
     recipe = run_dir / "config.yaml"
     if os.path.isfile(recipe):  # unlike Path.is_file it takes any path
         old = load_config(["--config", str(recipe)])
@@ -94,10 +101,12 @@ def validate_run_dir(folder: RunFolder, fingerprint: Mapping[str, Any]) -> int:
             )
     elif os.path.lexists(run_dir) and not _is_free(run_dir):
         raise CheckpointError(f"{run_dir} exists but is not a run (no config.yaml): choose another name")
+
+
+def _check_writable(run_dir: Path, remedy: str) -> None:
     existing = next(path for path in (run_dir, *run_dir.absolute().parents) if os.path.exists(path))
     if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise CheckpointError(f"cannot write results to {run_dir} ({existing}): choose another output_dir")
-    return folder.latest_round()
+        raise CheckpointError(f"cannot write results to {run_dir} ({existing}): {remedy}")
 
 
 def _is_free(run_dir: Path) -> bool:
@@ -117,7 +126,7 @@ def find_resume_round(
         CheckpointError: as `validate_run_dir`; or `policy` forbids it; or no round is left whole.
     """
     last, run_dir = validate_run_dir(folder, fingerprint), folder.run_dir
-    has_progress = bool(folder.unfinished_rounds())
+    has_progress = folder.has_progress()
     folder.check_link()
     if policy == "never" and (last or has_progress):
         raise CheckpointError(
@@ -127,7 +136,36 @@ def find_resume_round(
     last = _quarantine_damaged_rounds(folder)
     if policy == "must" and last == 0 and not has_progress:
         raise CheckpointError(f"{run_dir} holds nothing to resume from, and resume is must: see output_dir, name")
+    if last:
+        folder.check_parts(last)
     return last
+
+
+def validate_private_part(folder: RunFolder, fingerprint: Mapping[str, Any]) -> None:
+    """Make sure that the private part of a group is free, or holds this very run. Writes nothing. Leaders.
+
+    Raises:
+        CheckpointError: another run lives here, or the place cannot be written.
+    """
+    part = folder.own_part
+    if part == folder.run_dir:
+        return
+    _check_recipe(part, fingerprint)
+    _check_writable(part, "choose another private_dir")
+
+
+def create_private_part(folder: RunFolder, recipe: str) -> None:
+    """Make the private part of a group, closed to others, and say in it which run it belongs to. Leaders.
+
+    Raises:
+        CheckpointError: the file system refuses.
+    """
+    part = folder.own_part
+    if part == folder.run_dir:
+        return
+    with storage_errors(part, "choose another private_dir"):
+        make_folder(part, private=True)
+    write_file(part / "config.yaml", recipe, private=True)
 
 
 def _quarantine_damaged_rounds(folder: RunFolder) -> int:
@@ -167,8 +205,12 @@ def _problem_of(folder: RunFolder, server_round: int) -> str:
             if sha256_of(place / name) != expected:
                 return f"{place / name} (checksum differs)"
             verify_folder((place / name).parent, "not used")
+    except PermissionError as error:
+        raise CheckpointError(f"{place} cannot be read ({error}): run this as the user who wrote it") from error
     except UNREADABLE as error:
         return f"{place / META} ({error})"
     except CheckpointError as error:
+        if isinstance(error.__cause__, PermissionError):  # whole for all that is known
+            raise
         return str(error)
     return ""

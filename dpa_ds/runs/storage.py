@@ -24,8 +24,15 @@ from dpa_ds.adapters.state import AdapterState
 from dpa_ds.errors import CheckpointError, storage_errors
 
 STATE = "state.json"
+SHARED_FILE, PRIVATE_FILE = 0o666, 0o600
+"""Modes of new files, less the umask: everybody's, and those of what a client keeps to itself."""
+SHARED_FOLDER, PRIVATE_FOLDER = 0o777, 0o700
+"""Modes of new folders, less the umask."""
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 """Errors that reading a damaged JSON file, and looking into it, raises."""
+
+_NOT_A_FILE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
+"""Of what the file system reports, the errors that bad content causes."""
 
 # Writes that may wait in a BackgroundWriter: each holds its tensors in memory.
 _MAX_PENDING_WRITES = 2
@@ -40,21 +47,28 @@ class SavedFolder:
     info: dict[str, Any]
 
 
-def write_folder(folder: Path, tensors: Mapping[str, AdapterState], info: Mapping[str, Any]) -> None:
+def write_folder(
+    folder: Path, tensors: Mapping[str, AdapterState], info: Mapping[str, Any], private: bool = False
+) -> None:
     """Write `tensors` as <name>.safetensors beside the files that `folder` holds already, and `state.json`.
 
     `state.json` holds the checksums of all files, and `info`; it is written last, so a folder that has it is whole.
+
+    Args:
+        private: only the owner may read the folder and each of its files; else the umask decides.
 
     Raises:
         CheckpointError: the file system refuses.
     """
     with storage_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder, private)
         for name, state in tensors.items():
-            save_file(state, folder / f"{name}.safetensors", metadata={"format": "pt"})
+            _write_tensors(folder / f"{name}.safetensors", state)
         checksums = {}
         for path in sorted(folder.iterdir()):
             if path.name != STATE:
+                if private:
+                    path.chmod(PRIVATE_FILE)
                 fsync(path)
                 checksums[path.name] = sha256_of(path)
         content = {
@@ -62,8 +76,26 @@ def write_folder(folder: Path, tensors: Mapping[str, AdapterState], info: Mappin
             "info": dict(info),
             "info_sha256": _digest(dict(info)),
         }
-        write_file(folder / STATE, json.dumps(content, indent=1))
+        write_file(folder / STATE, json.dumps(content, indent=1), private)
         fsync(folder.parent)  # the names of the files, too, must survive a power cut
+
+
+def make_folder(folder: Path, private: bool) -> None:
+    """Make a folder and those above it. A private one is closed to others, also where it was there before."""
+    if not private:
+        folder.mkdir(parents=True, exist_ok=True)
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(PRIVATE_FOLDER, exist_ok=True)
+    folder.chmod(PRIVATE_FOLDER)
+
+
+def _write_tensors(path: Path, state: AdapterState) -> None:
+    """One safetensors file, with the mode that the umask gives: the library's own is the owner's alone."""
+    path.touch()
+    mode = path.stat().st_mode & 0o777
+    save_file(state, path, metadata={"format": "pt"})
+    path.chmod(mode)
 
 
 def read_folder(folder: Path, remedy: str) -> SavedFolder:
@@ -78,12 +110,13 @@ def read_folder(folder: Path, remedy: str) -> SavedFolder:
         for path in sorted(folder.glob("*.safetensors")):
             tensors[path.stem] = load_file(path)
     except (OSError, safetensors.SafetensorError) as error:
-        raise CheckpointError(f"{folder} cannot be read ({error}): {remedy}") from error
+        raise _unreadable(folder, error, remedy) from error
     return SavedFolder(tensors, info)
 
 
 def copy_folder(source: Path, target: Path) -> None:
-    """Replace `target` by a copy of `source`, a folder that `write_folder` wrote, and wait until it is on the disk.
+    """Replace `target` by a private copy of `source`, a folder that `write_folder` wrote, and wait until it is on the
+    disk.
 
     Raises:
         CheckpointError: the file system refuses.
@@ -91,7 +124,9 @@ def copy_folder(source: Path, target: Path) -> None:
     with storage_errors(target):
         shutil.rmtree(target, ignore_errors=True)
         shutil.copytree(source, target)
+        target.chmod(PRIVATE_FOLDER)  # an older version left them open
         for path in target.iterdir():
+            path.chmod(PRIVATE_FILE)
             fsync(path)
         fsync(target)
         fsync(target.parent)
@@ -116,7 +151,7 @@ def verify_folder(folder: Path, remedy: str) -> dict[str, Any]:
     try:
         damaged = _damaged_file(folder, dict(json.loads((folder / STATE).read_text())["sha256"]))
     except UNREADABLE as error:
-        raise CheckpointError(f"{folder} cannot be read ({error}): {remedy}") from error
+        raise _unreadable(folder, error, remedy) from error
     if damaged is not None:
         raise CheckpointError(f"{folder / damaged} is damaged (checksum differs): {remedy}")
     return info
@@ -133,7 +168,7 @@ def read_info(folder: Path, remedy: str) -> dict[str, Any]:
         info = dict(state["info"])
         is_whole = state["info_sha256"] == _digest(info)
     except UNREADABLE as error:
-        raise CheckpointError(f"{folder} cannot be read ({error}): {remedy}") from error
+        raise _unreadable(folder, error, remedy) from error
     if not is_whole:
         raise CheckpointError(f"{folder / STATE} is damaged (checksum differs): {remedy}")
     return info
@@ -160,8 +195,11 @@ def check_finite(folder: Path, state: AdapterState, remedy: str) -> None:
         raise CheckpointError(f"{folder} has NaN or infinity in {bad[0]}{more}: {remedy}")
 
 
-def write_file(path: Path, text: str) -> None:
+def write_file(path: Path, text: str, private: bool = False) -> None:
     """Write `text` to `path` whole or not at all.
+
+    Args:
+        private: only the owner may read it; else the umask decides.
 
     Raises:
         CheckpointError: the file system refuses.
@@ -171,6 +209,7 @@ def write_file(path: Path, text: str) -> None:
         # Leaders on several hosts may write the same file at once.
         temporary = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
         try:
+            temporary.touch(PRIVATE_FILE if private else SHARED_FILE)  # before there is anything in it
             write_text(temporary, text)
             temporary.replace(path)
         finally:
@@ -272,6 +311,16 @@ class BackgroundWriter:
                 raise
         finally:
             self._thread.shutdown(wait=False, cancel_futures=True)
+
+
+def _unreadable(folder: Path, error: Exception, remedy: str) -> CheckpointError:
+    """The error of a folder that cannot be read. `remedy` is for bad content: what is private, or on a disk that
+    fails, is whole for all that is known, and must not be deleted."""
+    if isinstance(error, PermissionError):
+        remedy = "it is private to the user who wrote it: run this as that user, or have the owner run it"
+    elif isinstance(error, OSError) and not isinstance(error, _NOT_A_FILE):
+        remedy = "look at the file system, then run the same command again"
+    return CheckpointError(f"{folder} cannot be read ({error}): {remedy}")
 
 
 def _damaged_file(folder: Path, checksums: dict[str, str]) -> str | None:

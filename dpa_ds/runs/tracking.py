@@ -16,9 +16,12 @@ from tqdm import tqdm
 
 from dpa_ds.config.schema import TrackingConfig
 from dpa_ds.errors import CheckpointError, storage_errors
-from dpa_ds.runs.storage import fsync, write_text
+from dpa_ds.runs.storage import fsync, write_file
 
 logger = logging.getLogger("dpa_ds")
+
+ALL_CLIENTS = "rounds"
+"""TensorBoard run with the numbers of whole rounds; the others are of single clients."""
 
 
 def setup_logging(is_coordinator: bool) -> None:
@@ -46,13 +49,17 @@ class Tracker:
     Args:
         run_dir: folder of the run, or None on ranks that write nothing.
         is_coordinator: whether this rank is the job's coordinator.
+        clients_dir: where the curves of single clients go; None: to `run_dir`.
 
     Raises:
         CheckpointError: something else is where the TensorBoard events belong.
     """
 
-    def __init__(self, run_dir: Path | None, is_coordinator: bool, config: TrackingConfig) -> None:
+    def __init__(
+        self, run_dir: Path | None, is_coordinator: bool, config: TrackingConfig, clients_dir: Path | None = None
+    ) -> None:
         self._run_dir = run_dir
+        self._clients_dir = clients_dir or run_dir
         self._is_coordinator = is_coordinator
         self._config = config
         self._writers: dict[str, Any] = {}
@@ -82,10 +89,7 @@ class Tracker:
         if not self._is_coordinator or path is None or not path.is_file():
             return
         lines = [json.dumps(record) + "\n" for record in read_records(path) if is_kept(record["round"])]
-        temporary = path.with_suffix(".tmp")
-        with storage_errors(path):
-            write_text(temporary, "".join(lines))
-            temporary.replace(path)
+        write_file(path, "".join(lines))
 
     def record(self, kind: str, server_round: int, **values: Any) -> None:
         """Append one record to metrics.jsonl (coordinator only). Raises CheckpointError if the file system refuses."""
@@ -114,15 +118,36 @@ class Tracker:
         self._first_steps[source] = first_step
 
     def scalars(self, source: str, values: Mapping[str, float | Sequence[float]], first_step: int) -> None:
-        """Write scalars, or series of consecutive steps from `first_step`, under the TensorBoard run `source`."""
+        """Write scalars, or series of consecutive steps from `first_step`, under the TensorBoard run `source`.
+
+        They are in the file when this returns. So what is saved later, and says that these steps are done, is never on
+        disk without them: a process that is killed would leave a gap that nobody writes again.
+        """
         if self._run_dir is None or not self._config.tensorboard or self._lost_curves:
             return
         with self._losing_curves():
-            writer = self._writer(self._run_dir / "tensorboard", source)
+            folder = self._run_dir if source == ALL_CLIENTS else self._clients_dir
+            assert folder is not None, "a rank that writes"
+            writer = self._writer(folder / "tensorboard", source)
             for tag, value in values.items():
                 series = [value] if isinstance(value, float | int) else value
                 for step, number in enumerate(series, first_step):
                     writer.add_scalar(tag, number, step)
+            writer.flush()
+
+    def take_curves(self, source: str, first_step: int) -> None:
+        """Before the scalars of a TensorBoard run that another process may have written so far: hide what it wrote at
+        `first_step` and later, and nothing before."""
+        if source not in self._writers:
+            self.continue_curves(source, first_step)
+
+    def leave_curves(self, source: str) -> None:
+        """Close a TensorBoard run that another process writes from now on. What this one writes to it later must lie in
+        a later file: TensorBoard reads them in their order, and hides what an earlier one has of the same steps."""
+        writer = self._writers.pop(source, None)
+        if writer is not None:
+            with self._losing_curves():
+                writer.close()
 
     def close(self) -> None:
         """Write all TensorBoard events to disk. May be called again."""

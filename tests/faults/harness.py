@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 
 from tests import tiny
+from tests.faults.checks import curves_are_whole
 from tests.launch.processes import Running, adapters, assert_same_adapters, beside_python, free_port
 
 PROGRAM = ("launch/run.py",)
@@ -118,7 +119,8 @@ class Harness:
             assert ended.returncode == 0, ended.output
             self._note_recovery(trial, run_dir, started)
             assert_same_adapters(adapters(run_dir), adapters(expected), tolerance=0.0)
-            assert _records(run_dir) == _records(expected), "metrics differ"
+            assert comparable_records(run_dir) == comparable_records(expected), "metrics differ"
+            curves_are_whole(run_dir)
         except AssertionError as error:
             trial.problem = str(error) or repr(error)
 
@@ -137,6 +139,7 @@ class Harness:
             checkpoint__grace_seconds=30,
             cluster__ranks_per_group=layout.ranks_per_group,
             cluster__heartbeat_timeout_seconds=8,
+            tracking__tensorboard=True,
             engine__deepspeed_config=f"ds_configs/zero{layout.zero_stage}.json",
         )
         return argv, folder / "runs" / "tiny"
@@ -201,7 +204,7 @@ def _all_gone(running: Running) -> None:
         time.sleep(0.05)
 
 
-def _records(run_dir: Path) -> list[dict[str, object]]:
+def comparable_records(run_dir: Path) -> list[dict[str, object]]:
     """metrics.jsonl without times, and without bytes, which are counted by process."""
     leave_out = ("seconds", "tokens_per_second", "restored_tokens", "bytes_handed")
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]

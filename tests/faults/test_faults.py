@@ -1,11 +1,16 @@
 """A few of the fault trials (`make faults` does many), and that they would find a bug."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from tests.faults.elastic import ElasticHarness, ElasticTrial, draw_elastic_trials
+from tests.faults.full_disk import draw_full_disk_trials
 from tests.faults.harness import Harness, Layout, Trial, draw_trials
+from tests.faults.observed import STEPS
 from tests.faults.planted import BUGS
 
 pytestmark = pytest.mark.launch
@@ -50,3 +55,47 @@ def test_planted_bugs_are_found(bug: str | None, harness: Harness) -> None:
         assert not trial.problem, trial.problem
     else:
         assert " apart" in trial.problem, f"not found: {trial.problem}"
+
+
+# ---- groups with launchers of their own, and a full disk -------------------------------------------------------
+
+CASCADES = [
+    # The coordinator is lost as it completes a round, the next one halfway through a line of the records, and the
+    # first again as all meet: what they left must be found by whoever is left.
+    ElasticTrial(3, [["rename 2", "renamed 0"], ["record torn 0"], []], 0.5),
+    ElasticTrial(2, [["deletion torn 3"], ["progress torn 2"]], 0.5),
+]
+
+
+@pytest.mark.parametrize("trial", CASCADES, ids=str)
+def test_groups_that_are_killed_lose_nothing(trial: ElasticTrial, folder: Path, request: pytest.FixtureRequest) -> None:
+    own = folder / request.node.name.split("[")[0] / str(trial.num_groups)
+    own.mkdir(parents=True)
+    ElasticHarness(own).run(trial, "trial")
+    assert not trial.problem, f"{trial}: {trial.problem}"
+    assert trial.kills, "no step was reached"
+
+
+def test_elastic_trials_reach_every_step() -> None:
+    trials = draw_elastic_trials(100, seed=0)
+    planned = [fault for trial in trials for steps in trial.faults for fault in steps]
+    assert len(planned) >= 100
+    assert {fault.rpartition(" ")[0] for fault in planned} == set(STEPS)
+    assert {trial.num_groups for trial in trials} == {2, 3}
+
+
+def test_a_full_disk_loses_nothing() -> None:
+    """In a process that may have file systems of its own."""
+    if subprocess.run(["unshare", "--mount", "--map-root-user", "true"], capture_output=True).returncode:
+        pytest.skip("this system lets no user mount a file system of its own")
+    command = [sys.executable, "-m", "tests.faults", "--mode", "disk", "--trials", "3"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=180)
+    assert ended.returncode == 0, ended.stdout
+    assert "3 of 3 moments of a full disk survived" in ended.stdout
+
+
+def test_full_disk_trials_are_spread_over_all_writes() -> None:
+    writes = [trial.write for trial in draw_full_disk_trials(60, 258, seed=0)]
+    assert writes == sorted(writes)
+    assert min(writes) <= 5
+    assert max(writes) >= 254

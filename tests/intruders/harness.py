@@ -27,11 +27,11 @@ DEADLINE_SECONDS = 150.0
 RUN_SECONDS = 1800.0
 """Bound on the disturbed run: on two cores each program that intrudes slows it."""
 Arguments = Sequence[str]
-Intruder = Callable[["Job", random.Random], None]
+Intruder = Callable[["RunningJob", random.Random], None]
 
 
 @dataclass
-class Job:
+class RunningJob:
     """A run at work."""
 
     processes: list[Running]
@@ -72,32 +72,32 @@ class Job:
 # ---- who comes ----------------------------------------------------------------------------------------------------
 
 
-def bad_recipe(job: Job, _: random.Random) -> None:
+def bad_recipe(job: RunningJob, _: random.Random) -> None:
     """A mistake in the recipe."""
     job.refuses(job.own_recipe("--train.learning_rate", "fast"))
 
 
-def other_recipe(job: Job, _: random.Random) -> None:
+def other_recipe(job: RunningJob, _: random.Random) -> None:
     """Another learning rate."""
     job.refuses(job.own_recipe("--train.learning_rate", "0.5"))
 
 
-def same_recipe(job: Job, _: random.Random) -> None:
+def same_recipe(job: RunningJob, _: random.Random) -> None:
     """The same command once more."""
     job.refuses(job.argv)
 
 
-def other_program(job: Job, _: random.Random) -> None:
+def other_program(job: RunningJob, _: random.Random) -> None:
     """The probe of the hosts, where a run trains."""
     job.refuses(job.own_recipe(), "launch/preflight.py")
 
 
-def other_number(job: Job, _: random.Random) -> None:
+def other_number(job: RunningJob, _: random.Random) -> None:
     """Three ranks, or a group of three."""
     job.refuses(job.own_recipe(), number=3)
 
 
-def scanner(job: Job, _: random.Random) -> None:
+def scanner(job: RunningJob, _: random.Random) -> None:
     """Connects to everything, and hangs up."""
     for place in job.ports():
         with suppress(OSError):
@@ -105,7 +105,7 @@ def scanner(job: Job, _: random.Random) -> None:
     job.assert_at_work()
 
 
-def garbage(job: Job, drawn: random.Random) -> None:
+def garbage(job: RunningJob, drawn: random.Random) -> None:
     """Says something to everything: a request of the web, or random bytes."""
     text = drawn.choice([b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", drawn.randbytes(drawn.randrange(1, 5000))])
     for place in job.ports():
@@ -119,7 +119,7 @@ def garbage(job: Job, drawn: random.Random) -> None:
 _SILENT: list[socket.socket] = []
 
 
-def silent(job: Job, _: random.Random) -> None:
+def silent(job: RunningJob, _: random.Random) -> None:
     """Connects to everything, and stays."""
     for place in job.ports():
         with suppress(OSError):
@@ -161,12 +161,11 @@ class Harness:
             for number, intruder in enumerate(intruders, 1):
                 intruder(job, drawn)
                 report(f"{number}/{len(intruders)} {mode}: {intruder.__name__}, and the job continues")
-            num_rounds = _last_round(folder / "runs" / "tiny") + 1
-            wait_for(
-                folder / "runs" / "tiny", f"rounds/round_{num_rounds:06d}/meta.json", job.processes, DEADLINE_SECONDS
-            )
-            disturbed = adapters(folder / "runs" / "tiny", num_rounds)
+            after = _last_round(folder / "runs" / "tiny") + 1
+            wait_for(folder / "runs" / "tiny", f"rounds/round_{after:06d}/meta.json", job.processes, DEADLINE_SECONDS)
             _stop(job)
+        num_rounds = _last_round(folder / "runs" / "tiny")
+        disturbed = adapters(folder / "runs" / "tiny", num_rounds)
         while _SILENT:
             _SILENT.pop().close()
         expected = self._folder / f"{mode}_{seed}_undisturbed"
@@ -193,7 +192,7 @@ def _last_round(run_dir: Path) -> int:
     return max(int(path.parent.name[-6:]) for path in run_dir.glob("rounds/round_??????/meta.json"))
 
 
-def _stop(job: Job) -> list[Ended]:
+def _stop(job: RunningJob) -> list[Ended]:
     ranks = [one for one in job.processes if "launch/run.py" in one.command]
     for rank in ranks:
         rank.process.terminate()
@@ -201,7 +200,7 @@ def _stop(job: Job) -> list[Ended]:
 
 
 @contextmanager
-def fixed(argv: Arguments, others: Path) -> Iterator[Job]:
+def fixed(argv: Arguments, others: Path) -> Iterator[RunningJob]:
     """Two ranks, each a group; others have the same MASTER_PORT."""
     port = free_port()
 
@@ -212,14 +211,14 @@ def fixed(argv: Arguments, others: Path) -> Iterator[Job]:
 
     ranks = start(argv)
     try:
-        yield Job(ranks, argv, others, start)
+        yield RunningJob(ranks, argv, others, start)
     finally:
         for rank in ranks:
             rank.__exit__()
 
 
 @contextmanager
-def elastic(argv: Arguments, others: Path) -> Iterator[Job]:
+def elastic(argv: Arguments, others: Path) -> Iterator[RunningJob]:
     """Two groups with launchers of their own; others come to their rendezvous as group 1 once more."""
 
     with rendezvous(argv) as (meeting, gate):
@@ -235,7 +234,7 @@ def elastic(argv: Arguments, others: Path) -> Iterator[Job]:
 
         groups = [start(argv, group) for group in range(2)]
         try:
-            yield Job([*groups, gate], argv, others, intrude)
+            yield RunningJob([*groups, gate], argv, others, intrude)
         finally:
             for group in groups:
                 group.__exit__()

@@ -213,7 +213,7 @@ OPTIONS = {
     "--clients 1,7": "{run} has no client [7]: its clients are [0, 1]",
     "--tasks colour0,sums": "the test data has no task ['sums']: its tasks are ['colour0', 'count1']",
     "--beam 2": "--beam is not an option; options are --run, --weighting, --lambda, --alpha, --beams, "
-    "--max_new_tokens, --clients, --tasks, --instances, --split, --section.field",
+    "--private_dir, --max_new_tokens, --clients, --tasks, --instances, --split, --section.field",
     "--clients --beams 2": "--clients needs a value: --clients VALUE (see --help)",
     "--lora.rank 2": "{run} was trained with another value (lora.rank: 4 -> 2): leave that option out, or train a run of "
     "its own with it",

@@ -28,7 +28,7 @@ def evaluate_on_rank(job: Any, argv: Sequence[str]) -> str:
     from dpa_ds.cli.evaluate import load
     from dpa_ds.evaluation.runner import evaluate
 
-    return str(evaluate(load(argv), job))
+    return str(evaluate(load(argv), job) or "")
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Run:
     ) -> Path:
         """Folder of the report."""
         argv = ["--run", str(self.folder), f"--beams={beams}", f"--max_new_tokens={new_tokens}", *options]
-        (report,) = set(run_on_ranks(evaluate_on_rank, num_ranks, tmp_path, argv))
+        (report,) = set(run_on_ranks(evaluate_on_rank, num_ranks, tmp_path, argv)) - {""}
         return Path(report)
 
     def copy(self, tmp_path: Path) -> "Run":

@@ -32,4 +32,5 @@ def make_round_state(run_dir: Path, writer: BackgroundWriter) -> RoundState:
     job = JobStore(Launch("single", 0, 1, 0, "127.0.0.1", 0))
     world = World(Topology((1,), 1), 0, 0, 1, torch.device("cpu"), None)
     saving = RoundSaving(RunFolder(run_dir), writer, CheckpointConfig(), LAYOUT)
-    return RoundState(saving, world, job, "skip", ServerState.empty(), 0)
+    server_state = ServerState({"a.lora_A.weight": torch.zeros(2, 3)}, torch.zeros(0, 0))
+    return RoundState(saving, world, job, "skip", server_state, 0)

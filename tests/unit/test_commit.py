@@ -14,6 +14,7 @@ import torch
 from dpa_ds.config.schema import FederationConfig, TrackingConfig
 from dpa_ds.distributed.topology import Topology
 from dpa_ds.distributed.world import World
+from dpa_ds.federation import loop
 from dpa_ds.federation.aggregation.base import LocalUpdate, ServerState
 from dpa_ds.federation.aggregation.pipeline import build_aggregation
 from dpa_ds.federation.loop import count_round
@@ -122,6 +123,40 @@ def test_what_another_coordinator_does_is_not_done_again(tmp_path: Path) -> None
         count_round(session_of(tmp_path, leaders, writer), 2, TABLE, {})
     assert leaders.purposes == ["commit"]
     assert len(read_records(records)) == 3
+
+
+def test_of_several_that_are_left_the_coordinator_alone_rewrites_the_records(tmp_path: Path) -> None:
+    """Two that did it at once replaced one another's file, and one ended with an error."""
+    folder, records = RunFolder(tmp_path), tmp_path / "metrics.jsonl"
+    half_a_record(folder, records)
+    written = records.stat().st_ino
+    answers = iter([0.0, 1.0])
+
+    class OneOfThree(Leaders):
+        """The first is lost as it records, the second is the next coordinator, and this is the third."""
+
+        def all_reduce_(self, buffer: torch.Tensor, purpose: str) -> None:
+            buffer.add_(next(answers))
+
+    with BackgroundWriter() as writer:
+        count_round(session_of(tmp_path, OneOfThree(lambda: None, False), writer), 2, TABLE, {})
+    assert records.stat().st_ino == written
+
+
+def test_the_next_coordinator_tidies_before_the_first_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first one was lost when all groups had met, and before it dropped the records of a round that is run again."""
+    folder, records = RunFolder(tmp_path), tmp_path / "metrics.jsonl"
+    records.write_text('{"kind": "round", "round": 1}\n')
+    save_all(folder, 1)
+    folder.complete_round(1, {}, keep_rounds=2)
+    half_a_record(folder, records)
+    monkeypatch.setattr(loop, "sync_round", lambda session, is_starting: False)
+    with BackgroundWriter() as writer:
+        session = cast(Any, session_of(tmp_path, Leaders(lambda: None, other_is_lost=True), writer))
+        session.clients = []
+        session.round_state = SimpleNamespace(num_completed=1, restore_progress=lambda clients, server_round: None)
+        loop.start_rounds(session)
+    assert records.read_text() == '{"kind": "round", "round": 1}\n'
 
 
 def test_a_coordinator_that_wakes_up_late_changes_nothing(tmp_path: Path) -> None:

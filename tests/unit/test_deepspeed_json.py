@@ -1,7 +1,12 @@
 """The DeepSpeed config of a rank group: what is refused beside what the loader of the file refuses."""
 
+import json
+from pathlib import Path
+from typing import Any
+
 import pytest
 
+from dpa_ds.config.deepspeed_json import load_deepspeed_json
 from dpa_ds.config.schema import TrainConfig
 from dpa_ds.engine.engine import UNSUPPORTED, build_deepspeed_json
 from dpa_ds.errors import ConfigError
@@ -25,3 +30,28 @@ def test_a_second_share_divides_the_rank_group(partition_size: int, world_size: 
 def test_the_shipped_partition_size_fits(world_size: int) -> None:
     file_json = {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 8}}
     assert build_deepspeed_json(file_json, "zeropp.json", TrainConfig(), "bf16", world_size)
+
+
+SIZES = ("reduce_bucket_size", "stage3_max_live_parameters", "stage3_prefetch_bucket_size")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("stage", value) for value in (7, -1, True, 1.0, "3", None)),
+        *((key, value) for key in SIZES for value in (-1, "5e8", None, True, 2**63)),
+        *(("zero_hpz_partition_size", value) for value in (0, "8", None)),
+    ],
+)
+def test_what_the_planner_reads_is_checked_without_deepspeed(key: str, value: Any, tmp_path: Path) -> None:
+    """It ended in a traceback in launch/plan.py."""
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"zero_optimization": {key: value}}))
+    with pytest.raises(ConfigError, match=f"ds.json: zero_optimization.{key} must be a"):
+        load_deepspeed_json(str(path))
+
+
+def test_sizes_in_powers_of_ten_are_taken(tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text('{"zero_optimization": {"stage": 3, "reduce_bucket_size": 5e8, "stage3_prefetch_bucket_size": 0}}')
+    assert load_deepspeed_json(str(path))["zero_optimization"]["reduce_bucket_size"] == 5e8

@@ -20,8 +20,8 @@ GUIDES = [page for page in PAGES if page.name != "reference.md"]
 OTHERS = [REPOSITORY / name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")]
 PACKAGE = REPOSITORY / "dpa_ds"
 MAX_README_LINES = 180
-FILE_ENDINGS = ("json", "sbatch")
-"""`model.json` and `train.sbatch` look like fields, and are files."""
+FILE_ENDINGS = ("json", "jsonl", "sbatch")
+"""`model.json`, `metrics.jsonl` and `train.sbatch` look like fields, and are files."""
 ELSEWHERE = {"runtime/zero/utils.py"}
 """Files of DeepSpeed."""
 

@@ -78,6 +78,16 @@ def test_nonsense_in_the_config_is_one_line(
     assert "\n" not in str(caught.value)
 
 
+def test_nonsense_in_the_tokenizers_config_is_one_line(model: Path, tmp_path: Path) -> None:
+    """A setting that loading does not look at; the first text did, with a TypeError."""
+    directory = Path(shutil.copytree(model, tmp_path / "llama"))
+    path = directory / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": "long"}))
+    with pytest.raises(ModelError, match=r"no usable tokenizer in .*tokenizer_config\.json, undamaged") as caught:
+        load_tokenizer(directory)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
 def test_a_base_that_is_not_finite(number: float, model: Path, tmp_path: Path) -> None:
     directory = Path(shutil.copytree(model, tmp_path / "llama"))

@@ -21,6 +21,10 @@ from tests.unit.round_state_for_tests import make_round_state, one_client
 
 ADAPTER = {"a.lora_A.weight": torch.ones(2, 3)}
 NUM_STEPS = {"global": 1, "local": 1}
+FRESH = ClientState({"a.lora_A.weight": torch.zeros(2, 3)}, {"global": 0, "local": 0})
+"""A client as the round found it: says what its tensors must look like."""
+MOMENTS = {name: torch.ones(2, 3) for name in ("exp_avg.a.lora_A.weight", "exp_avg_sq.a.lora_A.weight")}
+OPTIMIZER = {"step": torch.ones(1), **MOMENTS}
 
 
 @pytest.fixture
@@ -31,6 +35,7 @@ def saved(tmp_path: Path) -> Path:
         rounds = make_round_state(tmp_path, writer)
         for step in (1, 2):
             rounds.open(client).inside.step = step
+            rounds.open(client).optimizer = OPTIMIZER
             rounds.save(client, 1)
     (folder,) = (tmp_path / "rounds" / "round_000001.tmp" / "progress" / "client_00").iterdir()
     return folder
@@ -38,7 +43,7 @@ def saved(tmp_path: Path) -> Path:
 
 def restored_step(run_dir: Path) -> int:
     """Steps done; 0: the round starts from scratch."""
-    client = one_client(ClientState({}, {"global": 0, "local": 0}))
+    client = one_client(FRESH)
     with BackgroundWriter() as writer:
         rounds = make_round_state(run_dir, writer)
         rounds.restore_progress([client], 1)
@@ -102,6 +107,43 @@ def test_whole_but_malformed_progress_is_passed_over_aloud(
     assert record.message.endswith("it starts the round from scratch")
 
 
+KEY = "a.lora_A.weight"
+WRONG_TENSORS: list[dict[str, dict[str, torch.Tensor]]] = [
+    {"local": {KEY: torch.ones(3, 2)}},
+    {"local": {KEY: torch.ones(2, 3), "b": torch.ones(1)}},
+    {"local": {}},
+    {"local": {KEY: torch.ones(2, 3).half()}},
+    {"local": {KEY: torch.full((2, 3), float("nan"))}},
+    {"update": {KEY: torch.ones(4, 3)}},
+    {"optimizer": MOMENTS},
+    {"optimizer": {"step": torch.ones(2), **MOMENTS}},
+    {"optimizer": {**OPTIMIZER, f"exp_avg.{KEY}": torch.ones(6)}},
+    {"local_optimizer": {"step": torch.ones(1)}},
+    {"somebody_elses": {KEY: torch.ones(2, 3)}},
+]
+
+
+@pytest.mark.parametrize("tensors", WRONG_TENSORS, ids=lambda tensors: next(iter(tensors)))
+def test_progress_with_tensors_of_another_model_is_passed_over_aloud(
+    tensors: dict[str, dict[str, torch.Tensor]], saved: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_folder(saved, tensors, read_info(saved, ""))
+    with caplog.at_level(logging.WARNING):
+        assert restored_step(tmp_path) == 0
+    (record,) = caplog.records
+    assert "the progress of client 0 holds what no run writes" in record.message
+
+
+def test_progress_that_lacks_its_optimizer_is_passed_over_aloud(
+    saved: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (saved / "optimizer.safetensors").unlink()
+    write_folder(saved, {}, read_info(saved, ""))
+    with caplog.at_level(logging.WARNING):
+        assert restored_step(tmp_path) == 0
+    assert "holds what no run writes (KeyError: 'optimizer')" in caplog.text
+
+
 def test_other_names_among_the_progress_are_left_alone(saved: Path, tmp_path: Path) -> None:
     stranger = saved.with_name("9x")
     stranger.mkdir()
@@ -110,6 +152,7 @@ def test_other_names_among_the_progress_are_left_alone(saved: Path, tmp_path: Pa
     with BackgroundWriter() as writer:
         rounds = make_round_state(tmp_path, writer)
         rounds.open(client).inside.step = 3
+        rounds.open(client).optimizer = OPTIMIZER
         rounds.save(client, 1)
     assert restored_step(tmp_path) == 3
     assert stranger.is_dir()
@@ -129,7 +172,7 @@ def test_an_update_that_was_handed_over_is_kept_on_disk(tmp_path: Path) -> None:
         for phase in (1, 2):  # two saves without it
             progress.phase = phase
             rounds.save(client, 1)
-    again = one_client(ClientState({}, {"global": 0, "local": 0}))
+    again = one_client(FRESH)
     with BackgroundWriter() as writer:
         rounds = make_round_state(tmp_path, writer)
         rounds.restore_progress([again], 1)

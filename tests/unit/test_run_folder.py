@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from dpa_ds.errors import CheckpointError
 from dpa_ds.runs.folder import RunFolder, local_folder
+from dpa_ds.runs.resume import _quarantine_damaged_rounds
 
 CONFIG = peft.LoraConfig(r=2, target_modules=["q_proj"])
 
@@ -165,6 +167,43 @@ def test_a_global_adapter_of_another_round_is_not_used(folder: RunFolder) -> Non
     save(folder, 2, {0: 2.0}, with_global=False)
     folder.complete_round(2, {}, keep_rounds=9)
     assert folder.load_newest(2, "global") is None
+
+
+# ---- what another user may not read ---------------------------------------------------------------------------------
+
+
+def close_to_this_user(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a folder of another user is; the tests may run as root, whom no mode stops."""
+    read_text = Path.read_text
+
+    def refuse(path: Path, *args: Any, **kwargs: Any) -> str:
+        if path.is_relative_to(folder):
+            raise PermissionError(13, "Permission denied", str(path))
+        return read_text(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+
+
+def test_what_is_private_to_another_user_is_not_to_be_deleted(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    complete(folder, 1, {0: 1.0, 1: 1.0})
+    close_to_this_user(folder.round_dir(1) / local_folder(1), monkeypatch)
+    with pytest.raises(CheckpointError) as raised:
+        folder.load_adapter(1, local_folder(1))
+    assert "Permission denied" in str(raised.value)
+    assert "run this as that user" in str(raised.value)
+    assert "delete" not in str(raised.value)
+    folder.load_adapter(1, local_folder(0))
+
+
+def test_what_is_private_to_another_user_is_not_quarantined(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    complete(folder, 1, {0: 1.0})
+    complete(folder, 2, {0: 2.0})
+    close_to_this_user(folder.round_dir(2) / local_folder(0), monkeypatch)
+    with pytest.raises(CheckpointError, match="Permission denied"):
+        _quarantine_damaged_rounds(folder)
+    assert names(folder) == ["round_000001", "round_000002"]
 
 
 # ---- a commit that was interrupted ------------------------------------------------------------------------------------

@@ -105,6 +105,32 @@ def test_a_resumed_run_hides_what_it_writes_again_and_no_more(tmp_path: Path) ->
     assert not (tmp_path / "tensorboard" / "client_00").exists()
 
 
+def test_a_point_is_in_the_file_when_it_was_drawn(tmp_path: Path) -> None:
+    """What is saved next says that the step is done: a process that is killed then would leave a gap in the curve."""
+    tracker = Tracker(tmp_path, True, TrackingConfig())
+    for step in range(3):
+        tracker.scalars("client_00", {"loss": [1.0] * 5}, 5 * step)
+        assert num_events(tmp_path / "tensorboard" / "client_00", "loss") == 5 * (step + 1)
+    tracker.close()
+
+
+def test_the_rounds_of_several_coordinators_are_one_curve(tmp_path: Path) -> None:
+    """Group 1 takes rounds 3 and 6; group 0 is back for 4 and 5. Each hides what it writes again, and nothing else."""
+    config = TrackingConfig()
+    trackers = [Tracker(tmp_path, True, config) for _ in range(2)]
+    for server_round, coordinator in ((1, 0), (2, 0), (3, 1), (4, 0), (5, 0), (6, 1)):
+        for group, tracker in enumerate(trackers):
+            if group == coordinator:
+                tracker.take_curves("rounds", server_round)
+                tracker.scalars("rounds", {"held_out_loss": 1.0}, server_round)
+            else:
+                tracker.leave_curves("rounds")
+        time.sleep(1.0)  # the order of the files is that of their names, which have seconds
+    for tracker in trackers:
+        tracker.close()
+    assert num_events(tmp_path / "tensorboard" / "rounds", "held_out_loss") == 6
+
+
 def test_curves_are_written_before_a_signal_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On every rank: only then may the job say that all is saved."""
     from dpa_ds.cli import session as module

@@ -91,7 +91,9 @@ def test_rank_that_does_not_arrive_is_named_in_time(tmp_path: Path) -> None:
     assert seconds < 2
 
 
-OTHER_JOB = "ClusterError 3: another job runs at 127.0.0.1:0 already, and is not touched: choose another MASTER_PORT"
+OTHER_JOB = (
+    "ClusterError 3: another job runs at 127.0.0.1:29500 already, and is not touched: choose another MASTER_PORT"
+)
 
 
 def intrude(job: JobStore) -> tuple[str, list[str], list[str]]:
@@ -110,7 +112,7 @@ def intrude(job: JobStore) -> tuple[str, list[str], list[str]]:
         raise Exited
 
     for rank, facts in ((1, {"code": "1"}), (1, {"code": "2"}), (2, {"code": "1"})):
-        intruder = JobStore(Launch("env", rank, 3, rank, "127.0.0.1", 0), job.store)
+        intruder = JobStore(Launch("env", rank, 3, rank, "127.0.0.1", 29500), job.store)
         refused.append(outcome(intruder.check_consistency, facts, None, 5.0))
         with patch.object(Launch, "exit", noted_exit), suppress(Exited):
             intruder.fail(ClusterError("x"))

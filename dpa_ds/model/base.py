@@ -27,6 +27,8 @@ from dpa_ds.model.directory import check_directory, tensor_files
 
 logger = logging.getLogger(__name__)
 
+PLAIN_DTYPES = ("F64", "F32", "F16", "BF16")
+"""Stored types, by safetensors' names, whose numbers are the weights themselves."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -180,6 +182,11 @@ def _load_partitioned(config: ModelConfig, directory: Path, deepspeed_json: Mapp
     import deepspeed
 
     hf_config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    if getattr(hf_config, "quantization_config", None) is not None:
+        raise ModelError(
+            f"{directory}/config.json has a quantization_config: its files hold codes and scales, which loading under "
+            "ZeRO-3 does not take apart; use a ds_configs/ file below stage 3, or the model in 16 bits"
+        )
     with no_init_weights(), deepspeed.zero.Init(config_dict_or_path=dict(deepspeed_json)):
         model = AutoModelForCausalLM.from_config(
             hf_config,
@@ -243,6 +250,11 @@ def _stored_name(name: str, files: Mapping[str, Path], prefix: str) -> str:
 
 def _read_partition(stored: Any, name: str, parameter: torch.nn.Parameter) -> None:
     """Fill this rank's ZeRO-3 share of `parameter`: elements [start, end) of the flattened tensor."""
+    if stored.get_dtype() not in PLAIN_DTYPES:
+        raise ModelError(
+            f"tensor {name!r} is stored as {stored.get_dtype()}, which loading under ZeRO-3 does not take for a "
+            "weight: use a ds_configs/ file below stage 3, or the model in 16 bits"
+        )
     shape, full = tuple(stored.get_shape()), tuple(parameter.ds_shape)  # type: ignore[attr-defined]
     if shape != full:
         raise ModelError(f"tensor {name!r} has shape {shape} in the checkpoint, but the model's config says {full}")

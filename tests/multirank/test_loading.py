@@ -40,7 +40,7 @@ def load_shares(job: Any, argv: Sequence[str], model_dir: str, precision: str) -
 
     class Counted:
         def __init__(self, stored: Any) -> None:
-            self.get_shape = stored.get_shape
+            self.get_shape, self.get_dtype = stored.get_shape, stored.get_dtype
             self._stored = stored
 
         def __getitem__(self, rows: slice) -> torch.Tensor:
@@ -151,3 +151,31 @@ def test_a_whole_base_goes_past_the_memory_of_the_host(tmp_path: Path) -> None:
     for found in run_on_ranks(load_whole, 2, tmp_path, argv, str(small), str(large)):
         assert found["devices"] == {"meta"}
         assert found["grown"] < size_in_bf16 / 4
+
+
+def refusal(job: Any, argv: Sequence[str], model_dir: str) -> str:
+    from dpa_ds.errors import ModelError
+
+    try:
+        load_shares(job, argv, model_dir, "fp32")
+    except ModelError as error:
+        return str(error)
+    return ""
+
+
+def test_codes_are_not_taken_for_weights(tmp_path: Path) -> None:
+    """A checkpoint in 8 bits, whose numbers are weights only with its scales; then one that says so in its config."""
+    directory = tiny.make_model(tmp_path / "model")
+    argv = tiny.recipe(directory, tmp_path, tmp_path / "runs")
+    file = directory / "model.safetensors"
+    tensors = load_file(file)
+    name = "model.layers.0.mlp.up_proj.weight"
+    save_file({**tensors, name: tensors[name].to(torch.float8_e4m3fn)}, file, metadata={"format": "pt"})
+    (reason,) = run_on_ranks(refusal, 1, tmp_path, argv, str(directory))
+    assert f"tensor '{name}' is stored as F8_E4M3, which loading under ZeRO-3 does not take" in reason
+    save_file(tensors, file, metadata={"format": "pt"})
+    config = json.loads((directory / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    (directory / "config.json").write_text(json.dumps(config))
+    (reason,) = run_on_ranks(refusal, 1, tmp_path, argv, str(directory))
+    assert "config.json has a quantization_config" in reason

@@ -26,7 +26,7 @@ from dpa_ds.data.sources import Example
 from dpa_ds.errors import ConfigError, DataError
 
 # Part of the cache key: raise it whenever the layout of an example or of the file changes.
-_LAYOUT_VERSION = 1
+_LAYOUT_VERSION = 2
 
 # Texts handed to the tokenizer in one call: enough for its threads, small enough not to show in memory.
 _TEXTS_PER_CALL = 1024
@@ -84,7 +84,7 @@ def tokenize_examples(
         raise DataError(f"{owner}: the tokenizer has no end token: set eos_token in the model's tokenizer_config.json")
     eos = int(tokenizer.eos_token_id)
     prompts = tokenize_prompts([example.instruction for example in examples], tokenizer, template)
-    answers = _tokenize([example.output for example in examples], tokenizer, special_tokens=False)
+    answers = _tokenize([example.output for example in examples], tokenizer, special_tokens=False, split_special=True)
     kept: list[npt.NDArray[np.int32]] = []
     prompt_lengths: list[int] = []
     longest = 0
@@ -108,14 +108,43 @@ def tokenize_examples(
 
 
 def tokenize_prompts(instructions: Sequence[str], tokenizer: PreTrainedTokenizerBase, template: str) -> list[list[int]]:
-    """Tokens of each instruction in the template: the same in training and at inference."""
+    """Tokens of each instruction in the template: the same in training and at inference.
+
+    Special tokens that the template spells are such; what an instruction spells is text.
+    """
     texts = [render_prompt(template, instruction) for instruction in instructions]
     prompts = _tokenize(texts, tokenizer, special_tokens=True)
-    for prompt in prompts:
-        # Some tokenizers end every text with eos; here it would make the model stop before the answer.
-        if prompt and prompt[-1] == tokenizer.eos_token_id:
-            prompt.pop()
+    begin, end = _own_tokens(tokenizer)
+    for i, instruction in enumerate(instructions):
+        if any(token in instruction for token in tokenizer.all_special_tokens):
+            prompts[i] = [*begin, *_tokenize_apart(template, instruction, tokenizer)]
+        elif end:
+            # Some tokenizers end every text with eos; here it would make the model stop before the answer.
+            prompts[i] = prompts[i][: -len(end)]
+        if begin and prompts[i][: 2 * len(begin)] == [*begin, *begin]:  # the template spells it, too
+            prompts[i] = prompts[i][len(begin) :]
     return prompts
+
+
+def _own_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """What the tokenizer puts before and after every text, such as BOS and EOS."""
+    text = "a"
+    (bare,) = _tokenize([text], tokenizer, special_tokens=False)
+    (whole,) = _tokenize([text], tokenizer, special_tokens=True)
+    for start in range(len(whole) - len(bare) + 1):
+        if whole[start : start + len(bare)] == bare:
+            return whole[:start], whole[start + len(bare) :]
+    return [], []
+
+
+def _tokenize_apart(template: str, instruction: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The template's parts, and between them the instruction, in which nothing is special."""
+    (inside,) = _tokenize([instruction], tokenizer, special_tokens=False, split_special=True)
+    first, *others = _tokenize(template.split("{instruction}"), tokenizer, special_tokens=False)
+    prompt = list(first)
+    for part in others:
+        prompt += [*inside, *part]
+    return prompt
 
 
 def load_or_tokenize(
@@ -144,13 +173,22 @@ def load_or_tokenize(
     return tokenized
 
 
-def _tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, special_tokens: bool) -> list[list[int]]:
+def _tokenize(
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, special_tokens: bool, split_special: bool = False
+) -> list[list[int]]:
+    """Tokens of each text.
+
+    Args:
+        special_tokens: add the tokenizer's own, such as BOS.
+        split_special: special tokens that a text spells are text.
+    """
     ids: list[list[int]] = []
     for start in range(0, len(texts), _TEXTS_PER_CALL):
         chunk = list(texts[start : start + _TEXTS_PER_CALL])
         encoded = tokenizer(
             chunk,
             add_special_tokens=special_tokens,
+            split_special_tokens=split_special,
             return_attention_mask=False,
             return_token_type_ids=False,
             verbose=False,  # no "longer than the model's maximum" lines: max_length decides here

@@ -187,3 +187,24 @@ def test_writer_killed_before_the_rename_leaves_no_broken_entry(
             load_or_tokenize(EXAMPLES, TOKENIZER, config, "client_0")
     assert cache_files(config) == []
     assert len(load_or_tokenize(EXAMPLES, TOKENIZER, config, "client_0")) == 2
+
+
+def prompt(instruction: str, template: str = TEMPLATE, ending: str = "") -> list[int]:
+    return tokenize.tokenize_prompts([instruction], make_tokenizer(ending=ending), template)[0]
+
+
+@pytest.mark.parametrize("ending", ["", "</s>"])
+def test_special_tokens_that_a_users_text_spells_are_text(ending: str) -> None:
+    """In prompt and answer: a second end token among the labels would teach the model to stop there."""
+    example = Example("what does </s> mean", "the end: </s>, after <s>", "t")
+    tokenized = tokenize_examples([example], make_tokenizer(ending=ending), "<s>{instruction}\n", 512, "client_0")
+    ids, border = tokenized.input_ids(0).tolist(), int(tokenized.prompt_lengths[0])
+    assert (ids.count(BOS), ids.count(EOS), ids[0], ids[-1]) == (1, 1, BOS, EOS)
+    assert TOKENIZER.decode(ids[1:border]) == "what does </s> mean\n"
+    assert TOKENIZER.decode(ids[border:-1]) == example.output
+
+
+@pytest.mark.parametrize("ending", ["", "</s>"])
+def test_a_template_may_spell_what_the_tokenizer_adds(ending: str) -> None:
+    assert prompt("x", "<s>{instruction}", ending) == prompt("x", "{instruction}", ending)
+    assert prompt("x", "{instruction}</s>", ending) == [*prompt("x", "{instruction}", ending), EOS], "it means it"

@@ -183,7 +183,10 @@ class JobStore:
     def finish(self) -> None:
         """Wait until every rank has come this far: the store lives on rank 0. Collective: all ranks of the job."""
         self._end_watchdog()
-        self.store.set(f"done/{self.launch.global_rank}", "")
+        mine = f"done/{self.launch.global_rank}"
+        self.store.set(mine, "")
+        # An answer, because nobody waits for that of `set`: this process is about to end, and its tunnel with it.
+        self.store.check([mine])
         if self.launch.global_rank == 0:
             self._wait(self._key_of_each_rank("done"))
 

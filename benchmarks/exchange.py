@@ -12,13 +12,12 @@ import socket
 import statistics
 import tempfile
 import threading
-import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from table import spread, where_and_when
+from table import seconds_of, spread, where_and_when
 
 from dpa_ds.distributed.launchers import LOOPBACK
 from dpa_ds.distributed.tunnel import LIGHTHOUSE, STORE, Gate, Tunnel, Visitor, listen
@@ -73,7 +72,7 @@ def _leader(rank: int, ports: tuple[int, int], folder: str, numel: int, repeats:
     for _ in range(repeats + 1):
         for name, exchange in exchanges.items():
             exchange(torch.zeros(1))  # together
-            found["exchange"][name].append(_seconds(lambda: exchange(buffer)))  # noqa: B023
+            found["exchange"][name].append(seconds_of(lambda: exchange(buffer)))  # noqa: B023
     found["exchange"] = {name: seconds[1:] for name, seconds in found["exchange"].items()}
     if rank == 0:
         found["handover"] = _handovers(buffer, repeats)
@@ -161,7 +160,7 @@ def _handovers(vector: Any, repeats: int) -> dict[str, list[float]]:
                 sending.join()
                 transport.disallow_checkpoint()  # noqa: B023
 
-            found[name].append(_seconds(hand_over))
+            found[name].append(seconds_of(hand_over))
     return {name: seconds[1:] for name, seconds in found.items()}
 
 
@@ -175,18 +174,12 @@ def _requests(store_port: int, gate_port: int) -> tuple[list[float], list[float]
     found: tuple[list[float], list[float]] = ([], [])
     for _ in range(NUM_REQUESTS):
         for client, seconds in zip(clients, found, strict=True):
-            seconds.append(_seconds(lambda: client.add("counter", 1)))  # noqa: B023
+            seconds.append(seconds_of(lambda: client.add("counter", 1)))  # noqa: B023
     return found
 
 
 def _port(address: str) -> int:
     return int(address.rpartition(":")[2])
-
-
-def _seconds(work: Callable[[], Any]) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
 
 
 if __name__ == "__main__":

@@ -12,13 +12,12 @@ import json
 import os
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from planner import Case, Setting, _build, write_model, write_recipe
-from table import spread, where_and_when
+from table import seconds_of, spread, where_and_when
 
 from dpa_ds.planning.shapes import PRESETS
 
@@ -97,7 +96,7 @@ def _together(group: Any, work: Callable[[], Any]) -> float:
     import torch
 
     group._group.allreduce([torch.zeros(1)]).wait()
-    return _seconds(work)
+    return seconds_of(work)
 
 
 def _switches(_: int, folder: str, name: str, stage: int, repeats: int) -> None:
@@ -119,15 +118,9 @@ def _switches(_: int, folder: str, name: str, stage: int, repeats: int) -> None:
             engine.read_state(phase.trainable)
 
     switch()
-    found = {"parameters": base_parameters, "seconds": [_seconds(switch) for _ in range(repeats)]}
+    found = {"parameters": base_parameters, "seconds": [seconds_of(switch) for _ in range(repeats)]}
     (Path(folder) / f"{name}.json").write_text(json.dumps(found))
     os._exit(0)
-
-
-def _seconds(work: Callable[[], Any]) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
 
 
 def _ratio(ours: list[float], other: list[float]) -> str:

@@ -4,6 +4,7 @@ import datetime
 import importlib.metadata
 import platform
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,13 @@ def processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def seconds_of(work: Callable[[], object]) -> float:
+    """How long a call of `work` takes."""
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
 
 
 def where_and_when(hardware: str | None = None, packages: Sequence[str] = ("torch", "deepspeed")) -> str:

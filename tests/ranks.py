@@ -22,6 +22,8 @@ PRELOADED = [
     "transformers.models.llama.modeling_llama",
 ]
 
+LINGER_SECONDS = 60.0
+
 
 def run_on_ranks(
     function: Callable[..., Any], num_ranks: int, tmp_path: Path, *args: Any, deadline_seconds: float = 300.0
@@ -94,4 +96,5 @@ def _run(
         pipe.send((False, traceback.format_exc()))
     finally:
         pipe.close()
+        time.sleep(LINGER_SECONDS)  # the others may still be connecting to this rank; it is killed with them
         os._exit(0)

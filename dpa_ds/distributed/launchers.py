@@ -232,7 +232,7 @@ def _from_environment(environ: Mapping[str, str]) -> Launch:
         global_rank=rank,
         job_world_size=size,
         local_rank=_local_rank(environ, "LOCAL_RANK"),
-        master_addr=environ.get("MASTER_ADDR", "127.0.0.1"),
+        master_addr=environ.get("MASTER_ADDR", LOOPBACK),
         master_port=_port(environ, DEFAULT_PORT),
         on_one_host=_is_on_one_host(environ),
         agent_store=environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",

@@ -46,8 +46,11 @@ class _Direction:
 class _Pair:
     """Two connections. One may end while the other still sends."""
 
-    def __init__(self, first: socket.socket, second: socket.socket, heard: Callable[[], None]) -> None:
+    def __init__(
+        self, first: socket.socket, second: socket.socket, heard: Callable[[], None], on_end: Callable[[], None]
+    ) -> None:
         self.ends = (first, second)
+        self.on_end = on_end
         self.directions = (_Direction(first, second, heard), _Direction(second, first, _nothing))
 
     def move(self) -> bool:
@@ -76,11 +79,10 @@ class Pump:
     def __init__(self) -> None:
         self._selector = selectors.DefaultSelector()
         self._lock = threading.Lock()
-        self._new: list[tuple[_Pair, Callable[[], None]]] = []
+        self._new: list[_Pair] = []
         self._wake, self._woken = socket.socketpair()
         self._woken.setblocking(False)
         self._selector.register(self._woken, selectors.EVENT_READ)
-        self._on_end: dict[_Pair, Callable[[], None]] = {}
         threading.Thread(target=self._run, name="pump", daemon=True).start()
 
     def add(
@@ -100,7 +102,7 @@ class Pump:
             end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             end.setblocking(False)
         with self._lock:
-            self._new.append((_Pair(first, second, heard), on_end))
+            self._new.append(_Pair(first, second, heard, on_end))
         self._wake.send(b"+")
 
     def _run(self) -> None:
@@ -117,8 +119,7 @@ class Pump:
             self._woken.recv(CHUNK_BYTES)
         with self._lock:
             new, self._new = self._new, []
-        for pair, on_end in new:
-            self._on_end[pair] = on_end
+        for pair in new:
             self._serve(pair)  # a proof may have left bytes behind it
 
     def _serve(self, pair: _Pair) -> None:
@@ -128,7 +129,7 @@ class Pump:
             if not is_open:
                 end.close()
         if not is_open:
-            self._on_end.pop(pair)()
+            pair.on_end()
 
     def _wait_for(self, end: socket.socket, events: int, pair: _Pair) -> None:
         known = self._selector.get_map().get(end)

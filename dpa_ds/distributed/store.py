@@ -8,7 +8,6 @@ go through tunnels (tunnel.py). Under torchrun, whose agent has a store of its o
 import json
 import os
 import socket
-import sys
 import time
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -17,6 +16,7 @@ from dpa_ds.distributed.launchers import ANY_PORT, LOOPBACK, Launch
 from dpa_ds.distributed.meeting import announce_port, ask_port
 from dpa_ds.distributed.secret import HungUp, Refused, user_secret
 from dpa_ds.distributed.tunnel import STORE, Gate, Tunnel, Visitor, listen
+from dpa_ds.distributed.watchdog import say
 from dpa_ds.errors import ClusterError
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def _open_gate(launch: Launch, store_port: int) -> int:
         listener = listen(_address_of_this_host(launch.master_addr), port)
     except OSError as error:
         raise _cannot("serve", launch, error) from error
-    return Gate(listener, {STORE: store_port}, user_secret(), report=_say).port
+    return Gate(listener, {STORE: store_port}, user_secret(), report=say).port
 
 
 def _address_of_this_host(host: str) -> str:
@@ -157,8 +157,3 @@ def _cannot(verb: str, launch: Launch, error: Exception) -> ClusterError:
         f"rank {launch.global_rank} cannot {verb} the job's store at {launch.meeting_place}: "
         f"{reason}; choose another MASTER_PORT (deepspeed --master_port)"
     )
-
-
-def _say(line: str) -> None:
-    sys.stderr.write(f"{line}\n")
-    sys.stderr.flush()

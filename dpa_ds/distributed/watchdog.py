@@ -123,7 +123,7 @@ class Watchdog:
                     self._stop.make(monitor.message)
                     continue
                 if monitor.message:
-                    _say(monitor.message)
+                    say(monitor.message)
                 self._launch.exit(monitor.exit_code)
 
     def _build_monitors(self) -> list["Monitor"]:
@@ -184,7 +184,7 @@ class Watchdog:
         if store.compare_set("failure", "", mine).decode() != mine:
             return  # another rank has failed meanwhile, and said why
         named = list_some([self._describe(rank) for rank in silent])
-        _say(
+        say(
             f"error: nothing heard for {self._heartbeat_timeout_seconds:g} s (cluster.heartbeat_timeout_seconds) of "
             f"{named}: stopped, cut off, or its host is down; {RESUMABLE}"
         )
@@ -379,7 +379,8 @@ def _arrives_through_the_pipe(number: int, frame: FrameType | None) -> None:
     """Handler with nothing to do: `set_wakeup_fd` has written the number into the pipe that `watch-signals` reads."""
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """Write a line to standard error, at once."""
     sys.stderr.write(text + "\n")
     sys.stderr.flush()
 

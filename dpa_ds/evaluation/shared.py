@@ -17,6 +17,7 @@ from dpa_ds.data.sources import ClientInfo
 from dpa_ds.evaluation.answers import Answer, AnswerKey, Instance, ScoredAnswer
 from dpa_ds.evaluation.metrics import METRICS
 from dpa_ds.evaluation.statistics import ScoreTable, scores_of
+from dpa_ds.runs.folder import client_name
 from dpa_ds.runs.storage import well_formed, write_file
 
 SCORES, SUMS = "scores", "sums"
@@ -58,7 +59,7 @@ def write_scores(
             "metrics": list(METRICS),
             "answers": [rows[info.client][key] for key in sorted(rows[info.client])],
         }
-        write_file(evaluation_dir / SCORES / f"client_{info.client:02d}.json", json.dumps(content))
+        write_file(evaluation_dir / SCORES / f"{client_name(info.client)}.json", json.dumps(content))
 
 
 def read_scores(evaluation_dir: Path, instances: Sequence[Instance]) -> SharedScores:

@@ -11,6 +11,7 @@ import torch
 from dpa_ds.distributed.world import World
 from dpa_ds.federation.clients import HostedClient
 from dpa_ds.federation.progress import RoundMetrics, RoundProgress
+from dpa_ds.runs.folder import client_name
 from dpa_ds.runs.tracking import ALL_CLIENTS, Tracker
 
 EVALUATED = {"held_out_loss": "held_out/loss", "P": "scores/P", "TTP": "scores/TTP"}
@@ -126,7 +127,7 @@ def continue_curves(tracker: Tracker, clients: Sequence[HostedClient], num_compl
     tracker.continue_curves(ALL_CLIENTS, num_completed + 1)
     for client in clients:
         first_step = max(num_completed + 1, *client.state.num_steps.values())
-        tracker.continue_curves(f"client_{client.client_id:02d}", first_step)
+        tracker.continue_curves(client_name(client.client_id), first_step)
 
 
 def draw_evaluation(tracker: Tracker, server_round: int, rows: Mapping[int, Row]) -> None:
@@ -139,7 +140,7 @@ def draw_evaluation(tracker: Tracker, server_round: int, rows: Mapping[int, Row]
     """
     for client_id, row in rows.items():
         tagged = {tag: row[name] for name, tag in EVALUATED.items() if not math.isnan(row[name])}
-        tracker.scalars(f"client_{client_id:02d}", tagged, server_round)
+        tracker.scalars(client_name(client_id), tagged, server_round)
 
 
 def record_round(

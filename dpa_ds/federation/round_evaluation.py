@@ -10,6 +10,7 @@ from dpa_ds.federation.aggregation.base import ServerState
 from dpa_ds.federation.clients import HostedClient
 from dpa_ds.federation.trainer import Trainer
 from dpa_ds.inference.client_model import ClientModel
+from dpa_ds.runs.folder import client_name
 from dpa_ds.runs.tracking import Tracker
 
 Evaluated = dict[int, dict[str, float]]
@@ -76,6 +77,6 @@ class RoundEvaluation:
         model = ClientModel(info, client.state.local_adapter, was_trained, client.references)
         scores = self._scorer.score(model, state.reference_mean)
         tagged = {f"scores/{task}": score for task, score in scores.items()}
-        self._tracker.scalars(f"client_{client.client_id:02d}", tagged, server_round)
+        self._tracker.scalars(client_name(client.client_id), tagged, server_round)
         own, everything = own_and_all(scores, info.own_tasks)
         return {"P": own, "TTP": everything}

@@ -23,6 +23,7 @@ from dpa_ds.errors import TrainingError
 from dpa_ds.federation.aggregation.base import LocalUpdate, ServerState, Transform
 from dpa_ds.federation.clients import HostedClient
 from dpa_ds.federation.progress import PhaseProgress, RoundProgress
+from dpa_ds.runs.folder import client_name
 from dpa_ds.runs.tracking import Tracker
 
 T = TypeVar("T")
@@ -303,7 +304,7 @@ class Trainer:
             f"{adapter}/lr": run.learning_rates,
         }
         client = run.client
-        self._tracker.scalars(f"client_{client.client_id:02d}", series, client.state.num_steps[adapter])
+        self._tracker.scalars(client_name(client.client_id), series, client.state.num_steps[adapter])
         num_steps = {
             **client.state.num_steps,
             adapter: client.state.num_steps[adapter] + len(inside.losses),

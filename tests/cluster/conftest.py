@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.cluster.hosts import Hosts, why_not
 from tests.cluster.machines import Machines, why_no_machines
 
 
@@ -12,6 +13,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("cluster"):
             item.add_marker(pytest.mark.flaky(reruns=1))
+
+
+@pytest.fixture(scope="module")
+def hosts() -> Iterator[Hosts]:
+    """n1 and n2, with a network between them and nothing else."""
+    reason = why_not()
+    if reason:
+        pytest.skip(reason)
+    with Hosts(2) as hosts:
+        yield hosts
 
 
 @pytest.fixture(scope="session")

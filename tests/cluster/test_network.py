@@ -1,7 +1,7 @@
 """Faults of a real network between hosts: found within their bounds, survived, and restored exactly."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from tests import tiny
-from tests.cluster.hosts import Hosts, why_not
+from tests.cluster.hosts import Hosts
 from tests.launch.processes import (
     PYTHON,
     RUN,
@@ -33,16 +33,6 @@ AT_END_SECONDS = 15.0
 PREEMPTED = 75
 PORT = "29600"
 Arguments = Callable[..., list[str]]
-
-
-@pytest.fixture(scope="module")
-def hosts() -> Iterator[Hosts]:
-    """n1 and n2."""
-    reason = why_not()
-    if reason:
-        pytest.skip(reason)
-    with Hosts(2) as hosts:
-        yield hosts
 
 
 @pytest.fixture(scope="module")

@@ -1,14 +1,14 @@
 """Where jobs listen: what SECURITY.md says in its table of ports."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from tests import tiny
-from tests.cluster.hosts import Hosts, why_not
+from tests.cluster.hosts import Hosts
 from tests.launch.processes import PYTHON, REPOSITORY, RUN, Running, beside_python, free_port, wait_for
 from tests.sockets import listening
 
@@ -44,16 +44,6 @@ def interface_of(address: str) -> str:
 def interfaces(running: Running) -> set[str]:
     """Those at which the Python processes of a command listen."""
     return {interface_of(address) for address, _ in listening(running.remaining())}
-
-
-@pytest.fixture(scope="module")
-def hosts() -> Iterator[Hosts]:
-    """n1 and n2."""
-    reason = why_not()
-    if reason:
-        pytest.skip(reason)
-    with Hosts(2) as hosts:
-        yield hosts
 
 
 def at_work(argv: Sequence[str], folder: Path, running: Sequence[Running]) -> None:

@@ -129,7 +129,7 @@ def leave_torn(step: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None
     """Do the first half of what the step interrupts."""
     match step:
         case "progress torn" | "adapter torn":
-            path, text = args
+            path, text, *_ = args
             path.with_name(f"{path.name}.here.1.tmp").write_text(text[: len(text) // 2])
         case "record torn":
             tracker, kind, server_round = args

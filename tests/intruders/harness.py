@@ -4,14 +4,13 @@ import random
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests import tiny
 from tests.launch.processes import (
     PYTHON,
     RUN,
-    Ended,
     Forked,
     Running,
     adapters,
@@ -20,7 +19,7 @@ from tests.launch.processes import (
     run_by_hand,
     wait_for,
 )
-from tests.launch.test_elastic import rendezvous
+from tests.launch.test_elastic import last_round, rendezvous
 from tests.sockets import listening
 
 DEADLINE_SECONDS = 150.0
@@ -43,6 +42,13 @@ class RunningJob:
     intrude: Callable[[Arguments, str, int], list[Running]]
     """Starts a program that comes to where this job is: `intrude(argv, program, number of ranks or groups)`."""
     num_intruders: int = 0
+    silent: list[socket.socket] = field(default_factory=list)
+    """Connections that are kept open and say nothing."""
+
+    @property
+    def ranks(self) -> list[Running]:
+        """Those of `processes` that train."""
+        return [one for one in self.processes if RUN[1] in one.command]
 
     def ports(self) -> list[tuple[str, int]]:
         """Where something can be said to it."""
@@ -116,14 +122,11 @@ def garbage(job: RunningJob, drawn: random.Random) -> None:
     job.assert_at_work()
 
 
-_SILENT: list[socket.socket] = []
-
-
 def silent(job: RunningJob, _: random.Random) -> None:
     """Connects to everything, and stays."""
     for place in job.ports():
         with suppress(OSError):
-            _SILENT.append(socket.create_connection(place, 5))
+            job.silent.append(socket.create_connection(place, 5))
     job.assert_at_work()
 
 
@@ -161,17 +164,14 @@ class Harness:
             for number, intruder in enumerate(intruders, 1):
                 intruder(job, drawn)
                 report(f"{number}/{len(intruders)} {mode}: {intruder.__name__}, and the job continues")
-            after = _last_round(folder / "runs" / "tiny") + 1
+            after = last_round(folder / "runs" / "tiny") + 1
             wait_for(folder / "runs" / "tiny", f"rounds/round_{after:06d}/meta.json", job.processes, DEADLINE_SECONDS)
             _stop(job)
-        num_rounds = _last_round(folder / "runs" / "tiny")
+        num_rounds = last_round(folder / "runs" / "tiny")
         disturbed = adapters(folder / "runs" / "tiny", num_rounds)
-        while _SILENT:
-            _SILENT.pop().close()
         expected = self._folder / f"{mode}_{seed}_undisturbed"
         with MODES[mode](self._recipe(expected, num_rounds), expected / "others") as job:
-            ranks = [one for one in job.processes if "launch/run.py" in one.command]
-            ended = [one.wait(RUN_SECONDS) for one in ranks]
+            ended = [rank.wait(RUN_SECONDS) for rank in job.ranks]
         assert all(one.returncode == 0 for one in ended), ended[0].output
         assert_same_adapters(disturbed, adapters(expected / "runs" / "tiny", num_rounds), tolerance=0.0)
 
@@ -188,15 +188,13 @@ class Harness:
         return tiny.recipe(self._model, self._data, folder / "runs", **settings)
 
 
-def _last_round(run_dir: Path) -> int:
-    return max(int(path.parent.name[-6:]) for path in run_dir.glob("rounds/round_??????/meta.json"))
-
-
-def _stop(job: RunningJob) -> list[Ended]:
-    ranks = [one for one in job.processes if "launch/run.py" in one.command]
-    for rank in ranks:
+def _stop(job: RunningJob) -> None:
+    for rank in job.ranks:
         rank.process.terminate()
-    return [rank.wait(DEADLINE_SECONDS) for rank in ranks]
+    for rank in job.ranks:
+        rank.wait(DEADLINE_SECONDS)
+    for connection in job.silent:
+        connection.close()
 
 
 @contextmanager

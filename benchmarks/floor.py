@@ -39,7 +39,6 @@ class Floor:
         inputs = self._base.get_input_embeddings()(one.input_ids[None].to(device)).requires_grad_()
         hidden = self._base.base_model(
             inputs_embeds=inputs,
-            position_ids=one.position_ids[None].to(device),
             use_cache=False,
             **self._packing.arguments(one, device),
         ).last_hidden_state

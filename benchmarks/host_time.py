@@ -140,8 +140,7 @@ def work_of(adapters: AdapterModel, batch: MicroBatch, kernel: Kernel) -> Callab
     def work() -> None:
         with packing:
             arguments = packing.arguments(batch, torch.device("cpu"))
-            ids, positions = batch.input_ids[None], batch.position_ids[None]
-            logits = adapters.peft_model(input_ids=ids, position_ids=positions, use_cache=False, **arguments).logits
+            logits = adapters.peft_model(input_ids=batch.input_ids[None], use_cache=False, **arguments).logits
             logits.sum().backward()
 
     return work

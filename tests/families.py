@@ -1,5 +1,6 @@
 """Tiny random models of the families that users have, with the tokenizer of tests/tiny.py."""
 
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,70 +20,138 @@ COMMON: dict[str, Any] = {
     "initializer_range": 0.3,
 }
 """Of every family that has the field."""
-FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "mistral": {"sliding_window": 8},
-    "qwen2": {},
-    "qwen3": {},
-    "gemma": {},
-    "gemma3_text": {"sliding_window": 8},
-    "phi": {},
-    "phi3": {},
-    "gpt_neox": {},
-    "gptj": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "rotary_dim": 4},
-    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128},
-    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
-    "qwen2_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
-    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
-    "olmo2": {},
-    "olmo3": {"sliding_window": 8},
-    "granite": {},
-    "smollm3": {},
-    "starcoder2": {},
-    "cohere": {},
-    "cohere2": {"sliding_window": 8},
-    "glm4": {},
-    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
-    "seed_oss": {},
-    "lfm2": {"layer_types": ["conv", "full_attention"]},
-    "granitemoehybrid": {
-        "layer_types": ["mamba", "attention"],
-        "num_local_experts": 0,
-        "mamba_n_heads": 4,
-        "mamba_d_head": 16,
-        "mamba_d_state": 8,
-        "mamba_chunk_size": 8,
-    },
-    "recurrent_gemma": {"lru_width": 32, "attention_window_size": 16, "block_types": ["recurrent", "attention"]},
-    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8},
-    "deepseek_v3": {
-        "n_routed_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 16,
-        "kv_lora_rank": 16,
-        "q_lora_rank": 16,
-        "qk_nope_head_dim": 8,
-        "qk_rope_head_dim": 4,
-        "v_head_dim": 8,
-        "n_group": 1,
-        "topk_group": 1,
-        "first_k_dense_replace": 1,
-    },
+ATTENTION = ("q_proj", "v_proj", "o_proj")
+"""Names of the adapted layers in most families."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """One row of the matrix."""
+
+    config: dict[str, Any] = field(default_factory=dict)
+    """What differs from COMMON."""
+    targets: tuple[str, ...] = ATTENTION
+    """`lora.target_modules`."""
+    attention: str = "sdpa"
+    """`model.attention`."""
+    refuses: tuple[str, ...] = ()
+    """Fields of COMMON that its config does not take."""
+
+
+_GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "n_inner": 64}
+_MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "num_local_experts": 4}
+_MAMBA = {
+    "mamba_n_heads": 4,
+    "mamba_d_head": 16,
+    "mamba_d_state": 8,
+    "mamba_chunk_size": 8,
+    "mamba_d_ssm": 64,
+    "mamba_n_groups": 1,
+    "mamba_expand": 2,
 }
-"""By transformers' model_type: what differs from COMMON."""
+_LATENT = {  # DeepSeek's attention
+    **_MOE,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 16,
+    "q_lora_rank": None,
+    "head_dim": 4,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 8,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+}
+_LATENT_TARGETS = ("q_proj", "kv_b_proj", "o_proj")
+_FUSED = ("query_key_value", "dense")
+FAMILIES: dict[str, Family] = {
+    "llama": Family(),
+    "mistral": Family({"sliding_window": 8}),
+    "qwen2": Family(),
+    "qwen3": Family(),
+    "gemma": Family(),
+    "gemma2": Family({"sliding_window": 8, "query_pre_attn_scalar": 8}, attention="eager"),
+    "gemma3_text": Family({"sliding_window": 8, "query_pre_attn_scalar": 8}),
+    "phi": Family(targets=("q_proj", "v_proj", "dense")),
+    "phi3": Family(targets=("qkv_proj", "o_proj")),
+    "gpt_neox": Family(targets=_FUSED),
+    "gptj": Family({**_GPT, "rotary_dim": 4}, ("q_proj", "v_proj", "out_proj")),
+    "codegen": Family({**_GPT, "rotary_dim": 4}, ("qkv_proj", "out_proj")),
+    "gpt2": Family(_GPT, ("c_attn", "c_proj")),
+    "gpt_neo": Family(
+        {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "window_size": 8},
+        ("q_proj", "v_proj", "out_proj"),
+        "eager",
+    ),
+    "opt": Family({"ffn_dim": 64, "word_embed_proj_dim": 32}, ("q_proj", "v_proj", "out_proj")),
+    "bloom": Family({"n_layer": 2, "n_head": 4}, _FUSED, "eager"),
+    "falcon": Family({"num_kv_heads": 2, "new_decoder_architecture": True}, _FUSED, refuses=("head_dim",)),
+    "mpt": Family({"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 128}, ("Wqkv", "out_proj"), "eager"),
+    "stablelm": Family(),
+    "nemotron": Family(),
+    "mixtral": Family(_MOE),
+    "qwen2_moe": Family(_MOE),
+    "qwen3_moe": Family(_MOE),
+    "olmo2": Family(),
+    "olmo3": Family({"sliding_window": 8}),
+    "olmoe": Family(_MOE),
+    "granite": Family(),
+    "granitemoe": Family(_MOE),
+    "smollm3": Family(),
+    "starcoder2": Family({"sliding_window": None}),
+    "cohere": Family(),
+    "cohere2": Family({"sliding_window": 8}),
+    "glm4": Family(),
+    "exaone4": Family({"sliding_window": 8}),
+    "arcee": Family(),
+    "persimmon": Family(targets=_FUSED),
+    "helium": Family(),
+    "seed_oss": Family({"attention_dropout": 0.1, "residual_dropout": 0.1}),
+    "llama4_text": Family(
+        {**_MOE, "attention_chunk_size": 16, "intermediate_size_mlp": 64, "interleave_moe_layer_step": 1}
+    ),
+    "deepseek_v2": Family({**_LATENT, "topk_method": "greedy"}, _LATENT_TARGETS),
+    "deepseek_v3": Family(_LATENT, _LATENT_TARGETS),
+    "gpt_oss": Family({**_MOE, "sliding_window": 8}, attention="eager"),
+    "lfm2": Family({"layer_types": ["conv", "full_attention"]}, ("q_proj", "v_proj", "in_proj")),
+    "granitemoehybrid": Family({**_MAMBA, "layer_types": ["mamba", "attention"], "num_local_experts": 0}),
+    "recurrent_gemma": Family(
+        {"lru_width": 32, "attention_window_size": 16, "block_types": ["recurrent", "attention"]}
+    ),
+    "minimax": Family({**_MOE, "layer_types": ["linear_attention", "full_attention"], "block_size": 8}),
+    "falcon_h1": Family(_MAMBA),
+    "bamba": Family({**_MAMBA, "attn_layer_indices": [1]}),
+    "jamba": Family({**_MOE, "attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False}),
+    "mamba": Family({"state_size": 8}, ("in_proj", "x_proj"), "eager"),
+    "qwen3_next": Family(
+        {
+            **_MOE,
+            "layer_types": ["linear_attention", "full_attention"],
+            "shared_expert_intermediate_size": 16,
+            "linear_num_value_heads": 4,
+            "linear_num_key_heads": 2,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+        }
+    ),
+}
+"""By transformers' model_type."""
 
 
 def make_family(folder: Path, model_type: str, seed: int = 0, **changes: Any) -> Path:
     """A random model of a family, saved to `folder` with its tokenizer."""
     torch.manual_seed(seed)
     tokenizer = tiny.make_tokenizer()
+    family = FAMILIES[model_type]
     settings = {
-        **COMMON,
+        **{name: value for name, value in COMMON.items() if name not in family.refuses},
         "vocab_size": len(tokenizer),
         "bos_token_id": None,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
-        **FAMILIES[model_type],
+        **family.config,
         **changes,
     }
     config = AutoConfig.for_model(model_type, **settings)

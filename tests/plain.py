@@ -29,12 +29,23 @@ class Client:
 class Plain:
     """A PEFT model with adapters "global" and "local"."""
 
-    def __init__(self, model_dir: Any, rank: int, alpha: float, targets: Sequence[str], lr: float, clip: float) -> None:
-        base = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    def __init__(
+        self,
+        model_dir: Any,
+        rank: int,
+        alpha: float,
+        targets: Sequence[str],
+        lr: float,
+        clip: float,
+        attention: str = "sdpa",
+        epsilon: float = 1e-8,
+    ) -> None:
+        # from_pretrained leaves the model in eval mode: the frozen base drops nothing.
+        base = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, attn_implementation=attention)
         config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), task_type="CAUSAL_LM")
         self.model = peft.get_peft_model(base, config, adapter_name="global")
         self.model.add_adapter("local", config)
-        self.scale, self.lr, self.clip = alpha / rank, lr, clip
+        self.scale, self.lr, self.clip, self.epsilon = alpha / rank, lr, clip, epsilon
 
     def parameters(self, adapter: str) -> dict[str, torch.nn.Parameter]:
         return {
@@ -68,7 +79,7 @@ class Plain:
             for parameter in self.parameters(name).values():
                 parameter.requires_grad_(name == adapter)
         trained = list(self.parameters(adapter).values())
-        optimizer = torch.optim.AdamW(trained, lr=self.lr, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(trained, lr=self.lr, eps=self.epsilon, weight_decay=0.0)
         steps = client.order(server_round, adapter)
         for k, indices in enumerate(steps):
             optimizer.param_groups[0]["lr"] = self.lr * (1 - k / len(steps))

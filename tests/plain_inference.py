@@ -20,9 +20,11 @@ REPRESENTATIONS = ("last_token", "mean")
 class PlainClient:
     """The base, a run's adapters with one client's local one, and what the client keeps of its own prompts."""
 
-    def __init__(self, model_dir: Path, adapters: Path, client: int) -> None:
+    def __init__(self, model_dir: Path, adapters: Path, client: int, attention: str = "sdpa") -> None:
         def base() -> Any:
-            return AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
+            return AutoModelForCausalLM.from_pretrained(
+                model_dir, dtype=torch.float32, attn_implementation=attention
+            ).eval()
 
         local_dir = adapters / "local" / f"client_{client:02d}"
         load = partial(peft.PeftModel.from_pretrained, autocast_adapter_dtype=False)

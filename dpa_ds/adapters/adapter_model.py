@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 import peft
 import torch
+from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -66,6 +67,11 @@ class AdapterModel:
     def hidden_size(self) -> int:
         """Of the base, in the layers that embed a prompt."""
         return int(self.base_model.config.get_text_config().hidden_size)
+
+    @property
+    def vocab_size(self) -> int:
+        """Of the base: its logits are as many."""
+        return int(self.base_model.config.get_text_config().vocab_size)
 
     @property
     def no_mix(self) -> torch.Tensor:
@@ -166,11 +172,21 @@ def global_local_mix(alpha: float | torch.Tensor) -> torch.Tensor:
 def _add_adapters(base: PreTrainedModel, table: Sequence[AdapterSpec], config: LoraConfig) -> peft.PeftModel:
     first, *others = table
     # autocast_adapter_dtype=False: DeepSpeed keeps the fp32 master, the working copy has the base's precision.
-    model = peft.PeftModel(
-        base, _peft_config(config, first.rank), adapter_name=first.name, autocast_adapter_dtype=False
-    )
-    for spec in others:
-        model.add_adapter(spec.name, _peft_config(config, spec.rank), autocast_adapter_dtype=False)
+    try:
+        model = peft.PeftModel(
+            base, _peft_config(config, first.rank), adapter_name=first.name, autocast_adapter_dtype=False
+        )
+        for spec in others:
+            model.add_adapter(spec.name, _peft_config(config, spec.rank), autocast_adapter_dtype=False)
+    except ValueError as error:
+        raise ModelError(f"lora.target_modules {list(config.target_modules)}: {error}") from error
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer) and not isinstance(module, MixedLora):
+            # PEFT also finds names among the parameters of fused experts; there it has one mix for all rows, its own.
+            raise ModelError(
+                f"lora.target_modules {list(config.target_modules)} name {name.removeprefix('base_model.model.')}, which "
+                "is no linear layer: its adapters could not be mixed: leave their names out (gate_proj, up_proj, down_proj)"
+            )
     return model
 
 

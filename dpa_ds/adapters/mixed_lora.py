@@ -53,10 +53,21 @@ class MixedLora(lora.Linear):
             stacked_a, stacked_b = self._stack(names)
             low = F.linear(x, stacked_a)
         # Weighted in fp32, since the weights are: in bf16 a weight would be rounded to 8 bits.
-        low = (low * self._weights).to(low.dtype)
+        low = (low * self._weights_for(x)).to(low.dtype)
         # One pass over (tokens, out_features) adds the product to the frozen layer's output.
         summed = torch.addmm(result.flatten(0, -2), low.flatten(0, -2), stacked_b.T)
         return summed.view_as(result)
+
+    def _weights_for(self, x: torch.Tensor) -> torch.Tensor:
+        """The weights, (batch or 1, 1, ranks), in a shape that multiplies A x: (..., ranks).
+
+        Most layers get (batch, seq_len, in_features). DeepSeek's `kv_b_proj` gets one dimension more; the layers of
+        experts get the tokens of all rows in one dimension, (batch * seq_len, in_features).
+        """
+        by_row = self._weights[:, 0]
+        if x.dim() == 2:
+            return by_row.repeat_interleave(len(x) // len(by_row), dim=0)
+        return by_row.unflatten(0, (len(by_row), *[1] * (x.dim() - 2)))
 
     def _stack(self, names: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """All A in rows and all B in columns; while nothing trains, stacked once and not for every token."""

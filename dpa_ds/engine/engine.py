@@ -98,14 +98,12 @@ class _SentBatch:
 
     input_ids: torch.Tensor
     """Shape (1, tokens)."""
-    position_ids: torch.Tensor
-    """Shape (1, tokens)."""
     positions: torch.Tensor
     """Where a label is predicted, shape (labels,); at least one."""
     targets: torch.Tensor
     """The labels, shape (labels,)."""
     attention: dict[str, Any]
-    """What attention needs to know of the examples."""
+    """What attention needs to know of the examples, and their positions."""
 
 
 class AdapterEngine:
@@ -169,7 +167,7 @@ class AdapterEngine:
             ).logits
             return logits[0]
 
-        vocab_size = base.config.get_text_config().vocab_size
+        vocab_size = self.adapters.vocab_size
         rows = choose_rows(packed, alone, vocab_size, self.packing.supports_prefix, type(base).__name__)
         self.adapters.forget_stacked()
         return rows
@@ -265,7 +263,6 @@ class AdapterEngine:
         device = self.world.device
         return _SentBatch(
             input_ids=send(micro_batch.input_ids[None], device),
-            position_ids=send(micro_batch.position_ids[None], device),
             positions=send(positions, device),
             targets=send(micro_batch.targets[positions], device),
             attention=self.packing.arguments(micro_batch, device),
@@ -280,9 +277,7 @@ class AdapterEngine:
         return cross_entropy_sum(logits.flatten(0, 1), sent.targets)
 
     def _logits(self, sent: _SentBatch) -> torch.Tensor:
-        logits: torch.Tensor = self.engine(
-            input_ids=sent.input_ids, position_ids=sent.position_ids, use_cache=False, **sent.attention
-        ).logits
+        logits: torch.Tensor = self.engine(input_ids=sent.input_ids, use_cache=False, **sent.attention).logits
         return logits
 
     def _select_positions(self, _: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor] | None:

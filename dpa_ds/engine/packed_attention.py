@@ -8,6 +8,7 @@ attention gets a copy of it, so that it computes what it would alone. `flash_att
 borders of the rows itself; for `eager` transformers finds them in the position ids and makes a mask.
 """
 
+import inspect
 from typing import Any, Literal
 
 import torch
@@ -18,7 +19,6 @@ from dpa_ds.data.batching import SEGMENT_OVERHEAD_TOKENS, BatchingConfig, MicroB
 from dpa_ds.distributed.device import send
 from dpa_ds.engine.packing_check import Rows
 from dpa_ds.engine.varlen_attention import MIN_CAPABILITY, MOST_HEAD_DIM, find_borders, varlen_attention
-from dpa_ds.errors import ModelError
 
 Kernel = Literal["segments", "varlen"]
 """How `sdpa` computes a row: a call for each segment, or one for all examples."""
@@ -29,9 +29,7 @@ NAMES: dict[Kernel, str] = {"segments": "packed_sdpa", "varlen": "packed_varlen"
 class PackedAttention:
     """A context in which `base` takes rows of several examples, in the forward and in the backward pass.
 
-    Raises:
-        ModelError: the model's attention cannot be chosen, so that examples in one row would see
-            one another.
+    Where `rows` says one example a row, the model's own attention computes it, whatever that is.
 
     Args:
         kernel: how `sdpa` computes a row; None: what fits device and precision of `base`.
@@ -41,17 +39,11 @@ class PackedAttention:
         self._config = base.config.get_text_config()
         self._chosen = str(self._config._attn_implementation)
         self._kernel: Kernel = kernel or choose_kernel(base)
-        self.rows = Rows.MANY
+        self.rows = Rows.MANY if _takes_rows(base) else Rows.ONE
         """What a row may hold; see `packing_check.choose_rows`."""
-        if not base._supports_attention_backend:
-            raise ModelError(
-                f"{type(base).__name__} has attention of its own that transformers cannot replace: use a "
-                "model whose class supports attention backends (Llama, Mistral, Qwen, GPT-2, OPT and most "
-                "others do)"
-            )
 
     def __enter__(self) -> None:
-        if self._chosen == "sdpa":
+        if self._chosen == "sdpa" and self.rows is Rows.MANY:
             self._config._attn_implementation = NAMES[self._kernel]
 
     def __exit__(self, *_: object) -> None:
@@ -60,21 +52,26 @@ class PackedAttention:
     @property
     def supports_prefix(self) -> bool:
         """Whether a pass may begin with a prefix that its examples share."""
-        return self._chosen == "sdpa"
+        return self._chosen == "sdpa" and self.rows is Rows.MANY
 
     def batching(self, token_budget: int, pad_id: int) -> BatchingConfig:
         """How micro-batches are made for this attention."""
         if self.rows is Rows.ONE:
-            return BatchingConfig(
-                token_budget=1, pad_id=pad_id, prefix_sharing=False
-            )  # each exceeds it: a row of its own
+            # Each example exceeds the budget, and so has a row of its own.
+            return BatchingConfig(token_budget=1, pad_id=pad_id, prefix_sharing=False)
         overhead = SEGMENT_OVERHEAD_TOKENS
         if self._chosen == "sdpa" and self._kernel == "varlen":
             overhead = 0  # all segments are one call: then no example is padded
         return BatchingConfig(token_budget, pad_id, self.supports_prefix, overhead)
 
     def arguments(self, micro_batch: MicroBatch, device: torch.device) -> dict[str, Any]:
-        """What the forward pass of `micro_batch` takes beside tokens and positions."""
+        """What the forward pass of `micro_batch` takes beside its tokens."""
+        if self.rows is Rows.ONE:  # not even positions: some models have none
+            return {}
+        return {"position_ids": send(micro_batch.position_ids[None], device), **self._borders(micro_batch, device)}
+
+    def _borders(self, micro_batch: MicroBatch, device: torch.device) -> dict[str, Any]:
+        """Where the examples of a row begin and end, as the attention wants it."""
         if self._chosen == "sdpa":
             if self._kernel == "varlen":
                 return {"borders": find_borders(micro_batch, device)}
@@ -95,15 +92,21 @@ class PackedAttention:
         }
 
 
+def _takes_rows(base: PreTrainedModel) -> bool:
+    """Whether the model's class says that its attention can be replaced, and takes what tells examples apart."""
+    parameters = inspect.signature(base.forward).parameters
+    takes_more = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+    # Llama 4's chunks are in a mask that the model makes, and sequences short enough to try have one chunk.
+    has_chunks = getattr(base.config.get_text_config(), "attention_chunk_size", None) is not None
+    return base._supports_attention_backend and takes_more and "position_ids" in parameters and not has_chunks
+
+
 def choose_kernel(base: PreTrainedModel) -> Kernel:
     """One call for all examples where torch has it for the device, the precision and the config of `base`."""
     config = base.config.get_text_config()
     if base.device.type != "cuda" or base.dtype not in (torch.bfloat16, torch.float16):
         return "segments"
     if torch.cuda.get_device_capability(base.device) < MIN_CAPABILITY:
-        return "segments"
-    # It drops no attention weights.
-    if hasattr(config, "attn_pdrop") or config.to_dict().get("attention_dropout"):
         return "segments"
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return "varlen" if head_dim % 8 == 0 and head_dim <= MOST_HEAD_DIM else "segments"
@@ -116,17 +119,20 @@ def packed_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    micro_batch: MicroBatch,
+    micro_batch: MicroBatch | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention inside each row of each segment of `micro_batch`, after its prefix.
 
     Args:
         query, key, value: shape (1, heads, tokens, head_dim).
+        micro_batch: None where a model does not hand it on, which `packing_check` notices by what then comes out.
 
     Returns:
         the output, shape (1, tokens, heads, head_dim), and no weights.
     """
+    if micro_batch is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     assert attention_mask is None, "rows of examples have no mask"
     segments, prefix = micro_batch.segments, micro_batch.prefix
 

@@ -2,11 +2,11 @@
 
 A layer that mixes along the sequence and is no attention (a convolution, a state space, linear attention), or an
 attention that makes its mask without asking, lets a row's examples see one another: losses are off by 1e-4 to 1e-2, and
-nothing says so. So two short random sequences go through the model in one row and alone, in milliseconds.
+nothing says so. So a few short random sequences go through the model in one row and alone, in milliseconds.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import Enum, auto
 
 import torch
@@ -16,10 +16,10 @@ from dpa_ds.errors import ModelError
 
 logger = logging.getLogger(__name__)
 
-LENGTHS = (9, 6)
-"""Tokens of the two sequences."""
+LENGTHS = (9, 6, 8, 5, 7)
+"""Tokens of the sequences."""
 PREFIX_LENGTH = 4
-"""Of which both have the same, where the model takes a shared prefix."""
+"""Of which all have the same, where the model takes a shared prefix."""
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.05}
 """Largest difference of a token's logits, as a share of their norm: above rounding, below a look at the neighbour."""
 
@@ -46,46 +46,64 @@ def choose_rows(forward: Forward, alone: Alone, vocab_size: int, takes_prefix: b
         name: of the model, for messages.
 
     Raises:
-        ModelError: the model returns NaN, or not even a row of one example gives what transformers gives.
+        ModelError: the model returns NaN.
     """
-    generator = torch.Generator().manual_seed(0)
-    prefix = torch.randint(vocab_size, (PREFIX_LENGTH,), generator=generator)
-    sequences = []
-    for length in LENGTHS:
-        own = torch.randint(vocab_size, (length - PREFIX_LENGTH,), generator=generator)
-        sequences.append(torch.cat([prefix, own]))
+    sequences = random_sequences(vocab_size)
     expected = [alone(sequence) for sequence in sequences]
     if not all(bool(torch.isfinite(logits).all()) for logits in expected):
         raise ModelError(
             f"the base model ({name}) returns NaN or infinity before anything is trained: download it again, or choose "
             "a model.precision of a wider range (bf16 for fp16, fp32 for both)"
         )
-    rows = [(sequences, 0), (sequences, PREFIX_LENGTH)][: 1 + takes_prefix]
-    if all(_agree(forward, expected, part, shared) for part, shared in rows):
+    prefixes = (0, PREFIX_LENGTH) if takes_prefix else (0,)
+    if all(_agree(forward, expected, sequences, prefix) for prefix in prefixes):
         return Rows.MANY
-    if not all(_agree(forward, [logits], [part], 0) for logits, part in zip(expected, sequences, strict=True)):
-        raise ModelError(
-            f"{name} does not compute under this project's attention what it computes by itself: choose another "
-            "model.attention (eager, flash_attention_2), or another model"
-        )
     logger.warning(
         f"{name} mixes the examples of a row, so each is computed by itself: right, and slower than with other models"
     )
     return Rows.ONE
 
 
+def random_sequences(vocab_size: int) -> list[torch.Tensor]:
+    """Sequences of token ids that begin alike, (tokens,) each."""
+    generator = torch.Generator().manual_seed(0)
+    prefix = torch.randint(vocab_size, (PREFIX_LENGTH,), generator=generator)
+    sequences = []
+    for length in LENGTHS:
+        own = torch.randint(vocab_size, (length - PREFIX_LENGTH,), generator=generator)
+        sequences.append(torch.cat([prefix, own]))
+    return sequences
+
+
+def same_logits(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> bool:
+    """Whether sequences have the logits that they should have, up to the rounding of their precision.
+
+    In fp32 every token has. In 16 bits a token whose router hesitates may get another expert by rounding alone, which
+    no bound tells from a mistake: there half of the tokens must have, and half of the first ones, which see the
+    neighbour most.
+
+    Args:
+        found, expected: of each sequence, (tokens, vocabulary).
+    """
+    dtype = expected[0].dtype
+    of_sequences = []
+    for logits, wanted in zip(found, expected, strict=True):
+        difference = (logits.float() - wanted.float()).norm(dim=-1)
+        of_sequences.append(difference / wanted.float().norm(dim=-1))
+    of_tokens = torch.cat(of_sequences)
+    if dtype == torch.float32:
+        return float(of_tokens.max()) <= TOLERANCE[dtype]
+    of_first_tokens = torch.stack([differences[0] for differences in of_sequences])
+    return float(torch.stack([of_tokens.median(), of_first_tokens.median()]).max()) <= TOLERANCE[dtype]
+
+
 def _agree(forward: Forward, expected: list[torch.Tensor], sequences: list[torch.Tensor], prefix: int) -> bool:
     """Whether the packed row gives each of its sequences the logits that it has alone."""
-    logits = forward(_pack(sequences, prefix)).float()
-    start = prefix
-    for alone, sequence in zip(expected, sequences, strict=True):
-        wanted = alone[prefix:].float()
-        found = logits[start : start + len(sequence) - prefix]
-        start += len(sequence) - prefix
-        difference = (found - wanted).norm(dim=1) / wanted.norm(dim=1)
-        if float(difference.max()) > TOLERANCE[alone.dtype]:
-            return False
-    return True
+    logits = forward(_pack(sequences, prefix))
+    own = [len(sequence) - prefix for sequence in sequences]
+    parts = torch.split(logits, [prefix, *own])[1:]
+    # Without the first: it has no neighbour on its left.
+    return same_logits(parts[1:], [alone[prefix:] for alone in expected[1:]])
 
 
 def _pack(sequences: list[torch.Tensor], prefix: int) -> MicroBatch:

@@ -90,7 +90,7 @@ def varlen_attention(
         the output, shape (1, tokens, heads, head_dim), and no weights.
     """
     assert attention_mask is None, "rows of examples have no mask"
-    assert dropout == 0.0, "PackedAttention takes segments for models with dropout in attention"
+    assert dropout == 0.0, "the base has no dropout (model/base.py)"
     queries = query[0].transpose(0, 1)
     keys = key[0].transpose(0, 1)
     values = value[0].transpose(0, 1)

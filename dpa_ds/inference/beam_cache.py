@@ -9,18 +9,20 @@ import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
 
-def expand_for_beams(cache: Cache, num_beams: int, num_new_tokens: int) -> None:
-    """Give every prompt's row in `cache` to each of its beams, with room for `num_new_tokens`.
+def expand_for_beams(cache: Cache, num_rows: int, num_beams: int, num_new_tokens: int) -> None:
+    """Give each of the `num_rows` prompts' rows in `cache` to each of its beams, with room for `num_new_tokens`.
 
     Row i becomes rows i x num_beams to (i + 1) x num_beams - 1. From then on `cache.reorder_cache`
     may exchange rows only among the beams of one prompt.
     """
+    beams_of_rows = torch.arange(num_rows).repeat_interleave(num_beams)
     for i, layer in enumerate(cache.layers):
         # Not one of its subclasses: a sliding window, for instance, forgets tokens of the prompt.
         if type(layer) is DynamicLayer:
             cache.layers[i] = _BeamLayer(layer, num_beams, num_new_tokens)
         else:
-            layer.batch_repeat_interleave(num_beams)  # type: ignore[union-attr]
+            # All kinds of layers have it, and it takes more rows than there are.
+            layer.reorder_cache(beams_of_rows)  # type: ignore[arg-type]
 
 
 def keep_rows(cache: Cache, kept: torch.Tensor) -> None:

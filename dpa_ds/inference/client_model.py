@@ -15,6 +15,7 @@ from dpa_ds.data.references import REPRESENTATIONS, Embeddings, References
 from dpa_ds.data.sources import NO_TASK, ClientInfo
 from dpa_ds.distributed.world import World
 from dpa_ds.errors import CheckpointError, DataError
+from dpa_ds.inference.decoding_check import Decoding, choose_decoding
 from dpa_ds.inference.embedding import embed
 from dpa_ds.inference.generation import generate
 from dpa_ds.inference.weighting import Weighting, instance_weights
@@ -95,6 +96,7 @@ class Predictor:
         self._reference_mean = reference_mean
         self._install = install
         self._world = world
+        self._decoding: Decoding | None = None
         self._loaded: int | None = None
         self._reference_embeddings: dict[int, torch.Tensor] = {}
         self._pad_id = int(tokenizer.pad_token_id)
@@ -134,8 +136,19 @@ class Predictor:
         """Answers to one batch of prompts with these weights; `client` None: the global adapter alone answers."""
         if client is not None:
             self.load_client(client)
+        if self._decoding is None:  # now that there are adapters to mix
+            in_step = self._world.world_size > 1
+            self._decoding = choose_decoding(self.adapters, self._pad_id, in_step)
         tokens = generate(
-            self.adapters, prompts, alphas, self.generation, self._pad_id, self._eos_id, self._world, streamer
+            self.adapters,
+            prompts,
+            alphas,
+            self.generation,
+            self._pad_id,
+            self._eos_id,
+            self._world,
+            streamer,
+            self._decoding,
         )
         return [text.strip() for text in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
 

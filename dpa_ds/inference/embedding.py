@@ -1,7 +1,6 @@
 """Prompts to embeddings: the frozen base, alone or with one adapter, read at its last layer."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -9,7 +8,6 @@ from dpa_ds.adapters import methods
 from dpa_ds.adapters.adapter_model import AdapterModel, global_local_mix
 from dpa_ds.config.schema import Encoder
 from dpa_ds.data.references import Embeddings
-from dpa_ds.errors import ModelError
 
 
 @torch.no_grad()
@@ -37,27 +35,23 @@ def embed(
     model.eval()
     hidden_states: list[torch.Tensor] = []
 
-    def keep_hidden_states(_module: torch.nn.Module, _inputs: Any, output: Any) -> None:
-        hidden_states.append(output.last_hidden_state)
+    def keep_hidden_states(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
+        hidden_states.append(inputs[0])
+        return (inputs[0][:, -1:],)  # nobody needs the logits: one a row is computed
 
     rows_of_batches: list[int] = []
     last_tokens: list[torch.Tensor] = []
     means: list[torch.Tensor] = []
-    # Through the whole model, not its inner part: ZeRO-3 resets its prefetching at the outermost module.
-    with _inner_model(adapters).register_forward_hook(keep_hidden_states):
+    # Where the output head gets them: what is before it has other names, and another nesting, in every family.
+    with adapters.base_model.get_output_embeddings().register_forward_pre_hook(keep_hidden_states):
         for batch in batches([len(prompt) for prompt in prompts], batch_tokens):
             # Padded on the right and without a mask: the model is causal, no token of a prompt looks there.
             longest = len(prompts[batch[0]])
             ids = torch.full((len(batch), longest), pad_id)
             for row, i in enumerate(batch):
                 ids[row, : len(prompts[i])] = torch.tensor(prompts[i])
-            model(input_ids=ids.to(adapters.device), use_cache=False, **adapters.one_logit)
+            model(input_ids=ids.to(adapters.device), use_cache=False)
             rows_of_batches += batch
-            if not hidden_states:
-                raise ModelError(
-                    f"{type(adapters.base_model).__name__} computes its hidden states in a module that is not known "
-                    "here, so prompts have no embeddings: use another model, or a method without them (fedit, local)"
-                )
             # Only these two of each row are kept, and they stay on the device until all batches are computed.
             for i, hidden in zip(batch, hidden_states.pop(), strict=True):
                 own = hidden[: len(prompts[i])].float()
@@ -65,14 +59,6 @@ def embed(
                 means.append(own.mean(dim=0))
     order = torch.tensor(rows_of_batches).argsort()
     return {"last_token": torch.stack(last_tokens).cpu()[order], "mean": torch.stack(means).cpu()[order]}
-
-
-def _inner_model(adapters: AdapterModel) -> torch.nn.Module:
-    """The module that returns the hidden states. OPT, and what was made after it, calls the decoder of its inner model
-    and passes over the inner model itself."""
-    inner: torch.nn.Module = adapters.base_model.base_model
-    decoder = getattr(inner, "decoder", None)
-    return decoder if isinstance(decoder, torch.nn.Module) else inner
 
 
 def batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:

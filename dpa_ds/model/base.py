@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from dpa_ds.config.paths import expand
@@ -155,6 +155,7 @@ def _load_whole(config: ModelConfig, directory: Path, device: torch.device) -> P
     """
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         directory,
+        config=_read_config(directory),
         dtype=DTYPES[config.precision],
         attn_implementation=config.attention,
         device_map={"": device},
@@ -181,7 +182,7 @@ def _load_whole(config: ModelConfig, directory: Path, device: torch.device) -> P
 def _load_partitioned(config: ModelConfig, directory: Path, deepspeed_json: Mapping[str, Any]) -> PreTrainedModel:
     import deepspeed
 
-    hf_config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    hf_config = _read_config(directory)
     if getattr(hf_config, "quantization_config", None) is not None:
         raise ModelError(
             f"{directory}/config.json has a quantization_config: its files hold codes and scales, which loading under "
@@ -210,6 +211,22 @@ def _load_partitioned(config: ModelConfig, directory: Path, deepspeed_json: Mapp
     model.eval()
     assert isinstance(model, PreTrainedModel)
     return model
+
+
+def _read_config(directory: Path) -> PreTrainedConfig:
+    """The model's config, with the base's own dropout off.
+
+    The base is frozen: what is there against overfitting is `lora.dropout`, which is drawn alike on every layout. The
+    noise of a base (GPT-2's dropout of 0.1, the jitter of some routers) would be drawn anew with every division of
+    a step into micro-batches.
+    """
+    config: PreTrainedConfig = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    for part in (config, config.get_text_config()):
+        for name, value in part.to_dict().items():
+            is_noise = "drop" in name or "jitter" in name
+            if is_noise and isinstance(value, float):
+                setattr(part, name, 0.0)
+    return config
 
 
 def _check_finite(name: str, tensor: torch.Tensor) -> None:

@@ -61,31 +61,9 @@ def run(inputs: tuple[Path, Path, Path], tmp_path: Path, num_ranks: int, **overr
 
 def start(inputs: tuple[Path, Path, Path], pooled: bool = False) -> tuple[plain.Plain, list[plain.Client], plain.State]:
     """The plain model, its clients and the initial global adapter, as the recipe of `run` describes them."""
-    from transformers import AutoModelForCausalLM
-
-    from dpa_ds.adapters.adapter_model import AdapterModel
-    from dpa_ds.adapters.methods import adapter_table
-    from dpa_ds.cli.session import GLOBAL_SEED
-    from dpa_ds.federation.clients import LOCAL_SEED
-
     model, data, folder = inputs
-    config = load_config(tiny.recipe(model, data, folder / "reference"))
-    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    drawn = AdapterModel(base, adapter_table(config.lora), config.lora)
-    reference = plain.Plain(model, 4, 8.0, config.lora.target_modules, LEARNING_RATE, CLIP)
-    everyone = read_clients(config.data, config.seed, range(len(list_clients(config.data, config.seed))))
-    clients = []
-    for client_id, client in enumerate([pool_clients(everyone)] if pooled else everyone):
-        tokens = load_or_tokenize(client.train, tiny.make_tokenizer(), config.data, client.name)
-        examples = [(tokens.input_ids(i).tolist(), int(tokens.prompt_lengths[i])) for i in range(len(tokens))]
-
-        def order(server_round: int, adapter: str, client_id: int = client_id, n: int = len(tokens)) -> Any:
-            words = (config.seed, server_round, client_id, 0 if adapter == "global" else 1)
-            return step_indices(n, config.train.batch_size, num_steps(n, config.train.batch_size, 1.0, None), words)
-
-        local = drawn.initial_state("local", (config.seed, LOCAL_SEED, client_id))
-        clients.append(plain.Client(examples, local, order))
-    return reference, clients, drawn.initial_state("global", (config.seed, GLOBAL_SEED))
+    settings = {"train__learning_rate": LEARNING_RATE, "train__max_grad_norm": CLIP}
+    return start_plain(load_config(tiny.recipe(model, data, folder / "reference", **settings)), pooled)
 
 
 @pytest.fixture(scope="module")

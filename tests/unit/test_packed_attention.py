@@ -19,7 +19,7 @@ from transformers import (
 from dpa_ds.data.batching import MicroBatch
 from dpa_ds.engine import varlen_attention
 from dpa_ds.engine.packed_attention import Kernel, PackedAttention, choose_kernel
-from dpa_ds.errors import ModelError
+from dpa_ds.engine.packing_check import Rows
 
 SIZES = {
     "hidden_size": 32,
@@ -54,7 +54,6 @@ def run(model: PreTrainedModel, batch: MicroBatch, kernel: Kernel | None = None)
     with packing:
         return model(
             input_ids=batch.input_ids[None],
-            position_ids=batch.position_ids[None],
             use_cache=False,
             **packing.arguments(batch, torch.device("cpu")),
         ).logits[0]
@@ -197,7 +196,6 @@ def test_the_gradient_of_a_copied_prefix_is_that_of_plain_indexing() -> None:
         ("cuda", torch.float16, (8, 0), {}, "varlen"),
         ("cuda", torch.float32, (9, 0), {}, "segments"),
         ("cuda", torch.bfloat16, (7, 5), {}, "segments"),
-        ("cuda", torch.bfloat16, (9, 0), {"attention_dropout": 0.1}, "segments"),
         ("cuda", torch.bfloat16, (9, 0), {"head_dim": 12}, "segments"),
         ("cpu", torch.bfloat16, (9, 0), {}, "segments"),
     ],
@@ -240,6 +238,10 @@ def test_flash_attention_gets_the_borders_of_rows() -> None:
     assert (given["cu_seq_lens_k"].dtype, given["max_length_q"]) == (torch.int32, 9)
 
 
-def test_a_model_with_attention_of_its_own_is_refused() -> None:
-    with pytest.raises(ModelError, match="BloomForCausalLM has attention of its own"):
-        PackedAttention(BloomForCausalLM(BloomConfig(hidden_size=16, n_layer=1, n_head=2, vocab_size=50)))
+def test_a_model_with_attention_of_its_own_keeps_it() -> None:
+    model = BloomForCausalLM(BloomConfig(hidden_size=16, n_layer=1, n_head=2, vocab_size=50))
+    packing = PackedAttention(model)
+    assert packing.rows is Rows.ONE
+    assert packing.arguments(micro_batch(torch.arange(35), SEGMENTS), torch.device("cpu")) == {}
+    with packing:
+        assert model.config._attn_implementation == "eager"

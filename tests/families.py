@@ -74,6 +74,18 @@ FAMILIES: dict[str, Family] = {
     "gemma": Family(),
     "gemma2": Family({"sliding_window": 8, "query_pre_attn_scalar": 8}, attention="eager"),
     "gemma3_text": Family({"sliding_window": 8, "query_pre_attn_scalar": 8}),
+    "gemma3n_text": Family(
+        {
+            "layer_types": ["full_attention"] * 2,
+            "num_kv_shared_layers": 0,
+            "vocab_size_per_layer_input": 258,
+            "hidden_size_per_layer_input": 8,
+            "laurel_rank": 4,
+            "altup_num_inputs": 2,
+            "activation_sparsity_pattern": [0.0] * 2,
+            "intermediate_size": [64] * 2,
+        }
+    ),
     "phi": Family(targets=("q_proj", "v_proj", "dense")),
     "phi3": Family(targets=("qkv_proj", "o_proj")),
     "gpt_neox": Family(targets=_FUSED),

@@ -9,6 +9,7 @@ layers compute all adapters at once (`mixed_lora.py`).
 
 import hashlib
 import inspect
+import logging
 import math
 from collections.abc import Sequence
 
@@ -23,6 +24,8 @@ from dpa_ds.adapters.mixed_lora import MixedLora, with_mixed_layers
 from dpa_ds.adapters.state import AdapterState, Shapes, shapes_of
 from dpa_ds.config.schema import LoraConfig
 from dpa_ds.errors import ModelError
+
+logger = logging.getLogger(__name__)
 
 
 class AdapterModel:
@@ -51,6 +54,7 @@ class AdapterModel:
             # Before DeepSpeed takes over all must require gradients: it only manages what then does.
             for parameter in parameters.values():
                 parameter.requires_grad_(True)
+        _report_tied(base, self.layers)
         self.one_logit = _one_logit(base)
         """Arguments of a forward pass whose logits nobody needs.
 
@@ -184,8 +188,9 @@ def _add_adapters(base: PreTrainedModel, table: Sequence[AdapterSpec], config: L
         if isinstance(module, LoraLayer) and not isinstance(module, MixedLora):
             # PEFT also finds names among the parameters of fused experts; there it has one mix for all rows, its own.
             raise ModelError(
-                f"lora.target_modules {list(config.target_modules)} name {name.removeprefix('base_model.model.')}, which "
-                "is no linear layer: its adapters could not be mixed: leave their names out (gate_proj, up_proj, down_proj)"
+                f"lora.target_modules {list(config.target_modules)} name {name.removeprefix('base_model.model.')}, "
+                "which is no linear layer, so its adapters could not be mixed: leave out what names it (gate_proj, "
+                "up_proj, down_proj)"
             )
     return model
 
@@ -240,6 +245,17 @@ def _check_target_modules(base: PreTrainedModel, config: LoraConfig) -> None:
         raise ModelError(
             f"lora.target_modules {listed} are not linear layers of {type(base).__name__}; it has {sorted(available)}"
         )
+
+
+def _report_tied(base: PreTrainedModel, layers: Sequence[MixedLora]) -> None:
+    """Say which adapted layers share their weight with the embedding: training is right, merging would change both."""
+    embedding = base.get_input_embeddings()
+    for layer in layers:
+        if layer.get_base_layer().weight is getattr(embedding, "weight", None):
+            logger.warning(
+                "lora.target_modules names the output head, whose weight is the embedding's too: PEFT cannot merge "
+                "such an adapter into the base (merge_and_unload); leave it out if you mean to"
+            )
 
 
 def _check_ranks(base: PreTrainedModel, config: LoraConfig) -> None:

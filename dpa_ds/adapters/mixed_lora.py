@@ -67,7 +67,7 @@ class MixedLora(lora.Linear):
         by_row = self._weights[:, 0]
         if x.dim() == 2:
             return by_row.repeat_interleave(len(x) // len(by_row), dim=0)
-        return by_row.unflatten(0, (len(by_row), *[1] * (x.dim() - 2)))
+        return by_row.view(len(by_row), *[1] * (x.dim() - 2), by_row.shape[-1])
 
     def _stack(self, names: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """All A in rows and all B in columns; while nothing trains, stacked once and not for every token."""

@@ -54,3 +54,10 @@ def unflatten(flat: torch.Tensor, like: AdapterState) -> AdapterState:
         state[key] = flat[offset : offset + numel].view(like[key].shape)
         offset += numel
     return state
+
+
+def untrained_layers(state: AdapterState) -> list[str]:
+    """Layers whose B is still zero: the first step already changes it, unless its gradient is zero."""
+    end = ".lora_B.weight"
+    untrained = [key.removesuffix(end) for key in state if key.endswith(end) and not state[key].any()]
+    return [name.removeprefix("base_model.model.") for name in untrained]

@@ -41,6 +41,7 @@ from dpa_ds.errors import ConfigError
 UNTRAINED = "untrained"
 """Name of the optimizer group of what no phase trains."""
 UNSUPPORTED = {
+    "round_robin_gradients": "it moves the adapters' masters to other ranks than DeepSpeed's own map says",
     "zero_quantized_weights": "it gathers the adapters as 8 bits too",
     "zero_quantized_gradients": "it sums the adapters' gradients as 4 bits",
     # DeepSpeed (0.19.8) leaves it to its caller to quantise, and then takes fp16 alone.
@@ -62,8 +63,15 @@ def build_deepspeed_json(
         ConfigError: the file asks for what DeepSpeed or this project does not do.
     """
     _check_by_deepspeed(file_json, path)
-    _check_zero(file_json.get("zero_optimization", {}), path, world_size)
+    zero = file_json.get("zero_optimization", {})
+    _check_zero(zero, path, world_size)
     merged = dict(file_json)
+    # The optimizer is torch's AdamW wherever its state is; DeepSpeed wants to hear that this is meant.
+    if merged.setdefault("zero_force_ds_cpu_optimizer", False) and "offload_optimizer" in zero:
+        raise ConfigError(
+            f"{path}: zero_force_ds_cpu_optimizer true does not go with offload_optimizer, because the adapters have "
+            "torch's AdamW: leave zero_force_ds_cpu_optimizer out"
+        )
     # Gradient accumulation is driven by hand (one boundary per optimizer step): DeepSpeed sees
     # micro-batches of 1.
     merged["train_batch_size"] = world_size

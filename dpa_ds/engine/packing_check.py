@@ -38,11 +38,11 @@ class Rows(Enum):
     """One example: with several they see one another."""
 
 
-def choose_rows(forward: Forward, alone: Alone, vocab_size: int, takes_prefix: bool, name: str) -> Rows:
+def choose_rows(forward: Forward, alone: Alone, vocab_size: int, supports_prefix: bool, name: str) -> Rows:
     """Several examples a row where that changes nothing, else one. Collective under ZeRO-3: all ranks of the group.
 
     Args:
-        takes_prefix: whether rows may begin with a prefix that their examples share.
+        supports_prefix: whether rows may begin with a prefix that their examples share.
         name: of the model, for messages.
 
     Raises:
@@ -55,7 +55,7 @@ def choose_rows(forward: Forward, alone: Alone, vocab_size: int, takes_prefix: b
             f"the base model ({name}) returns NaN or infinity before anything is trained: download it again, or choose "
             "a model.precision of a wider range (bf16 for fp16, fp32 for both)"
         )
-    prefixes = (0, PREFIX_LENGTH) if takes_prefix else (0,)
+    prefixes = (0, PREFIX_LENGTH) if supports_prefix else (0,)
     if all(_agree(forward, expected, sequences, prefix) for prefix in prefixes):
         return Rows.MANY
     logger.warning(

@@ -14,17 +14,17 @@ import torch
 
 from dpa_ds.adapters.adapter_model import global_local_mix
 from dpa_ds.adapters.methods import GLOBAL, LOCAL, STAGES, Phase, Schedule, Stage
-from dpa_ds.adapters.state import AdapterState
+from dpa_ds.adapters.state import AdapterState, untrained_layers
 from dpa_ds.config.schema import TrainConfig
 from dpa_ds.data.batching import BatchingConfig, build_step, num_steps, step_indices
 from dpa_ds.data.tokenize import TokenizedExamples
 from dpa_ds.engine.engine import AdapterEngine
-from dpa_ds.errors import TrainingError
+from dpa_ds.errors import TrainingError, list_some
 from dpa_ds.federation.aggregation.base import LocalUpdate, ServerState, Transform
 from dpa_ds.federation.clients import HostedClient
 from dpa_ds.federation.progress import PhaseProgress, RoundProgress
 from dpa_ds.runs.folder import client_name
-from dpa_ds.runs.tracking import Tracker
+from dpa_ds.runs.tracking import Tracker, logger
 
 T = TypeVar("T")
 
@@ -96,6 +96,8 @@ class Trainer:
         self._transforms = transforms
         self._hooks = hooks
         self._tracker = tracker
+        self._reported: set[str] = set()
+        """Adapters whose untrained layers were looked for."""
 
     # ---- a client's round -------------------------------------------------------------------------------------
 
@@ -241,6 +243,7 @@ class Trainer:
         # The losses first: their message says what happened, where NaN in the adapter would only say that it did.
         self._check_converges(run)
         self._keep_adapter(run)
+        self._report_untrained(run)
         run.progress.optimizer = None
         if self._keeps_optimizer(phase):
             client.state = replace(client.state, local_optimizer=self.engine.read_optimizer_state(LOCAL) or {})
@@ -343,6 +346,20 @@ class Trainer:
             run.client.state = replace(run.client.state, local_adapter=state or {})
         else:
             run.progress.update = state
+
+    def _report_untrained(self, run: PhaseRun) -> None:
+        """Once for each adapter, on the leader: which layers had no gradient in all of the phase."""
+        adapter = run.phase.trainable
+        state = run.client.state.local_adapter if adapter == LOCAL else run.progress.update
+        if adapter in self._reported or not state:
+            return
+        self._reported.add(adapter)
+        untrained = untrained_layers(state)
+        if untrained:
+            logger.warning(
+                f"the {adapter} adapter of {list_some(untrained)} had no gradient: the model never computes with these "
+                "layers as they are, so leave them out of lora.target_modules"
+            )
 
     def _on_leader(self, compute: Callable[[], T], prefix: str = "") -> T | None:
         """What `compute()` gives on the leader, None elsewhere. A TrainingError of it is raised on all ranks

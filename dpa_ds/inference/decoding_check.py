@@ -12,6 +12,7 @@ import torch
 
 from dpa_ds.adapters.adapter_model import AdapterModel, global_local_mix
 from dpa_ds.engine.packing_check import random_sequences, same_logits
+from dpa_ds.errors import ModelError
 from dpa_ds.inference.rows import CachedRows
 
 logger = logging.getLogger(__name__)
@@ -26,7 +27,7 @@ class Decoding(Enum):
     BATCHED = auto()
     """Together, with a cache of keys and values."""
     ALONE = auto()
-    """One after another, each computed anew for every token."""
+    """One after another, each computed from scratch for every token."""
 
 
 @torch.no_grad()
@@ -44,8 +45,11 @@ def choose_decoding(adapters: AdapterModel, pad_id: int, in_step: bool) -> Decod
     try:
         found = _together(adapters, prompts, [int(sequence[-1]) for sequence in sequences], pad_id, in_step)
     except (AttributeError, TypeError, ValueError, RuntimeError, LookupError, NotImplementedError) as error:
-        if in_step:  # the engine is in the middle of a pass
-            raise
+        if in_step:  # the engine is in the middle of a pass, so nothing else can be tried
+            raise ModelError(
+                f"{type(adapters.base_model).__name__} cannot answer while ranks divide it ({error}): evaluate with "
+                "--evaluation.sharding never"
+            ) from error
         logger.debug(f"a batch of prompts: {error}")
         found = None
     if found is not None and same_logits(found, _alone(adapters, sequences, in_step)):

@@ -109,7 +109,7 @@ class CachedRows:
 
 
 class RecomputedRows:
-    """One prompt, of which every token is computed anew for each token that follows: nothing is padded or kept.
+    """One prompt, all of which is computed again for each new token: nothing is padded or kept.
 
     Args:
         alpha: weight of the local adapter.

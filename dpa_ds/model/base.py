@@ -9,7 +9,6 @@ import hashlib
 import logging
 import os
 from collections.abc import Mapping
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +23,10 @@ from dpa_ds.config.schema import ModelConfig
 from dpa_ds.distributed.device import free_memory
 from dpa_ds.errors import ConfigError, ModelError
 from dpa_ds.model.directory import check_directory, tensor_files
+from dpa_ds.model.stored_tensors import StoredTensors
 
 logger = logging.getLogger(__name__)
 
-PLAIN_DTYPES = ("F64", "F32", "F16", "BF16")
-"""Stored types, by safetensors' names, whose numbers are the weights themselves."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -197,17 +195,12 @@ def _load_partitioned(config: ModelConfig, directory: Path, deepspeed_json: Mapp
         )
     model.tie_weights()  # part of the initialisation that was skipped
     _restore_computed_buffers(model)
-    files = tensor_files(directory)
-    opened = {}
-    with ExitStack() as stack:
-        for path in set(files.values()):
-            opened[path] = stack.enter_context(safe_open(path, framework="pt", device="cpu"))
+    with StoredTensors(model, tensor_files(directory)) as stored:
         for name, buffer in model.named_buffers():
-            if name in files:
-                buffer.copy_(opened[files[name]].get_tensor(name))
+            if name in stored:
+                buffer.copy_(stored.get(name)[:])
         for name, parameter in model.named_parameters():
-            stored = _stored_name(name, files, model.base_model_prefix)
-            _read_partition(opened[files[stored]].get_slice(stored), name, parameter)
+            _read_partition(stored.get(name), name, parameter)
     model.eval()
     assert isinstance(model, PreTrainedModel)
     return model
@@ -216,9 +209,8 @@ def _load_partitioned(config: ModelConfig, directory: Path, deepspeed_json: Mapp
 def _read_config(directory: Path) -> PreTrainedConfig:
     """The model's config, with the base's own dropout off.
 
-    The base is frozen: what is there against overfitting is `lora.dropout`, which is drawn alike on every layout. The
-    noise of a base (GPT-2's dropout of 0.1, the jitter of some routers) would be drawn anew with every division of
-    a step into micro-batches.
+    The base is frozen: what is there against overfitting is `lora.dropout`, which the recipe states. The noise of a
+    base (GPT-2's dropout of 0.1, the jitter of some routers) would be there unasked, and differ from layout to layout.
     """
     config: PreTrainedConfig = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     for part in (config, config.get_text_config()):
@@ -254,25 +246,10 @@ def _restore_computed_buffers(model: PreTrainedModel) -> None:
             model._init_weights(module)
 
 
-def _stored_name(name: str, files: Mapping[str, Path], prefix: str) -> str:
-    """Checkpoints of the bare base model lack the causal LM's prefix."""
-    for candidate in (name, name.removeprefix(prefix + ".")):
-        if candidate in files:
-            return candidate
-    raise ModelError(
-        f"the checkpoint has no tensor {name!r}: it belongs to another model, or stores this architecture in a layout "
-        "that ZeRO-3 loading does not know; use a ds_configs/ file below stage 3"
-    )
-
-
-def _read_partition(stored: Any, name: str, parameter: torch.nn.Parameter) -> None:
+def _read_partition(stored: torch.Tensor | Any, name: str, parameter: torch.nn.Parameter) -> None:
     """Fill this rank's ZeRO-3 share of `parameter`: elements [start, end) of the flattened tensor."""
-    if stored.get_dtype() not in PLAIN_DTYPES:
-        raise ModelError(
-            f"tensor {name!r} is stored as {stored.get_dtype()}, which loading under ZeRO-3 does not take for a "
-            "weight: use a ds_configs/ file below stage 3, or the model in 16 bits"
-        )
-    shape, full = tuple(stored.get_shape()), tuple(parameter.ds_shape)  # type: ignore[attr-defined]
+    shape = tuple(stored.shape if isinstance(stored, torch.Tensor) else stored.get_shape())
+    full = tuple(parameter.ds_shape)  # type: ignore[attr-defined]
     if shape != full:
         raise ModelError(f"tensor {name!r} has shape {shape} in the checkpoint, but the model's config says {full}")
     partition: torch.Tensor = parameter.ds_tensor  # type: ignore[attr-defined]

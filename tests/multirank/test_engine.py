@@ -33,9 +33,18 @@ def argv(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def build(
-    job: Any, argv: Sequence[str], stage: str = "zero1", precision: str = "fp32", table: Any = None, **json: Any
+    job: Any,
+    argv: Sequence[str],
+    stage: str = "zero1",
+    precision: str = "fp32",
+    table: Any = None,
+    world: Any = None,
+    **json: Any,
 ) -> tuple[Any, Any]:
-    """The engine of one rank group that holds all ranks of `job`, and a function that makes training steps."""
+    """The engine of one rank group that holds all ranks of `job`, and a function that makes training steps.
+
+    A process has one world: a second engine in it takes that of the first, `engine.world`.
+    """
     from dpa_ds.adapters.adapter_model import AdapterModel
     from dpa_ds.data.batching import BatchingConfig, build_step
     from dpa_ds.data.sources import read_client
@@ -49,7 +58,8 @@ def build(
     stage_file = f"--engine.deepspeed_config=ds_configs/{stage}.json"
     config = load_config([*argv, stage_file, f"--model.precision={precision}"])
     size = job.launch.job_world_size
-    world = build_world(job, plan_topology(size, 1, size), config.cluster, 60.0)
+    if world is None:
+        world = build_world(job, plan_topology(size, 1, size), config.cluster, 60.0)
     path = config.engine.deepspeed_config
     ds_json = build_deepspeed_json(load_deepspeed_json(path), path, config.train, config.model.precision, size) | json
     directory = resolve_model(config.model, config.data.cache_dir)

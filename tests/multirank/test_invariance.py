@@ -11,10 +11,8 @@ from safetensors.torch import load_file
 
 from dpa_ds.config.load import load_config
 from dpa_ds.config.validate import REPOSITORY
-from dpa_ds.data.batching import num_steps, step_indices
-from dpa_ds.data.sources import list_clients, pool_clients, read_clients
-from dpa_ds.data.tokenize import load_or_tokenize
 from tests import plain, tiny
+from tests.plain_start import start_plain
 from tests.ranks import run_on_ranks, train_on_rank
 
 pytestmark = pytest.mark.multirank

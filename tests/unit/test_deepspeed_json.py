@@ -55,3 +55,30 @@ def test_sizes_in_powers_of_ten_are_taken(tmp_path: Path) -> None:
     path = tmp_path / "ds.json"
     path.write_text('{"zero_optimization": {"stage": 3, "reduce_bucket_size": 5e8, "stage3_prefetch_bucket_size": 0}}')
     assert load_deepspeed_json(str(path))["zero_optimization"]["reduce_bucket_size"] == 5e8
+
+
+def test_an_offloaded_optimizer_needs_no_other_key_and_takes_none_that_contradicts() -> None:
+    offload = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
+    assert build_deepspeed_json(offload, "mine.json", TrainConfig(), "bf16", 2)["zero_force_ds_cpu_optimizer"] is False
+    contradicted = {**offload, "zero_force_ds_cpu_optimizer": True}
+    with pytest.raises(ConfigError, match=r"mine.json: zero_force_ds_cpu_optimizer true does not go with"):
+        build_deepspeed_json(contradicted, "mine.json", TrainConfig(), "bf16", 2)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"sparse_gradients": True},
+        {"prescale_gradients": True},
+        {"gradient_predivide_factor": 2.0},
+        {"pipeline": {"stages": 2}},
+        {"tensor_parallel": {"autotp_size": 2}},
+        {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.3}}},
+    ],
+)
+def test_keys_that_were_not_tried_are_refused_by_name(content: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(content))
+    name = "zero_optimization.offload_optimizer.ratio" if "zero_optimization" in content else next(iter(content))
+    with pytest.raises(ConfigError, match=f'mine.json: "{name}" is not a key that the JSON may have'):
+        load_deepspeed_json(str(path))

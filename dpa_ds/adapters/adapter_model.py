@@ -183,7 +183,7 @@ def _add_adapters(base: PreTrainedModel, table: Sequence[AdapterSpec], config: L
         for spec in others:
             model.add_adapter(spec.name, _peft_config(config, spec.rank), autocast_adapter_dtype=False)
     except ValueError as error:
-        raise ModelError(f"lora.target_modules {list(config.target_modules)}: {error}") from error
+        raise ModelError(f"PEFT refuses lora.target_modules {list(config.target_modules)}: {error}") from error
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer) and not isinstance(module, MixedLora):
             # PEFT also finds names among the parameters of fused experts; there it has one mix for all rows, its own.

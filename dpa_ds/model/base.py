@@ -126,6 +126,11 @@ def load_base(
         else:
             model = _load_whole(config, directory, device)
     except (OSError, ValueError, RuntimeError, SafetensorError, ImportError) as error:
+        if "does not support an attention implementation" in str(error):
+            name = str(error).split(maxsplit=1)[0]
+            raise ModelError(
+                f"{name} has no attention of the kind model.attention {config.attention}: set model.attention: eager"
+            ) from error
         raise ModelError(f"cannot load a causal LM from {directory}: {str(error).strip().splitlines()[0]}") from error
     except (LookupError, TypeError, AttributeError, AssertionError, ArithmeticError) as error:
         # Nonsense in the config, such as a hidden_act that nobody knows, as transformers and torch meet it.

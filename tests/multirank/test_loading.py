@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from dpa_ds.config.load import load_config
-from tests import tiny
+from tests import families, tiny
 from tests.ranks import run_on_ranks
 
 pytestmark = pytest.mark.multirank
@@ -179,3 +179,22 @@ def test_codes_are_not_taken_for_weights(tmp_path: Path) -> None:
     (directory / "config.json").write_text(json.dumps(config))
     (reason,) = run_on_ranks(refusal, 1, tmp_path, argv, str(directory))
     assert "config.json has a quantization_config" in reason
+
+
+def test_a_model_without_sdpa_is_told_which_attention_it_has(tmp_path: Path) -> None:
+    directory = families.make_family(tmp_path / "model", "gemma2")
+    argv = tiny.recipe(directory, tmp_path, tmp_path / "runs")
+    (reason,) = run_on_ranks(refusal_of_whole, 1, tmp_path, argv, str(directory))
+    assert reason == "Gemma2ForCausalLM has no attention of the kind model.attention sdpa: set model.attention: eager"
+
+
+def refusal_of_whole(job: Any, argv: Sequence[str], model_dir: str) -> str:
+    from dpa_ds.config.load import load_config
+    from dpa_ds.errors import ModelError
+    from dpa_ds.model.base import load_base
+
+    try:
+        load_base(load_config(argv).model, Path(model_dir), {}, torch.device("cpu"))
+    except ModelError as error:
+        return str(error)
+    return ""

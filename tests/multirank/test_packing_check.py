@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests import families, tiny
 from tests.multirank.test_engine import build
@@ -15,7 +16,6 @@ pytestmark = pytest.mark.multirank
 LEAKING = {"lfm2": "sdpa", "recurrent_gemma": "sdpa", "gpt_oss": "eager"}
 """Families whose layers look at all of a row, and the attention they are tried with."""
 EXACT = {"llama": "sdpa", "gemma3_text": "sdpa", "gpt2": "sdpa"}
-TARGETS = {"gpt2": ["c_attn"]}
 
 
 def losses(job: Any, argv: Sequence[str], stage: str) -> tuple[str, float, float, float]:
@@ -63,7 +63,7 @@ def alone(directory: Path, tokens: Any, attention: str) -> float:
 def tried(family: str, attention: str, stage: str, num_ranks: int, tmp_path: Path) -> tuple[str, float, float, float]:
     model = families.make_family(tmp_path / "model", family)
     data = tiny.make_federation(tmp_path / "data")
-    settings = {"model__attention": attention, "lora__target_modules": TARGETS.get(family, ["q_proj", "v_proj"])}
+    settings = {"model__attention": attention, "lora__target_modules": list(families.FAMILIES[family].targets)}
     found: list[Any] = run_on_ranks(
         losses, num_ranks, tmp_path, tiny.recipe(model, data, tmp_path / "runs", **settings), stage
     )
@@ -89,3 +89,37 @@ def test_a_model_that_keeps_them_apart_gets_many(family: str, tmp_path: Path) ->
 def test_under_zero_3(family: str, rows: str, tmp_path: Path) -> None:
     found, loss, _, expected = tried(family, "sdpa", "zero3", 2, tmp_path)
     assert (found, loss) == (rows, pytest.approx(expected, rel=1e-5))
+
+
+def rows_of(job: Any, argv: Sequence[str], precision: str) -> str:
+    from dpa_ds.errors import ModelError
+
+    try:
+        engine, _ = build(job, argv, precision=precision)
+    except ModelError as error:
+        return str(error)
+    return str(engine.packing.rows.name)
+
+
+@pytest.mark.parametrize(("family", "rows"), [("lfm2", "ONE"), ("qwen3_moe", "MANY"), ("gpt_oss", "ONE")])
+def test_in_16_bits_rounding_is_no_leak_and_a_leak_no_rounding(family: str, rows: str, tmp_path: Path) -> None:
+    """Also where a router may choose another expert by rounding alone."""
+    model = families.make_family(tmp_path / "model", family)
+    data = tiny.make_federation(tmp_path / "data")
+    attention = families.FAMILIES[family].attention
+    argv = tiny.recipe(model, data, tmp_path / "runs", model__attention=attention)
+    assert run_on_ranks(rows_of, 1, tmp_path, argv, "bf16") == [rows]
+
+
+def test_a_base_that_computes_nan_is_said_to_be_at_fault(tmp_path: Path) -> None:
+    """All of its weights are finite, but in fp32 their products are not."""
+    model = tiny.make_model(tmp_path / "model")
+    file = model / "model.safetensors"
+    tensors = load_file(file)
+    for name in tensors:
+        if "up_proj" in name or "down_proj" in name:
+            tensors[name] *= 1e20
+    save_file(tensors, file, metadata={"format": "pt"})
+    argv = tiny.recipe(model, tiny.make_federation(tmp_path / "data"), tmp_path / "runs")
+    (said,) = run_on_ranks(rows_of, 1, tmp_path, argv, "fp32")
+    assert "the base model (LlamaForCausalLM) returns NaN or infinity before anything is trained" in said

@@ -15,7 +15,7 @@ from dpa_ds.adapters.methods import GLOBAL, LOCAL, AdapterSpec, adapter_table
 from dpa_ds.adapters.state import flatten, unflatten
 from dpa_ds.config.schema import LoraConfig
 from dpa_ds.errors import ModelError
-from tests import tiny
+from tests import families, tiny
 
 LORA = LoraConfig(rank=4, alpha=8.0, dropout=0.0, target_modules=["q_proj", "v_proj"], local_rank=3)
 
@@ -269,3 +269,33 @@ def test_unknown_target_modules_are_listed(tmp_path: Path) -> None:
     lora = LoraConfig(target_modules=["q_proj", "query"])
     with pytest.raises(ModelError, match=r"\['query'\].*k_proj.*q_proj"):
         AdapterModel(base, adapter_table(lora), lora)
+
+
+def test_an_adapter_on_a_tied_head_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for tied in (False, True):
+        base = AutoModelForCausalLM.from_pretrained(tiny.make_model(tmp_path / str(tied), tie_word_embeddings=tied))
+        caplog.clear()
+        lora = LoraConfig(rank=4, alpha=8, target_modules=["q_proj", "lm_head"])
+        AdapterModel(base, adapter_table(lora), lora)
+        assert ("PEFT cannot merge such an adapter" in caplog.text) == tied
+
+
+def test_experts_in_one_parameter_are_refused(tmp_path: Path) -> None:
+    """PEFT puts an adapter of its own on them, which no mix reaches."""
+    base = AutoModelForCausalLM.from_pretrained(families.make_family(tmp_path / "model", "deepseek_v3"))
+    lora = LoraConfig(rank=4, alpha=8, dropout=0.0, target_modules=["q_proj", "down_proj"])
+    with pytest.raises(ModelError, match=r"name model.layers.1.mlp.experts, which is no linear layer"):
+        AdapterModel(base, adapter_table(lora), lora)
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (3, 1, 5), (15,)])
+def test_weights_of_rows_fit_inputs_of_other_shapes(dual: AdapterModel, shape: tuple[int, ...]) -> None:
+    """(batch, seq_len), (batch, 1, seq_len) as in DeepSeek's attention, and all tokens in one dimension."""
+    alphas = torch.tensor([0.1, 0.5, 0.9])
+    layer = next(iter(layers(dual).values()))
+    rows = torch.randn(3, 5, layer.in_features)
+    dual.set_mix(global_local_mix(alphas))
+    found = layer(rows.view(*shape, -1)).view(3, 5, -1)
+    for row, alpha in enumerate(alphas.tolist()):
+        expected = by_hand(layer, rows[row], alpha).float()
+        torch.testing.assert_close(found[row], expected, rtol=1e-5, atol=1e-5)

@@ -34,6 +34,8 @@ class Family:
     """`lora.target_modules`."""
     attention: str = "sdpa"
     """`model.attention`."""
+    mixes: bool = False
+    """Examples of a row see one another there, so that each gets a row of its own."""
     refuses: tuple[str, ...] = ()
     """Fields of COMMON that its config does not take."""
 
@@ -96,13 +98,16 @@ FAMILIES: dict[str, Family] = {
         {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "window_size": 8},
         ("q_proj", "v_proj", "out_proj"),
         "eager",
+        mixes=True,
     ),
     "opt": Family({"ffn_dim": 64, "word_embed_proj_dim": 32}, ("q_proj", "v_proj", "out_proj")),
-    "bloom": Family({"n_layer": 2, "n_head": 4}, _FUSED, "eager"),
-    "falcon": Family({"num_kv_heads": 2, "new_decoder_architecture": True}, _FUSED, refuses=("head_dim",)),
-    "mpt": Family({"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 128}, ("Wqkv", "out_proj"), "eager"),
-    "stablelm": Family(),
-    "nemotron": Family(),
+    "bloom": Family({"n_layer": 2, "n_head": 4}, _FUSED, "eager", mixes=True),
+    "falcon": Family({"num_kv_heads": 2, "new_decoder_architecture": True}, _FUSED, refuses=("head_dim",), mixes=True),
+    "mpt": Family(
+        {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 128}, ("Wqkv", "out_proj"), "eager", mixes=True
+    ),
+    "stablelm": Family(mixes=True),
+    "nemotron": Family(mixes=True),
     "mixtral": Family(_MOE),
     "qwen2_moe": Family(_MOE),
     "qwen3_moe": Family(_MOE),
@@ -122,21 +127,21 @@ FAMILIES: dict[str, Family] = {
     "helium": Family(),
     "seed_oss": Family({"attention_dropout": 0.1, "residual_dropout": 0.1}),
     "llama4_text": Family(
-        {**_MOE, "attention_chunk_size": 16, "intermediate_size_mlp": 64, "interleave_moe_layer_step": 1}
+        {**_MOE, "attention_chunk_size": 16, "intermediate_size_mlp": 64, "interleave_moe_layer_step": 1}, mixes=True
     ),
     "deepseek_v2": Family({**_LATENT, "topk_method": "greedy"}, _LATENT_TARGETS),
     "deepseek_v3": Family(_LATENT, _LATENT_TARGETS),
-    "gpt_oss": Family({**_MOE, "sliding_window": 8}, attention="eager"),
-    "lfm2": Family({"layer_types": ["conv", "full_attention"]}, ("q_proj", "v_proj", "in_proj")),
-    "granitemoehybrid": Family({**_MAMBA, "layer_types": ["mamba", "attention"], "num_local_experts": 0}),
+    "gpt_oss": Family({**_MOE, "sliding_window": 8}, attention="eager", mixes=True),
+    "lfm2": Family({"layer_types": ["conv", "full_attention"]}, ("q_proj", "v_proj", "in_proj"), mixes=True),
+    "granitemoehybrid": Family({**_MAMBA, "layer_types": ["mamba", "attention"], "num_local_experts": 0}, mixes=True),
     "recurrent_gemma": Family(
-        {"lru_width": 32, "attention_window_size": 16, "block_types": ["recurrent", "attention"]}
+        {"lru_width": 32, "attention_window_size": 16, "block_types": ["recurrent", "attention"]}, mixes=True
     ),
-    "minimax": Family({**_MOE, "layer_types": ["linear_attention", "full_attention"], "block_size": 8}),
-    "falcon_h1": Family(_MAMBA),
-    "bamba": Family({**_MAMBA, "attn_layer_indices": [1]}),
-    "jamba": Family({**_MOE, "attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False}),
-    "mamba": Family({"state_size": 8}, ("in_proj", "x_proj"), "eager"),
+    "minimax": Family({**_MOE, "layer_types": ["linear_attention", "full_attention"], "block_size": 8}, mixes=True),
+    "falcon_h1": Family(_MAMBA, mixes=True),
+    "bamba": Family({**_MAMBA, "attn_layer_indices": [1]}, mixes=True),
+    "jamba": Family({**_MOE, "attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False}, mixes=True),
+    "mamba": Family({"state_size": 8}, ("in_proj", "x_proj"), "eager", mixes=True),
     "qwen3_next": Family(
         {
             **_MOE,
@@ -146,7 +151,8 @@ FAMILIES: dict[str, Family] = {
             "linear_num_key_heads": 2,
             "linear_key_head_dim": 8,
             "linear_value_head_dim": 8,
-        }
+        },
+        mixes=True,
     ),
 }
 """By transformers' model_type."""

@@ -267,8 +267,10 @@ def build_tracker(place: Place, tracking: TrackingConfig, metrics: MetricsConfig
     """Reports the numbers of this rank: curves of single clients go where the recipe allows them to be seen."""
     folder, world = place.folder, place.world
     run_dir = folder.run_dir if world.is_leader else None
-    clients_dir = folder.own_part if world.is_leader and metrics.share == "sums" else None
-    return Tracker(run_dir, world.is_coordinator, tracking, clients_dir)
+    if not world.is_leader or metrics.share == "per_client":
+        return Tracker(run_dir, world.is_coordinator, tracking)
+    earlier = [folder.run_dir, *folder.private_places]
+    return Tracker(run_dir, world.is_coordinator, tracking, folder.own_part, earlier)
 
 
 # ---- what the session is made of ------------------------------------------------------------------------------

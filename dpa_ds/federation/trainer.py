@@ -299,9 +299,9 @@ class Trainer:
         metrics.seconds += seconds
         setattr(metrics, f"{adapter}_loss", sum(inside.losses) / len(inside.losses))
         series = {
-            f"{adapter}/loss": inside.losses,
-            f"{adapter}/grad_norm": inside.norms,
-            f"{adapter}/lr": run.learning_rates,
+            f"loss/{adapter}": inside.losses,
+            f"optimizer/{adapter}_grad_norm": inside.norms,
+            f"optimizer/{adapter}_lr": run.learning_rates,
         }
         client = run.client
         self._tracker.scalars(client_name(client.client_id), series, client.state.num_steps[adapter])

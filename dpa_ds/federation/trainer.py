@@ -22,6 +22,7 @@ from dpa_ds.engine.engine import AdapterEngine
 from dpa_ds.errors import TrainingError
 from dpa_ds.federation.aggregation.base import LocalUpdate, ServerState, Transform
 from dpa_ds.federation.clients import HostedClient
+from dpa_ds.federation.meter import TrainingMeter
 from dpa_ds.federation.progress import PhaseProgress, RoundProgress
 from dpa_ds.runs.folder import client_name
 from dpa_ds.runs.tracking import Tracker
@@ -96,6 +97,7 @@ class Trainer:
         self._transforms = transforms
         self._hooks = hooks
         self._tracker = tracker
+        self._meter = TrainingMeter()
 
     # ---- a client's round -------------------------------------------------------------------------------------
 
@@ -256,6 +258,7 @@ class Trainer:
         indices = step_indices(len(examples), self._train.batch_size, run.num_steps, words)
         description = f"{_describe(run.client, run.server_round)} {run.phase.trainable}"
         self._tracker.advance(description, run.inside.step)
+        self._meter.begin_phase()
         for k in range(run.inside.step, run.num_steps):
             self._hooks.before_step(run, self._snapshot)
             torch.manual_seed(_fold(*words, k, world.rank))  # dropout needs no state of its own to resume
@@ -267,7 +270,8 @@ class Trainer:
             run.inside.num_skipped += not was_applied
             metrics.real_tokens += step.real_tokens
             metrics.computed_tokens += step.computed_tokens
-            self._tracker.advance(description)
+            self._meter.add(step, share)
+            self._tracker.advance(description, numbers=self._meter.describe)
         self._sum_losses(run)
 
     def _sum_losses(self, run: PhaseRun) -> None:

@@ -22,6 +22,8 @@ logger = logging.getLogger("dpa_ds")
 
 TENSORBOARD = "tensorboard"
 """Folder of the curves in a run folder."""
+LIVE_SECONDS = 1.0
+"""So often the numbers beside a progress bar on a terminal are renewed."""
 ALL_CLIENTS = "rounds"
 """TensorBoard run with the numbers of whole rounds; the others are of single clients."""
 
@@ -185,15 +187,27 @@ class Tracker:
                 self._bar.close()
                 self._bar = None
 
-    def advance(self, description: str, steps: int = 1) -> None:
-        """Count `steps` as done, and show it."""
+    def advance(self, description: str, steps: int = 1, numbers: Callable[[], str] | None = None) -> None:
+        """Count `steps` as done, and show it.
+
+        Args:
+            numbers: what is to be shown beside it. Called only now and then: it may wait for the device.
+        """
         if self._bar is None:
             return
+        is_live = sys.stderr.isatty()
         self._bar.set_description_str(description, refresh=False)
+        every_seconds = LIVE_SECONDS if is_live else self._config.log_every_seconds
+        is_due = time.monotonic() - self._last_line >= every_seconds
+        if numbers is None:  # those of another client
+            self._bar.set_postfix_str("", refresh=False)
+        elif is_due:
+            self._bar.set_postfix_str(numbers(), refresh=False)
         self._bar.update(steps)
-        if not sys.stderr.isatty() and time.monotonic() - self._last_line >= self._config.log_every_seconds:
+        if is_due:
             self._last_line = time.monotonic()
-            meter = {**self._bar.format_dict, "prefix": description, "ncols": 100, "bar_format": None}
+        if is_due and not is_live:
+            meter = {**self._bar.format_dict, "prefix": description, "ncols": None, "bar_format": None}
             logger.info(tqdm.format_meter(**meter))
 
     def say(self, message: str) -> None:

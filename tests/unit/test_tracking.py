@@ -256,3 +256,14 @@ def test_a_finished_run_without_its_records(records: list[object] | None, fault:
     with pytest.raises(CheckpointError, match=fault):
         write_report(tmp_path, 1, 0.0)
     assert not (tmp_path / "results.json").exists()
+
+
+@pytest.mark.parametrize("loss", [{}, {"held_out_loss": 2.0}])
+def test_a_table_says_why_its_cells_are_empty(loss: dict[str, float], tmp_path: Path) -> None:
+    tracker = Tracker(tmp_path, True, TrackingConfig())
+    for server_round in (0, 1):
+        tracker.record("client", server_round, client=0, label="a", num_examples=3, held_out_loss=2.0)
+        tracker.record("client", server_round, client=1, label="b", num_examples=3, **loss)
+        tracker.record("round", server_round, tokens_per_second=1.0, computed_share=1.0)
+    text = write_report(tmp_path, 1, 0.0)
+    assert ("no held-out examples; set data.held_out_fraction" in text) == (not loss)

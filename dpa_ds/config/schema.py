@@ -126,7 +126,8 @@ class DataConfig:
     output_column: str = "output"
     """Column with the answer."""
     task_column: str | None = "category"
-    """Column naming the task: held-out rows of a task are scored with the clients that train on it."""
+    """Column naming the task: held-out rows of a task are scored with the clients that train on it. Where there is
+    none, and rows are divided into clients by a column, each client is a task."""
     partition: PartitionConfig = field(default_factory=PartitionConfig)
     """How one data set becomes clients (only for format: table)."""
     held_out_fraction: float = field(default=0.0, metadata=within("[0, 1)"))

@@ -17,7 +17,6 @@ from dpa_ds.runs.folder import LINK
 from dpa_ds.runs.storage import write_file
 from dpa_ds.runs.tracking import read_records
 
-
 NO_HELD_OUT = (
     '"-": the client has no held-out examples; set data.held_out_fraction, or data.test_path to a file with its tasks'
 )

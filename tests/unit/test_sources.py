@@ -116,7 +116,7 @@ def test_numbers_become_text_and_input_is_appended(tmp_path: Path) -> None:
 
 def test_missing_input_column_is_an_error(tmp_path: Path) -> None:
     write_feddpa(tmp_path, [ROWS], None)
-    with pytest.raises(DataError, match="no column 'context'; columns are .*: set data.input_column to"):
+    with pytest.raises(DataError, match=r"no column 'context'; columns are .*: set data.input_column to"):
         read_client(DataConfig(path=str(tmp_path), input_column="context"), 0, 0)
 
 

@@ -69,7 +69,7 @@ from dpa_ds.runs.resume import (
     validate_run_dir,
 )
 from dpa_ds.runs.storage import BackgroundWriter, well_formed, write_file
-from dpa_ds.runs.tracking import Tracker, logger, setup_logging
+from dpa_ds.runs.tracking import LogFile, Tracker, logger, setup_logging
 
 PLACES = ("data.path", "data.test_path", "model.path")
 """Fields that may differ from group to group: where each keeps its files."""
@@ -184,6 +184,8 @@ class Place:
     lock: RunLock
     completed_rounds: int
     world: World
+    log_file: LogFile | None
+    """Of rank 0 of each job."""
 
 
 def find_place(config: RunConfig, job: JobStore) -> Place:
@@ -201,6 +203,10 @@ def find_place(config: RunConfig, job: JobStore) -> Place:
     job.describe_rank = partial(describe_rank, topology, job.hosts)
     own_group = topology.group_of_rank(job.launch.global_rank)
     folder = open_run_folder(config.run_dir, config.private_dir, own_group)
+    log_file = None
+    if job.launch.global_rank == 0:
+        log_file = LogFile(find_log_path(folder, config.cluster.group, config.metrics))
+        logger.addHandler(log_file)
     lock = RunLock(config.run_dir, config.cluster.group, config.checkpoint.grace_seconds)
 
     def find_round() -> int:
@@ -228,7 +234,7 @@ def find_place(config: RunConfig, job: JobStore) -> Place:
                 "weighting.num_references 1: the mean that leaves a client is the embedding of one private prompt, "
                 "and whoever guesses the prompt can tell that it is this one; take more (5 is the paper's)"
             )
-    return Place(schedule, names, folder, lock, completed, world)
+    return Place(schedule, names, folder, lock, completed, world, log_file)
 
 
 def describe_groups(topology: Topology, hosts: Sequence[str], rendezvous: str | None) -> Iterator[str]:
@@ -270,6 +276,18 @@ def create_run(
         write_file(run_dir / MODEL, json.dumps({"fingerprint": base_fingerprint, "path": base_path}))
     if place.world.is_leader:
         create_private_part(place.folder, recipe)
+    if place.log_file is not None:
+        place.log_file.begin()
+
+
+def find_log_path(folder: RunFolder, group: int | None, metrics: MetricsConfig) -> Path:
+    """Where what the console says goes: beside the curves of single clients, whose losses it has.
+
+    Args:
+        group: of the job, where each rank group has a launcher, and a log file, of its own.
+    """
+    place = folder.own_part if metrics.share == "sums" else folder.run_dir
+    return place / ("log.txt" if group is None else f"log_group_{group}.txt")
 
 
 def build_tracker(place: Place, tracking: TrackingConfig, metrics: MetricsConfig) -> Tracker:

@@ -45,6 +45,46 @@ def setup_logging(is_coordinator: bool) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else it warns after every fork
 
 
+class LogFile(logging.Handler):
+    """What the console says, in a file of the run folder with times: it is there when the terminal is gone.
+
+    Lines of the time before the run exists are kept in memory, until `begin`. A disk that refuses costs the file, and
+    not the training.
+
+    Args:
+        path: to which lines are appended.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+        self._path = path
+        self._waiting: list[str] | None = []
+
+    def begin(self) -> None:
+        """Write what was said so far, and from now on every line."""
+        waiting = "".join(self._waiting or [])
+        self._waiting = None
+        self._append(waiting)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """See `logging.Handler.emit`."""
+        line = f"{self.format(record)}\n"
+        if self._waiting is None:
+            self._append(line)
+        else:
+            self._waiting.append(line)
+
+    def _append(self, text: str) -> None:
+        """Opened for each text: it is on its way to the disk when the process is killed."""
+        try:
+            with self._path.open("a") as file:
+                file.write(text)
+        except OSError as error:
+            logger.removeHandler(self)
+            logger.warning(f"cannot write {self._path}: {error}; the training continues without its log file")
+
+
 class Tracker:
     """Reports the numbers of one rank.
 

@@ -88,7 +88,11 @@ def test_curves_are_whole_after_kills_an_extension_and_on_other_layouts(tmp_path
 
     run_on_ranks(train_until_killed, 1, tmp_path, arguments(3), 0)
     run_on_ranks(train_until_killed, 1, tmp_path, arguments(3), 2)
+    log = (tmp_path / "runs" / "tiny" / "log.txt").read_text()
     run_on_ranks(train_on_rank, 2, tmp_path, arguments(3))
     curves_are_whole(tmp_path / "runs" / "tiny")
     run_on_ranks(train_on_rank, 1, tmp_path, arguments(5))
+    continued = (tmp_path / "runs" / "tiny" / "log.txt").read_text()
+    assert continued.startswith(log)
+    assert "continues after round 3 of 5" in continued
     curves_are_whole(tmp_path / "runs" / "tiny")

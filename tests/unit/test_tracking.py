@@ -4,6 +4,7 @@ import errno
 import json
 import logging
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -16,7 +17,7 @@ from dpa_ds.errors import CheckpointError, Preempted
 from dpa_ds.evaluation.report import write_report
 from dpa_ds.runs.curves import CurveWriter, tag_of
 from dpa_ds.runs.storage import BackgroundWriter
-from dpa_ds.runs.tracking import Tracker, read_records
+from dpa_ds.runs.tracking import LogFile, Tracker, logger, read_records
 
 
 def write_curves(run_dir: Path) -> None:
@@ -267,3 +268,38 @@ def test_a_table_says_why_its_cells_are_empty(loss: dict[str, float], tmp_path: 
         tracker.record("round", server_round, tokens_per_second=1.0, computed_share=1.0)
     text = write_report(tmp_path, 1, 0.0)
     assert ("no held-out examples; set data.held_out_fraction" in text) == (not loss)
+
+
+@pytest.fixture
+def log_file(tmp_path: Path) -> Iterator[LogFile]:
+    handler = LogFile(tmp_path / "log.txt")
+    handlers, level = logger.handlers, logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    yield handler
+    logger.handlers = [other for other in handlers if other is not handler]
+    logger.setLevel(level)
+
+
+def test_the_log_file_has_what_was_said_before_there_was_a_run(log_file: LogFile, tmp_path: Path) -> None:
+    path = tmp_path / "log.txt"
+    path.write_text("of an earlier process\n")
+    logger.info("before")
+    assert path.read_text() == "of an earlier process\n"
+    log_file.begin()
+    logger.warning("after")
+    first, *others = path.read_text().splitlines()
+    assert first == "of an earlier process"
+    assert [line.split(" ", 2)[2] for line in others] == ["before", "after"]
+
+
+def test_a_log_file_that_cannot_be_written_costs_the_log_only(
+    log_file: LogFile, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    logger.propagate = True
+    (tmp_path / "log.txt").mkdir()
+    log_file.begin()
+    logger.info("later")
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 2, "the warning comes once"
+    assert "the training continues without its log file" in said[0]

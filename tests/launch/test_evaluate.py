@@ -210,7 +210,7 @@ def test_help_is_quick_and_starts_nothing() -> None:
 
 
 OPTIONS = {
-    "--clients 1,7": "{run} has no client [7]: its clients are [0, 1]",
+    "--clients 1,7": "{run} has no client 7: its clients are 0 (client_0 colour0), 1 (client_1 count1)",
     "--tasks colour0,sums": "the test data has no task ['sums']: its tasks are ['colour0', 'count1']",
     "--beam 2": "--beam is not an option; options are --run, --weighting, --lambda, --alpha, --beams, "
     "--private_dir, --max_new_tokens, --clients, --tasks, --instances, --split, --section.field",

@@ -245,7 +245,7 @@ def test_a_part_first_and_the_rest_later(run: Run, greedy: Path, tmp_path: Path)
     """All parts share the answers, and a report on less does not replace one on more. Nor does another name matter."""
     copy, expected = run.copy(tmp_path), answers(greedy)
     shutil.rmtree(copy.folder / "evaluations")
-    part = copy.evaluate(tmp_path, "--clients=0,2", "--tasks=verb3,colour0", "--instances=2")
+    part = copy.evaluate(tmp_path, "--clients=client_0,animal2", "--tasks=verb3,colour0", "--instances=2")
     assert part.name == "clients_0+2-tasks_colour0+verb3-first_2"
     asked = answers(part)
     assert asked.keys() == {(c, task, row) for c in (0, 2) for task in ("colour0", "verb3") for row in range(2)}

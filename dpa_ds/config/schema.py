@@ -33,8 +33,11 @@ from dpa_ds.config.ranges import (
     within,
 )
 
-WeightingKind = Literal["auto", "cosine", "centred_cosine", "pearson", "l2", "fixed", "global", "local", "swapped"]
-"""pearson, l2: the paper's ablations; fixed: one alpha for all; global, local: that adapter alone; swapped: 1-alpha."""
+WeightingKind = Literal[
+    "auto", "cosine", "centred_cosine", "pearson", "l2", "fixed", "global", "local", "swapped", "none"
+]
+"""pearson, l2: the paper's ablations; fixed: one alpha for all; global, local: that adapter alone; swapped: 1-alpha;
+none: no adapter, the base alone."""
 Encoder = Literal["none", "global", "local"]
 """Adapter that is active while prompts are embedded; none: the frozen base alone."""
 MethodName = Literal["feddpa_t", "feddpa_f", "fedit", "fedlora", "local", "centralized"]

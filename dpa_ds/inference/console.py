@@ -17,7 +17,7 @@ from dpa_ds.distributed.job_store import JobStore
 from dpa_ds.errors import ClusterError, ConfigError, DataError
 from dpa_ds.inference.client_model import ClientModel, Predictor, load_client_model
 from dpa_ds.inference.loading import build_predictor, place_base
-from dpa_ds.inference.weighting import describe_weighting, resolve_weighting
+from dpa_ds.inference.weighting import BASE_ALONE, describe_weighting, resolve_weighting
 from dpa_ds.model.directory import model_fingerprint
 from dpa_ds.runs.private import open_run_folder
 from dpa_ds.runs.tracking import logger, setup_logging
@@ -111,7 +111,10 @@ def answer_on_stdout(console: Console, prompt: str) -> None:
     alpha, answer = _answer(console, prompt, streamer)
     if streamer is None:
         sys.stdout.write(f"{answer}\n")
-    sys.stdout.write(f"[alpha {alpha:.3f}: local adapter {alpha:.0%}, global adapter {1 - alpha:.0%}]\n")
+    shares = f"alpha {alpha:.3f}: local adapter {alpha:.0%}, global adapter {1 - alpha:.0%}"
+    if console.predictor.weighting.kind == BASE_ALONE:
+        shares = "the base alone"
+    sys.stdout.write(f"[{shares}]\n")
     sys.stdout.flush()
 
 

@@ -218,7 +218,7 @@ OPTIONS = {
     "--lora.rank 2": "{run} was trained with another value (lora.rank: 4 -> 2): leave that option out, or train a run of "
     "its own with it",
     "--weighting cosinus": "command line: weighting.kind must be one of auto, cosine, centred_cosine, pearson, l2, fixed, "
-    'global, local, swapped, got "cosinus"',
+    'global, local, swapped, none, got "cosinus"',
     "--weighting centred_cosine --weighting.encoder local": "weighting.encoder local does not go with weighting.kind "
     "centred_cosine: clients can share one reference mean only of the encoder that all of them have and that never changes: "
     "use encoder none, or weighting.kind cosine",

@@ -135,6 +135,26 @@ def plain_client(run: Run, client: int) -> PlainClient:
     return PlainClient(run.model, run.folder / "adapters", client)
 
 
+def test_without_weighting_the_base_alone_answers(run: Run, greedy: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    base, tokenizer = AutoModelForCausalLM.from_pretrained(run.model), AutoTokenizer.from_pretrained(run.model)
+    report = run.evaluate(tmp_path, "--weighting=none", "--instances=2")
+    found = answers(report)
+    asked = [row for row in run.test_rows if row[1] < 2]
+    assert len(found) == len(SIZES) * len(asked)
+    num_changed = 0
+    for task, row, instruction in asked:
+        prompt = tokenizer(instruction, return_tensors="pt")
+        tokens = base.generate(**prompt, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)
+        text = tokenizer.decode(tokens[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+        for client in range(len(SIZES)):
+            assert found[client, task, row] == (0.0, text)
+            num_changed += answers(greedy)[client, task, row][1] != text
+    assert num_changed, "the adapters change answers"
+    assert summary(report)["settings"]["weighting"] == "no adapter, the base alone"
+
+
 @pytest.mark.parametrize(("kind", "scale", "representation", "beams"), [
     ("centred_cosine", 1.0, "last_token", 1),
     ("centred_cosine", 6.0, "last_token", 2),

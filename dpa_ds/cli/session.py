@@ -218,11 +218,15 @@ def find_place(config: RunConfig, job: JobStore) -> Place:
     if world.is_leader:
         validate_private_part(folder, fingerprint_sections(config))
     if world.is_coordinator:
+        device = world.device.type
+        if device == "cpu":
+            threads = torch.get_num_threads()
+            device = f"cpu, {threads} threads a rank" if threads > 1 else "cpu, 1 thread a rank"
         zero = load_deepspeed_json(config.engine.deepspeed_config).get("zero_optimization", {})
         logger.info(
             f"{config.name}: {config.method.name}, {topology.num_clients} clients in {topology.num_groups} rank groups "
             f"({topology.job_world_size} ranks), ZeRO stage {zero.get('stage', 0)}, {config.model.precision}, "
-            f"{world.device.type}"
+            f"{device}"
         )
         for line in describe_groups(topology, job.hosts, config.cluster.rendezvous):
             logger.info(f"  {line}")

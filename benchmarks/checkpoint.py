@@ -12,6 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from progress import measuring
 from table import where_and_when
 
 from dpa_ds.runs.tracking import read_records
@@ -27,6 +28,7 @@ def main() -> None:
         command += ["--federation.num_rounds", "2", "--train.max_steps", str(args.steps)]
         if args.every_steps:
             command += ["--checkpoint.every_steps", str(args.every_steps)]
+        measuring(f"two rounds of {args.config}")
         subprocess.run(command, cwd=REPOSITORY, check=True, stdout=subprocess.DEVNULL)
         records = read_records(Path(folder) / "run" / "metrics.jsonl")
         rounds = [record for record in records if record["kind"] == "round" and record["round"] > 0]

@@ -17,6 +17,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from progress import measuring
 from table import seconds_of, spread, where_and_when
 
 from dpa_ds.distributed.launchers import LOOPBACK
@@ -49,9 +50,11 @@ def main() -> None:
     print(f"two leaders, {args.megabytes:g} MB, {args.repeats} repeats, ours / torchft's own:")
     with tempfile.TemporaryDirectory() as folder:
         ports = (gate.port, _port(bare.address()))
+        measuring("exchanges of two leaders")
         mp.spawn(_leader, (ports, folder, round(args.megabytes * 1e6 / 4), args.repeats), nprocs=2)
         for name, seconds in json.loads((Path(folder) / "seconds.json").read_text()).items():
             _show(name, seconds["ours"], seconds["bare"], "ms", 1e3)
+    measuring("requests to the store")
     _show("one request to the store", *_requests(store_port, gate.port), "us", 1e6)
 
 

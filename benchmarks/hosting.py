@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from planner import Setting, _live_storages, write_model
+from progress import measuring
 from table import spread, where_and_when
 from transformers import AutoTokenizer
 
@@ -52,6 +53,7 @@ def main() -> None:
         tokenizer.save_pretrained(model)
         for repeat in range(args.repeats):
             for clients in args.clients:
+                measuring(f"repeat {repeat + 1} of {args.repeats}: {clients} clients")
                 run_dir = Path(folder) / "runs" / f"{clients}_{repeat}"
                 measured[clients].append(run(model, run_dir, clients, args.rounds, args.ranks))
         (first_client, *_) = sorted((run_dir / "adapters" / "local").glob("client_*"))

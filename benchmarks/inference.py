@@ -23,6 +23,7 @@ os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed chooses when it is first impor
 
 import torch
 from one_by_one import OneByOne
+from progress import measuring
 from table import processor, spread, where_and_when
 
 from dpa_ds.cli import evaluate
@@ -142,11 +143,13 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
     seconds: dict[str, list[float]] = {**{kind: [] for kind in args.kinds}, "one by one": []}
     shares: dict[str, list[float]] = {kind: [] for kind in args.kinds}
-    for _ in range(args.repeats):
+    for repeat in range(1, args.repeats + 1):
         for kind in args.kinds:
+            measuring(f"repeat {repeat} of {args.repeats}: {kind}")
             total, on_weights, answers = ours.run(kind, config)
             seconds[kind].append(total)
             shares[kind].append(on_weights / total)
+        measuring(f"repeat {repeat} of {args.repeats}: one by one")
         seconds["one by one"].append(_run_one_by_one(theirs, sample, clients, prompts, clock, expected, instances))
     num = {**dict.fromkeys(args.kinds, len(answers)), "one by one": len(sample)}
     rates = {name: [num[name] / s for s in of_runs] for name, of_runs in seconds.items()}

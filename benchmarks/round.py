@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from planner import Case, Setting, _build, write_model, write_recipe
+from progress import measuring
 from table import seconds_of, spread, where_and_when
 
 from dpa_ds.planning.shapes import PRESETS
@@ -37,6 +38,7 @@ def main() -> None:
     import torch.multiprocessing as mp
 
     with tempfile.TemporaryDirectory() as folder:
+        measuring("aggregation beside a bare all-reduce")
         mp.spawn(_leader, (args.leaders, folder, args.model, args.repeats), nprocs=args.leaders)
         found = json.loads((Path(folder) / "aggregation.json").read_text())
         print(
@@ -45,6 +47,7 @@ def main() -> None:
         print(f"  aggregation / bare all-reduce   {_ratio(found['ours'], found['bare'])}")
         seconds = {}
         for name in BASES:
+            measuring(f"phase switches over {name}")
             mp.spawn(_switches, (folder, name, args.zero, args.repeats), nprocs=1)
             found = json.loads((Path(folder) / f"{name}.json").read_text())
             seconds[name] = found["seconds"]

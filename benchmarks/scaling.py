@@ -15,6 +15,7 @@ from typing import Literal
 
 from matplotlib.figure import Figure
 from planner import Setting, write_model
+from progress import measuring
 from table import spread, where_and_when
 from transformers import AutoTokenizer
 
@@ -105,6 +106,7 @@ def write_models(folder: Path) -> None:
 
 def run(experiment: Experiment, output: Path, repeat: int) -> list[Point]:
     """One repeat of one experiment, as far as it is not done yet."""
+    measuring(f"{experiment.title}, repeat {repeat + 1}")
     values = experiment.values
     models = output / "models"
     if experiment.axis == "model.path":

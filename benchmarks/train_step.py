@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from floor import Floor, matmul_flops_per_second, phase_flops
+from progress import measuring
 from table import Steps, Variant, draw, processor, render, summarize, where_and_when
 
 from dpa_ds.adapters.adapter_model import AdapterModel
@@ -74,14 +75,17 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     steps = step_indices(len(examples), args.batch_size, args.steps, (config.seed,))
     assert all(len(step) == args.batch_size for step in steps), "fewer --steps: the last step of an epoch is short"
 
+    measuring("load the base for each stack")
     base = load_base(config.model, Path(args.model), {}, device)
     variants = [*_stacks(config, args, tokenizer, examples, steps, device), *_floors(base, args, examples, steps)]
     flops = phase_flops(base, examples, steps)
     peak = 0.0
     for variant in variants:
-        variant.run(steps[:1])  # warm-up
-    for _ in range(args.repeats):
+        measuring(f"warm up {variant.name}, {variant.phase}")
+        variant.run(steps[:1])
+    for repeat in range(1, args.repeats + 1):
         for variant in variants:
+            measuring(f"repeat {repeat} of {args.repeats}: {variant.name}, {variant.phase}")
             seconds, variant.losses = variant.run(steps)
             variant.seconds.append(seconds)
         peak = max(peak, matmul_flops_per_second(DTYPES[config.model.precision], device, CLOCKS[args.clock]))

@@ -31,7 +31,7 @@ class EvaluateOptions(RunOptions):
     """
 
     clients: tuple[str, ...] | None = option("0,3", None, sets="evaluation.clients")
-    """Only these clients (default: all)."""
+    """Only these clients, by their ids or names (default: all)."""
     tasks: tuple[str, ...] | None = option("NAME,NAME", None, sets="evaluation.tasks")
     """Only these tasks (default: all of the test data)."""
     instances: str | None = option("N", None, sets="evaluation.instances_per_task")

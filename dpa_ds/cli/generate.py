@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dpa_ds.cli.args import at_least_zero, option, parse
+from dpa_ds.cli.args import option, parse
 from dpa_ds.cli.bootstrap import Work, run_job
 from dpa_ds.cli.memory import generation_remedy, memory_errors
 from dpa_ds.cli.trained_run import RunOptions, load_run_config
@@ -26,13 +26,8 @@ class GenerateOptions(RunOptions):
       python launch/generate.py --run runs/demo --client 3 --input questions.txt > answers.jsonl
     """
 
-    client: int = option(
-        "N",
-        must_be="the id of a client such as 0",
-        test=at_least_zero,
-        missing="--client must be the id of a client such as 0, got 'nothing'",
-    )
-    """Whose model answers."""
+    client: str = option("N", missing="--client must be the id or name of a client such as 0, got 'nothing'")
+    """Whose model answers: the client's id or name."""
     prompt: str | None = option("TEXT", None)
     """The instruction; the run's prompt template is put around it."""
     input: str | None = option("FILE", None)

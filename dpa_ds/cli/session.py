@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from dpa_ds.config.load import to_yaml
 from dpa_ds.config.schema import (
     DataConfig,
     EngineConfig,
+    EvaluationConfig,
     FederationConfig,
     LoraConfig,
     MetricsConfig,
@@ -35,11 +37,19 @@ from dpa_ds.distributed.world import World, build_world, check_rendezvous, join_
 from dpa_ds.engine.engine import AdapterEngine, build_deepspeed_json
 from dpa_ds.engine.profiling import Profile
 from dpa_ds.errors import CheckpointError, list_some
+from dpa_ds.evaluation.answers import Instance
 from dpa_ds.evaluation.report import write_report
 from dpa_ds.evaluation.while_training import Scorer, instances_to_score
-from dpa_ds.federation.aggregation.base import LeaderState, ServerOptimizer, ServerState
+from dpa_ds.federation.aggregation.base import ServerOptimizer, ServerState
 from dpa_ds.federation.aggregation.pipeline import build_aggregation
-from dpa_ds.federation.clients import ClientBuilder, HostedClient, client_names, embed_references
+from dpa_ds.federation.clients import (
+    ClientBuilder,
+    ClientTokens,
+    client_names,
+    embed_references,
+    read_hosted,
+    tokenize_hosted,
+)
 from dpa_ds.federation.loop import run_rounds
 from dpa_ds.federation.progress import checked
 from dpa_ds.federation.round_evaluation import RoundEvaluation
@@ -59,7 +69,7 @@ from dpa_ds.runs.resume import (
     validate_run_dir,
 )
 from dpa_ds.runs.storage import BackgroundWriter, well_formed, write_file
-from dpa_ds.runs.tracking import Tracker, logger, setup_logging
+from dpa_ds.runs.tracking import LogFile, Tracker, logger, setup_logging
 
 PLACES = ("data.path", "data.test_path", "model.path")
 """Fields that may differ from group to group: where each keeps its files."""
@@ -109,36 +119,35 @@ def build_session(config: RunConfig, job: JobStore) -> Session:
     aggregation = build_aggregation(config.federation, config.seed)
     place = find_place(config, job)
     world, schedule = place.world, place.schedule
-    model = load_model(config.model, config.lora, config.train, config.engine, config.data.cache_dir, world)
-    place.folder.check_model(model.fingerprint)
-    clients, leader_state = host_clients(config.data, config.seed, place, model)
-    aggregation.reduction.leader_state = leader_state
-    # After the data: DeepSpeed's start takes seconds, and a wrong file is to be reported before.
+    base, tokens = prepare_data(config.model, config.data, config.seed, place)
+    labels, instances = agree_on_tasks(config.data, config.seed, config.evaluation, job, place, tokens)
+    # After the data: loading the base and starting DeepSpeed take long, and a wrong file is to be reported before.
+    model = load_model(base, config.model, config.lora, config.train, config.engine, world)
+    builder = ClientBuilder(config.seed, world, model.adapters, place.folder)
+    clients, aggregation.reduction.leader_state = builder.build(tokens, place.completed_rounds)
     profile = Profile(config.run_dir / "profile" if config.tracking.profile else None, world)
     engine = AdapterEngine(model.adapters, world, config.train, model.deepspeed_json, profile)
     if schedule.weighted_by_instance:
-        embed_references(clients, model.adapters, config.weighting, config.seed, model.pad_id, config.train)
+        embed_references(clients, model.adapters, config.weighting, config.seed, base.pad_id, config.train)
     state = restore_server_state(place, model.adapters, aggregation.server_optimizer, config.seed)
-    labels, trained_tasks = exchange_labels(job, world, clients, place.names)
     check_rendezvous(config.cluster.rendezvous if world.is_leader else None, config.federation.timeout_seconds)
     # Everything that a user can get wrong was read by now: from here on the run exists.
-    create_run(place, to_yaml(config), fingerprint_sections(config), model.fingerprint, config.model.path)
+    create_run(place, to_yaml(config), fingerprint_sections(config), base.fingerprint, config.model.path)
     tracker = build_tracker(place, config.tracking, config.metrics)
     writer = BackgroundWriter()
     layout = describe_layout(engine, config.train, config.federation)
     saving = RoundSaving(place.folder, writer, config.checkpoint, layout)
     round_state = RoundState(saving, world, job, config.federation.on_bad_update, state, place.completed_rounds)
-    batching = engine.packing.batching(config.train.micro_batch_tokens, model.pad_id)
+    batching = engine.packing.batching(config.train.micro_batch_tokens, base.pad_id)
     trainer = Trainer(
         engine, schedule, config.train, config.seed, batching, aggregation.transforms, round_state, tracker
     )
     scorer = None
-    if config.evaluation.scores_every_rounds:
+    if instances is not None:
         weighting = resolve_weighting(config.weighting, config.method, len(place.names))
-        instances = instances_to_score(config.data, config.seed, config.evaluation, trained_tasks)
-        scorer = Scorer(engine, world, model.tokenizer, weighting, config.generation, instances, config.data.template)
+        scorer = Scorer(engine, world, base.tokenizer, weighting, config.generation, instances, config.data.template)
     # Last of all: from here on the other groups wait for this one, where each has a launcher of its own.
-    facts = group_facts(config.name, agreed_sections(flatten(config)), model.fingerprint, world.topology.num_groups)
+    facts = group_facts(config.name, agreed_sections(flatten(config)), base.fingerprint, world.topology.num_groups)
     join_leaders(config.federation, config.cluster, config.run_dir, facts, job, world)
     return Session(
         seed=config.seed,
@@ -175,6 +184,8 @@ class Place:
     lock: RunLock
     completed_rounds: int
     world: World
+    log_file: LogFile | None
+    """Of rank 0 of each job."""
 
 
 def find_place(config: RunConfig, job: JobStore) -> Place:
@@ -192,6 +203,10 @@ def find_place(config: RunConfig, job: JobStore) -> Place:
     job.describe_rank = partial(describe_rank, topology, job.hosts)
     own_group = topology.group_of_rank(job.launch.global_rank)
     folder = open_run_folder(config.run_dir, config.private_dir, own_group)
+    log_file = None
+    if job.launch.global_rank == 0:
+        log_file = LogFile(find_log_path(folder, config.cluster.group, config.metrics))
+        logger.addHandler(log_file)
     lock = RunLock(config.run_dir, config.cluster.group, config.checkpoint.grace_seconds)
 
     def find_round() -> int:
@@ -203,11 +218,15 @@ def find_place(config: RunConfig, job: JobStore) -> Place:
     if world.is_leader:
         validate_private_part(folder, fingerprint_sections(config))
     if world.is_coordinator:
+        device = world.device.type
+        if device == "cpu":
+            threads = torch.get_num_threads()
+            device = f"cpu, {threads} threads a rank" if threads > 1 else "cpu, 1 thread a rank"
         zero = load_deepspeed_json(config.engine.deepspeed_config).get("zero_optimization", {})
         logger.info(
             f"{config.name}: {config.method.name}, {topology.num_clients} clients in {topology.num_groups} rank groups "
             f"({topology.job_world_size} ranks), ZeRO stage {zero.get('stage', 0)}, {config.model.precision}, "
-            f"{world.device.type}"
+            f"{device}"
         )
         for line in describe_groups(topology, job.hosts, config.cluster.rendezvous):
             logger.info(f"  {line}")
@@ -219,7 +238,7 @@ def find_place(config: RunConfig, job: JobStore) -> Place:
                 "weighting.num_references 1: the mean that leaves a client is the embedding of one private prompt, "
                 "and whoever guesses the prompt can tell that it is this one; take more (5 is the paper's)"
             )
-    return Place(schedule, names, folder, lock, completed, world)
+    return Place(schedule, names, folder, lock, completed, world, log_file)
 
 
 def describe_groups(topology: Topology, hosts: Sequence[str], rendezvous: str | None) -> Iterator[str]:
@@ -261,60 +280,86 @@ def create_run(
         write_file(run_dir / MODEL, json.dumps({"fingerprint": base_fingerprint, "path": base_path}))
     if place.world.is_leader:
         create_private_part(place.folder, recipe)
+    if place.log_file is not None:
+        place.log_file.begin()
+
+
+def find_log_path(folder: RunFolder, group: int | None, metrics: MetricsConfig) -> Path:
+    """Where what the console says goes: beside the curves of single clients, whose losses it has.
+
+    Args:
+        group: of the job, where each rank group has a launcher, and a log file, of its own.
+    """
+    place = folder.own_part if metrics.share == "sums" else folder.run_dir
+    return place / ("log.txt" if group is None else f"log_group_{group}.txt")
 
 
 def build_tracker(place: Place, tracking: TrackingConfig, metrics: MetricsConfig) -> Tracker:
     """Reports the numbers of this rank: curves of single clients go where the recipe allows them to be seen."""
     folder, world = place.folder, place.world
     run_dir = folder.run_dir if world.is_leader else None
-    clients_dir = folder.own_part if world.is_leader and metrics.share == "sums" else None
-    return Tracker(run_dir, world.is_coordinator, tracking, clients_dir)
+    if not world.is_leader or metrics.share == "per_client":
+        return Tracker(run_dir, world.is_coordinator, tracking)
+    earlier = [folder.run_dir, *folder.private_places]
+    return Tracker(run_dir, world.is_coordinator, tracking, folder.own_part, earlier)
 
 
 # ---- what the session is made of ------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
+class FoundBase:
+    """The base model on disk, before it is loaded."""
+
+    directory: Path
+    tokenizer: PreTrainedTokenizerBase
+    pad_id: int
+    fingerprint: str
+    """Of its files."""
+
+
+def prepare_data(model: ModelConfig, data: DataConfig, seed: int, place: Place) -> tuple[FoundBase, list[ClientTokens]]:
+    """Read the data of the hosted clients, find the base, and tokenise. Collective: all ranks of the group.
+
+    Raises:
+        DataError: the data is not usable.
+        ConfigError, ModelError: the base is not there, or its precision does not fit the device.
+        CheckpointError: it is another one than that of the run.
+    """
+    world, folder = place.world, place.folder
+    texts = read_hosted(data, seed, place.schedule.pooled, world)
+    check_precision(model.precision, world.device)
+    with world.leader_first():  # a GGUF file is converted once
+        directory = resolve_model(model, data.cache_dir)
+    tokenizer = load_tokenizer(directory)
+    base = FoundBase(directory, tokenizer, int(tokenizer.pad_token_id), model_fingerprint(directory))
+    folder.check_model(base.fingerprint)
+    if folder.own_part != folder.run_dir:
+        data = replace(data, cache_dir=str(folder.own_part.parent))  # tokens are the clients' texts
+    return base, tokenize_hosted(texts, data, tokenizer, world)
+
+
+@dataclass(frozen=True)
 class LoadedModel:
     """The frozen base with its adapters, before there is an engine."""
 
-    tokenizer: PreTrainedTokenizerBase
-    pad_id: int
     adapters: AdapterModel
     deepspeed_json: dict[str, Any]
     """Under ZeRO-3 the base is partitioned by it already."""
-    fingerprint: str
-    """Of the base model's files."""
 
 
 def load_model(
-    model: ModelConfig,
-    lora: LoraConfig,
-    train: TrainConfig,
-    engine: EngineConfig,
-    cache_dir: str,
-    world: World,
+    base: FoundBase, model: ModelConfig, lora: LoraConfig, train: TrainConfig, engine: EngineConfig, world: World
 ) -> LoadedModel:
     """Load the base and add the adapters. Collective: all ranks of the group.
 
     Raises:
-        ConfigError, ModelError: precision, files or adapters do not fit the device or one another.
+        ConfigError, ModelError: files or adapters do not fit the device or one another.
     """
-    check_precision(model.precision, world.device)
-    with world.leader_first():  # a GGUF file is converted once
-        directory = resolve_model(model, cache_dir)
-    tokenizer = load_tokenizer(directory)
     path = engine.deepspeed_config
     deepspeed_json = build_deepspeed_json(load_deepspeed_json(path), path, train, model.precision, world.world_size)
-    base = load_base(model, directory, deepspeed_json, world.device)
-    adapters = AdapterModel(base, adapter_table(lora), lora)
-    return LoadedModel(
-        tokenizer,
-        int(tokenizer.pad_token_id),
-        adapters,
-        deepspeed_json,
-        model_fingerprint(directory),
-    )
+    loaded = load_base(model, base.directory, deepspeed_json, world.device)
+    return LoadedModel(AdapterModel(loaded, adapter_table(lora), lora), deepspeed_json)
 
 
 def restore_server_state(
@@ -363,24 +408,6 @@ def restore_server_state(
         )
 
 
-def host_clients(
-    data: DataConfig, seed: int, place: Place, model: LoadedModel
-) -> tuple[list[HostedClient], LeaderState]:
-    """The clients of this rank group, and what its leader keeps. Collective: all ranks of the group."""
-    if place.folder.own_part != place.folder.run_dir:
-        data = replace(data, cache_dir=str(place.folder.own_part.parent))  # tokens are the clients' texts
-    builder = ClientBuilder(
-        data=data,
-        seed=seed,
-        pooled=place.schedule.pooled,
-        world=place.world,
-        tokenizer=model.tokenizer,
-        adapters=model.adapters,
-        run_folder=place.folder,
-    )
-    return builder.build(place.completed_rounds)
-
-
 def group_facts(name: str, agreed: Mapping[str, Any], base_fingerprint: str, num_groups: int) -> dict[str, str]:
     """What must be equal in all groups of a run that have launchers of their own: else their averages mean nothing.
 
@@ -408,8 +435,27 @@ def describe_layout(engine: AdapterEngine, train: TrainConfig, federation: Feder
     }
 
 
+def agree_on_tasks(
+    data: DataConfig,
+    seed: int,
+    evaluation: EvaluationConfig,
+    job: JobStore,
+    place: Place,
+    clients: Sequence[ClientTokens],
+) -> tuple[list[str], list[Instance] | None]:
+    """Label of every client, and what is scored while training; None: nothing is. Collective: all ranks of the job.
+
+    Raises:
+        ConfigError, DataError: the test data is not usable, or has no such task.
+    """
+    labels, trained_tasks = exchange_labels(job, place.world, clients, place.names)
+    if not evaluation.scores_every_rounds:
+        return labels, None
+    return labels, instances_to_score(data, seed, evaluation, trained_tasks)
+
+
 def exchange_labels(
-    job: JobStore, world: World, clients: Sequence[HostedClient], names: Sequence[str]
+    job: JobStore, world: World, clients: Sequence[ClientTokens], names: Sequence[str]
 ) -> tuple[list[str], frozenset[str]]:
     """Label of every client, for messages, and the tasks that some client trains on. Collective: all ranks of the job.
 

@@ -29,7 +29,7 @@ class RunOptions:
     """The run, as launch/run.py wrote it."""
     weighting: str | None = option("KIND", None, sets="weighting.kind")
     """Weight of the local adapter: centred_cosine, cosine (the paper's), pearson, l2, fixed, global, local, swapped
-    (the published code's convention); default: the recipe's, else what fits the method."""
+    (the published code's convention), none (the base alone); default: the recipe's, else what fits the method."""
     lambda_: str | None = option("X", None, sets="weighting.scale")
     """Scale of the similarity (cosine 0.5, centred_cosine 1.0)."""
     alpha: str | None = option("X", None, sets="weighting.scale")

@@ -79,6 +79,8 @@ def describe(annotation: Any) -> str:
         return f"one of {choices}" if len(arguments) > 1 else choices
     if origin is list and arguments == (str,):
         return "a list of names such as [q_proj]"
+    if origin is list and str in alternatives(arguments[0]):
+        return "a list of whole numbers and names"
     if origin is list:
         return f"a list of {_plural(arguments[0])}"
     if origin is tuple:

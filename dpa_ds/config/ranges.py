@@ -122,8 +122,8 @@ def _is_short_name(name: str) -> bool:
     return len(name.encode()) <= MAX_NAME_BYTES
 
 
-def _are_client_ids(clients: Sequence[int]) -> bool:
-    return len(clients) > 0 and min(clients) >= 0
+def _are_clients(values: Sequence[int | str]) -> bool:
+    return len(values) > 0 and all(value != "" if isinstance(value, str) else value >= 0 for value in values)
 
 
 def _are_names(names: Sequence[str]) -> bool:
@@ -160,7 +160,7 @@ PRIVATE_DIR = all_of(
 PLAIN_NAME = must("must be a plain folder name, not empty and without / or \\", _is_plain_name)
 SHORT_NAME = must(f"must be a folder name of at most {MAX_NAME_BYTES} bytes", _is_short_name)
 LINEAR_LAYERS = must("must name at least one linear layer, such as [q_proj]", _are_names)
-CLIENT_IDS = must("must be ids of clients such as [0, 3]", _are_client_ids)
+CLIENTS = must("must be ids or names of clients such as [0, 3]", _are_clients)
 TASK_NAMES = must("must be names of tasks such as [paraphrase]", _are_names)
 ONE_INSTRUCTION = must("must contain {instruction} exactly once", _has_one_instruction)
 GROUP_SIZES = must("must be auto, a number >= 1 or a list of them such as [2, 2, 1]", _are_group_sizes)

@@ -11,7 +11,7 @@ from typing import Literal
 from dpa_ds.config.ranges import (
     ANY_PATH,
     BILLION,
-    CLIENT_IDS,
+    CLIENTS,
     GROUP_SIZES,
     LINEAR_LAYERS,
     MILLION,
@@ -33,8 +33,11 @@ from dpa_ds.config.ranges import (
     within,
 )
 
-WeightingKind = Literal["auto", "cosine", "centred_cosine", "pearson", "l2", "fixed", "global", "local", "swapped"]
-"""pearson, l2: the paper's ablations; fixed: one alpha for all; global, local: that adapter alone; swapped: 1-alpha."""
+WeightingKind = Literal[
+    "auto", "cosine", "centred_cosine", "pearson", "l2", "fixed", "global", "local", "swapped", "none"
+]
+"""pearson, l2: the paper's ablations; fixed: one alpha for all; global, local: that adapter alone; swapped: 1-alpha;
+none: no adapter, the base alone."""
 Encoder = Literal["none", "global", "local"]
 """Adapter that is active while prompts are embedded; none: the frozen base alone."""
 MethodName = Literal["feddpa_t", "feddpa_f", "fedit", "fedlora", "local", "centralized"]
@@ -126,7 +129,7 @@ class DataConfig:
     output_column: str = "output"
     """Column with the answer."""
     task_column: str | None = "category"
-    """Column naming the task: held-out rows of a task are scored with the clients that train on it."""
+    """Column of tasks: a task's held-out rows go to the clients that train on it. None: a column's clients are."""
     partition: PartitionConfig = field(default_factory=PartitionConfig)
     """How one data set becomes clients (only for format: table)."""
     held_out_fraction: float = field(default=0.0, metadata=within("[0, 1)"))
@@ -273,8 +276,8 @@ class EvaluationConfig:
     """What is scored: the test data, or (to tune) what data.held_out_fraction keeps from training."""
     instances_per_task: int | None = field(default=None, metadata=at_least(1, up_to=BILLION, or_null="for all"))
     """Test instances of each task, the first ones of the file; null: all (while training 4)."""
-    clients: list[int] | None = field(default=None, metadata=CLIENT_IDS)
-    """launch/evaluate.py: ids of the clients to score; null: all."""
+    clients: list[int | str] | None = field(default=None, metadata=CLIENTS)
+    """launch/evaluate.py: ids or names of the clients to score; null: all."""
     tasks: list[str] | None = field(default=None, metadata=TASK_NAMES)
     """launch/evaluate.py: tasks to score; null: all of the test data."""
     sharding: Literal["auto", "never", "always"] = "auto"

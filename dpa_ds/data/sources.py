@@ -135,29 +135,50 @@ def pool_clients(clients: Sequence[ClientData]) -> ClientData:
 
 
 def _to_examples(rows: Sequence[Row], config: DataConfig) -> tuple[Example, ...]:
+    task_column = _find_task_column(rows, config)
+    return tuple(_to_example(row, config, task_column) for row in rows)
+
+
+def _find_task_column(rows: Sequence[Row], config: DataConfig) -> str | None:
+    """The column that names the task of these rows; None: they name none.
+
+    Where rows are divided into clients by a column and name no task, a client's rows are its task.
+    """
     column = config.task_column
+    if column is not None and any(column in row.values for row in rows):
+        return column
     # The default may be missing: data need not name tasks. Another one was written for a reason.
-    if column not in (None, DataConfig.task_column) and rows and all(column not in row.values for row in rows):
-        names = ", ".join(repr(name) for name in rows[0].values)
+    if column not in (None, DataConfig.task_column):
+        _require_column(rows, column, "data.task_column", ", or to null for data without tasks")
+    if config.format == "table" and config.partition.kind == "column":
+        return config.partition.column
+    return None
+
+
+def _require_column(rows: Sequence[Row], column: str, field: str, otherwise: str = "") -> None:
+    """Raise DataError where there are rows, and none has the column that `field` of the recipe names."""
+    if rows and all(column not in row.values for row in rows):
         raise DataError(
-            f"{rows[0].place}: neither this row nor one after it has the data.task_column {column!r}; columns are "
-            f"{names[:300]}: choose one of them, or null for data without tasks"
+            f"{rows[0].place}: neither this row nor one after it has the column {column!r}; columns are "
+            f"{rows[0].list_columns()}: set {field} to one of them{otherwise}"
         )
-    return tuple(_to_example(row, config) for row in rows)
 
 
-def _to_example(row: Row, config: DataConfig) -> Example:
-    instruction = row.text(config.instruction_column)
-    output = row.text(config.output_column)
+def _to_example(row: Row, config: DataConfig, task_column: str | None) -> Example:
+    instruction = row.text(config.instruction_column, "set data.instruction_column to one of them")
+    output = row.text(config.output_column, "set data.output_column to one of them")
     for column, value in ((config.instruction_column, instruction), (config.output_column, output)):
         if not value.strip():
             raise DataError(f"{row.place}: column {column!r} is empty: fill it in, or remove the row")
-    if config.input_column and (further := row.optional_text(config.input_column)):
-        instruction = f"{instruction}\n{further}"
+    if config.input_column is not None:
+        remedy = "set data.input_column to one of them, or to null where there is none"
+        further = row.optional_text(config.input_column, remedy)
+        if further:
+            instruction = f"{instruction}\n{further}"
     task = ""
     # A missing input column is an error, a missing task column is not: it has a default, and data may name no task.
-    if config.task_column and config.task_column in row.values:
-        task = printable(row.optional_text(config.task_column))
+    if task_column is not None and task_column in row.values:
+        task = printable(row.optional_text(task_column))
     return Example(instruction, output, task)
 
 
@@ -194,7 +215,9 @@ def _partition(rows: Sequence[Row], config: DataConfig, seed: int) -> dict[str, 
     if kind != "iid":
         if partition.column is None:
             raise ConfigError(f"data.partition.kind {kind} needs data.partition.column: name a column of {config.path}")
-        values = [row.text(partition.column) for row in rows]
+        values = [row.text(partition.column, "set data.partition.column to one of them") for row in rows]
+    elif partition.column is not None:  # of no use, but not there either: a slip
+        _require_column(rows, partition.column, "data.partition.column", ", or to null: iid needs none")
     if kind == "column":
         return {printable(name): part for name, part in partition_by_column(values).items()}
     if partition.num_clients is None:

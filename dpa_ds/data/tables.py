@@ -26,12 +26,14 @@ class Row:
     values: dict[str, Any]
     place: str
 
-    def text(self, column: str) -> str:
-        """The cell as text; numbers and truth values are written out. Raises DataError for anything else."""
+    def text(self, column: str, remedy: str = "set the data.*_column that fits") -> str:
+        """The cell as text; numbers and truth values are written out. Raises DataError for anything else.
+
+        Args:
+            remedy: what to do where there is no such column.
+        """
         if column not in self.values:
-            columns = ", ".join(repr(name) for name in self.values)
-            shown = textwrap.shorten(columns, 300, placeholder=" ...") or "none"
-            raise DataError(f"{self.place}: no column {column!r}; columns are {shown}: set the data.*_column that fits")
+            raise DataError(f"{self.place}: no column {column!r}; columns are {self.list_columns()}: {remedy}")
         value = self.values[column]
         if isinstance(value, bool | int | float):
             return str(value)
@@ -43,11 +45,16 @@ class Row:
             raise DataError(f"{self.place}: column {column!r} has half a surrogate pair: remove the \\ud8xx") from error
         return value
 
-    def optional_text(self, column: str) -> str:
+    def list_columns(self) -> str:
+        """Names of the columns, for messages."""
+        columns = ", ".join(repr(name) for name in self.values)
+        return textwrap.shorten(columns, 300, placeholder=" ...") or "none"
+
+    def optional_text(self, column: str, remedy: str = "set the data.*_column that fits") -> str:
         """The cell as text, "" where it is null. Raises DataError as `text` does."""
         if column in self.values and self.values[column] is None:
             return ""
-        return self.text(column)
+        return self.text(column, remedy)
 
 
 def read_table(path: str | Path) -> list[Row]:

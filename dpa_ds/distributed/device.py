@@ -6,7 +6,7 @@ from typing import Any
 import psutil
 import torch
 
-from dpa_ds.distributed.launchers import Launch
+from dpa_ds.distributed.launchers import Launch, threads_are_chosen
 from dpa_ds.errors import ClusterError
 
 
@@ -27,7 +27,7 @@ def claim_device(launch: Launch, ranks_on_host: int) -> torch.device:
                 f"DS_ACCELERATOR is {os.environ['DS_ACCELERATOR']!r}, but torch finds no accelerator on this host: "
                 "unset it, or set cluster.device cpu"
             )
-        if "OMP_NUM_THREADS" not in os.environ:  # else every rank of a host would use all of its cores
+        if not threads_are_chosen(launch):  # else every rank of a host would use all of its cores
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_on_host))
         return torch.device("cpu")
     index = _device_index(launch.local_rank, torch.accelerator.device_count())

@@ -36,6 +36,7 @@ LAUNCHERS = {
 """Word of a Python process's command line, or its end -> what messages call the launcher."""
 ACCELERATORS = ("cuda", "cpu", "xpu", "npu", "mps", "hpu", "mlu", "sdaa", "supa", "klxpu")
 """What DS_ACCELERATOR may be (deepspeed 0.19.8, accelerator/real_accelerator.py)."""
+THREADS = "OMP_NUM_THREADS"
 MPI_SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
@@ -135,6 +136,27 @@ def launchers_above() -> list[tuple[int, str]] | None:
     except OSError:
         return None
     return found
+
+
+def threads_are_chosen(launch: Launch, environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether the user has said how many threads a rank has, by OMP_NUM_THREADS.
+
+    torchrun sets the variable to 1 where it is not set and starts several ranks, and leaves no mark. But the kernel
+    shows the environment that a process was started with: in torchrun's own the variable is there only if the user set
+    it.
+    """
+    if THREADS not in environ:
+        return False
+    if environ[THREADS] != "1" or not launch.launchers:
+        return True
+    process, name = launch.launchers[0]
+    if name != "torchrun":
+        return True
+    try:
+        started_with = (Path("/proc") / str(process) / "environ").read_bytes().split(b"\0")
+    except OSError:  # another user's, or gone
+        return True
+    return any(variable.startswith(f"{THREADS}=".encode()) for variable in started_with)
 
 
 def _name_of_launcher(command_line: str) -> str:

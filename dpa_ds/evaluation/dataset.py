@@ -19,25 +19,21 @@ from dpa_ds.runs.folder import RunFolder
 _LONGEST_NAME = 60
 
 
-def choose_clients(wanted: Sequence[int] | None, folder: RunFolder, server_round: int) -> list[int]:
+def choose_clients(wanted: Sequence[int | str] | None, folder: RunFolder, server_round: int) -> list[int]:
     """The clients `wanted`, ascending and each once; None: all whose files can be seen here.
 
     Raises:
         ConfigError: the run has no such client, or none can be seen.
     """
-    existing, run_dir = folder.clients(server_round), folder.run_dir
     if wanted is None:
         here = folder.clients_here(server_round)
         if not here:
             raise ConfigError(
-                f"what the clients of {run_dir} keep to themselves cannot be seen here: {folder.describe_parts()}; say "
-                "where it is with --private_dir"
+                f"what the clients of {folder.run_dir} keep to themselves cannot be seen here: "
+                f"{folder.describe_parts()}; say where it is with --private_dir"
             )
         return here
-    unknown = sorted(set(wanted) - set(existing))
-    if unknown:
-        raise ConfigError(f"{run_dir} has no client {unknown}: its clients are {list(existing)}")
-    return sorted(set(wanted))
+    return folder.find_clients(wanted, server_round)
 
 
 def read_instances(data: DataConfig, seed: int, split: Literal["test", "held_out"]) -> list[Instance]:

@@ -56,6 +56,8 @@ class Evaluation:
     folders: EvaluationFolders
     config: EvaluationConfig
     clients: Sequence[int]
+    wanted: Sequence[int] | None
+    """Those that the user asked for; None: all."""
     instances: Sequence[Instance]
     everything: Sequence[Instance]
     """All instances of the split: a group shares the scores of all that its clients answered."""
@@ -97,9 +99,9 @@ def write_reports(evaluation: Evaluation, share: Literal["per_client", "sums"]) 
     """
     folders = evaluation.folders
     if folders.run.private_places == [folders.run.run_dir]:
-        report_dir = folders.common / evaluation.part(evaluation.config.clients)
+        report_dir = folders.common / evaluation.part(evaluation.wanted)
         answers = select_answers(folders.read_answers(), evaluation.clients, evaluation.instances)
-        return report_dir, evaluation.write(report_dir, answers, evaluation.infos, evaluation.config.clients)
+        return report_dir, evaluation.write(report_dir, answers, evaluation.infos, evaluation.wanted)
     if share == "sums":
         return _write_sums(evaluation)
     return _write_joined(evaluation)
@@ -112,7 +114,7 @@ def _write_joined(evaluation: Evaluation) -> tuple[Path, str]:
     own_infos = [info for info in evaluation.infos if info.client in evaluation.clients]
     write_scores(folders.common, own_infos, own_answers, evaluation.everything)
     shared = read_scores(folders.common, evaluation.instances)
-    wanted = evaluation.config.clients
+    wanted = evaluation.wanted
     if wanted is None:
         counted = sorted({answer.client for answer in shared.answers})
         if counted != folders.run.clients(folders.server_round):

@@ -17,6 +17,11 @@ from dpa_ds.runs.folder import LINK
 from dpa_ds.runs.storage import write_file
 from dpa_ds.runs.tracking import read_records
 
+NO_HELD_OUT = (
+    '"-": the client has no held-out examples; set data.held_out_fraction, or data.test_path to a file with its tasks'
+)
+"""Line below a table of held-out losses that lacks some."""
+
 
 @dataclass(frozen=True)
 class _ClientCourse:
@@ -77,6 +82,8 @@ def write_report(run_dir: Path, num_groups: int, seconds: float) -> str:
         curves(series, run_dir / "held_out_loss.png", HELD_OUT_LOSS, title)
         num_fallen = sum(course.change < 0 for course in evaluated)
         lines.append(f"held-out loss fell for {num_fallen} of {len(evaluated)} clients")
+    if not all(course.held_out_loss for course in courses):
+        lines.append(NO_HELD_OUT)
     lines += _cost_lines(last_round, num_groups)
     adapters = f"adapters (PEFT format): {run_dir / LINK / GLOBAL}"
     if (run_dir / LINK / LOCAL).is_dir():

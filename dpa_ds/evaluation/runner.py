@@ -87,7 +87,8 @@ def evaluate(config: RunConfig, job: JobStore) -> Path | None:
     report_dir = None
     if world.is_coordinator:
         described = {"run": config.name, **settings}
-        evaluation = Evaluation(folders, config.evaluation, clients, instances, everything, described)
+        wanted = None if config.evaluation.clients is None else clients
+        evaluation = Evaluation(folders, config.evaluation, clients, wanted, instances, everything, described)
         report_dir, text = write_reports(evaluation, config.metrics.share)
         answers_dir = folders.answers_dir(clients[0])
         logger.info(f"{text}\nanswers: {answers_dir}\ntook {time.monotonic() - started:.0f} s")

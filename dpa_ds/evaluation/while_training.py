@@ -8,12 +8,13 @@ from transformers import PreTrainedTokenizerBase
 from dpa_ds.config.schema import DataConfig, EvaluationConfig, GenerationConfig
 from dpa_ds.distributed.world import World
 from dpa_ds.engine.engine import AdapterEngine
+from dpa_ds.errors import ConfigError
 from dpa_ds.evaluation.answers import Instance
 from dpa_ds.evaluation.dataset import choose_instances, read_instances, tokenize_instances
 from dpa_ds.evaluation.metrics import score_answer
 from dpa_ds.evaluation.work_items import EvaluationSet, answer_work_item
 from dpa_ds.inference.client_model import ClientModel, Predictor
-from dpa_ds.inference.weighting import Weighting
+from dpa_ds.inference.weighting import BASE_ALONE, Weighting
 
 DEFAULT_INSTANCES = 4
 """Instances of each task where `evaluation.instances_per_task` says nothing: every scored round pays for them."""
@@ -37,6 +38,9 @@ class Scorer:
 
     Args:
         template: prompt template of the instances.
+
+    Raises:
+        ConfigError: the base alone is to be scored.
     """
 
     def __init__(
@@ -49,6 +53,11 @@ class Scorer:
         instances: Sequence[Instance],
         template: str,
     ) -> None:
+        if weighting.kind == BASE_ALONE:
+            raise ConfigError(
+                "weighting.kind none scores the base alone, which no round changes: score it by launch/evaluate.py "
+                "--weighting none, and leave weighting.kind auto for evaluation.scores_every_rounds"
+            )
         self._engine = engine
         self._world = world
         self._tokenizer = tokenizer

@@ -54,64 +54,85 @@ def client_names(data: DataConfig, seed: int, pooled: bool) -> list[str]:
 
 
 @dataclass(frozen=True)
-class ClientBuilder:
-    """Makes the clients that this rank group hosts. Its methods are collective: all ranks of the group."""
+class ClientTokens:
+    """The data of one client, read and tokenised: all that is known of it before there is a model."""
 
-    data: DataConfig
+    client_id: int
+    label: str
+    tasks: tuple[str, ...]
+    examples: TokenizedExamples
+    held_out: TokenizedExamples | None
+
+
+def read_hosted(data: DataConfig, seed: int, pooled: bool, world: World) -> list[ClientData]:
+    """The data of the clients that this rank group hosts.
+
+    Args:
+        pooled: all clients' data form a single client.
+
+    Raises:
+        DataError: a file, a row or a column is not as it should be.
+    """
+    if pooled:
+        everyone = range(len(list_clients(data, seed)))
+        return [pool_clients(read_clients(data, seed, everyone))]
+    # Only those of this group: with `format: feddpa` no other client's training file is opened.
+    return read_clients(data, seed, world.topology.clients_of_group(world.group))
+
+
+def tokenize_hosted(
+    clients: Sequence[ClientData], data: DataConfig, tokenizer: PreTrainedTokenizerBase, world: World
+) -> list[ClientTokens]:
+    """The tokens of what `read_hosted` read. Collective: all ranks of the group.
+
+    Raises:
+        DataError: no example of a client fits `data.max_length`.
+    """
+    tokens = []
+    with world.leader_first():  # the others find the tokens in the cache
+        for client in clients:
+            examples = load_or_tokenize(client.train, tokenizer, data, client.name)
+            held_out = None
+            if client.held_out:
+                held_out = load_or_tokenize(client.held_out, tokenizer, data, f"{client.name} (held out)")
+            tokens.append(ClientTokens(client.client_id, _label(client), _tasks(client), examples, held_out))
+    for client, of_client in zip(clients, tokens, strict=True):
+        num_dropped = of_client.examples.num_dropped
+        if world.is_leader and num_dropped:
+            logger.warning(
+                f"{client.name}: {num_dropped} of {len(of_client.examples) + num_dropped} examples are longer than "
+                f"data.max_length = {data.max_length} tokens and are left out"
+            )
+    return tokens
+
+
+@dataclass(frozen=True)
+class ClientBuilder:
+    """Makes the clients that this rank group hosts, of their data and of what a run holds of them."""
+
     seed: int
-    pooled: bool
-    """All clients' data form a single client."""
     world: World
-    tokenizer: PreTrainedTokenizerBase
     adapters: AdapterModel
     run_folder: RunFolder
 
-    def build(self, completed_rounds: int) -> tuple[list[HostedClient], LeaderState]:
+    def build(self, tokens: Sequence[ClientTokens], completed_rounds: int) -> tuple[list[HostedClient], LeaderState]:
         """Everything that this group keeps for its clients after `completed_rounds`, and what its leader keeps."""
-        client_ids = self.world.topology.clients_of_group(self.world.group)
-        # Only those of this group: with `format: feddpa` no other client's training file is opened.
-        data = dict(zip(client_ids, self._read(client_ids), strict=True))
-        with self.world.leader_first():  # the others find the tokens in the cache
-            tokens = {client_id: self._tokenize(data[client_id]) for client_id in client_ids}
         clients, leader_states = [], []
-        for client_id in client_ids:
-            examples, held_out = tokens[client_id]
-            self._report_dropped(data[client_id].name, examples)
-            saved = self._restore(client_id, completed_rounds)
+        for data in tokens:
+            saved = self._restore(data.client_id, completed_rounds)
             clients.append(
                 HostedClient(
-                    client_id=client_id,
-                    label=_label(data[client_id]),
-                    tasks=_tasks(data[client_id]),
-                    examples=examples,
-                    held_out=held_out,
+                    client_id=data.client_id,
+                    label=data.label,
+                    tasks=data.tasks,
+                    examples=data.examples,
+                    held_out=data.held_out,
                     state=saved.state,
                     references=saved.references,
                 )
             )
             leader_states.append(LeaderState(saved.residual))
         return clients, LeaderState.sum_of(leader_states)
-
-    def _read(self, client_ids: Sequence[int]) -> list[ClientData]:
-        if not self.pooled:
-            return read_clients(self.data, self.seed, client_ids)
-        everyone = range(len(list_clients(self.data, self.seed)))
-        return [pool_clients(read_clients(self.data, self.seed, everyone))]
-
-    def _tokenize(self, data: ClientData) -> tuple[TokenizedExamples, TokenizedExamples | None]:
-        """Training and held-out examples."""
-        examples = load_or_tokenize(data.train, self.tokenizer, self.data, data.name)
-        held_out = None
-        if data.held_out:
-            held_out = load_or_tokenize(data.held_out, self.tokenizer, self.data, f"{data.name} (held out)")
-        return examples, held_out
-
-    def _report_dropped(self, name: str, examples: TokenizedExamples) -> None:
-        if self.world.is_leader and examples.num_dropped:
-            logger.warning(
-                f"{name}: {examples.num_dropped} of {len(examples) + examples.num_dropped} examples are longer than "
-                f"data.max_length = {self.data.max_length} tokens and are left out"
-            )
 
     def _restore(self, client_id: int, completed_rounds: int) -> "_Restored":
         """The client as it was saved, or a fresh one. Only its leader keeps the tensors."""

@@ -13,7 +13,6 @@ from dpa_ds.federation.aggregation.pipeline import Accumulator, ReducedRound
 from dpa_ds.federation.clients import HostedClient
 from dpa_ds.federation.metrics import (
     MetricsTable,
-    continue_curves,
     draw_evaluation,
     exchange_metrics,
     fill_row,
@@ -256,7 +255,6 @@ def start_rounds(session: Session) -> None:
         finish_round(session, Cohort((), []), server_round=0)
     # After the leftovers are gone: what is found now belongs to the round that comes next.
     rounds.restore_progress(session.clients, rounds.num_completed + 1)
-    continue_curves(session.tracker, session.clients, rounds.num_completed)
 
 
 def sync_round(session: Session, is_starting: bool = False) -> bool:

@@ -11,11 +11,12 @@ import torch
 from dpa_ds.distributed.world import World
 from dpa_ds.federation.clients import HostedClient
 from dpa_ds.federation.progress import RoundMetrics, RoundProgress
+from dpa_ds.runs.curves import tag_of
 from dpa_ds.runs.folder import client_name
 from dpa_ds.runs.tracking import ALL_CLIENTS, Tracker
 
-EVALUATED = {"held_out_loss": "held_out/loss", "P": "scores/P", "TTP": "scores/TTP"}
-"""Columns that have numbers in some rounds only, NaN in the others, and their TensorBoard tags."""
+EVALUATED = ("held_out_loss", "P", "TTP")
+"""Columns that have numbers in some rounds only, NaN in the others."""
 COLUMNS = (
     "present",
     "participated",
@@ -118,18 +119,6 @@ def sum_rows(rows: Sequence[Row]) -> Row:
     return sums
 
 
-def continue_curves(tracker: Tracker, clients: Sequence[HostedClient], num_completed: int) -> None:
-    """Before the first round that this process trains: TensorBoard hides what is written again.
-
-    The curves of a client count optimizer steps or rounds, and are hidden from one number on: what is below it in
-    either is kept, though a step that is taken again may then be there twice.
-    """
-    tracker.continue_curves(ALL_CLIENTS, num_completed + 1)
-    for client in clients:
-        first_step = max(num_completed + 1, *client.state.num_steps.values())
-        tracker.continue_curves(client_name(client.client_id), first_step)
-
-
 def draw_evaluation(tracker: Tracker, server_round: int, rows: Mapping[int, Row]) -> None:
     """Add a point to the held-out curves of the clients of this rank group: a client's curves have one writer.
 
@@ -139,7 +128,7 @@ def draw_evaluation(tracker: Tracker, server_round: int, rows: Mapping[int, Row]
         rows: of its clients, by client id.
     """
     for client_id, row in rows.items():
-        tagged = {tag: row[name] for name, tag in EVALUATED.items() if not math.isnan(row[name])}
+        tagged = {tag_of(name): row[name] for name in EVALUATED if not math.isnan(row[name])}
         tracker.scalars(client_name(client_id), tagged, server_round)
 
 
@@ -171,8 +160,7 @@ def record_round(
     world.leaders.bytes_handed.clear()
     tracker.record("round", server_round, **summary)
     tracker.sync_records()
-    tracker.take_curves(ALL_CLIENTS, server_round)  # of the last coordinator, if that was another one
-    tracker.scalars(ALL_CLIENTS, summary, server_round)
+    tracker.scalars(ALL_CLIENTS, {tag_of(name): value for name, value in summary.items()}, server_round)
     shown = [f"{name.replace('held_out_', 'held-out ')} {summary[name]:.4f}" for name in EVALUATED if name in summary]
     if shown:
         tracker.say(f"round {server_round}: mean {', '.join(shown)}")

@@ -22,6 +22,7 @@ from dpa_ds.engine.engine import AdapterEngine
 from dpa_ds.errors import TrainingError, list_some
 from dpa_ds.federation.aggregation.base import LocalUpdate, ServerState, Transform
 from dpa_ds.federation.clients import HostedClient
+from dpa_ds.federation.meter import TrainingMeter
 from dpa_ds.federation.progress import PhaseProgress, RoundProgress
 from dpa_ds.runs.folder import client_name
 from dpa_ds.runs.tracking import Tracker, logger
@@ -98,6 +99,7 @@ class Trainer:
         self._tracker = tracker
         self._reported: set[str] = set()
         """Adapters whose untrained layers were looked for."""
+        self._meter = TrainingMeter()
 
     # ---- a client's round -------------------------------------------------------------------------------------
 
@@ -259,6 +261,7 @@ class Trainer:
         indices = step_indices(len(examples), self._train.batch_size, run.num_steps, words)
         description = f"{_describe(run.client, run.server_round)} {run.phase.trainable}"
         self._tracker.advance(description, run.inside.step)
+        self._meter.begin_phase()
         for k in range(run.inside.step, run.num_steps):
             self._hooks.before_step(run, self._snapshot)
             torch.manual_seed(_fold(*words, k, world.rank))  # dropout needs no state of its own to resume
@@ -270,7 +273,8 @@ class Trainer:
             run.inside.num_skipped += not was_applied
             metrics.real_tokens += step.real_tokens
             metrics.computed_tokens += step.computed_tokens
-            self._tracker.advance(description)
+            self._meter.add(step, share)
+            self._tracker.advance(description, numbers=self._meter.describe)
         self._sum_losses(run)
 
     def _sum_losses(self, run: PhaseRun) -> None:
@@ -302,9 +306,9 @@ class Trainer:
         metrics.seconds += seconds
         setattr(metrics, f"{adapter}_loss", sum(inside.losses) / len(inside.losses))
         series = {
-            f"{adapter}/loss": inside.losses,
-            f"{adapter}/grad_norm": inside.norms,
-            f"{adapter}/lr": run.learning_rates,
+            f"loss/{adapter}": inside.losses,
+            f"optimizer/{adapter}_grad_norm": inside.norms,
+            f"optimizer/{adapter}_lr": run.learning_rates,
         }
         client = run.client
         self._tracker.scalars(client_name(client.client_id), series, client.state.num_steps[adapter])

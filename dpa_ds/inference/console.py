@@ -17,7 +17,7 @@ from dpa_ds.distributed.job_store import JobStore
 from dpa_ds.errors import ClusterError, ConfigError, DataError
 from dpa_ds.inference.client_model import ClientModel, Predictor, load_client_model
 from dpa_ds.inference.loading import build_predictor, place_base
-from dpa_ds.inference.weighting import describe_weighting, resolve_weighting
+from dpa_ds.inference.weighting import BASE_ALONE, describe_weighting, resolve_weighting
 from dpa_ds.model.directory import model_fingerprint
 from dpa_ds.runs.private import open_run_folder
 from dpa_ds.runs.tracking import logger, setup_logging
@@ -37,9 +37,12 @@ class Console:
 
 
 def generate(
-    config: RunConfig, job: JobStore, client: int, prompt: str | None, input_path: str | None, out: TextIO
+    config: RunConfig, job: JobStore, wanted: str, prompt: str | None, input_path: str | None, out: TextIO
 ) -> None:
     """Answer one prompt, all prompts of a file (as JSON lines on `out`), or what is typed. One rank.
+
+    Args:
+        wanted: id or name of the client whose model answers.
 
     Raises:
         ClusterError, ConfigError, DataError: more ranks than one, no such client, nothing to answer, or more than the
@@ -50,16 +53,15 @@ def generate(
     setup_logging(is_coordinator=input_path is None)
     folder = open_run_folder(config.run_dir, config.private_dir, group=None)
     server_round = folder.hold_trained_round()
-    existing = folder.clients(server_round)
-    if client not in existing:
-        raise ConfigError(f"{config.run_dir} has no client {client}: its clients are {existing}")
+    num_clients = len(folder.clients(server_round))
+    (client,) = folder.find_clients([wanted], server_round)
     if prompt is not None and not prompt.strip():
         raise ConfigError("--prompt is empty: write a question, or leave --prompt out to be asked for one")
     prompts = []
     if input_path is not None:  # before the base, whose loading takes much longer
         prompts = read_prompts(expand(input_path, "--input"), config.data.instruction_column)
 
-    weighting = resolve_weighting(config.weighting, config.method, len(existing))
+    weighting = resolve_weighting(config.weighting, config.method, num_clients)
     base = place_base(
         job,
         config.model,
@@ -67,7 +69,7 @@ def generate(
         config.evaluation.sharding,
         config.cluster,
         config.federation.timeout_seconds,
-        len(existing),
+        num_clients,
     )
     folder.check_model(model_fingerprint(base.directory))
     predictor = build_predictor(base, config.lora, config.generation, weighting, folder, server_round)
@@ -109,7 +111,10 @@ def answer_on_stdout(console: Console, prompt: str) -> None:
     alpha, answer = _answer(console, prompt, streamer)
     if streamer is None:
         sys.stdout.write(f"{answer}\n")
-    sys.stdout.write(f"[alpha {alpha:.3f}: local adapter {alpha:.0%}, global adapter {1 - alpha:.0%}]\n")
+    shares = f"alpha {alpha:.3f}: local adapter {alpha:.0%}, global adapter {1 - alpha:.0%}"
+    if console.predictor.weighting.kind == BASE_ALONE:
+        shares = "the base alone"
+    sys.stdout.write(f"[{shares}]\n")
     sys.stdout.flush()
 
 

@@ -22,7 +22,7 @@ from dpa_ds.distributed.topology import Topology
 from dpa_ds.distributed.world import World, build_world, world_without_collectives
 from dpa_ds.errors import ClusterError, ModelError
 from dpa_ds.inference.client_model import Install, Predictor
-from dpa_ds.inference.weighting import Weighting
+from dpa_ds.inference.weighting import BASE_ALONE, Weighting
 from dpa_ds.model.base import check_precision, fits_one_rank, load_base, resolve_model
 from dpa_ds.model.directory import load_tokenizer
 from dpa_ds.runs.folder import RunFolder, SavedAdapter
@@ -105,7 +105,10 @@ def build_predictor(
         adapters = AdapterModel(model, adapter_table(lora), lora)
         install = adapters.load_state
     adapters.check_shapes(GLOBAL, shared.weights)
-    install(GLOBAL, shared.weights)
+    weights = shared.weights
+    if weighting.kind == BASE_ALONE:  # its local adapter has weight 0, and of zeros the global one adds nothing
+        weights = {key: torch.zeros_like(tensor) for key, tensor in weights.items()}
+    install(GLOBAL, weights)
     return Predictor(
         adapters=adapters,
         tokenizer=load_tokenizer(base.directory),

@@ -19,7 +19,9 @@ from dpa_ds.config.schema import Encoder, MethodConfig, WeightingConfig
 from dpa_ds.data.references import Representation
 from dpa_ds.errors import ConfigError
 
-CONSTANT = ("fixed", GLOBAL, LOCAL)
+BASE_ALONE = "none"
+"""Kind that leaves both adapters out."""
+CONSTANT = ("fixed", GLOBAL, LOCAL, BASE_ALONE)
 """Kinds whose weight does not depend on the prompt."""
 DEFAULT_SCALE = {"centred_cosine": 1.0}
 PAPER_SCALE = 0.5
@@ -64,7 +66,7 @@ def resolve_weighting(config: WeightingConfig, method: MethodConfig, num_clients
         )
     kind = _resolve_kind(config, method, num_clients)
     match kind:
-        case methods.GLOBAL:
+        case methods.GLOBAL | "none":
             return Weighting(kind, 0.0, config.representation, "none")
         case methods.LOCAL:
             return Weighting(kind, 1.0, config.representation, "none")
@@ -102,7 +104,7 @@ def instance_weights(
         reference_mean: (hidden,) of the federation; used by `centred_cosine` only.
     """
     match weighting.kind:
-        case "fixed" | methods.GLOBAL | methods.LOCAL:
+        case "fixed" | methods.GLOBAL | methods.LOCAL | "none":
             return torch.full((len(embeddings),), weighting.scale)
         case "cosine" | "swapped":
             similarity = mean_cosine(embeddings, references)
@@ -134,6 +136,8 @@ def describe_weighting(weighting: Weighting, num_references: int) -> str:
     match weighting.kind:
         case methods.GLOBAL | methods.LOCAL:
             return f"{weighting.kind} adapter alone"
+        case "none":
+            return "no adapter, the base alone"
         case "fixed":
             return f"fixed alpha {weighting.scale:g}"
     encoder = "frozen base" if weighting.encoder == "none" else f"{weighting.encoder} adapter"

@@ -31,7 +31,7 @@ import peft
 from dpa_ds import __version__
 from dpa_ds.adapters.methods import GLOBAL, LOCAL
 from dpa_ds.adapters.state import AdapterState
-from dpa_ds.errors import CheckpointError, storage_errors
+from dpa_ds.errors import CheckpointError, ConfigError, list_some, storage_errors
 from dpa_ds.runs.storage import (
     STATE,
     UNREADABLE,
@@ -44,6 +44,7 @@ from dpa_ds.runs.storage import (
     read_folder,
     read_info,
     sha256_of,
+    well_formed,
     write_folder,
     write_text,
 )
@@ -233,6 +234,28 @@ class RunFolder:
     def clients(self, server_round: int) -> list[int]:
         """Ids of the clients whose local adapters belong to a complete round."""
         return clients_below(self.round_dir(server_round))
+
+    def find_clients(self, wanted: Sequence[int | str], server_round: int) -> list[int]:
+        """Ids of the clients that are given by their ids or names, ascending and each once.
+
+        A name is a client's label, or that part of it, its own name or its task, that no other label has.
+
+        Raises:
+            ConfigError: the complete round has no such client, or several.
+        """
+        round_dir = self.round_dir(server_round)
+        with well_formed(round_dir, f"delete {round_dir} to use the round before"):
+            names = self.read_meta(server_round)["clients"]
+            labels = {client: str(names[client]) for client in self.clients(server_round)}
+        found = set()
+        for one in wanted:
+            matches = _find_label(one, labels)
+            if len(matches) != 1:
+                problem = "has no client" if not matches else "has several clients"
+                known = list_some([f"{client} ({label})" for client, label in labels.items()])
+                raise ConfigError(f"{self.run_dir} {problem} {one}: its clients are {known}")
+            found.add(matches[0])
+        return sorted(found)
 
     def clients_here(self, server_round: int) -> list[int]:
         """Of `clients` those whose files can be seen here."""
@@ -552,6 +575,21 @@ class RunFolder:
 
     def _unfinished(self, server_round: int) -> Path:
         return self.rounds_dir / f"{round_name(server_round)}.tmp"
+
+
+def _find_label(wanted: int | str, labels: Mapping[int, str]) -> list[int]:
+    """Ids of the clients that `wanted` may mean; an id, or a whole label, means no other."""
+    for client in labels:
+        if str(wanted) == str(client):
+            return [client]
+    for client, label in labels.items():
+        if wanted == label:
+            return [client]
+    found = []
+    for client, label in labels.items():
+        if label.startswith(f"{wanted} ") or label.endswith(f" {wanted}"):
+            found.append(client)
+    return found
 
 
 def clients_below(round_dir: Path) -> list[int]:

@@ -5,7 +5,6 @@ import json
 import logging
 import os
 import sys
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,10 +15,15 @@ from tqdm import tqdm
 
 from dpa_ds.config.schema import TrackingConfig
 from dpa_ds.errors import CheckpointError, storage_errors
+from dpa_ds.runs.curves import CurveWriter
 from dpa_ds.runs.storage import fsync, write_file
 
 logger = logging.getLogger("dpa_ds")
 
+TENSORBOARD = "tensorboard"
+"""Folder of the curves in a run folder."""
+LIVE_SECONDS = 1.0
+"""So often the numbers beside a progress bar on a terminal are renewed."""
 ALL_CLIENTS = "rounds"
 """TensorBoard run with the numbers of whole rounds; the others are of single clients."""
 
@@ -41,6 +45,46 @@ def setup_logging(is_coordinator: bool) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else it warns after every fork
 
 
+class LogFile(logging.Handler):
+    """What the console says, in a file of the run folder with times: it is there when the terminal is gone.
+
+    Lines of the time before the run exists are kept in memory, until `begin`. A disk that refuses costs the file, and
+    not the training.
+
+    Args:
+        path: to which lines are appended.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+        self._path = path
+        self._waiting: list[str] | None = []
+
+    def begin(self) -> None:
+        """Write what was said so far, and from now on every line."""
+        waiting = "".join(self._waiting or [])
+        self._waiting = None
+        self._append(waiting)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """See `logging.Handler.emit`."""
+        line = f"{self.format(record)}\n"
+        if self._waiting is None:
+            self._append(line)
+        else:
+            self._waiting.append(line)
+
+    def _append(self, text: str) -> None:
+        """Opened for each text: it is on its way to the disk when the process is killed."""
+        try:
+            with self._path.open("a") as file:
+                file.write(text)
+        except OSError as error:
+            logger.removeHandler(self)
+            logger.warning(f"cannot write {self._path}: {error}; the training continues without its log file")
+
+
 class Tracker:
     """Reports the numbers of one rank.
 
@@ -50,20 +94,26 @@ class Tracker:
         run_dir: folder of the run, or None on ranks that write nothing.
         is_coordinator: whether this rank is the job's coordinator.
         clients_dir: where the curves of single clients go; None: to `run_dir`.
+        earlier_clients_dirs: where they may have gone when a client had another rank group.
 
     Raises:
         CheckpointError: something else is where the TensorBoard events belong.
     """
 
     def __init__(
-        self, run_dir: Path | None, is_coordinator: bool, config: TrackingConfig, clients_dir: Path | None = None
+        self,
+        run_dir: Path | None,
+        is_coordinator: bool,
+        config: TrackingConfig,
+        clients_dir: Path | None = None,
+        earlier_clients_dirs: Sequence[Path] = (),
     ) -> None:
         self._run_dir = run_dir
         self._clients_dir = clients_dir or run_dir
+        self._earlier_clients_dirs = earlier_clients_dirs
         self._is_coordinator = is_coordinator
         self._config = config
-        self._writers: dict[str, Any] = {}
-        self._first_steps: dict[str, int] = {}
+        self._writers: dict[str, CurveWriter] = {}
         self._lost_curves = False
         self._bar: tqdm[Any] | None = None
         self._last_line = time.monotonic()
@@ -112,38 +162,22 @@ class Tracker:
     def _records_path(self) -> Path | None:
         return self._run_dir / "metrics.jsonl" if self._run_dir else None
 
-    def continue_curves(self, source: str, first_step: int) -> None:
-        """Hide what an earlier process wrote under the TensorBoard run `source` at `first_step` and later, in every
-        curve: this process writes it again. Before its first scalars; what is hidden too early is lost."""
-        self._first_steps[source] = first_step
-
     def scalars(self, source: str, values: Mapping[str, float | Sequence[float]], first_step: int) -> None:
-        """Write scalars, or series of consecutive steps from `first_step`, under the TensorBoard run `source`.
+        """Write scalars, or series of consecutive steps from `first_step`, under the TensorBoard run `source`, in place
+        of what an earlier process wrote there of these steps or later ones.
 
         They are in the file when this returns. So what is saved later, and says that these steps are done, is never on
         disk without them: a process that is killed would leave a gap that nobody writes again.
         """
         if self._run_dir is None or not self._config.tensorboard or self._lost_curves:
             return
+        curves = {tag: [value] if isinstance(value, float | int) else value for tag, value in values.items()}
         with self._losing_curves():
-            folder = self._run_dir if source == ALL_CLIENTS else self._clients_dir
-            assert folder is not None, "a rank that writes"
-            writer = self._writer(folder / "tensorboard", source)
-            for tag, value in values.items():
-                series = [value] if isinstance(value, float | int) else value
-                for step, number in enumerate(series, first_step):
-                    writer.add_scalar(tag, number, step)
-            writer.flush()
-
-    def take_curves(self, source: str, first_step: int) -> None:
-        """Before the scalars of a TensorBoard run that another process may have written so far: hide what it wrote at
-        `first_step` and later, and nothing before."""
-        if source not in self._writers:
-            self.continue_curves(source, first_step)
+            self._writer(source).draw(curves, first_step)
 
     def leave_curves(self, source: str) -> None:
-        """Close a TensorBoard run that another process writes from now on. What this one writes to it later must lie in
-        a later file: TensorBoard reads them in their order, and hides what an earlier one has of the same steps."""
+        """Close a TensorBoard run that another process writes from now on. If this one writes to it again, it takes
+        over what the other one wrote."""
         writer = self._writers.pop(source, None)
         if writer is not None:
             with self._losing_curves():
@@ -155,13 +189,15 @@ class Tracker:
             with self._losing_curves():
                 writer.close()
 
-    def _writer(self, folder: Path, source: str) -> Any:
+    def _writer(self, source: str) -> CurveWriter:
         if source not in self._writers:
-            # Imported here: runs without TensorBoard need not have it.
-            from torch.utils.tensorboard import SummaryWriter
-
-            threading.excepthook = _report_unless_lost_curves
-            self._writers[source] = SummaryWriter(str(folder / source), purge_step=self._first_steps.get(source))
+            folder = self._run_dir
+            earlier: list[Path] = []
+            if source != ALL_CLIENTS:
+                folder = self._clients_dir
+                earlier = [place / TENSORBOARD / source for place in self._earlier_clients_dirs]
+            assert folder is not None, "a rank that writes"
+            self._writers[source] = CurveWriter(folder / TENSORBOARD / source, earlier)
         return self._writers[source]
 
     @contextlib.contextmanager
@@ -191,15 +227,27 @@ class Tracker:
                 self._bar.close()
                 self._bar = None
 
-    def advance(self, description: str, steps: int = 1) -> None:
-        """Count `steps` as done, and show it."""
+    def advance(self, description: str, steps: int = 1, numbers: Callable[[], str] | None = None) -> None:
+        """Count `steps` as done, and show it.
+
+        Args:
+            numbers: what is to be shown beside it. Called only now and then: it may wait for the device.
+        """
         if self._bar is None:
             return
+        is_live = sys.stderr.isatty()
         self._bar.set_description_str(description, refresh=False)
+        every_seconds = LIVE_SECONDS if is_live else self._config.log_every_seconds
+        is_due = time.monotonic() - self._last_line >= every_seconds
+        if numbers is None:  # those of another client
+            self._bar.set_postfix_str("", refresh=False)
+        elif is_due:
+            self._bar.set_postfix_str(numbers(), refresh=False)
         self._bar.update(steps)
-        if not sys.stderr.isatty() and time.monotonic() - self._last_line >= self._config.log_every_seconds:
+        if is_due:
             self._last_line = time.monotonic()
-            meter = {**self._bar.format_dict, "prefix": description, "ncols": 100, "bar_format": None}
+        if is_due and not is_live:
+            meter = {**self._bar.format_dict, "prefix": description, "ncols": None, "bar_format": None}
             logger.info(tqdm.format_meter(**meter))
 
     def say(self, message: str) -> None:
@@ -207,14 +255,6 @@ class Tracker:
         if self._is_coordinator:
             with tqdm.external_write_mode(file=sys.stdout):
                 logger.info(message)
-
-
-def _report_unless_lost_curves(failed: threading.ExceptHookArgs) -> None:
-    """Print the exception that ended a thread. TensorBoard's writer is a thread, raises its error once more in the
-    thread that calls it, and is reported there."""
-    is_writer = type(failed.thread).__name__ == "_AsyncWriterThread"
-    if not (is_writer and isinstance(failed.exc_value, OSError)):
-        threading.__excepthook__(failed)
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

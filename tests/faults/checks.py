@@ -40,22 +40,26 @@ def nothing_is_lost(run_dir: Path, num_rounds: int) -> None:
 
 
 def curves_are_whole(run_dir: Path) -> None:
-    """AssertionError: TensorBoard lacks a step of a client, a held-out loss, or a round."""
+    """AssertionError: TensorBoard lacks a step of a client, a held-out loss, or a round, or shows one twice."""
     records = records_of(run_dir)
-    rounds = [record["round"] for record in records if record["kind"] == "round"]
-    missing = set(rounds) - set(steps_of(run_dir, "rounds").get("computed_share", []))
-    assert not missing, f"TensorBoard lacks the curves of rounds {sorted(missing)}"
+    recorded = [record["round"] for record in records if record["kind"] == "round"]
+    shown = steps_of(run_dir, "rounds").get("tokens/computed_share", [])
+    assert shown == recorded, f"TensorBoard shows rounds {shown} of {recorded}"
     last = run_dir / "adapters"
     for folder in sorted((last / "local").glob("client_*")):
         curves = steps_of(run_dir, folder.name)
         for adapter, count in json.loads((folder / "state.json").read_text())["info"]["steps_taken"].items():
-            for curve in ("loss", "grad_norm", "lr"):
-                lacking = set(range(count)) - set(curves.get(f"{adapter}/{curve}", []))
-                assert not lacking, f"TensorBoard lacks {adapter}/{curve} of {folder.name} at {sorted(lacking)}"
+            for curve in (f"loss/{adapter}", f"optimizer/{adapter}_grad_norm", f"optimizer/{adapter}_lr"):
+                is_there_once(curves.get(curve, []), set(range(count)), f"{curve} of {folder.name}")
         own = [record for record in records if record.get("client") == int(folder.name.removeprefix("client_"))]
         evaluated = {record["round"] for record in own if not math.isnan(record.get("held_out_loss", math.nan))}
-        lacking = evaluated - set(curves.get("held_out/loss", []))
-        assert not lacking, f"TensorBoard lacks held_out/loss of {folder.name} at {sorted(lacking)}"
+        is_there_once(curves.get("loss/held_out", []), evaluated, f"loss/held_out of {folder.name}")
+
+
+def is_there_once(shown: list[int], wanted: set[int], what: str) -> None:
+    """AssertionError: the steps that a curve shows lack some that are wanted, or have one twice."""
+    assert wanted <= set(shown), f"TensorBoard lacks {what} at {sorted(wanted - set(shown))}"
+    assert len(set(shown)) == len(shown), f"TensorBoard shows {what} twice at some of {sorted(shown)}"
 
 
 def steps_of(run_dir: Path, source: str) -> dict[str, list[int]]:

@@ -55,7 +55,13 @@ EVALUATIONS = [
     evaluation("run is a file", "--run {recipe}: no such run", "--run", "{recipe}"),
     evaluation("run in a symlink loop", "--run {run}: no such run", spoil=link("runs/tiny", "tiny")),
     evaluation("no round", "{run} has no complete round yet: train it", spoil=remove("runs/tiny/rounds"), exit_code=4),
-    evaluation("no such client", "{run} has no client [9]: its clients are [0, 1]", *RUN, "--clients", "0,9"),
+    evaluation(
+        "no such client",
+        "{run} has no client 9: its clients are 0 (client_0 colour0), 1 (client_1 count1)",
+        *RUN,
+        "--clients",
+        "0,9",
+    ),
     evaluation("no such task", "the test data has no task ['verse']: its tasks are", *RUN, "--tasks", "verse"),
     evaluation(
         "trained with another value",
@@ -129,11 +135,23 @@ EVALUATIONS = [
 ]
 
 GENERATIONS = [
-    generation("no client named", "--client must be the id of a client such as 0, got 'nothing'", *RUN),
+    generation("no client named", "--client must be the id or name of a client such as 0, got 'nothing'", *RUN),
     generation(
-        "client in words", "--client must be the id of a client such as 0, got 'first'", *RUN, "--client", "first"
+        "client in words",
+        "{run} has no client first: its clients are 0 (client_0 colour0), 1 (client_1 count1)",
+        *RUN,
+        "--client",
+        "first",
     ),
-    generation("client 9", "{run} has no client 9: its clients are [0, 1]", *RUN, "--client", "9", "--prompt", "red"),
+    generation(
+        "client 9",
+        "{run} has no client 9: its clients are 0 (client_0 colour0), 1 (client_1 count1)",
+        *RUN,
+        "--client",
+        "9",
+        "--prompt",
+        "red",
+    ),
     generation(
         "two sources", "--prompt and --input exclude one another: leave one out", *GENERATE, "--input", "{recipe}"
     ),

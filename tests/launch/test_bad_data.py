@@ -145,7 +145,7 @@ ROW = GOOD[:-1] + ', "who": "x"}\n'
 TABLES = [
     table("folder", "", "{file}: unknown kind of file '': use .json, .jsonl, .csv, .parquet"),
     table("empty.jsonl", "", "{file}: is empty: no rows"),
-    table("column.jsonl", ROW, "{file}:1: no column 'whom'; columns are", "set the data.*_column", column="whom"),
+    table("column.jsonl", ROW, "{file}:1: no column 'whom'; columns are", "set data.partition.column", column="whom"),
     table(
         "few.jsonl",
         ROW * 2,

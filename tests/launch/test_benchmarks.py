@@ -43,6 +43,7 @@ def test_a_step_is_that_of_the_trainer(model: Path, federation: Path, tmp_path: 
 def test_what_a_round_costs_beside_its_steps() -> None:
     ended = run([PYTHON, "benchmarks/round.py", "--model", "llama-1b", "--repeats", "2"], 240.0)
     assert ended.returncode == 0, ended.output
+    assert " s: aggregation beside a bare all-reduce\n" in ended.output, "it says what it is at"
     ratios = re.findall(
         r"(aggregation / bare all-reduce|large base / small base) +(\S+) \((\S+) to (\S+)\)", ended.output
     )

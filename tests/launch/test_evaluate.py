@@ -210,7 +210,7 @@ def test_help_is_quick_and_starts_nothing() -> None:
 
 
 OPTIONS = {
-    "--clients 1,7": "{run} has no client [7]: its clients are [0, 1]",
+    "--clients 1,7": "{run} has no client 7: its clients are 0 (client_0 colour0), 1 (client_1 count1)",
     "--tasks colour0,sums": "the test data has no task ['sums']: its tasks are ['colour0', 'count1']",
     "--beam 2": "--beam is not an option; options are --run, --weighting, --lambda, --alpha, --beams, "
     "--private_dir, --max_new_tokens, --clients, --tasks, --instances, --split, --section.field",
@@ -218,7 +218,7 @@ OPTIONS = {
     "--lora.rank 2": "{run} was trained with another value (lora.rank: 4 -> 2): leave that option out, or train a run of "
     "its own with it",
     "--weighting cosinus": "command line: weighting.kind must be one of auto, cosine, centred_cosine, pearson, l2, fixed, "
-    'global, local, swapped, got "cosinus"',
+    'global, local, swapped, none, got "cosinus"',
     "--weighting centred_cosine --weighting.encoder local": "weighting.encoder local does not go with weighting.kind "
     "centred_cosine: clients can share one reference mean only of the encoder that all of them have and that never changes: "
     "use encoder none, or weighting.kind cosine",

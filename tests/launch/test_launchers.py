@@ -1,6 +1,8 @@
 """One recipe, every launcher: the same adapters come out, whoever started the ranks and however many there are."""
 
 import json
+import os
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import pytest
 from tests import tiny
 from tests.launch.processes import (
     PYTHON,
+    REPOSITORY,
     RUN,
     Ended,
     Running,
@@ -16,6 +19,7 @@ from tests.launch.processes import (
     assert_same_adapters,
     beside_python,
     free_port,
+    own_environment,
     run,
     run_by_hand,
 )
@@ -110,3 +114,18 @@ def test_help_and_print_config_are_printed_once_and_start_nothing(
     assert printed.returncode == 0, printed.output
     assert printed.output.count("local_epochs: 1.0") == 1
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("chosen", [None, "1"])
+def test_torchrun_does_not_leave_cores_idle(chosen: str | None) -> None:
+    """It sets OMP_NUM_THREADS to 1 for several ranks that have none; what the user sets counts."""
+    environment = {**own_environment(), "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(REPOSITORY)}
+    del environment["OMP_NUM_THREADS"]
+    if chosen is not None:
+        environment["OMP_NUM_THREADS"] = chosen
+    command = [beside_python("torchrun"), "--nproc-per-node", "2", "--master-port", str(free_port())]
+    ended = subprocess.run(
+        [*command, "tests/launch/says_threads.py"], cwd=REPOSITORY, env=environment, capture_output=True, timeout=100
+    )
+    expected = chosen or len(os.sched_getaffinity(0))
+    assert ended.stdout.decode().count(f"threads={expected}\n") == 2, ended.stderr.decode()

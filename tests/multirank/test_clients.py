@@ -56,3 +56,35 @@ def test_two_hundred_clients_cost_their_adapters(tmp_path: Path) -> None:
     per_client = (after[200][-1] - after[20][-1]) / 180
     everything = sum(file.stat().st_size for file in saved.glob("*.safetensors"))  # its adapter, its references
     assert adapter * 0.7 < per_client < 1.5 * everything
+
+
+def build_without_base(job: Any, argv: list[str]) -> str:
+    """Build a session where no base can be loaded; what the error says."""
+    from dpa_ds.cli import session
+    from dpa_ds.config.load import load_config
+    from dpa_ds.errors import DpaError
+
+    def load_nothing(*args: Any) -> None:
+        raise AssertionError("the base was loaded")
+
+    patched: Any = session
+    patched.load_base = load_nothing
+    try:
+        session.build_session(load_config(argv), job)
+    except (DpaError, AssertionError) as error:
+        return str(error)
+    return ""
+
+
+def test_data_is_checked_before_the_base_is_loaded(tmp_path: Path) -> None:
+    """Training rows, and the test rows that are scored while training."""
+    model, data = tiny.make_model(tmp_path / "model"), tiny.make_federation(tmp_path / "data")
+    argv = tiny.recipe(model, data, tmp_path / "runs")
+    assert run_on_ranks(build_without_base, 1, tmp_path, argv) == ["the base was loaded"]
+    scored = tiny.recipe(model, data, tmp_path / "a", evaluation__scores_every_rounds=1, evaluation__tasks=["none"])
+    (error,) = run_on_ranks(build_without_base, 1, tmp_path, scored)
+    assert "the test data has no task ['none']" in error
+    last = sorted(data.glob("*/local_training_*.json"))[-1]
+    last.write_text('[{"instruction": "ask", "output": ""}]')
+    (error,) = run_on_ranks(build_without_base, 1, tmp_path, argv)
+    assert "column 'output' is empty" in error

@@ -135,6 +135,26 @@ def plain_client(run: Run, client: int) -> PlainClient:
     return PlainClient(run.model, run.folder / "adapters", client)
 
 
+def test_without_weighting_the_base_alone_answers(run: Run, greedy: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    base, tokenizer = AutoModelForCausalLM.from_pretrained(run.model), AutoTokenizer.from_pretrained(run.model)
+    report = run.evaluate(tmp_path, "--weighting=none", "--instances=2")
+    found = answers(report)
+    asked = [row for row in run.test_rows if row[1] < 2]
+    assert len(found) == len(SIZES) * len(asked)
+    num_changed = 0
+    for task, row, instruction in asked:
+        prompt = tokenizer(instruction, return_tensors="pt")
+        tokens = base.generate(**prompt, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)
+        text = tokenizer.decode(tokens[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+        for client in range(len(SIZES)):
+            assert found[client, task, row] == (0.0, text)
+            num_changed += answers(greedy)[client, task, row][1] != text
+    assert num_changed, "the adapters change answers"
+    assert summary(report)["settings"]["weighting"] == "no adapter, the base alone"
+
+
 @pytest.mark.parametrize(("kind", "scale", "representation", "beams"), [
     ("centred_cosine", 1.0, "last_token", 1),
     ("centred_cosine", 6.0, "last_token", 2),
@@ -245,7 +265,7 @@ def test_a_part_first_and_the_rest_later(run: Run, greedy: Path, tmp_path: Path)
     """All parts share the answers, and a report on less does not replace one on more. Nor does another name matter."""
     copy, expected = run.copy(tmp_path), answers(greedy)
     shutil.rmtree(copy.folder / "evaluations")
-    part = copy.evaluate(tmp_path, "--clients=0,2", "--tasks=verb3,colour0", "--instances=2")
+    part = copy.evaluate(tmp_path, "--clients=client_0,animal2", "--tasks=verb3,colour0", "--instances=2")
     assert part.name == "clients_0+2-tasks_colour0+verb3-first_2"
     asked = answers(part)
     assert asked.keys() == {(c, task, row) for c in (0, 2) for task in ("colour0", "verb3") for row in range(2)}

@@ -16,8 +16,8 @@ PACKAGE = Path(__file__).parents[2] / "dpa_ds"
 OWNERS = {
     "torch.distributed": ("distributed/",),
     "deepspeed": ("engine/", "model/base.py", "distributed/world.py"),
-    "tensorboard": ("runs/tracking.py",),
-    "torch.utils.tensorboard": ("runs/tracking.py",),
+    "tensorboard": ("runs/curves.py",),
+    "torch.utils.tensorboard": ("runs/curves.py",),
     "mpi4py": ("distributed/launchers.py",),
     # Loading runs code from the file: weights are safetensors, state is JSON.
     "pickle": (),

@@ -1,5 +1,6 @@
 """The rounds of a run on disk: which are kept, what absent clients keep, and what an interrupted commit leaves."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import peft
 import pytest
 import torch
 
-from dpa_ds.errors import CheckpointError
+from dpa_ds.errors import CheckpointError, ConfigError
 from dpa_ds.runs.folder import RunFolder, local_folder
 from dpa_ds.runs.resume import _quarantine_damaged_rounds
 
@@ -247,3 +248,18 @@ def test_half_written_files_of_the_run_are_removed(folder: RunFolder) -> None:
         (folder.run_dir / name).write_text("")
     folder.remove_leftovers(0)
     assert sorted(path.name for path in folder.run_dir.iterdir()) == ["config.yaml", "mine.tmp"]
+
+
+def test_clients_are_found_by_id_and_by_name(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    labels = ["client_0 sums", "client_1 sums", "3", "client_3 verbs and more", "left out"]
+    for client in range(4):
+        (folder.round_dir(1) / "local" / f"client_{client:02d}").mkdir(parents=True)
+    (folder.round_dir(1) / "meta.json").write_text(json.dumps({"clients": labels}))
+    for wanted, found in {0: 0, "1": 1, "client_0": 0, "client_1 sums": 1, "client_3": 3, "3": 3}.items():
+        assert folder.find_clients([wanted], 1) == [found]
+    assert folder.find_clients(["client_1", 0, 1], 1) == [0, 1]
+    known = r"its clients are 0 \(client_0 sums\), 1 \(client_1 sums\), 2 \(3\), 3 \(client_3 verbs and more\)$"
+    for wanted, problem in {7: "no client 7", "sums": "several clients sums", "left out": "no client left out"}.items():
+        with pytest.raises(ConfigError, match=f"has {problem}: {known}"):
+            folder.find_clients([wanted], 1)

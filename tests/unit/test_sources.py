@@ -48,7 +48,7 @@ def table(path: Path, **changes: Any) -> DataConfig:
 def test_a_task_column_that_no_row_has(tmp_path: Path) -> None:
     (tmp_path / "rows.json").write_text(json.dumps(ROWS))
     config = table(tmp_path / "rows.json", held_out_fraction=0.5)
-    fault = "neither this row nor one after it has the data.task_column 'kind'; columns are 'instruction', 'output'"
+    fault = "nor one after it has the column 'kind'; columns are 'instruction', .*: set data.task_column to one of them"
     with pytest.raises(DataError, match=fault):
         read_clients(replace(config, task_column="kind"), 0, [0])
     without = [{key: row[key] for key in ("instruction", "output")} for row in ROWS]
@@ -116,7 +116,7 @@ def test_numbers_become_text_and_input_is_appended(tmp_path: Path) -> None:
 
 def test_missing_input_column_is_an_error(tmp_path: Path) -> None:
     write_feddpa(tmp_path, [ROWS], None)
-    with pytest.raises(DataError, match="no column 'context'"):
+    with pytest.raises(DataError, match=r"no column 'context'; columns are .*: set data.input_column to"):
         read_client(DataConfig(path=str(tmp_path), input_column="context"), 0, 0)
 
 
@@ -197,6 +197,23 @@ def test_table_by_column_uses_the_values_as_names(tmp_path: Path) -> None:
     assert clients[0].held_out == ()
 
 
+@pytest.mark.parametrize("task_column", ["category", None])
+def test_clients_of_a_column_are_tasks_where_no_column_names_tasks(task_column: str | None, tmp_path: Path) -> None:
+    """Else all rows would be of one task, and P the same as TTP."""
+    rows = [{"instruction": f"ask {n}", "output": "say", "site": "ab"[n % 2]} for n in range(6)]
+    (tmp_path / "t.json").write_text(json.dumps(rows))
+    (tmp_path / "held.json").write_text(json.dumps(rows[:3]))
+    by_site = PartitionConfig("column", "site")
+    config = table(tmp_path / "t.json", partition=by_site, task_column=task_column)
+    (a,) = read_clients(replace(config, held_out_fraction=0.5), 0, [0])
+    assert {example.task for example in (*a.train, *a.held_out)} == {"a"}
+    config = replace(config, test_path=str(tmp_path / "held.json"))
+    assert [len(client.held_out) for client in read_clients(config, 0, [0, 1])] == [2, 1]
+    assert [example.task for example in read_test_rows(config, 0, "test")] == ["a", "b", "a"]
+    by_chance = replace(config, partition=PartitionConfig("iid", None, 2))
+    assert {example.task for example in read_test_rows(by_chance, 0, "test")} == {""}
+
+
 @pytest.mark.parametrize("kind", ["iid", "dirichlet"])
 def test_table_by_chance_gives_every_row_to_one_client(tmp_path: Path, kind: Any) -> None:
     (tmp_path / "t.json").write_text(json.dumps(ROWS * 5))
@@ -244,7 +261,8 @@ def test_nothing_to_evaluate_on(tmp_path: Path, split: Any, message: str) -> Non
         (PartitionConfig("dirichlet", None, 2), ConfigError, "kind dirichlet needs data.partition.column"),
         (PartitionConfig("iid"), ConfigError, "kind iid needs data.partition.num_clients"),
         (PartitionConfig("iid", None, 7), DataError, "6 examples cannot be divided among 7 clients"),
-        (PartitionConfig("column", "site"), DataError, "row 1: no column 'site'; columns are 'instruction'"),
+        (PartitionConfig("column", "site"), DataError, "row 1: no column 'site'; .*: set data.partition.column to one"),
+        (PartitionConfig("iid", "site", 2), DataError, "has the column 'site'; .*: set data.partition.column to one"),
     ],
 )
 def test_partitions_that_cannot_be(

@@ -190,6 +190,7 @@ def test_auto_is_what_fits_the_method(method: str, kind: str, scale: float) -> N
     ({"kind": "fixed", "scale": 0.8}, Weighting("fixed", 0.8, "last_token", "none")),
     ({"kind": "global", "scale": 0.8}, Weighting("global", 0.0, "last_token", "none")),
     ({"kind": "local", "scale": 0.8}, Weighting("local", 1.0, "last_token", "none")),
+    ({"kind": "none", "scale": 0.8}, Weighting("none", 0.0, "last_token", "none")),
 ])  # fmt: skip
 def test_explicit_choices(chosen: dict[str, Any], expected: Weighting) -> None:
     assert resolve(**chosen) == expected

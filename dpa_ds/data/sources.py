@@ -123,6 +123,20 @@ def read_test_rows(config: DataConfig, seed: int, split: Literal["test", "held_o
     return held_out
 
 
+def read_instruction(row: Row, config: DataConfig) -> str:
+    """What a row asks: its instruction, and after a line break its further input where it has some.
+
+    Every program asks by this function, and puts `data.template` around what it returns.
+
+    Raises:
+        DataError: the row has no such column, or its instruction is empty.
+    """
+    instruction = _filled(row, config.instruction_column)
+    if config.input_column and (further := row.optional_text(config.input_column)):
+        return f"{instruction}\n{further}"
+    return instruction
+
+
 def pool_clients(clients: Sequence[ClientData]) -> ClientData:
     """All clients as one, for the centralized baseline: training examples joined, a shared test row counted once."""
     train: list[Example] = []
@@ -147,18 +161,21 @@ def _to_examples(rows: Sequence[Row], config: DataConfig) -> tuple[Example, ...]
 
 
 def _to_example(row: Row, config: DataConfig) -> Example:
-    instruction = row.text(config.instruction_column)
-    output = row.text(config.output_column)
-    for column, value in ((config.instruction_column, instruction), (config.output_column, output)):
-        if not value.strip():
-            raise DataError(f"{row.place}: column {column!r} is empty: fill it in, or remove the row")
-    if config.input_column and (further := row.optional_text(config.input_column)):
-        instruction = f"{instruction}\n{further}"
+    instruction = read_instruction(row, config)
+    output = _filled(row, config.output_column)
     task = ""
     # A missing input column is an error, a missing task column is not: it has a default, and data may name no task.
     if config.task_column and config.task_column in row.values:
         task = printable(row.optional_text(config.task_column))
     return Example(instruction, output, task)
+
+
+def _filled(row: Row, column: str) -> str:
+    """The cell as text. Raises DataError where it is empty or null."""
+    text = row.optional_text(column)
+    if not text.strip():
+        raise DataError(f"{row.place}: column {column!r} is empty: fill it in, or remove the row")
+    return text
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from typing import TextIO
 from transformers import TextStreamer
 
 from dpa_ds.config.paths import expand
-from dpa_ds.config.schema import RunConfig
+from dpa_ds.config.schema import DataConfig, RunConfig
+from dpa_ds.data.sources import read_instruction
 from dpa_ds.data.tables import read_rows, reading
 from dpa_ds.data.tokenize import tokenize_prompts
 from dpa_ds.distributed.job_store import JobStore
@@ -57,7 +58,7 @@ def generate(
         raise ConfigError("--prompt is empty: write a question, or leave --prompt out to be asked for one")
     prompts = []
     if input_path is not None:  # before the base, whose loading takes much longer
-        prompts = read_prompts(expand(input_path, "--input"), config.data.instruction_column)
+        prompts = read_prompts(expand(input_path, "--input"), config.data)
 
     weighting = resolve_weighting(config.weighting, config.method, len(existing))
     base = place_base(
@@ -125,19 +126,19 @@ def answer_as_json(console: Console, prompt: str, out: TextIO) -> None:
     out.flush()
 
 
-def read_prompts(path: Path, instruction_column: str) -> list[str]:
-    """Instructions of a table (.json, .jsonl, .csv, .parquet), else one prompt a line.
+def read_prompts(path: Path, data: DataConfig) -> list[str]:
+    """What the rows of a table (.json, .jsonl, .csv, .parquet) ask in the columns of `data`, else one prompt a line.
 
     Raises:
-        DataError: no such file, not UTF-8, or nothing in it.
+        DataError: no such file, not UTF-8, nothing in it, or a row that asks nothing.
     """
     with reading(path):
         if path.suffix.lower() in TABLES:
-            prompts = [row.text(instruction_column) for row in read_rows(path)]
+            prompts = [read_instruction(row, data) for row in read_rows(path)]
         else:
             prompts = _nonempty_lines(path)
     if not prompts:
-        raise DataError(f"{path}: no prompts: write one a line, or give a table with {instruction_column!r}")
+        raise DataError(f"{path}: no prompts: write one a line, or give a table with {data.instruction_column!r}")
     return prompts
 
 

@@ -135,6 +135,7 @@ def load_base(
             f"{directory}/config.json describes no model that can be built ({type(error).__name__}: "
             f"{' '.join(str(error).split())[:200]}): correct it, or download the model again"
         ) from error
+    model.name_or_path = _name_for_others(config, directory)
     model.config.use_cache = False
     if config.gradient_checkpointing:
         # ZeRO-3 empties parameters between forward and recomputation; the non-reentrant kind checks their shapes.
@@ -142,6 +143,13 @@ def load_base(
         if zero3:  # reentrant checkpointing needs an input that requires gradients, and the embedding is frozen
             model.enable_input_require_grads()
     return model
+
+
+def _name_for_others(config: ModelConfig, directory: Path) -> str:
+    """By which whoever gets an adapter loads its base: the hub id, or the place in this file system."""
+    if expand(config.path, "model.path").exists():
+        return str(directory.absolute())
+    return config.path
 
 
 def _load_whole(config: ModelConfig, directory: Path, device: torch.device) -> PreTrainedModel:

@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,9 @@ from dpa_ds.config.load import to_yaml
 from dpa_ds.config.schema import (
     DataConfig,
     EngineConfig,
+    EvaluationConfig,
     FederationConfig,
+    GenerationConfig,
     LoraConfig,
     MetricsConfig,
     ModelConfig,
@@ -27,6 +29,7 @@ from dpa_ds.config.schema import (
     TrainConfig,
 )
 from dpa_ds.config.validate import agreed_sections, fingerprint_sections, flatten, show
+from dpa_ds.data.limits import ModelLimits
 from dpa_ds.data.references import REPRESENTATIONS
 from dpa_ds.data.sources import NO_TASK
 from dpa_ds.distributed.job_store import JobStore, code_fingerprint, package_versions
@@ -35,11 +38,18 @@ from dpa_ds.distributed.world import World, build_world, check_rendezvous, join_
 from dpa_ds.engine.engine import AdapterEngine, build_deepspeed_json
 from dpa_ds.engine.profiling import Profile
 from dpa_ds.errors import CheckpointError, list_some
+from dpa_ds.evaluation.dataset import check_test_prompts
 from dpa_ds.evaluation.report import write_report
 from dpa_ds.evaluation.while_training import Scorer, instances_to_score
 from dpa_ds.federation.aggregation.base import LeaderState, ServerOptimizer, ServerState
 from dpa_ds.federation.aggregation.pipeline import build_aggregation
-from dpa_ds.federation.clients import ClientBuilder, HostedClient, client_names, embed_references
+from dpa_ds.federation.clients import (
+    ClientBuilder,
+    HostedClient,
+    build_reader,
+    client_names,
+    embed_references,
+)
 from dpa_ds.federation.loop import run_rounds
 from dpa_ds.federation.progress import checked
 from dpa_ds.federation.round_evaluation import RoundEvaluation
@@ -48,7 +58,7 @@ from dpa_ds.federation.session import RoundTimer, Session
 from dpa_ds.federation.trainer import Trainer
 from dpa_ds.inference.weighting import resolve_weighting
 from dpa_ds.model.base import check_precision, load_base, resolve_model
-from dpa_ds.model.directory import load_tokenizer, model_fingerprint
+from dpa_ds.model.directory import load_tokenizer, model_fingerprint, read_limits
 from dpa_ds.runs.folder import MODEL, RunFolder
 from dpa_ds.runs.private import open_run_folder
 from dpa_ds.runs.resume import (
@@ -111,8 +121,8 @@ def build_session(config: RunConfig, job: JobStore) -> Session:
     world, schedule = place.world, place.schedule
     model = load_model(config.model, config.lora, config.train, config.engine, config.data.cache_dir, world)
     place.folder.check_model(model.fingerprint)
-    clients, leader_state = host_clients(config.data, config.seed, place, model)
-    aggregation.reduction.leader_state = leader_state
+    clients, residual = host_clients(config.data, config.seed, config.evaluation, config.generation, place, model)
+    aggregation.reduction.leader_state = residual
     # After the data: DeepSpeed's start takes seconds, and a wrong file is to be reported before.
     profile = Profile(config.run_dir / "profile" if config.tracking.profile else None, world)
     engine = AdapterEngine(model.adapters, world, config.train, model.deepspeed_json, profile)
@@ -285,6 +295,7 @@ class LoadedModel:
     """Under ZeRO-3 the base is partitioned by it already."""
     fingerprint: str
     """Of the base model's files."""
+    limits: ModelLimits
 
 
 def load_model(
@@ -314,6 +325,7 @@ def load_model(
         adapters,
         deepspeed_json,
         model_fingerprint(directory),
+        read_limits(directory),
     )
 
 
@@ -364,21 +376,23 @@ def restore_server_state(
 
 
 def host_clients(
-    data: DataConfig, seed: int, place: Place, model: LoadedModel
+    data: DataConfig,
+    seed: int,
+    evaluation: EvaluationConfig,
+    generation: GenerationConfig,
+    place: Place,
+    model: LoadedModel,
 ) -> tuple[list[HostedClient], LeaderState]:
-    """The clients of this rank group, and what its leader keeps. Collective: all ranks of the group."""
-    if place.folder.own_part != place.folder.run_dir:
-        data = replace(data, cache_dir=str(place.folder.own_part.parent))  # tokens are the clients' texts
-    builder = ClientBuilder(
-        data=data,
-        seed=seed,
-        pooled=place.schedule.pooled,
-        world=place.world,
-        tokenizer=model.tokenizer,
-        adapters=model.adapters,
-        run_folder=place.folder,
-    )
-    return builder.build(place.completed_rounds)
+    """The clients of this rank group, and what its leader keeps. Collective: all ranks of the group.
+
+    Raises:
+        DataError: the data is not usable, or the model cannot read it, or not answer the prompts of the test data.
+    """
+    if place.world.is_coordinator:
+        check_test_prompts(data, seed, evaluation, model.tokenizer, model.limits, generation.max_new_tokens)
+    pooled = place.schedule.pooled
+    reader = build_reader(data, seed, evaluation, generation, pooled, place.folder, model.tokenizer, model.limits)
+    return ClientBuilder(reader, place.world, model.adapters, place.folder).build(place.completed_rounds)
 
 
 def group_facts(name: str, agreed: Mapping[str, Any], base_fingerprint: str, num_groups: int) -> dict[str, str]:

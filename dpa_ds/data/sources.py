@@ -7,7 +7,7 @@ exception is an evaluation of what was held out, which reads all. A faulty file 
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -36,6 +36,8 @@ class Example:
     instruction: str
     output: str
     task: str
+    place: str = field(default="", compare=False)
+    """File and row, for messages: a row that stands in two places is the same example."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ def read_clients(config: DataConfig, seed: int, client_ids: Sequence[int]) -> li
     Held out are `held_out_fraction` of the client's own examples, which then are not trained on; where that is 0, the
     test rows of a task that the client trains on (all of them where tasks are not named). Raises DataError.
     """
-    test = _read_test_examples(config) if config.held_out_fraction == 0 else None
+    test = read_test_examples(config) if config.held_out_fraction == 0 else None
     clients = []
     for source in _read_client_rows(config, seed, client_ids):
         examples = _to_examples(source.rows, config)
@@ -109,7 +111,7 @@ def read_test_rows(config: DataConfig, seed: int, split: Literal["test", "held_o
     Raises DataError where there are none.
     """
     if split == "test":
-        test = _read_test_examples(config)
+        test = read_test_examples(config)
         if test is None:
             place = f" (*.jsonl) in {config.path}" if config.format == "feddpa" else ""
             raise DataError(f"there is no test file{place}: set data.test_path, or evaluation.split held_out")
@@ -121,6 +123,16 @@ def read_test_rows(config: DataConfig, seed: int, split: Literal["test", "held_o
     for client in read_clients(config, seed, all_clients):
         held_out.extend(client.held_out)
     return held_out
+
+
+def read_test_examples(config: DataConfig) -> tuple[Example, ...] | None:
+    """Examples of the test file; None where there is none."""
+    path = config.test_path
+    if path is None and config.format == "feddpa":
+        path = _feddpa_test_file(config.path)
+    if path is None:
+        return None
+    return _to_examples(read_table(path), config)
 
 
 def read_instruction(row: Row, config: DataConfig) -> str:
@@ -167,7 +179,7 @@ def _to_example(row: Row, config: DataConfig) -> Example:
     # A missing input column is an error, a missing task column is not: it has a default, and data may name no task.
     if config.task_column and config.task_column in row.values:
         task = printable(row.optional_text(config.task_column))
-    return Example(instruction, output, task)
+    return Example(instruction, output, task, row.place)
 
 
 def _filled(row: Row, column: str) -> str:
@@ -256,16 +268,6 @@ def _feddpa_folder(root: Path, num_clients: int | None) -> Path:
             f"{num_clients or 'the only one'}: set data.num_clients to one of them, or correct data.path"
         )
     return folders[wanted[0]]
-
-
-def _read_test_examples(config: DataConfig) -> tuple[Example, ...] | None:
-    """Examples of the test file; None where there is none."""
-    path = config.test_path
-    if path is None and config.format == "feddpa":
-        path = _feddpa_test_file(config.path)
-    if path is None:
-        return None
-    return _to_examples(read_table(path), config)
 
 
 def _feddpa_test_file(root: str) -> str | None:

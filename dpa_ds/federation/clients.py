@@ -1,16 +1,17 @@
 """The clients of this rank group: their data read and tokenised, their local adapters restored or drawn fresh."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerBase
 
 from dpa_ds.adapters.adapter_model import AdapterModel
 from dpa_ds.adapters.methods import GLOBAL, LOCAL
 from dpa_ds.adapters.state import AdapterState, check_tensors, optimizer_shapes
-from dpa_ds.config.schema import DataConfig, TrainConfig, WeightingConfig
+from dpa_ds.config.schema import DataConfig, EvaluationConfig, GenerationConfig, TrainConfig, WeightingConfig
+from dpa_ds.data.limits import ModelLimits, check_examples, check_prompts
 from dpa_ds.data.references import REPRESENTATIONS, References, draw_references
-from dpa_ds.data.sources import ClientData, list_clients, pool_clients, read_clients
+from dpa_ds.data.sources import ClientData, Example, list_clients, pool_clients, read_clients
 from dpa_ds.data.tokenize import TokenizedExamples, load_or_tokenize
 from dpa_ds.distributed.world import World
 from dpa_ds.federation.aggregation.base import LeaderState
@@ -54,15 +55,70 @@ def client_names(data: DataConfig, seed: int, pooled: bool) -> list[str]:
 
 
 @dataclass(frozen=True)
-class ClientBuilder:
-    """Makes the clients that this rank group hosts. Its methods are collective: all ranks of the group."""
+class ClientReader:
+    """Reads and tokenizes clients' data, and refuses what the model cannot read or answer."""
 
     data: DataConfig
     seed: int
     pooled: bool
     """All clients' data form a single client."""
-    world: World
     tokenizer: PreTrainedTokenizerBase
+    limits: ModelLimits
+    max_new_tokens: int | None
+    """Longest answer to a held-out prompt; None: nobody will ask for one."""
+
+    def read(self, client_ids: Sequence[int]) -> list[ClientData]:
+        """Examples of the given clients, in that order. Raises DataError."""
+        if not self.pooled:
+            return read_clients(self.data, self.seed, client_ids)
+        everyone = range(len(list_clients(self.data, self.seed)))
+        return [pool_clients(read_clients(self.data, self.seed, everyone))]
+
+    def tokenize(self, client: ClientData) -> tuple[TokenizedExamples, TokenizedExamples | None]:
+        """Training and held-out examples. Raises DataError."""
+        examples = self._tokenize(client.train, client.name)
+        held_out = None
+        if client.held_out:
+            held_out = self._tokenize(client.held_out, f"{client.name} (held out)")
+            if self.max_new_tokens is not None:
+                check_prompts(client.held_out, self.tokenizer, self.data.template, self.limits, self.max_new_tokens)
+        return examples, held_out
+
+    def _tokenize(self, examples: Sequence[Example], owner: str) -> TokenizedExamples:
+        tokenized = load_or_tokenize(examples, self.tokenizer, self.data, owner)
+        check_examples(tokenized, examples, self.tokenizer, self.data, self.limits)
+        return tokenized
+
+
+def build_reader(
+    data: DataConfig,
+    seed: int,
+    evaluation: EvaluationConfig,
+    generation: GenerationConfig,
+    pooled: bool,
+    folder: RunFolder,
+    tokenizer: PreTrainedTokenizerBase,
+    limits: ModelLimits,
+) -> ClientReader:
+    """How a run in `folder` reads its clients' data.
+
+    Args:
+        pooled: all clients' data form a single client.
+    """
+    if folder.own_part != folder.run_dir:
+        data = replace(data, cache_dir=str(folder.own_part.parent))  # tokens are the clients' texts
+    longest_answer = None
+    if evaluation.split == "held_out":
+        longest_answer = generation.max_new_tokens
+    return ClientReader(data, seed, pooled, tokenizer, limits, longest_answer)
+
+
+@dataclass(frozen=True)
+class ClientBuilder:
+    """Makes the clients that this rank group hosts. Its methods are collective: all ranks of the group."""
+
+    reader: ClientReader
+    world: World
     adapters: AdapterModel
     run_folder: RunFolder
 
@@ -70,9 +126,9 @@ class ClientBuilder:
         """Everything that this group keeps for its clients after `completed_rounds`, and what its leader keeps."""
         client_ids = self.world.topology.clients_of_group(self.world.group)
         # Only those of this group: with `format: feddpa` no other client's training file is opened.
-        data = dict(zip(client_ids, self._read(client_ids), strict=True))
+        data = dict(zip(client_ids, self.reader.read(client_ids), strict=True))
         with self.world.leader_first():  # the others find the tokens in the cache
-            tokens = {client_id: self._tokenize(data[client_id]) for client_id in client_ids}
+            tokens = {client_id: self.reader.tokenize(data[client_id]) for client_id in client_ids}
         clients, leader_states = [], []
         for client_id in client_ids:
             examples, held_out = tokens[client_id]
@@ -92,25 +148,11 @@ class ClientBuilder:
             leader_states.append(LeaderState(saved.residual))
         return clients, LeaderState.sum_of(leader_states)
 
-    def _read(self, client_ids: Sequence[int]) -> list[ClientData]:
-        if not self.pooled:
-            return read_clients(self.data, self.seed, client_ids)
-        everyone = range(len(list_clients(self.data, self.seed)))
-        return [pool_clients(read_clients(self.data, self.seed, everyone))]
-
-    def _tokenize(self, data: ClientData) -> tuple[TokenizedExamples, TokenizedExamples | None]:
-        """Training and held-out examples."""
-        examples = load_or_tokenize(data.train, self.tokenizer, self.data, data.name)
-        held_out = None
-        if data.held_out:
-            held_out = load_or_tokenize(data.held_out, self.tokenizer, self.data, f"{data.name} (held out)")
-        return examples, held_out
-
     def _report_dropped(self, name: str, examples: TokenizedExamples) -> None:
         if self.world.is_leader and examples.num_dropped:
             logger.warning(
                 f"{name}: {examples.num_dropped} of {len(examples) + examples.num_dropped} examples are longer than "
-                f"data.max_length = {self.data.max_length} tokens and are left out"
+                f"data.max_length = {self.reader.data.max_length} tokens and are left out"
             )
 
     def _restore(self, client_id: int, completed_rounds: int) -> "_Restored":
@@ -141,7 +183,7 @@ class ClientBuilder:
     def _fresh(self, client_id: int) -> "_Restored":
         adapter: AdapterState = {}
         if self.world.is_leader:
-            adapter = self.adapters.initial_state(LOCAL, (self.seed, LOCAL_SEED, client_id))
+            adapter = self.adapters.initial_state(LOCAL, (self.reader.seed, LOCAL_SEED, client_id))
         return _Restored(ClientState(adapter, num_steps={GLOBAL: 0, LOCAL: 0}), references=None, residual={})
 
 

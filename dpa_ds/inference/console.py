@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-from transformers import TextStreamer
+from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from dpa_ds.config.paths import expand
 from dpa_ds.config.schema import DataConfig, RunConfig
+from dpa_ds.data.limits import ModelLimits
 from dpa_ds.data.sources import read_instruction
 from dpa_ds.data.tables import read_rows, reading
 from dpa_ds.data.tokenize import tokenize_prompts
@@ -27,12 +28,32 @@ TABLES = (".json", ".jsonl", ".csv", ".parquet")
 
 
 @dataclass(frozen=True)
+class Asking:
+    """How a text becomes a prompt that the model can read."""
+
+    tokenizer: PreTrainedTokenizerBase
+    template: str
+    limits: ModelLimits
+    max_new_tokens: int
+
+    def tokens(self, text: str) -> list[int]:
+        """The text in the template, as tokens.
+
+        Raises:
+            DataError: the model cannot read them, or has no room for the answer.
+        """
+        (tokens,) = tokenize_prompts([text], self.tokenizer, self.template)
+        self.limits.check_prompt(tokens, self.max_new_tokens, f"the prompt {text[:40]!r}")
+        return tokens
+
+
+@dataclass(frozen=True)
 class Console:
     """One client's model, ready to answer."""
 
     predictor: Predictor
     client_model: ClientModel
-    template: str
+    asking: Asking
     streams: bool
     """Tokens are shown as they come: with one beam only."""
 
@@ -71,13 +92,16 @@ def generate(
         len(existing),
     )
     folder.check_model(model_fingerprint(base.directory))
+    asking = Asking(base.tokenizer, config.data.template, base.limits, config.generation.max_new_tokens)
+    for text in prompts:  # all of them before the first answer
+        asking.tokens(text)
     predictor = build_predictor(base, config.lora, config.generation, weighting, folder, server_round)
     client_model = load_client_model(folder, server_round, client)
     described = describe_weighting(weighting, config.weighting.num_references)
     logger.info(f"{client_model.info.label} after round {server_round}, {described}")
     if not client_model.trained and not weighting.is_constant:
         logger.info("its local adapter was never trained: the global adapter alone answers, alpha is always 0")
-    console = Console(predictor, client_model, config.data.template, config.generation.num_beams == 1)
+    console = Console(predictor, client_model, asking, config.generation.num_beams == 1)
 
     if input_path is not None:
         for text in prompts:
@@ -145,8 +169,7 @@ def read_prompts(path: Path, data: DataConfig) -> list[str]:
 def _answer(console: Console, prompt: str, streamer: TextStreamer | None = None) -> tuple[float, str]:
     """Alpha and the answer."""
     predictor = console.predictor
-    prompts = tokenize_prompts([prompt], predictor.tokenizer, console.template)
-    predictor.check_context(len(prompts[0]), f"the prompt {prompt[:40]!r}")
+    prompts = [console.asking.tokens(prompt)]
     alphas = predictor.weights(console.client_model, prompts)
     (answer,) = predictor.answer(console.client_model, prompts, alphas, streamer)
     return float(alphas[0]), answer

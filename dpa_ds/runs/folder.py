@@ -22,7 +22,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -85,9 +85,9 @@ def describe_adapter(config: peft.LoraConfig) -> str:
 
     PEFT 0.11 and 0.13 refuse a file with a field that is newer than they are.
     """
-    usual = type(config)().to_dict()
+    usual = asdict(type(config)())
     content = {}
-    for name, value in config.to_dict().items():
+    for name, value in asdict(config).items():
         if isinstance(value, set):
             value = sorted(value)
         if name in _ALWAYS_WRITTEN or (name != "peft_version" and value != usual[name]):

@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -390,8 +390,10 @@ def host_clients(
     """
     if place.world.is_coordinator:
         check_test_prompts(data, seed, evaluation, model.tokenizer, model.limits, generation.max_new_tokens)
+    if place.folder.own_part != place.folder.run_dir:
+        data = replace(data, cache_dir=str(place.folder.own_part.parent))  # tokens are the clients' texts
     pooled = place.schedule.pooled
-    reader = build_reader(data, seed, evaluation, generation, pooled, place.folder, model.tokenizer, model.limits)
+    reader = build_reader(data, seed, evaluation, generation, pooled, model.tokenizer, model.limits)
     return ClientBuilder(reader, place.world, model.adapters, place.folder).build(place.completed_rounds)
 
 

@@ -1,7 +1,7 @@
 """The clients of this rank group: their data read and tokenised, their local adapters restored or drawn fresh."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
@@ -96,17 +96,14 @@ def build_reader(
     evaluation: EvaluationConfig,
     generation: GenerationConfig,
     pooled: bool,
-    folder: RunFolder,
     tokenizer: PreTrainedTokenizerBase,
     limits: ModelLimits,
 ) -> ClientReader:
-    """How a run in `folder` reads its clients' data.
+    """How a run reads its clients' data.
 
     Args:
         pooled: all clients' data form a single client.
     """
-    if folder.own_part != folder.run_dir:
-        data = replace(data, cache_dir=str(folder.own_part.parent))  # tokens are the clients' texts
     longest_answer = None
     if evaluation.split == "held_out":
         longest_answer = generation.max_new_tokens

@@ -24,6 +24,7 @@ from dpa_ds.config.schema import ModelConfig
 from dpa_ds.distributed.device import free_memory
 from dpa_ds.errors import ConfigError, ModelError
 from dpa_ds.model.directory import check_directory, tensor_files
+from dpa_ds.model.gguf.parts import named_parts
 
 logger = logging.getLogger(__name__)
 
@@ -72,12 +73,20 @@ def resolve_model(config: ModelConfig, cache_dir: str) -> Path:
     if path.is_file():
         from dpa_ds.model.gguf.convert import convert_gguf
 
-        stat = path.stat()
-        key = hashlib.sha256(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:16]
-        return convert_gguf(path, expand(cache_dir, "data.cache_dir") / "models" / f"{path.stem}-{key}")
+        return convert_gguf(path, expand(cache_dir, "data.cache_dir") / "models" / _cache_name(path))
     directory = path if path.is_dir() else _from_hub(config.path)
     check_directory(directory)
     return directory
+
+
+def _cache_name(path: Path) -> str:
+    """Of the directory that a GGUF file, or all parts of a split one, is converted to: another one when they change."""
+    identity = []
+    parts = [part for part in named_parts(path) if part.is_file()]
+    for part in parts:
+        stat = part.stat()
+        identity.append(f"{part.resolve()} {stat.st_size} {stat.st_mtime_ns}")
+    return f"{parts[0].stem}-{hashlib.sha256(' '.join(identity).encode()).hexdigest()[:16]}"
 
 
 def fits_one_rank(directory: Path, precision: str, device: torch.device, ranks_on_host: int) -> bool:

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 
 from dpa_ds.config.schema import LoraConfig
 from dpa_ds.data.limits import ModelLimits
-from dpa_ds.errors import DpaError, ModelError
+from dpa_ds.errors import DpaError, ModelError, list_some
 
 IDENTITY_FILES = (
     "config.json",
@@ -60,7 +60,7 @@ def read_config(directory: Path) -> PretrainedConfig:
         raise ModelError(
             f"model.path {directory} has no config.json: give a Hugging Face model directory or a GGUF file"
         )
-    with _library_errors(f"{path} describes no model", "correct it, or download the model again"):
+    with _library_errors(directory, f"{path} describes no model", "correct it, or download the model again"):
         config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         text = config.get_text_config()
     for name, most in _MOST.items():
@@ -87,7 +87,7 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
         ModelError: no tokenizer there, or one without an end token that the model knows.
     """
     remedy = "it needs the model's own tokenizer.json and tokenizer_config.json, undamaged"
-    with _library_errors(f"no usable tokenizer in {directory}", remedy):
+    with _library_errors(directory, f"no usable tokenizer in {directory}", remedy):
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         tokenizer("a")  # reads settings that loading does not, such as model_max_length
     if tokenizer.eos_token_id is None:
@@ -192,12 +192,30 @@ def _names(path: Path) -> list[str]:
 
 
 @contextlib.contextmanager
-def _library_errors(reported: str, remedy: str) -> Iterator[None]:
-    """Whatever a library raises at a damaged file becomes one line: tokenizers raises bare Exception."""
+def _library_errors(directory: Path, reported: str, remedy: str) -> Iterator[None]:
+    """Whatever a library raises at a damaged file of `directory` becomes one line: tokenizers raises bare Exception."""
     try:
         yield
     except DpaError:
         raise
     except Exception as error:
+        if "custom code" in str(error):
+            raise ModelError(
+                f"{directory} brings code of its own ({_named_code(directory)}), which is never run: use a model that "
+                "this version of transformers knows by itself"
+            ) from error
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelError(f"{reported} ({' '.join(lines[:2])[:300]}): {remedy}") from error
+
+
+def _named_code(directory: Path) -> str:
+    """What `auto_map` of config or tokenizer names, such as modeling_x.XForCausalLM."""
+    names = []
+    for file in ("config.json", "tokenizer_config.json"):
+        try:
+            found: Any = json.loads((directory / file).read_text(encoding="utf-8"))["auto_map"].values()
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            continue
+        for entry in found:  # a tokenizer has two names, of which one may be null
+            names += [name for name in (entry if isinstance(entry, list) else [entry]) if isinstance(name, str)]
+    return f"auto_map: {list_some(sorted(set(names)))}"

@@ -32,6 +32,7 @@ from dpa_ds.config.validate import agreed_sections, fingerprint_sections, flatte
 from dpa_ds.data.limits import ModelLimits
 from dpa_ds.data.references import REPRESENTATIONS
 from dpa_ds.data.sources import NO_TASK
+from dpa_ds.data.tokenize import warn_of_template
 from dpa_ds.distributed.job_store import JobStore, code_fingerprint, package_versions
 from dpa_ds.distributed.topology import Topology, describe_rank, plan
 from dpa_ds.distributed.world import World, build_world, check_rendezvous, join_leaders
@@ -389,6 +390,7 @@ def host_clients(
         DataError: the data is not usable, or the model cannot read it, or not answer the prompts of the test data.
     """
     if place.world.is_coordinator:
+        warn_of_template(data.template)
         check_test_prompts(data, seed, evaluation, model.tokenizer, model.limits, generation.max_new_tokens)
     if place.folder.own_part != place.folder.run_dir:
         data = replace(data, cache_dir=str(place.folder.own_part.parent))  # tokens are the clients' texts

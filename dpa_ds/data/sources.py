@@ -15,7 +15,7 @@ import numpy as np
 
 from dpa_ds.config.schema import DataConfig
 from dpa_ds.data.partition import partition_by_column, partition_dirichlet, partition_iid
-from dpa_ds.data.tables import Row, read_rows, read_table, reading
+from dpa_ds.data.tables import Row, is_saved_dataset, read_rows, read_table, reading
 from dpa_ds.errors import ConfigError, DataError
 
 # Second word of the seed, as in partition.py: the split of held-out examples has its own random stream.
@@ -73,7 +73,7 @@ def list_clients(config: DataConfig, seed: int) -> list[str]:
     """
     if config.format == "feddpa":
         return [f"client_{k}" for k in range(len(_feddpa_files(config)))]
-    return list(_partition(read_table(config.path), config, seed))
+    return list(_partition(_read_table(config), config, seed))
 
 
 def read_client(config: DataConfig, seed: int, client_id: int) -> ClientData:
@@ -208,11 +208,21 @@ def _read_client_rows(config: DataConfig, seed: int, client_ids: Sequence[int]) 
             path = files[client_id]
             yield _ClientRows(client_id, f"client_{client_id}", str(path), read_rows(path))
     else:
-        table = read_table(config.path)
+        table = _read_table(config)
         parts = list(_partition(table, config, seed).items())
         for client_id in client_ids:
             name, row_numbers = parts[client_id]
             yield _ClientRows(client_id, name, config.path, [table[number] for number in row_numbers])
+
+
+def _read_table(config: DataConfig) -> list[Row]:
+    root = Path(config.path)
+    with reading(root):
+        if root.is_dir() and not is_saved_dataset(root) and any(root.glob("*/local_training_*.json")):
+            raise DataError(
+                f"{root}: has the layout of data.format feddpa, not that of a table: set data.format feddpa"
+            )
+    return read_table(root)
 
 
 def _partition(rows: Sequence[Row], config: DataConfig, seed: int) -> dict[str, list[int]]:
@@ -239,6 +249,11 @@ def _feddpa_files(config: DataConfig) -> list[Path]:
     """<path>/<C>/local_training_<k>.json for k = 0..C-1, all of them there."""
     root = Path(config.path)
     with reading(root):
+        if root.is_file() or is_saved_dataset(root):
+            raise DataError(
+                f"{root}: is a file or a data set, and data.format feddpa is a folder with <C>/local_training_<k>.json: "
+                "give that folder, or for one table set data.format table and data.partition"
+            )
         folder = _feddpa_folder(root, config.num_clients)
         # Not glob: it passes over a folder that may not be read.
         found = {path.name for path in folder.iterdir() if path.match("local_training_*.json")}

@@ -105,6 +105,11 @@ def read_rows(path: Path) -> list[Row]:
     )
 
 
+def is_saved_dataset(path: Path) -> bool:
+    """Whether `path` is a folder that `datasets` wrote by save_to_disk."""
+    return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
+
+
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
     """Turn an error of the operating system about `path` into a DataError with its remedy."""
@@ -206,7 +211,7 @@ def _read_saved_dataset(path: Path) -> list[Row]:
     import datasets
     import pyarrow
 
-    if not (path / "state.json").is_file() and not (path / "dataset_dict.json").is_file():
+    if not is_saved_dataset(path):
         raise DataError(f"{path}: folder without data: name a file in it, or a folder written by save_to_disk")
     try:
         loaded = datasets.load_from_disk(str(path))

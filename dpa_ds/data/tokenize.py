@@ -73,6 +73,15 @@ def render_prompt(template: str, instruction: str) -> str:
     return template.replace("{instruction}", instruction)
 
 
+def warn_of_template(template: str) -> None:
+    """Warn of a template in which a line break was meant, and two characters were written."""
+    if r"\n" in template:
+        _logger.warning(
+            r"data.template has a backslash and the letter n, not a line break: where one is meant, write \n between "
+            "double quotes in YAML, or the template in several lines after |"
+        )
+
+
 def tokenize_examples(
     examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, template: str, max_length: int, owner: str
 ) -> TokenizedExamples:

@@ -143,7 +143,7 @@ TESTS = [
 PLACES = [
     Case("no such data", "nowhere: no such file or folder: check data.path", ("--data.path", "nowhere")),
     Case("data in a symlink loop", ("{data}: cannot be read", "check the file"), spoil=link("data", "data")),
-    Case("data is a file", ("{recipe}", "check"), ("--data.path", "{recipe}")),
+    Case("data is a file", ("{recipe}: is a file", "set data.format table"), ("--data.path", "{recipe}")),
     Case(
         "no such number of clients",
         "{data}: folders named after their number of clients: [2], wanted: 5: set data.num_clients to one of them",

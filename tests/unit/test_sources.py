@@ -215,7 +215,7 @@ def test_feddpa_training_files_must_be_complete(tmp_path: Path) -> None:
         list_clients(DataConfig(path=str(tmp_path)), 0)
     with pytest.raises(DataError, match="no such file or folder"):
         list_clients(DataConfig(path=str(tmp_path / "absent")), 0)
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match="give that folder"):
         list_clients(DataConfig(path=str(folder / "local_training_0.json")), 0)
 
 
@@ -341,3 +341,27 @@ def test_the_authors_data() -> None:
     ]
     pooled = pool_clients(clients)
     assert (len(pooled.train), len(pooled.held_out)) == (2400, 1600)
+
+
+# ---- a layout that is not what data.format says ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["rows.json", "rows.csv", "saved"])
+def test_a_table_that_meets_feddpa(tmp_path: Path, name: str) -> None:
+    if name == "saved":
+        pytest.importorskip("datasets").Dataset.from_list(ROWS).save_to_disk(tmp_path / name)
+    else:
+        (tmp_path / name).write_text(json.dumps(ROWS))
+    words = (
+        rf"{name}: is a file or a data set, and data.format feddpa is a folder .* set data.format table and data.part"
+    )
+    with pytest.raises(DataError, match=words):
+        list_clients(DataConfig(path=str(tmp_path / name)), 0)
+
+
+def test_the_authors_layout_that_meets_table(tmp_path: Path) -> None:
+    config = DataConfig(format="table", path=str(feddpa_of_two(tmp_path)), partition=PartitionConfig(column="category"))
+    with pytest.raises(DataError, match=r"has the layout of data.format feddpa, .*: set data.format feddpa"):
+        list_clients(config, 0)
+    with pytest.raises(DataError, match=r"set data\.format feddpa"):
+        read_client(config, 0, 0)

@@ -239,3 +239,12 @@ def test_special_tokens_without_a_role_are_text_in_a_users_text() -> None:
     ids, special = tokenized.input_ids(0).tolist(), len(tokenizer) - 1
     assert ids.count(special) == 1
     assert ids[int(tokenized.prompt_lengths[0]) - 1] == special, "the template's own"
+
+
+@pytest.mark.parametrize(("template", "warns"), [(r"Q: {instruction}\nA:", True), ("Q: {instruction}\nA:", False)])
+def test_a_line_break_in_two_characters_is_a_warning(
+    template: str, warns: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, logger="dpa_ds"):
+        tokenize.warn_of_template(template)
+    assert ("write \\n between double quotes in YAML" in caplog.text) == warns

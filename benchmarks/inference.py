@@ -113,7 +113,6 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     job = JobStore(Launch("single", 0, 1, 0, "127.0.0.1", 0))
     folder = RunFolder(config.run_dir)
     server_round = folder.hold_trained_round()
-    weighting = resolve_weighting(config.weighting, config.method, len(folder.clients(server_round)))
     base = place_base(
         job,
         config.model,
@@ -127,10 +126,11 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     def make_predictor(weighting: Weighting) -> Predictor:
         return build_predictor(base, config.lora, config.generation, weighting, folder, server_round)
 
-    predictor = make_predictor(weighting)
     clients = {client: load_client_model(folder, server_round, client) for client in folder.clients(server_round)}
     instances = choose_instances(read_instances(config.data, config.seed, config.evaluation.split), config.evaluation)
-    prompts = tokenize_instances(instances, predictor, config.data.template)
+    prompts = tokenize_instances(
+        instances, base.tokenizer, config.data.template, base.limits, config.generation.max_new_tokens
+    )
 
     ours = Batched(make_predictor, base.world, EvaluationSet(instances, prompts, clients), clock)
     theirs = OneByOne(base.directory, config.run_dir / "adapters", args.beams, args.max_new_tokens)

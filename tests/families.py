@@ -16,7 +16,7 @@ COMMON: dict[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 8,
-    "max_position_embeddings": 128,
+    "max_position_embeddings": 192,
     "initializer_range": 0.3,
 }
 """Of every family that has the field."""
@@ -40,7 +40,7 @@ class Family:
     """Fields of COMMON that its config does not take."""
 
 
-_GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "n_inner": 64}
+_GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 192, "n_inner": 64}
 _MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "num_local_experts": 4}
 _MAMBA = {
     "mamba_n_heads": 4,

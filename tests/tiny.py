@@ -26,7 +26,7 @@ def make_model(folder: Path, seed: int = 0, **changes: Any) -> Path:
             "num_hidden_layers": 2,
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
-            "max_position_embeddings": 128,
+            "max_position_embeddings": 192,
             "tie_word_embeddings": True,
             "bos_token_id": None,
             "eos_token_id": tokenizer.eos_token_id,

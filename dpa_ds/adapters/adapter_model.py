@@ -178,10 +178,10 @@ def _add_adapters(base: PreTrainedModel, table: Sequence[AdapterSpec], config: L
     # autocast_adapter_dtype=False: DeepSpeed keeps the fp32 master, the working copy has the base's precision.
     try:
         model = peft.PeftModel(
-            base, _peft_config(config, first.rank), adapter_name=first.name, autocast_adapter_dtype=False
+            base, _peft_config(base, config, first.rank), adapter_name=first.name, autocast_adapter_dtype=False
         )
         for spec in others:
-            model.add_adapter(spec.name, _peft_config(config, spec.rank), autocast_adapter_dtype=False)
+            model.add_adapter(spec.name, _peft_config(base, config, spec.rank), autocast_adapter_dtype=False)
     except ValueError as error:
         raise ModelError(f"PEFT refuses lora.target_modules {list(config.target_modules)}: {error}") from error
     for name, module in model.named_modules():
@@ -195,8 +195,9 @@ def _add_adapters(base: PreTrainedModel, table: Sequence[AdapterSpec], config: L
     return model
 
 
-def _peft_config(config: LoraConfig, rank: int) -> peft.LoraConfig:
+def _peft_config(base: PreTrainedModel, config: LoraConfig, rank: int) -> peft.LoraConfig:
     made = peft.LoraConfig(
+        base_model_name_or_path=base.name_or_path,
         r=rank,
         lora_alpha=config.alpha * rank / config.rank,  # type: ignore[arg-type]  # alpha / rank is the scale of all
         lora_dropout=config.dropout,

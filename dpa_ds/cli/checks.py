@@ -2,7 +2,8 @@
 
 import json
 import os
-from dataclasses import asdict
+import tempfile
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -10,16 +11,17 @@ from dpa_ds.adapters.methods import build_schedule
 from dpa_ds.cli.verdicts import FAILED, SLOW_SHARE, Needs, judge, render
 from dpa_ds.config.deepspeed_json import load_deepspeed_json
 from dpa_ds.config.paths import expand
-from dpa_ds.config.schema import EngineConfig, RunConfig
+from dpa_ds.config.schema import DataConfig, EngineConfig, EvaluationConfig, GenerationConfig, RunConfig
 from dpa_ds.distributed import probes
 from dpa_ds.distributed.job_store import JobStore
 from dpa_ds.distributed.probes import RankFacts
 from dpa_ds.distributed.topology import Topology, describe_rank, plan
 from dpa_ds.distributed.world import World, build_world
 from dpa_ds.errors import ClusterError
-from dpa_ds.federation.clients import client_names
+from dpa_ds.evaluation.dataset import check_test_prompts
+from dpa_ds.federation.clients import build_client_tokenizer, client_names, read_hosted
 from dpa_ds.model.base import DTYPES, check_precision, resolve_model
-from dpa_ds.model.directory import count_parameters
+from dpa_ds.model.directory import count_parameters, load_tokenizer, read_limits
 from dpa_ds.runs.storage import write_file
 from dpa_ds.runs.tracking import logger, setup_logging
 
@@ -29,6 +31,7 @@ def preflight(config: RunConfig, job: JobStore, json_path: str | None = None) ->
 
     Raises:
         ClusterError: a check failed; the table has the remedy.
+        DataError: as `check_data`.
     """
     job.start_watchdog(config.checkpoint.grace_seconds, config.cluster.heartbeat_timeout_seconds)
     setup_logging(is_coordinator=job.launch.global_rank == 0)
@@ -39,6 +42,9 @@ def preflight(config: RunConfig, job: JobStore, json_path: str | None = None) ->
     check_precision(config.model.precision, world.device)
     with world.leader_first():
         directory = resolve_model(config.model, config.data.cache_dir)
+    if world.is_leader:
+        pooled = build_schedule(config.method).pooled
+        check_data(config.data, config.seed, config.evaluation, config.generation, pooled, directory, world)
     base, global_adapter, local_adapter = count_parameters(directory, config.lora)  # reads no weights
     needs = Needs(
         adapter=4 * global_adapter,
@@ -52,6 +58,34 @@ def preflight(config: RunConfig, job: JobStore, json_path: str | None = None) ->
     world.close()
     if num_failed:
         raise ClusterError(f"{num_failed} of the checks above failed: mend that before the job is started")
+
+
+def check_data(
+    data: DataConfig,
+    seed: int,
+    evaluation: EvaluationConfig,
+    generation: GenerationConfig,
+    pooled: bool,
+    directory: Path,
+    world: World,
+) -> None:
+    """Read and tokenize the data of this group's clients as a run does, and the test data. Leaders only.
+
+    Args:
+        pooled: all clients' data form a single client.
+        directory: of the model.
+
+    Raises:
+        DataError: it is not usable, or the model cannot read or answer it.
+    """
+    tokenizer, limits = load_tokenizer(directory), read_limits(directory)
+    with tempfile.TemporaryDirectory() as cache_dir:  # tokens are the clients' texts, and nothing is to stay
+        data = replace(data, cache_dir=cache_dir)
+        client_tokenizer = build_client_tokenizer(data, evaluation, generation, tokenizer, limits)
+        for client in read_hosted(data, seed, pooled, world):
+            client_tokenizer.tokenize(client)
+    if world.is_coordinator:
+        check_test_prompts(data, seed, evaluation, tokenizer, limits, generation.max_new_tokens)
 
 
 def base_bytes(num_parameters: int, precision: str, engine: EngineConfig, world_size: int) -> int:

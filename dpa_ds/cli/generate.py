@@ -31,8 +31,8 @@ class GenerateOptions(RunOptions):
     prompt: str | None = option("TEXT", None)
     """The instruction; the run's prompt template is put around it."""
     input: str | None = option("FILE", None)
-    """Prompts, one a line, or a table (.json, .jsonl, .csv, .parquet) with the run's instruction column; prints one
-    JSON object a line: prompt, alpha, answer."""
+    """Prompts, one a line, or a table (.json, .jsonl, .csv, .parquet) with the run's instruction and input columns;
+    prints one JSON object a line: prompt, alpha, answer."""
     beams: str | None = option("N", "1", sets="generation.num_beams")
     """Beams; 1: greedy."""
 

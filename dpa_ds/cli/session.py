@@ -21,6 +21,7 @@ from dpa_ds.config.schema import (
     EngineConfig,
     EvaluationConfig,
     FederationConfig,
+    GenerationConfig,
     LoraConfig,
     MetricsConfig,
     ModelConfig,
@@ -31,6 +32,7 @@ from dpa_ds.config.schema import (
 from dpa_ds.config.validate import agreed_sections, fingerprint_sections, flatten, show
 from dpa_ds.data.references import REPRESENTATIONS
 from dpa_ds.data.sources import NO_TASK
+from dpa_ds.data.tokenize import warn_of_template
 from dpa_ds.distributed.job_store import JobStore, code_fingerprint, package_versions
 from dpa_ds.distributed.topology import Topology, describe_rank, plan
 from dpa_ds.distributed.world import World, build_world, check_rendezvous, join_leaders
@@ -38,6 +40,7 @@ from dpa_ds.engine.engine import AdapterEngine, build_deepspeed_json
 from dpa_ds.engine.profiling import Profile
 from dpa_ds.errors import CheckpointError, list_some
 from dpa_ds.evaluation.answers import Instance
+from dpa_ds.evaluation.dataset import check_test_prompts
 from dpa_ds.evaluation.report import write_report
 from dpa_ds.evaluation.while_training import Scorer, instances_to_score
 from dpa_ds.federation.aggregation.base import ServerOptimizer, ServerState
@@ -45,6 +48,7 @@ from dpa_ds.federation.aggregation.pipeline import build_aggregation
 from dpa_ds.federation.clients import (
     ClientBuilder,
     ClientTokens,
+    build_client_tokenizer,
     client_names,
     embed_references,
     read_hosted,
@@ -58,7 +62,7 @@ from dpa_ds.federation.session import RoundTimer, Session
 from dpa_ds.federation.trainer import Trainer
 from dpa_ds.inference.weighting import resolve_weighting
 from dpa_ds.model.base import check_precision, load_base, resolve_model
-from dpa_ds.model.directory import load_tokenizer, model_fingerprint
+from dpa_ds.model.directory import load_tokenizer, model_fingerprint, read_limits
 from dpa_ds.runs.folder import MODEL, RunFolder
 from dpa_ds.runs.private import open_run_folder
 from dpa_ds.runs.resume import (
@@ -119,7 +123,7 @@ def build_session(config: RunConfig, job: JobStore) -> Session:
     aggregation = build_aggregation(config.federation, config.seed)
     place = find_place(config, job)
     world, schedule = place.world, place.schedule
-    base, tokens = prepare_data(config.model, config.data, config.seed, place)
+    base, tokens = prepare_data(config.model, config.data, config.evaluation, config.generation, config.seed, place)
     labels, instances = agree_on_tasks(config.data, config.seed, config.evaluation, job, place, tokens)
     # After the data: loading the base and starting DeepSpeed take long, and a wrong file is to be reported before.
     model = load_model(base, config.model, config.lora, config.train, config.engine, world)
@@ -318,11 +322,18 @@ class FoundBase:
     """Of its files."""
 
 
-def prepare_data(model: ModelConfig, data: DataConfig, seed: int, place: Place) -> tuple[FoundBase, list[ClientTokens]]:
+def prepare_data(
+    model: ModelConfig,
+    data: DataConfig,
+    evaluation: EvaluationConfig,
+    generation: GenerationConfig,
+    seed: int,
+    place: Place,
+) -> tuple[FoundBase, list[ClientTokens]]:
     """Read the data of the hosted clients, find the base, and tokenise. Collective: all ranks of the group.
 
     Raises:
-        DataError: the data is not usable.
+        DataError: the data is not usable, or the model cannot read it, or not answer the prompts of the test data.
         ConfigError, ModelError: the base is not there, or its precision does not fit the device.
         CheckpointError: it is another one than that of the run.
     """
@@ -334,9 +345,14 @@ def prepare_data(model: ModelConfig, data: DataConfig, seed: int, place: Place) 
     tokenizer = load_tokenizer(directory)
     base = FoundBase(directory, tokenizer, int(tokenizer.pad_token_id), model_fingerprint(directory))
     folder.check_model(base.fingerprint)
+    limits = read_limits(directory)
+    if world.is_coordinator:
+        warn_of_template(data.template)
+        check_test_prompts(data, seed, evaluation, tokenizer, limits, generation.max_new_tokens)
     if folder.own_part != folder.run_dir:
         data = replace(data, cache_dir=str(folder.own_part.parent))  # tokens are the clients' texts
-    return base, tokenize_hosted(texts, data, tokenizer, world)
+    client_tokenizer = build_client_tokenizer(data, evaluation, generation, tokenizer, limits)
+    return base, tokenize_hosted(texts, client_tokenizer, world)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ exception is an evaluation of what was held out, which reads all. A faulty file 
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -15,7 +15,7 @@ import numpy as np
 
 from dpa_ds.config.schema import DataConfig
 from dpa_ds.data.partition import partition_by_column, partition_dirichlet, partition_iid
-from dpa_ds.data.tables import Row, read_rows, read_table, reading
+from dpa_ds.data.tables import Row, is_saved_dataset, read_rows, read_table, reading
 from dpa_ds.errors import ConfigError, DataError
 
 # Second word of the seed, as in partition.py: the split of held-out examples has its own random stream.
@@ -36,6 +36,8 @@ class Example:
     instruction: str
     output: str
     task: str
+    place: str = field(default="", compare=False)
+    """File and row, for messages: a row that stands in two places is the same example."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ def list_clients(config: DataConfig, seed: int) -> list[str]:
     """
     if config.format == "feddpa":
         return [f"client_{k}" for k in range(len(_feddpa_files(config)))]
-    return list(_partition(read_table(config.path), config, seed))
+    return list(_partition(_read_table(config), config, seed))
 
 
 def read_client(config: DataConfig, seed: int, client_id: int) -> ClientData:
@@ -85,7 +87,7 @@ def read_clients(config: DataConfig, seed: int, client_ids: Sequence[int]) -> li
     Held out are `held_out_fraction` of the client's own examples, which then are not trained on; where that is 0, the
     test rows of a task that the client trains on (all of them where tasks are not named). Raises DataError.
     """
-    test = _read_test_examples(config) if config.held_out_fraction == 0 else None
+    test = read_test_examples(config) if config.held_out_fraction == 0 else None
     clients = []
     for source in _read_client_rows(config, seed, client_ids):
         examples = _to_examples(source.rows, config)
@@ -109,7 +111,7 @@ def read_test_rows(config: DataConfig, seed: int, split: Literal["test", "held_o
     Raises DataError where there are none.
     """
     if split == "test":
-        test = _read_test_examples(config)
+        test = read_test_examples(config)
         if test is None:
             place = f" (*.jsonl) in {config.path}" if config.format == "feddpa" else ""
             raise DataError(f"there is no test file{place}: set data.test_path, or evaluation.split held_out")
@@ -121,6 +123,32 @@ def read_test_rows(config: DataConfig, seed: int, split: Literal["test", "held_o
     for client in read_clients(config, seed, all_clients):
         held_out.extend(client.held_out)
     return held_out
+
+
+def read_test_examples(config: DataConfig) -> tuple[Example, ...] | None:
+    """Examples of the test file; None where there is none."""
+    path = config.test_path
+    if path is None and config.format == "feddpa":
+        path = _feddpa_test_file(config.path)
+    if path is None:
+        return None
+    return _to_examples(read_table(path), config)
+
+
+def read_instruction(row: Row, config: DataConfig) -> str:
+    """What a row asks: its instruction, and after a line break its further input where it has some.
+
+    Every program asks by this function, and puts `data.template` around what it returns.
+
+    Raises:
+        DataError: the row has no such column, or its instruction is empty.
+    """
+    instruction = _filled(row, config.instruction_column, "set data.instruction_column to one of them")
+    if config.input_column is None:
+        return instruction
+    remedy = "set data.input_column to one of them, or to null where there is none"
+    further = row.optional_text(config.input_column, remedy)
+    return f"{instruction}\n{further}" if further else instruction
 
 
 def pool_clients(clients: Sequence[ClientData]) -> ClientData:
@@ -165,21 +193,21 @@ def _require_column(rows: Sequence[Row], column: str, field: str, otherwise: str
 
 
 def _to_example(row: Row, config: DataConfig, task_column: str | None) -> Example:
-    instruction = row.text(config.instruction_column, "set data.instruction_column to one of them")
-    output = row.text(config.output_column, "set data.output_column to one of them")
-    for column, value in ((config.instruction_column, instruction), (config.output_column, output)):
-        if not value.strip():
-            raise DataError(f"{row.place}: column {column!r} is empty: fill it in, or remove the row")
-    if config.input_column is not None:
-        remedy = "set data.input_column to one of them, or to null where there is none"
-        further = row.optional_text(config.input_column, remedy)
-        if further:
-            instruction = f"{instruction}\n{further}"
+    instruction = read_instruction(row, config)
+    output = _filled(row, config.output_column, "set data.output_column to one of them")
     task = ""
     # A missing input column is an error, a missing task column is not: it has a default, and data may name no task.
     if task_column is not None and task_column in row.values:
         task = printable(row.optional_text(task_column))
-    return Example(instruction, output, task)
+    return Example(instruction, output, task, row.place)
+
+
+def _filled(row: Row, column: str, remedy: str) -> str:
+    """The cell as text. Raises DataError where it is empty or null."""
+    text = row.optional_text(column, remedy)
+    if not text.strip():
+        raise DataError(f"{row.place}: column {column!r} is empty: fill it in, or remove the row")
+    return text
 
 
 @dataclass(frozen=True)
@@ -200,11 +228,21 @@ def _read_client_rows(config: DataConfig, seed: int, client_ids: Sequence[int]) 
             path = files[client_id]
             yield _ClientRows(client_id, f"client_{client_id}", str(path), read_rows(path))
     else:
-        table = read_table(config.path)
+        table = _read_table(config)
         parts = list(_partition(table, config, seed).items())
         for client_id in client_ids:
             name, row_numbers = parts[client_id]
             yield _ClientRows(client_id, name, config.path, [table[number] for number in row_numbers])
+
+
+def _read_table(config: DataConfig) -> list[Row]:
+    root = Path(config.path)
+    with reading(root):
+        if root.is_dir() and not is_saved_dataset(root) and any(root.glob("*/local_training_*.json")):
+            raise DataError(
+                f"{root}: has the layout of data.format feddpa, not that of a table: set data.format feddpa"
+            )
+    return read_table(root)
 
 
 def _partition(rows: Sequence[Row], config: DataConfig, seed: int) -> dict[str, list[int]]:
@@ -233,6 +271,11 @@ def _feddpa_files(config: DataConfig) -> list[Path]:
     """<path>/<C>/local_training_<k>.json for k = 0..C-1, all of them there."""
     root = Path(config.path)
     with reading(root):
+        if root.is_file() or is_saved_dataset(root):
+            raise DataError(
+                f"{root}: is a file or a data set, and data.format feddpa is a folder with "
+                "<C>/local_training_<k>.json: give that folder, or for one table set data.format table and data.partition"
+            )
         folder = _feddpa_folder(root, config.num_clients)
         # Not glob: it passes over a folder that may not be read.
         found = {path.name for path in folder.iterdir() if path.match("local_training_*.json")}
@@ -262,16 +305,6 @@ def _feddpa_folder(root: Path, num_clients: int | None) -> Path:
             f"{num_clients or 'the only one'}: set data.num_clients to one of them, or correct data.path"
         )
     return folders[wanted[0]]
-
-
-def _read_test_examples(config: DataConfig) -> tuple[Example, ...] | None:
-    """Examples of the test file; None where there is none."""
-    path = config.test_path
-    if path is None and config.format == "feddpa":
-        path = _feddpa_test_file(config.path)
-    if path is None:
-        return None
-    return _to_examples(read_table(path), config)
 
 
 def _feddpa_test_file(root: str) -> str | None:

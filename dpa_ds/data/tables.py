@@ -6,6 +6,7 @@ A fault of a file or a cell raises DataError, which names file and row.
 import csv
 import io
 import json
+import math
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,9 @@ from dpa_ds.errors import DataError
 _DAMAGED = (FileNotFoundError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
 """Errors that `datasets` raises at a folder of which a file is missing or damaged."""
 
+_MOST_EXACT = 2.0**53
+"""From here on a float does not hold every whole number, so that its digits would be invented."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -27,15 +31,25 @@ class Row:
     place: str
 
     def text(self, column: str, remedy: str = "set the data.*_column that fits") -> str:
-        """The cell as text; numbers and truth values are written out. Raises DataError for anything else.
+        """The cell as text; numbers and truth values are written out.
+
+        A whole number has no fraction, 3.0 is "3": pandas makes floats of a column of whole numbers in which a cell is
+        missing, and in JSON both are the same number. A missing cell is None, or NaN as pandas writes it.
 
         Args:
             remedy: what to do where there is no such column.
+
+        Raises:
+            DataError: there is no such column, the cell is missing, or it is neither text nor a finite number.
         """
         if column not in self.values:
             raise DataError(f"{self.place}: no column {column!r}; columns are {self.list_columns()}: {remedy}")
         value = self.values[column]
-        if isinstance(value, bool | int | float):
+        if _is_missing(value):
+            raise DataError(f"{self.place}: column {column!r} is empty: fill it in, or remove the row")
+        if isinstance(value, float):
+            return self._float_as_text(column, value)
+        if isinstance(value, bool | int):
             return str(value)
         if not isinstance(value, str):
             raise DataError(f"{self.place}: column {column!r} must be text, got {type(value).__name__}")
@@ -51,10 +65,21 @@ class Row:
         return textwrap.shorten(columns, 300, placeholder=" ...") or "none"
 
     def optional_text(self, column: str, remedy: str = "set the data.*_column that fits") -> str:
-        """The cell as text, "" where it is null. Raises DataError as `text` does."""
-        if column in self.values and self.values[column] is None:
+        """The cell as text, "" where it is missing. Raises DataError as `text` does."""
+        if column in self.values and _is_missing(self.values[column]):
             return ""
         return self.text(column, remedy)
+
+    def _float_as_text(self, column: str, value: float) -> str:
+        if math.isinf(value):
+            raise DataError(f"{self.place}: column {column!r} is an infinite number: write what it means, or remove it")
+        if value.is_integer() and abs(value) < _MOST_EXACT:
+            return str(int(value))
+        return str(value)
+
+
+def _is_missing(value: object) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def read_table(path: str | Path) -> list[Row]:
@@ -84,6 +109,11 @@ def read_rows(path: Path) -> list[Row]:
         f"{path}: unknown kind of file {path.suffix!r}: use .json, .jsonl, .csv, .parquet, "
         "or a folder written by save_to_disk"
     )
+
+
+def is_saved_dataset(path: Path) -> bool:
+    """Whether `path` is a folder that `datasets` wrote by save_to_disk."""
+    return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
 
 
 @contextmanager
@@ -147,8 +177,11 @@ def _parse_json(text: str, path: Path, first_line: int) -> Any:
 
 
 def _read_csv(path: Path) -> list[Row]:
-    reader = csv.reader(io.StringIO(_read_text(path), newline=""), strict=True)
+    text = _read_text(path)
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     rows = []
+    # The library takes no cell above 131,072 characters unless it is asked to; the limit is one for the whole process.
+    usual_limit = csv.field_size_limit(max(len(text), 1))
     try:
         header = next(reader, [])
         if len(set(header)) < len(header):
@@ -162,6 +195,8 @@ def _read_csv(path: Path) -> list[Row]:
             rows.append(Row(dict(zip(header, fields, strict=True)), place))
     except csv.Error as error:
         raise DataError(f"{path}:{reader.line_num}: not CSV ({error}): check quotes") from error
+    finally:
+        csv.field_size_limit(usual_limit)
     return rows
 
 
@@ -182,7 +217,7 @@ def _read_saved_dataset(path: Path) -> list[Row]:
     import datasets
     import pyarrow
 
-    if not (path / "state.json").is_file() and not (path / "dataset_dict.json").is_file():
+    if not is_saved_dataset(path):
         raise DataError(f"{path}: folder without data: name a file in it, or a folder written by save_to_disk")
     try:
         loaded = datasets.load_from_disk(str(path))

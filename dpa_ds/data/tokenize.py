@@ -26,7 +26,7 @@ from dpa_ds.data.sources import Example
 from dpa_ds.errors import ConfigError, DataError
 
 # Part of the cache key: raise it whenever the layout of an example or of the file changes.
-_LAYOUT_VERSION = 2
+_LAYOUT_VERSION = 3
 
 # Texts handed to the tokenizer in one call: enough for its threads, small enough not to show in memory.
 _TEXTS_PER_CALL = 1024
@@ -73,6 +73,15 @@ def render_prompt(template: str, instruction: str) -> str:
     return template.replace("{instruction}", instruction)
 
 
+def warn_of_template(template: str) -> None:
+    """Warn of a template in which a line break was meant, and two characters were written."""
+    if r"\n" in template:
+        _logger.warning(
+            r"data.template has a backslash and the letter n, not a line break: where one is meant, write \n between "
+            "double quotes in YAML, or the template in several lines after |"
+        )
+
+
 def tokenize_examples(
     examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, template: str, max_length: int, owner: str
 ) -> TokenizedExamples:
@@ -113,28 +122,33 @@ def tokenize_prompts(instructions: Sequence[str], tokenizer: PreTrainedTokenizer
     Special tokens that the template spells are such; what an instruction spells is text.
     """
     texts = [render_prompt(template, instruction) for instruction in instructions]
-    prompts = _tokenize(texts, tokenizer, special_tokens=True)
-    begin, end = _own_tokens(tokenizer)
+    # Without what the tokenizer adds: an end token, which some add, would make the model stop before the answer.
+    prompts = _tokenize(texts, tokenizer, special_tokens=False)
+    begin = _begin_tokens(tokenizer)
+    special_texts = _special_texts(tokenizer)
     for i, instruction in enumerate(instructions):
-        if any(token in instruction for token in tokenizer.all_special_tokens):
-            prompts[i] = [*begin, *_tokenize_apart(template, instruction, tokenizer)]
-        elif end:
-            # Some tokenizers end every text with eos; here it would make the model stop before the answer.
-            prompts[i] = prompts[i][: -len(end)]
-        if begin and prompts[i][: 2 * len(begin)] == [*begin, *begin]:  # the template spells it, too
-            prompts[i] = prompts[i][len(begin) :]
+        if any(text in instruction for text in special_texts):
+            prompts[i] = _tokenize_apart(template, instruction, tokenizer)
+        if prompts[i][: len(begin)] != begin:  # else the template spells it
+            prompts[i] = [*begin, *prompts[i]]
     return prompts
 
 
-def _own_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """What the tokenizer puts before and after every text, such as BOS and EOS."""
+def _begin_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the tokenizer puts before every text, such as BOS."""
     text = "a"
     (bare,) = _tokenize([text], tokenizer, special_tokens=False)
     (whole,) = _tokenize([text], tokenizer, special_tokens=True)
     for start in range(len(whole) - len(bare) + 1):
         if whole[start : start + len(bare)] == bare:
-            return whole[:start], whole[start + len(bare) :]
-    return [], []
+            return whole[:start]
+    return []
+
+
+def _special_texts(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+    """All texts that the tokenizer reads as special tokens, also those that have no role of their own."""
+    texts = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return texts | set(tokenizer.all_special_tokens)
 
 
 def _tokenize_apart(template: str, instruction: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -177,8 +177,9 @@ def _discover(environ: Mapping[str, str]) -> Launch:
     # SLURM_PROCID alone is also set in a batch script; only a step has SLURM_STEP_NUM_TASKS.
     if "SLURM_PROCID" in environ and "SLURM_STEP_NUM_TASKS" in environ and not _slurm_step_of_one(environ):
         return _from_slurm(environ)
-    if any(name in environ for name in MPI_SIZE_VARIABLES):
-        return _from_mpi(environ)
+    num_mpi_ranks = _num_mpi_ranks(environ)
+    if num_mpi_ranks > 1:
+        return _from_mpi(num_mpi_ranks)
     return Launch("single", 0, 1, 0, LOOPBACK, ANY_PORT, on_one_host=True)
 
 
@@ -319,8 +320,16 @@ def _port(environ: Mapping[str, str], default: int) -> int:
 
 
 def _slurm_step_of_one(environ: Mapping[str, str]) -> bool:
-    """`srun -n1 mpirun ...`: MPI knows better."""
-    return environ["SLURM_STEP_NUM_TASKS"] == "1" and any(name in environ for name in MPI_SIZE_VARIABLES)
+    """`srun -n1 mpirun -n 4 ...`: MPI knows better."""
+    return environ["SLURM_STEP_NUM_TASKS"] == "1" and _num_mpi_ranks(environ) > 1
+
+
+def _num_mpi_ranks(environ: Mapping[str, str]) -> int:
+    """Ranks that mpirun started; 1 without it. One rank needs no MPI, and Slurm sets PMI_SIZE=1 for a step of one."""
+    for name in MPI_SIZE_VARIABLES:
+        if name in environ:
+            return _integer(environ, name)
+    return 1
 
 
 def _from_slurm(environ: Mapping[str, str]) -> Launch:
@@ -388,8 +397,8 @@ def _no_hostlist(text: str) -> ClusterError:
     )
 
 
-def _from_mpi(environ: Mapping[str, str]) -> Launch:
-    promised = next(_integer(environ, name) for name in MPI_SIZE_VARIABLES if name in environ)
+def _from_mpi(promised: int) -> Launch:
+    """Args: promised: number of ranks that mpirun says it started."""
     try:
         from mpi4py import MPI  # starts MPI
     except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py is there, libmpi is not

@@ -7,12 +7,14 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from transformers import PreTrainedTokenizerBase
+
 from dpa_ds.config.schema import DataConfig, EvaluationConfig, RunConfig
-from dpa_ds.data.sources import NO_TASK, list_clients, read_clients, read_test_rows
+from dpa_ds.data.limits import ModelLimits
+from dpa_ds.data.sources import NO_TASK, list_clients, read_clients, read_test_examples, read_test_rows
 from dpa_ds.data.tokenize import tokenize_prompts
 from dpa_ds.errors import ConfigError, DataError
 from dpa_ds.evaluation.answers import Instance
-from dpa_ds.inference.client_model import Predictor
 from dpa_ds.inference.weighting import Weighting, describe_weighting
 from dpa_ds.runs.folder import RunFolder
 
@@ -98,17 +100,42 @@ def check_some_task_is_trained(data: DataConfig, seed: int, evaluation: Evaluati
         )
 
 
-def tokenize_instances(instances: Sequence[Instance], predictor: Predictor, template: str) -> list[list[int]]:
+def tokenize_instances(
+    instances: Sequence[Instance],
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    limits: ModelLimits,
+    max_new_tokens: int,
+) -> list[list[int]]:
     """Prompt tokens of each instance.
 
     Raises:
-        DataError: prompt and answer do not fit the model's context.
+        DataError: the model cannot read one, or has no room for an answer of `max_new_tokens`.
     """
     instructions = [instance.instruction for instance in instances]
-    prompts = tokenize_prompts(instructions, predictor.tokenizer, template)
+    prompts = tokenize_prompts(instructions, tokenizer, template)
     for instance, prompt in zip(instances, prompts, strict=True):
-        predictor.check_context(len(prompt), f"row {instance.row} of task {instance.task}")
+        limits.check_prompt(prompt, max_new_tokens, f"row {instance.row} of task {instance.task}")
     return prompts
+
+
+def check_test_prompts(
+    data: DataConfig,
+    seed: int,
+    evaluation: EvaluationConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    limits: ModelLimits,
+    max_new_tokens: int,
+) -> None:
+    """Refuse test data that the model cannot answer, before anything is trained. Reads the test file, if there is one.
+
+    Raises:
+        DataError: as `tokenize_instances`, or the test file is not usable.
+        ConfigError: the test data has no task that `evaluation.tasks` names.
+    """
+    if evaluation.split == "test" and read_test_examples(data) is not None:
+        instances = choose_instances(read_instances(data, seed, "test"), evaluation)
+        tokenize_instances(instances, tokenizer, data.template, limits, max_new_tokens)
 
 
 def describe_settings(

@@ -66,9 +66,10 @@ def evaluate(config: RunConfig, job: JobStore) -> Path | None:
     world = base.world
     fingerprint = model_fingerprint(base.directory)
     folder.check_model(fingerprint)
+    max_new_tokens = config.generation.max_new_tokens
+    prompts = tokenize_instances(instances, base.tokenizer, config.data.template, base.limits, max_new_tokens)
     predictor = build_predictor(base, config.lora, config.generation, weighting, folder, server_round)
     client_models = load_clients(folder, server_round, clients, predictor)
-    prompts = tokenize_instances(instances, predictor, config.data.template)
     evaluation_set = EvaluationSet(instances, prompts, client_models)
 
     settings = describe_settings(config, weighting, folder, server_round, fingerprint, everything)

@@ -6,11 +6,12 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from dpa_ds.config.schema import DataConfig, EvaluationConfig, GenerationConfig
+from dpa_ds.data.tokenize import tokenize_prompts
 from dpa_ds.distributed.world import World
 from dpa_ds.engine.engine import AdapterEngine
 from dpa_ds.errors import ConfigError
 from dpa_ds.evaluation.answers import Instance
-from dpa_ds.evaluation.dataset import choose_instances, read_instances, tokenize_instances
+from dpa_ds.evaluation.dataset import choose_instances, read_instances
 from dpa_ds.evaluation.metrics import score_answer
 from dpa_ds.evaluation.work_items import EvaluationSet, answer_work_item
 from dpa_ds.inference.client_model import ClientModel, Predictor
@@ -79,7 +80,9 @@ class Scorer:
             self._engine.write_state,
             self._world,
         )
-        prompts = tokenize_instances(self._instances, predictor, self._template)
+        # The start of the run has checked that the model can read them, and has room for the answers.
+        instructions = [instance.instruction for instance in self._instances]
+        prompts = tokenize_prompts(instructions, self._tokenizer, self._template)
         evaluation_set = EvaluationSet(self._instances, prompts, {client_model.info.client: client_model})
         references = {(instance.task, instance.row): instance.reference for instance in self._instances}
         tasks = sorted({instance.task for instance in self._instances})

@@ -8,9 +8,10 @@ from transformers import PreTrainedTokenizerBase
 from dpa_ds.adapters.adapter_model import AdapterModel
 from dpa_ds.adapters.methods import GLOBAL, LOCAL
 from dpa_ds.adapters.state import AdapterState, check_tensors, optimizer_shapes
-from dpa_ds.config.schema import DataConfig, TrainConfig, WeightingConfig
+from dpa_ds.config.schema import DataConfig, EvaluationConfig, GenerationConfig, TrainConfig, WeightingConfig
+from dpa_ds.data.limits import ModelLimits, check_examples, check_prompts
 from dpa_ds.data.references import REPRESENTATIONS, References, draw_references
-from dpa_ds.data.sources import ClientData, list_clients, pool_clients, read_clients
+from dpa_ds.data.sources import ClientData, Example, list_clients, pool_clients, read_clients
 from dpa_ds.data.tokenize import TokenizedExamples, load_or_tokenize
 from dpa_ds.distributed.world import World
 from dpa_ds.federation.aggregation.base import LeaderState
@@ -80,28 +81,64 @@ def read_hosted(data: DataConfig, seed: int, pooled: bool, world: World) -> list
     return read_clients(data, seed, world.topology.clients_of_group(world.group))
 
 
-def tokenize_hosted(
-    clients: Sequence[ClientData], data: DataConfig, tokenizer: PreTrainedTokenizerBase, world: World
-) -> list[ClientTokens]:
+@dataclass(frozen=True)
+class ClientTokenizer:
+    """Tokenises clients' data, and refuses what the model cannot read or answer."""
+
+    data: DataConfig
+    tokenizer: PreTrainedTokenizerBase
+    limits: ModelLimits
+    max_new_tokens: int | None
+    """Longest answer to a held-out prompt; None: nobody will ask for one."""
+
+    def tokenize(self, client: ClientData) -> ClientTokens:
+        """The client's tokens.
+
+        Raises:
+            DataError: no example fits `data.max_length`, or one does not fit the model.
+        """
+        examples = self._tokenize(client.train, client.name)
+        held_out = None
+        if client.held_out:
+            held_out = self._tokenize(client.held_out, f"{client.name} (held out)")
+            if self.max_new_tokens is not None:
+                check_prompts(client.held_out, self.tokenizer, self.data.template, self.limits, self.max_new_tokens)
+        return ClientTokens(client.client_id, _label(client), _tasks(client), examples, held_out)
+
+    def _tokenize(self, examples: Sequence[Example], owner: str) -> TokenizedExamples:
+        tokenized = load_or_tokenize(examples, self.tokenizer, self.data, owner)
+        check_examples(tokenized, examples, self.tokenizer, self.data, self.limits)
+        return tokenized
+
+
+def build_client_tokenizer(
+    data: DataConfig,
+    evaluation: EvaluationConfig,
+    generation: GenerationConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    limits: ModelLimits,
+) -> ClientTokenizer:
+    """How a run tokenises its clients' data."""
+    longest_answer = None
+    if evaluation.split == "held_out":
+        longest_answer = generation.max_new_tokens
+    return ClientTokenizer(data, tokenizer, limits, longest_answer)
+
+
+def tokenize_hosted(clients: Sequence[ClientData], tokenizer: ClientTokenizer, world: World) -> list[ClientTokens]:
     """The tokens of what `read_hosted` read. Collective: all ranks of the group.
 
     Raises:
-        DataError: no example of a client fits `data.max_length`.
+        DataError: as `ClientTokenizer.tokenize`.
     """
-    tokens = []
     with world.leader_first():  # the others find the tokens in the cache
-        for client in clients:
-            examples = load_or_tokenize(client.train, tokenizer, data, client.name)
-            held_out = None
-            if client.held_out:
-                held_out = load_or_tokenize(client.held_out, tokenizer, data, f"{client.name} (held out)")
-            tokens.append(ClientTokens(client.client_id, _label(client), _tasks(client), examples, held_out))
+        tokens = [tokenizer.tokenize(client) for client in clients]
     for client, of_client in zip(clients, tokens, strict=True):
         num_dropped = of_client.examples.num_dropped
         if world.is_leader and num_dropped:
             logger.warning(
                 f"{client.name}: {num_dropped} of {len(of_client.examples) + num_dropped} examples are longer than "
-                f"data.max_length = {data.max_length} tokens and are left out"
+                f"data.max_length = {tokenizer.data.max_length} tokens and are left out"
             )
     return tokens
 

@@ -14,7 +14,7 @@ from dpa_ds.config.schema import Encoder, GenerationConfig
 from dpa_ds.data.references import REPRESENTATIONS, Embeddings, References
 from dpa_ds.data.sources import NO_TASK, ClientInfo
 from dpa_ds.distributed.world import World
-from dpa_ds.errors import CheckpointError, DataError
+from dpa_ds.errors import CheckpointError
 from dpa_ds.inference.decoding_check import Decoding, choose_decoding
 from dpa_ds.inference.embedding import embed
 from dpa_ds.inference.generation import generate
@@ -157,20 +157,6 @@ class Predictor:
         if self._loaded != client.info.client:
             self._install(LOCAL, client.local_state)
             self._loaded = client.info.client
-
-    def check_context(self, num_tokens: int, what: str) -> None:
-        """Refuse a prompt of so many tokens that it and its answer do not fit the model's context.
-
-        Raises:
-            DataError: so it is; the message calls the prompt `what`.
-        """
-        context = getattr(self.adapters.base_model.config.get_text_config(), "max_position_embeddings", None)
-        longest = self.generation.max_new_tokens
-        if context is not None and num_tokens + longest > context:
-            raise DataError(
-                f"{what} has {num_tokens} tokens: with generation.max_new_tokens {longest} that is more than the "
-                f"model's context of {context}: lower generation.max_new_tokens, or shorten or remove it"
-            )
 
     def check_references(self, client: ClientModel) -> None:
         """Refuse a weighting that compares prompts with references where the run kept none.

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-from transformers import TextStreamer
+from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from dpa_ds.config.paths import expand
-from dpa_ds.config.schema import RunConfig
+from dpa_ds.config.schema import DataConfig, RunConfig
+from dpa_ds.data.limits import ModelLimits
+from dpa_ds.data.sources import read_instruction
 from dpa_ds.data.tables import read_rows, reading
 from dpa_ds.data.tokenize import tokenize_prompts
 from dpa_ds.distributed.job_store import JobStore
@@ -26,12 +28,32 @@ TABLES = (".json", ".jsonl", ".csv", ".parquet")
 
 
 @dataclass(frozen=True)
+class Asking:
+    """How a text becomes a prompt that the model can read."""
+
+    tokenizer: PreTrainedTokenizerBase
+    template: str
+    limits: ModelLimits
+    max_new_tokens: int
+
+    def tokens(self, text: str) -> list[int]:
+        """The text in the template, as tokens.
+
+        Raises:
+            DataError: the model cannot read them, or has no room for the answer.
+        """
+        (tokens,) = tokenize_prompts([text], self.tokenizer, self.template)
+        self.limits.check_prompt(tokens, self.max_new_tokens, f"the prompt {text[:40]!r}")
+        return tokens
+
+
+@dataclass(frozen=True)
 class Console:
     """One client's model, ready to answer."""
 
     predictor: Predictor
     client_model: ClientModel
-    template: str
+    asking: Asking
     streams: bool
     """Tokens are shown as they come: with one beam only."""
 
@@ -59,7 +81,7 @@ def generate(
         raise ConfigError("--prompt is empty: write a question, or leave --prompt out to be asked for one")
     prompts = []
     if input_path is not None:  # before the base, whose loading takes much longer
-        prompts = read_prompts(expand(input_path, "--input"), config.data.instruction_column)
+        prompts = read_prompts(expand(input_path, "--input"), config.data)
 
     weighting = resolve_weighting(config.weighting, config.method, num_clients)
     base = place_base(
@@ -72,13 +94,16 @@ def generate(
         num_clients,
     )
     folder.check_model(model_fingerprint(base.directory))
+    asking = Asking(base.tokenizer, config.data.template, base.limits, config.generation.max_new_tokens)
+    for text in prompts:  # all of them before the first answer
+        asking.tokens(text)
     predictor = build_predictor(base, config.lora, config.generation, weighting, folder, server_round)
     client_model = load_client_model(folder, server_round, client)
     described = describe_weighting(weighting, config.weighting.num_references)
     logger.info(f"{client_model.info.label} after round {server_round}, {described}")
     if not client_model.trained and not weighting.is_constant:
         logger.info("its local adapter was never trained: the global adapter alone answers, alpha is always 0")
-    console = Console(predictor, client_model, config.data.template, config.generation.num_beams == 1)
+    console = Console(predictor, client_model, asking, config.generation.num_beams == 1)
 
     if input_path is not None:
         for text in prompts:
@@ -130,27 +155,26 @@ def answer_as_json(console: Console, prompt: str, out: TextIO) -> None:
     out.flush()
 
 
-def read_prompts(path: Path, instruction_column: str) -> list[str]:
-    """Instructions of a table (.json, .jsonl, .csv, .parquet), else one prompt a line.
+def read_prompts(path: Path, data: DataConfig) -> list[str]:
+    """What the rows of a table (.json, .jsonl, .csv, .parquet) ask in the columns of `data`, else one prompt a line.
 
     Raises:
-        DataError: no such file, not UTF-8, or nothing in it.
+        DataError: no such file, not UTF-8, nothing in it, or a row that asks nothing.
     """
     with reading(path):
         if path.suffix.lower() in TABLES:
-            prompts = [row.text(instruction_column) for row in read_rows(path)]
+            prompts = [read_instruction(row, data) for row in read_rows(path)]
         else:
             prompts = _nonempty_lines(path)
     if not prompts:
-        raise DataError(f"{path}: no prompts: write one a line, or give a table with {instruction_column!r}")
+        raise DataError(f"{path}: no prompts: write one a line, or give a table with {data.instruction_column!r}")
     return prompts
 
 
 def _answer(console: Console, prompt: str, streamer: TextStreamer | None = None) -> tuple[float, str]:
     """Alpha and the answer."""
     predictor = console.predictor
-    prompts = tokenize_prompts([prompt], predictor.tokenizer, console.template)
-    predictor.check_context(len(prompts[0]), f"the prompt {prompt[:40]!r}")
+    prompts = [console.asking.tokens(prompt)]
     alphas = predictor.weights(console.client_model, prompts)
     (answer,) = predictor.answer(console.client_model, prompts, alphas, streamer)
     return float(alphas[0]), answer

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from dpa_ds.adapters.adapter_model import AdapterModel
 from dpa_ds.adapters.methods import GLOBAL, adapter_table
@@ -15,6 +16,7 @@ from dpa_ds.config.schema import (
     ModelConfig,
     TrainConfig,
 )
+from dpa_ds.data.limits import ModelLimits
 from dpa_ds.data.references import REPRESENTATIONS
 from dpa_ds.distributed.device import claim_device
 from dpa_ds.distributed.job_store import JobStore
@@ -24,7 +26,7 @@ from dpa_ds.errors import ClusterError, ModelError
 from dpa_ds.inference.client_model import Install, Predictor
 from dpa_ds.inference.weighting import BASE_ALONE, Weighting
 from dpa_ds.model.base import check_precision, fits_one_rank, load_base, resolve_model
-from dpa_ds.model.directory import load_tokenizer
+from dpa_ds.model.directory import load_tokenizer, read_limits
 from dpa_ds.runs.folder import RunFolder, SavedAdapter
 from dpa_ds.runs.storage import well_formed
 
@@ -41,6 +43,8 @@ class PlacedBase:
     world: World
     partitioned: bool
     """The ranks of the world divide it (ZeRO-3); else each rank is a world of its own, with a whole copy."""
+    tokenizer: PreTrainedTokenizerBase
+    limits: ModelLimits
 
 
 def place_base(
@@ -68,6 +72,7 @@ def place_base(
     fits = sharding == "never" or fits_one_rank(directory, model.precision, device, ranks_on_host)
     # Hosts may have different memory: what rank 0 finds counts for all.
     fits = bool(job.broadcast_from_rank_zero("fits", lambda: fits))
+    tokenizer, limits = load_tokenizer(directory), read_limits(directory)
     if not fits and num_ranks == 1:
         raise ClusterError(
             f"the base in {directory} does not fit the memory of one rank: start several, or use model.precision bf16"
@@ -75,10 +80,10 @@ def place_base(
     if fits and sharding != "always":
         topology = Topology((1,) * num_ranks, num_clients)
         world = world_without_collectives(job, topology)
-        return PlacedBase(model, directory, world, partitioned=False)
+        return PlacedBase(model, directory, world, False, tokenizer, limits)
     topology = Topology((num_ranks,), num_clients)
     world = build_world(job, topology, cluster, federation_timeout_seconds)
-    return PlacedBase(model, directory, world, partitioned=True)
+    return PlacedBase(model, directory, world, True, tokenizer, limits)
 
 
 def build_predictor(
@@ -111,7 +116,7 @@ def build_predictor(
     install(GLOBAL, weights)
     return Predictor(
         adapters=adapters,
-        tokenizer=load_tokenizer(base.directory),
+        tokenizer=base.tokenizer,
         weighting=weighting,
         generation=generation,
         reference_mean=reference_mean,

@@ -23,6 +23,7 @@ from dpa_ds.config.schema import ModelConfig
 from dpa_ds.distributed.device import free_memory
 from dpa_ds.errors import ConfigError, ModelError
 from dpa_ds.model.directory import check_directory, tensor_files
+from dpa_ds.model.gguf.parts import named_parts
 from dpa_ds.model.stored_tensors import StoredTensors
 
 logger = logging.getLogger(__name__)
@@ -70,12 +71,20 @@ def resolve_model(config: ModelConfig, cache_dir: str) -> Path:
     if path.is_file():
         from dpa_ds.model.gguf.convert import convert_gguf
 
-        stat = path.stat()
-        key = hashlib.sha256(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:16]
-        return convert_gguf(path, expand(cache_dir, "data.cache_dir") / "models" / f"{path.stem}-{key}")
+        return convert_gguf(path, expand(cache_dir, "data.cache_dir") / "models" / _cache_name(path))
     directory = path if path.is_dir() else _from_hub(config.path)
     check_directory(directory)
     return directory
+
+
+def _cache_name(path: Path) -> str:
+    """Of the directory that a GGUF file, or all parts of a split one, is converted to: another one when they change."""
+    identity = []
+    parts = [part for part in named_parts(path) if part.is_file()]
+    for part in parts:
+        stat = part.stat()
+        identity.append(f"{part.resolve()} {stat.st_size} {stat.st_mtime_ns}")
+    return f"{parts[0].stem}-{hashlib.sha256(' '.join(identity).encode()).hexdigest()[:16]}"
 
 
 def fits_one_rank(directory: Path, precision: str, device: torch.device, ranks_on_host: int) -> bool:
@@ -138,6 +147,7 @@ def load_base(
             f"{directory}/config.json describes no model that can be built ({type(error).__name__}: "
             f"{' '.join(str(error).split())[:200]}): correct it, or download the model again"
         ) from error
+    model.name_or_path = _name_for_others(config, directory)
     model.config.use_cache = False
     if config.gradient_checkpointing:
         # ZeRO-3 empties parameters between forward and recomputation; the non-reentrant kind checks their shapes.
@@ -145,6 +155,13 @@ def load_base(
         if zero3:  # reentrant checkpointing needs an input that requires gradients, and the embedding is frozen
             model.enable_input_require_grads()
     return model
+
+
+def _name_for_others(config: ModelConfig, directory: Path) -> str:
+    """By which whoever gets an adapter loads its base: the hub id, or the place in this file system."""
+    if expand(config.path, "model.path").exists():
+        return str(directory.absolute())
+    return config.path
 
 
 def _load_whole(config: ModelConfig, directory: Path, device: torch.device) -> PreTrainedModel:

@@ -6,6 +6,7 @@ Each fault is a ModelError with the file and a remedy; the libraries that load a
 import contextlib
 import hashlib
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from dpa_ds.config.schema import LoraConfig
-from dpa_ds.errors import DpaError, ModelError
+from dpa_ds.data.limits import ModelLimits
+from dpa_ds.errors import DpaError, ModelError, list_some
 
 IDENTITY_FILES = (
     "config.json",
@@ -58,7 +60,7 @@ def read_config(directory: Path) -> PretrainedConfig:
         raise ModelError(
             f"model.path {directory} has no config.json: give a Hugging Face model directory or a GGUF file"
         )
-    with _library_errors(f"{path} describes no model", "correct it, or download the model again"):
+    with _library_errors(directory, f"{path} describes no model", "correct it, or download the model again"):
         config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         text = config.get_text_config()
     for name, most in _MOST.items():
@@ -78,26 +80,41 @@ def read_config(directory: Path) -> PretrainedConfig:
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     """Tokenizer with an end token; padding falls back to it.
 
+    It may have ids that the model does not know, as gemma-3-1b has one: what the data uses is checked there
+    (`data/limits.py`).
+
     Raises:
-        ModelError: no tokenizer there, one without an end token, or one that belongs to another model.
+        ModelError: no tokenizer there, or one without an end token that the model knows.
     """
     remedy = "it needs the model's own tokenizer.json and tokenizer_config.json, undamaged"
-    with _library_errors(f"no usable tokenizer in {directory}", remedy):
+    with _library_errors(directory, f"no usable tokenizer in {directory}", remedy):
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-        highest = max(tokenizer.get_vocab().values())
         tokenizer("a")  # reads settings that loading does not, such as model_max_length
     if tokenizer.eos_token_id is None:
         raise ModelError(f"the tokenizer in {directory} has no end token (eos_token): set it in tokenizer_config.json")
-    num_tokens = getattr(read_config(directory).get_text_config(), "vocab_size", highest + 1)
-    if highest >= num_tokens:
+    vocab_size = read_limits(directory).vocab_size
+    if tokenizer.eos_token_id >= vocab_size:
         raise ModelError(
-            f"the tokenizer in {directory} has ids up to {highest}, but the model knows {num_tokens} tokens "
-            "(vocab_size of config.json): it belongs to another model; put the right one there"
+            f"the end token of the tokenizer in {directory} has the id {tokenizer.eos_token_id}, but the model knows "
+            f"{vocab_size} tokens (vocab_size of config.json): it belongs to another model; put the right one there"
         )
-    if tokenizer.pad_token_id is None:
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= vocab_size:
         tokenizer.pad_token = tokenizer.eos_token
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     return tokenizer
+
+
+def read_limits(directory: Path) -> ModelLimits:
+    """What the model's config says about its input.
+
+    Raises:
+        ModelError: there is no usable config.
+    """
+    text = read_config(directory).get_text_config()
+    vocab_size = getattr(text, "vocab_size", None)
+    if vocab_size is None:
+        vocab_size = sys.maxsize  # such a model says it nowhere
+    return ModelLimits(getattr(text, "max_position_embeddings", None), vocab_size)
 
 
 def model_fingerprint(directory: Path) -> str:
@@ -175,12 +192,30 @@ def _names(path: Path) -> list[str]:
 
 
 @contextlib.contextmanager
-def _library_errors(reported: str, remedy: str) -> Iterator[None]:
-    """Whatever a library raises at a damaged file becomes one line: tokenizers raises bare Exception."""
+def _library_errors(directory: Path, reported: str, remedy: str) -> Iterator[None]:
+    """Whatever a library raises at a damaged file of `directory` becomes one line: tokenizers raises bare Exception."""
     try:
         yield
     except DpaError:
         raise
     except Exception as error:
+        if "custom code" in str(error):
+            raise ModelError(
+                f"{directory} brings code of its own ({_named_code(directory)}), which is never run: use a model that "
+                "this version of transformers knows by itself"
+            ) from error
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelError(f"{reported} ({' '.join(lines[:2])[:300]}): {remedy}") from error
+
+
+def _named_code(directory: Path) -> str:
+    """What `auto_map` of config or tokenizer names, such as modeling_x.XForCausalLM."""
+    names = []
+    for file in ("config.json", "tokenizer_config.json"):
+        try:
+            found: Any = json.loads((directory / file).read_text(encoding="utf-8"))["auto_map"].values()
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            continue
+        for entry in found:  # a tokenizer has two names, of which one may be null
+            names += [name for name in (entry if isinstance(entry, list) else [entry]) if isinstance(name, str)]
+    return f"auto_map: {list_some(sorted(set(names)))}"

@@ -22,7 +22,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -52,7 +52,9 @@ from dpa_ds.runs.storage import (
 META, MODEL = "meta.json", "model.json"
 LAST_SAVED = "last_saved"
 """Key of `meta.json` where clients' parts lie elsewhere: the round that each was last saved in, 0 for never."""
-WEIGHTS = "adapter_model"
+WEIGHTS, ADAPTER_CONFIG = "adapter_model", "adapter_config.json"
+_ALWAYS_WRITTEN = ("base_model_name_or_path", "bias", "lora_alpha", "lora_dropout", "peft_type", "r", "task_type")
+"""Fields of PEFT's LoraConfig that every version knows, and that say what the adapter is."""
 PROGRESS = "progress"
 LINK = "adapters"
 PACKAGES = ("torch", "deepspeed", "transformers", "peft")
@@ -77,6 +79,21 @@ class SavedAdapter:
 def local_folder(client_id: int) -> str:
     """Name of a client's adapter in a round: `local/client_02`."""
     return f"{LOCAL}/{client_name(client_id)}"
+
+
+def describe_adapter(config: peft.LoraConfig) -> str:
+    """Content of `adapter_config.json`: of the fields that PEFT has by default only those with another value.
+
+    PEFT 0.11 and 0.13 refuse a file with a field that is newer than they are.
+    """
+    usual = asdict(type(config)())
+    content = {}
+    for name, value in asdict(config).items():
+        if isinstance(value, set):
+            value = sorted(value)
+        if name in _ALWAYS_WRITTEN or (name != "peft_version" and value != usual[name]):
+            content[name] = value
+    return json.dumps(content, indent=2, sort_keys=True)
 
 
 def round_number(path: Path) -> int | None:
@@ -315,7 +332,7 @@ class RunFolder:
         folder, private = self._saving_dir(server_round, name), name != GLOBAL
         with storage_errors(folder):
             make_folder(folder, private)
-            config.save_pretrained(str(folder))
+            write_text(folder / ADAPTER_CONFIG, describe_adapter(config))
         write_folder(folder, {WEIGHTS: weights, **extras}, info, private)
 
     def carry_over(self, server_round: int, clients: Sequence[int]) -> None:

@@ -190,7 +190,7 @@ GENERATIONS = [
         spoil=write("prompts.jsonl", '{"a": 1}'),
     ),
     generation("endless beams", "generation.num_beams must be >= 1", *GENERATE, "--beams", "0"),
-    generation("prompt longer than the context", ("context of 128", "shorten"), *CLIENT, "--prompt", "red " * 1000),
+    generation("prompt longer than the context", ("context of 192", "shorten"), *CLIENT, "--prompt", "red " * 1000),
 ]
 
 COMPARISONS = [

@@ -79,6 +79,11 @@ CLIENTS = [
     client("huge line", f'[{{"instruction": "{"a" * 20_000_000}', "{file}:1: not JSON"),
     client("huge cell", f'[{{"instruction": "{"a" * 200_000}", "output": "b"}}]', "data.max_length", "raise it"),
     client("huge column name", f'[{{"{"a" * 200_000}": "b"}}]', "{file}: row 1: no column 'instruction'"),
+    client(
+        "longer than the context",
+        f'[{GOOD}, {{"instruction": "{"a" * 200}", "output": "b"}}]',
+        "{file}: row 2 has 205 tokens with its answer, more than the model's context of 192: lower data.max_length to 192",
+    ),
     Case("file is a folder", f"{{root}}/{CLIENT}: folder without data", spoil=folder(CLIENT)),
     Case(
         "file in a symlink loop", (f"{{root}}/{CLIENT}", "check the file"), spoil=link(CLIENT, "local_training_1.json")
@@ -110,6 +115,17 @@ TESTS = [
         "test row in invalid UTF-8", f"{GOOD}\n".encode() + b"\xff", "{file}:2: byte 0xff is not UTF-8: convert"
     ),
     rows_of_test("test row huge", f"{GOOD}\n" + "[" * 20_000_000, "{file}:2: JSON that cannot be read"),
+    rows_of_test(
+        "no room for the answer",
+        f'{GOOD}\n{{"instruction": "{"a" * 120}", "output": "b"}}\n',
+        "row 1 of task all has 123 tokens: with generation.max_new_tokens 80 that is more than the model's context of 192",
+    ),
+    Case(
+        "held-out prompt without room for the answer",
+        (f"{{root}}/{CLIENT}: row ", "with generation.max_new_tokens 80 that is more than the model's context of 192"),
+        ("--data.held_out_fraction=0.5", "--evaluation.split=held_out"),
+        spoil=write(CLIENT, json.dumps([{"instruction": "a" * (115 + n), "output": "b"} for n in range(4)])),
+    ),
     Case(
         "two test files",
         "{data}: several test files (other.jsonl, test.jsonl): name one in data.test_path",
@@ -127,7 +143,7 @@ TESTS = [
 PLACES = [
     Case("no such data", "nowhere: no such file or folder: check data.path", ("--data.path", "nowhere")),
     Case("data in a symlink loop", ("{data}: cannot be read", "check the file"), spoil=link("data", "data")),
-    Case("data is a file", ("{recipe}", "check"), ("--data.path", "{recipe}")),
+    Case("data is a file", ("{recipe}: is a file", "set data.format table"), ("--data.path", "{recipe}")),
     Case(
         "no such number of clients",
         "{data}: folders named after their number of clients: [2], wanted: 5: set data.num_clients to one of them",
@@ -155,7 +171,7 @@ TABLES = [
     table("quote.csv", 'instruction,output,who\na,"b,x\n', "{file}:2: not CSV", "check quotes"),
     table("fields.csv", "instruction,output,who\na,b\n", "{file}:2: 2 fields, but the header has 3: quote commas"),
     table("twice.csv", "who,output,who\na,b,c\n", "{file}:1: a column name occurs twice"),
-    table("huge.csv", f"instruction,output,who\na,{'b' * 200_000},x\n", "{file}:2: not CSV"),
+    table("huge.csv", f"instruction,output,who\na,{'b' * 200_000},x\n", "data.max_length", "raise it"),
     table("text.parquet", "no parquet", "{file}: not a readable parquet file", "write it again"),
     Case(
         "cut.parquet",
@@ -172,7 +188,15 @@ TABLES = [
 ]
 
 
-@pytest.mark.parametrize("case", [*CLIENTS, *TESTS, *PLACES, *TABLES], ids=str)
+BEFORE = [
+    Case(f"{case.name}, preflight", case.says, ("--config", "{recipe}"), case.spoil, program="launch/preflight.py")
+    for case in (*CLIENTS, *TESTS)
+    if case.name in ("longer than the context", "no room for the answer", "answer empty")
+]
+"""Found out by the program that is to find out before a job is queued."""
+
+
+@pytest.mark.parametrize("case", [*CLIENTS, *TESTS, *PLACES, *TABLES, *BEFORE], ids=str)
 def test_refused(case: Case, tmp_path: Path, model: Path, federation: Path) -> None:
     place: Place = make_place(tmp_path, model, federation)
     refuse(case, place)

@@ -87,7 +87,7 @@ DIRECTORIES = [
     ),
     Case(
         "vocabulary too small",
-        ("ids up to 257, but the model knows 100 tokens", "put the right one there"),
+        ("has the id 256, but the model knows 100 tokens", "put the right one there"),
         spoil=lambda place: smaller_vocabulary(place),
     ),
 ]

@@ -283,7 +283,7 @@ SPOILT: dict[str, tuple[str, Callable[[bytes], bytes | None], str]] = {
         TEST,
         lambda old: old + b'{"instruction": "%s", "output": "a", "category": "count1"}\n' % (b"x" * 200),
         "row 4 of task count1 has 203 tokens: with generation.max_new_tokens 8 that is more than the model's context of "
-        "128: lower generation.max_new_tokens, or shorten or remove it",
+        "192: lower generation.max_new_tokens, or shorten or remove it",
     ),
 }
 

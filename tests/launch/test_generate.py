@@ -118,7 +118,7 @@ def test_a_conversation_ends_with_an_empty_line(run_dir: Path) -> None:
         ([], "--client must be the id or name of a client such as 0, got 'nothing'"),
         (["--client", "7"], "has no client 7: its clients are 0 (client_0 colour0), 1 (client_1 count1)"),
         (["--client", "0", "--prompt", " "], "--prompt is empty: write a question"),
-        (["--client", "0", "--prompt", "red " * 5000], "context of 128: lower generation.max_new_tokens, or shorten"),
+        (["--client", "0", "--prompt", "red " * 5000], "context of 192: lower generation.max_new_tokens, or shorten"),
         (["--client", "0", "--prompt", "x", "--input", "y"], "--prompt and --input exclude one another"),
         (["--client", "0", "--input", "no_such.txt"], "no_such.txt: no such file or folder"),
         (["--client", "0", "--input", "hostfile.example", "--weighting", "dot"], "weighting.kind must be one of auto,"),

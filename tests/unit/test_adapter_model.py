@@ -1,5 +1,7 @@
 """The weighted sum of adapters, by hand, per layer and against PEFT; what freezing does and does not cut."""
 
+import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,8 +15,10 @@ from dpa_ds.adapters import mixed_lora
 from dpa_ds.adapters.adapter_model import AdapterModel, global_local_mix
 from dpa_ds.adapters.methods import GLOBAL, LOCAL, AdapterSpec, adapter_table
 from dpa_ds.adapters.state import flatten, unflatten
-from dpa_ds.config.schema import LoraConfig
+from dpa_ds.config.schema import LoraConfig, ModelConfig
 from dpa_ds.errors import ModelError
+from dpa_ds.model.base import load_base
+from dpa_ds.runs.folder import RunFolder
 from tests import families, tiny
 
 LORA = LoraConfig(rank=4, alpha=8.0, dropout=0.0, target_modules=["q_proj", "v_proj"], local_rank=3)
@@ -299,3 +303,50 @@ def test_weights_of_rows_fit_inputs_of_other_shapes(dual: AdapterModel, shape: t
     for row, alpha in enumerate(alphas.tolist()):
         expected = by_hand(layer, rows[row], alpha).float()
         torch.testing.assert_close(found[row], expected, rtol=1e-5, atol=1e-5)
+
+
+# ---- what others read ---------------------------------------------------------------------------------------------
+
+KNOWN_SINCE_2023 = {
+    "base_model_name_or_path", "bias", "lora_alpha", "lora_dropout", "peft_type", "r", "target_modules", "task_type",
+}  # fmt: skip
+"""Fields that PEFT 0.3 has; 0.11 and 0.13 refuse a file with one that is newer than they are."""
+
+
+@pytest.fixture
+def exported(tmp_path: Path) -> tuple[AdapterModel, Path]:
+    """An adapter with weights of its own, saved as a run saves it, over a base that was loaded as a run loads it."""
+    config = ModelConfig(path=str(tiny.make_model(tmp_path / "model")), precision="fp32")
+    base = load_base(config, Path(config.path), {}, torch.device("cpu"))
+    adapters = AdapterModel(base, adapter_table(LORA), LORA)
+    state = {key: torch.full(shape, 0.1) for key, shape in adapters.shapes[GLOBAL].items()}
+    adapters.load_state(GLOBAL, state)
+    folder = RunFolder(tmp_path / "run")
+    folder.save_adapter(1, GLOBAL, state, adapters.peft_config(GLOBAL), {}, {})
+    return adapters, tmp_path / "run" / "rounds" / "round_000001.tmp" / GLOBAL
+
+
+def test_an_adapter_names_its_base_and_nothing_that_old_versions_do_not_know(
+    exported: tuple[AdapterModel, Path], tmp_path: Path
+) -> None:
+    content = json.loads((exported[1] / "adapter_config.json").read_text())
+    assert set(content) == KNOWN_SINCE_2023
+    assert content["base_model_name_or_path"] == str(tmp_path / "model")
+    assert (content["r"], content["lora_alpha"], content["target_modules"]) == (4, 8.0, ["q_proj", "v_proj"])
+    read_back = peft.LoraConfig.from_pretrained(exported[1]).to_dict()
+    kept = exported[0].peft_config(GLOBAL).to_dict()
+    differing = {name for name in kept if read_back[name] != kept[name]}
+    assert differing <= {"target_modules", "inference_mode"}, "a list for a set; PEFT loads for inference"
+
+
+@pytest.mark.parametrize("load", [peft.AutoPeftModelForCausalLM.from_pretrained, AutoModelForCausalLM.from_pretrained])
+def test_libraries_load_an_adapter_by_its_folder_alone(
+    exported: tuple[AdapterModel, Path], load: Callable[..., torch.nn.Module]
+) -> None:
+    adapters, folder = exported
+    ids = torch.randint(0, 256, (2, 9))
+    adapters.set_mix(global_local_mix(0.0))
+    adapters.peft_model.eval()
+    with torch.no_grad():
+        expected = adapters.peft_model(input_ids=ids).logits
+        torch.testing.assert_close(load(folder, dtype=torch.float32).eval()(input_ids=ids).logits, expected)

@@ -12,7 +12,9 @@ from numpy.typing import NDArray
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from dpa_ds.config.schema import ModelConfig
 from dpa_ds.errors import ModelError
+from dpa_ds.model.base import resolve_model
 from dpa_ds.model.gguf import llama
 from dpa_ds.model.gguf.convert import convert_gguf
 from dpa_ds.model.gguf.file import read_gguf
@@ -71,11 +73,19 @@ def gguf_name(name: str) -> str:
 
 
 def write_gguf(
-    path: Path, model: LlamaForCausalLM, arch: str = "llama", pre: str = "smollm", pad: int | None = 0
+    path: Path,
+    model: LlamaForCausalLM,
+    arch: str = "llama",
+    pre: str = "smollm",
+    pad: int | None = 0,
+    tensors_per_file: int = 0,
 ) -> None:
-    """Write `model`; its v_proj weights as Q8_0 (and put the rounded values into `model`), all else as F32."""
+    """Write `model`; its v_proj weights as Q8_0 (and put the rounded values into `model`), all else as F32.
+
+    With `tensors_per_file` in parts, named as llama.cpp's gguf-split names them.
+    """
     config = model.config
-    writer = gguf.GGUFWriter(path, arch)
+    writer = gguf.GGUFWriter(path, arch, split_max_tensors=tensors_per_file)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -261,3 +271,72 @@ def test_an_unknown_architecture_is_named(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"architecture 'perceptron' .* use a llama file"):
         convert_gguf(tmp_path / "tiny.gguf", tmp_path / "out")
     assert list(tmp_path.iterdir()) == [tmp_path / "tiny.gguf"]
+
+
+# ---- a model in several files ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def parts(tmp_path: Path) -> tuple[LlamaForCausalLM, list[Path]]:
+    """A model in three files."""
+    model = tiny_llama(tied=False)
+    write_gguf(tmp_path / "tiny.gguf", model, tensors_per_file=8)
+    found = sorted(tmp_path.glob("tiny-*.gguf"))
+    assert [path.name for path in found] == [f"tiny-0000{number}-of-00003.gguf" for number in (1, 2, 3)]
+    return model, found
+
+
+@pytest.mark.parametrize("named", [0, 1, 2])
+def test_all_parts_of_a_split_file_are_read(
+    parts: tuple[LlamaForCausalLM, list[Path]], tmp_path: Path, named: int
+) -> None:
+    """Whichever of them model.path names."""
+    model, paths = parts
+    directory = resolve_model(ModelConfig(path=str(paths[named])), str(tmp_path / "cache"))
+    converted = AutoModelForCausalLM.from_pretrained(directory)
+    assert all(torch.equal(weight, model.state_dict()[name]) for name, weight in converted.state_dict().items())
+    assert resolve_model(ModelConfig(path=str(paths[0])), str(tmp_path / "cache")) == directory
+
+
+@pytest.mark.parametrize("missing", [0, 1, 2])
+def test_a_missing_part_is_named_and_nothing_is_left(
+    parts: tuple[LlamaForCausalLM, list[Path]], tmp_path: Path, missing: int
+) -> None:
+    _, paths = parts
+    there = paths[0] if missing else paths[1]
+    paths[missing].unlink()
+    with pytest.raises(ModelError, match=rf"part . of 3 of a model, and .*/{paths[missing].name} is missing: put it"):
+        resolve_model(ModelConfig(path=str(there)), str(tmp_path / "cache"))
+    assert not list((tmp_path / "cache").rglob("*.*"))
+
+
+def test_parts_that_were_renamed_or_mixed_up(parts: tuple[LlamaForCausalLM, list[Path]], tmp_path: Path) -> None:
+    _, (first, second, third) = parts
+    renamed = first.with_name("model.gguf")
+    renamed.write_bytes(first.read_bytes())
+    with pytest.raises(ModelError, match=r"model.gguf: is part 1 of 3 of a model: name it NAME-00001-of-00003.gguf"):
+        convert_gguf(renamed, tmp_path / "out")
+    content = second.read_bytes()
+    second.write_bytes(third.read_bytes())
+    with pytest.raises(ModelError, match=r"tiny-00002-of-00003.gguf: is not part 2 of 3: download it again"):
+        convert_gguf(first, tmp_path / "out")
+    third.write_bytes(content)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_split_file_that_transformers_would_read_in_part_is_refused(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "tiny.gguf", tiny_llama(tied=True), pre="llama-bpe", tensors_per_file=10)
+    with pytest.raises(ModelError, match=r"takes one file only: merge the parts with llama.cpp's gguf-split --merge"):
+        convert_gguf(tmp_path / "tiny-00001-of-00002.gguf", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("pre", ["llama-bpe", "smollm"])
+def test_a_file_that_lacks_a_tensor_is_incomplete(tmp_path: Path, pre: str) -> None:
+    """transformers, which reads the first of them, warns, and draws it at random."""
+    model = tiny_llama(tied=True)
+    del model.model.layers[1].mlp.up_proj
+    write_gguf(tmp_path / "tiny.gguf", model, pre=pre)
+    with pytest.raises(ModelError, match=r"tiny.gguf: has no tensor for 'model.layers.1.mlp.up_proj.weight'"):
+        convert_gguf(tmp_path / "tiny.gguf", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

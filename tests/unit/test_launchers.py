@@ -51,6 +51,15 @@ PLACES = {
         SLURM | {"SLURM_STEP_NODELIST": "n01"},
         Launch("slurm", 5, 8, 1, "127.0.0.1", 20000 + 41 * 7 + 2, on_one_host=True),
     ),
+    "srun of one task with PMI2": (
+        SLURM | {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_LOCALID": "0", "PMI_SIZE": "1"},
+        Launch("slurm", 0, 1, 0, "n01", 20000 + 41 * 7 + 2),
+    ),
+    "PMI2 left in the environment": ({"PMI_SIZE": "1"}, Launch("single", 0, 1, 0, "127.0.0.1", 0, on_one_host=True)),
+    "mpirun of one rank": (
+        {"OMPI_COMM_WORLD_SIZE": "1"},
+        Launch("single", 0, 1, 0, "127.0.0.1", 0, on_one_host=True),
+    ),
     "torchrun inside srun": (SLURM | DEEPSPEED, Launch("env", 3, 4, 1, "n1", 29500)),
     "python in a batch script": (
         {"SLURM_PROCID": "0", "SLURM_JOB_ID": "41", "SLURM_NTASKS": "8"},
@@ -78,6 +87,7 @@ CONTRADICTIONS = [
         "must be the number of ranks of the job, at most 100000, got 1000000000",
     ),
     (DEEPSPEED | {"LOCAL_RANK": "-1"}, "LOCAL_RANK must be the number of this rank on its host, 0 or more, got -1"),
+    ({"PMI_SIZE": "many"}, "environment variable PMI_SIZE must be an integer, got 'many'"),
     (SLURM | {"SLURM_PROCID": "x"}, "environment variable SLURM_PROCID must be an integer, got 'x'"),
 ]
 

@@ -44,10 +44,27 @@ def test_no_file_of_a_model_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (directory / "tokenizer_config.json").write_text(json.dumps({"auto_map": named}))
     monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 10))
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    with pytest.raises(ModelError, match="contains custom code"):
-        read_config(directory)
-    with pytest.raises(ModelError, match="contains custom code"):
-        load_tokenizer(directory)
+    for load in (read_config, load_tokenizer):
+        with pytest.raises(
+            ModelError, match=r"evil brings code of its own \(auto_map: evil.Evil\), which is never run"
+        ):
+            load(directory)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_code_beside_a_model_that_transformers_knows_is_not_needed(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in Phi-3 and Falcon: files from before transformers had the architecture."""
+    directory = Path(shutil.copytree(model, tmp_path / "llama"))
+    (directory / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
+    named = {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil", "AutoTokenizer": ["evil.Evil", None]}
+    for file in ("config.json", "tokenizer_config.json"):
+        content = json.loads((directory / file).read_text())
+        (directory / file).write_text(json.dumps(content | {"auto_map": named}))
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 10))
+    read_and_load(directory)
+    load_tokenizer(directory)
     assert not (tmp_path / "ran").exists()
 
 

@@ -65,7 +65,10 @@ BAD_ROWS: list[tuple[str, dict[str, Any], str]] = [
         {"prompt": "p", "output": "o"},
         r"row 2: no column 'instruction'; columns are 'prompt', 'output'",
     ),
-    ("null", {"instruction": "i", "output": None}, r"row 2: column 'output' must be text, got NoneType"),
+    ("null", {"instruction": "i", "output": None}, r"row 2: column 'output' is empty: fill it in"),
+    ("no question", {"instruction": float("nan"), "output": "o"}, r"row 2: column 'instruction' is empty: fill it in"),
+    ("NaN", {"instruction": "i", "output": float("nan")}, r"row 2: column 'output' is empty: fill it in, or remove"),
+    ("infinite", {"instruction": "i", "output": float("inf")}, r"row 2: column 'output' is an infinite number"),
     ("list", {"instruction": ["i"], "output": "o"}, r"row 2: column 'instruction' must be text, got list"),
     ("blank", {"instruction": " \n", "output": "o"}, r"row 2: column 'instruction' is empty"),
     ("no answer", {"instruction": "i", "output": ""}, r"row 2: column 'output' is empty"),
@@ -112,6 +115,46 @@ def test_numbers_become_text_and_input_is_appended(tmp_path: Path) -> None:
     names = {"instruction_column": "q", "input_column": "in", "output_column": "a", "task_column": "kind"}
     client = read_client(DataConfig(path=str(tmp_path), **names), 0, 0)
     assert client.train == (Example("add\n1 2", "3", "7"), Example("negate", "False", ""), Example("half", "0.5", ""))
+
+
+def test_what_pandas_makes_of_a_gap_is_no_text(tmp_path: Path) -> None:
+    """A missing cell becomes NaN, and the whole numbers above and below it become floats."""
+    nan = float("nan")
+    rows = [
+        {"q": "say a", "in": nan, "a": 3.0, "kind": nan},
+        {"q": "say b", "in": 7.0, "a": 0.5, "kind": 2.0},
+        {"q": "say c", "in": 1e300, "a": -1.0, "kind": 2.5},
+    ]
+    write_feddpa(tmp_path, [rows], None)
+    names = {"instruction_column": "q", "input_column": "in", "output_column": "a", "task_column": "kind"}
+    client = read_client(DataConfig(path=str(tmp_path), **names), 0, 0)
+    assert client.train == (
+        Example("say a", "3", ""),
+        Example("say b\n7", "0.5", "2"),
+        Example("say c\n1e+300", "-1", "2.5"),
+    )
+
+
+@pytest.mark.parametrize("name", ["rows.parquet", "saved"])
+def test_columns_with_gaps_read_alike_from_every_format(tmp_path: Path, name: str) -> None:
+    pyarrow, datasets = pytest.importorskip("pyarrow"), pytest.importorskip("datasets")
+    columns = {"instruction": ["a", "b"], "context": [float("nan"), 2.0], "output": [1.0, 4.0], "who": ["x", "x"]}
+    if name == "saved":
+        datasets.Dataset.from_dict(columns).save_to_disk(tmp_path / name)
+    else:
+        pytest.importorskip("pyarrow.parquet").write_table(pyarrow.table(columns), tmp_path / name)
+    partition = PartitionConfig(kind="column", column="who")
+    config = DataConfig(format="table", path=str(tmp_path / name), input_column="context", partition=partition)
+    assert read_client(config, 0, 0).train == (Example("a", "1", ""), Example("b\n2", "4", ""))
+
+
+def test_a_client_needs_a_name_in_every_row(tmp_path: Path) -> None:
+    """Rows without one would all be of a client called nan."""
+    table = tmp_path / "rows.json"
+    table.write_text(json.dumps([{**ROWS[0], "who": "x"}, {**ROWS[1], "who": float("nan")}]))
+    config = DataConfig(format="table", path=str(table), partition=PartitionConfig(kind="column", column="who"))
+    with pytest.raises(DataError, match=r"rows.json: row 2: column 'who' is empty: fill it in"):
+        list_clients(config, 0)
 
 
 def test_missing_input_column_is_an_error(tmp_path: Path) -> None:
@@ -172,7 +215,7 @@ def test_feddpa_training_files_must_be_complete(tmp_path: Path) -> None:
         list_clients(DataConfig(path=str(tmp_path)), 0)
     with pytest.raises(DataError, match="no such file or folder"):
         list_clients(DataConfig(path=str(tmp_path / "absent")), 0)
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match="give that folder"):
         list_clients(DataConfig(path=str(folder / "local_training_0.json")), 0)
 
 
@@ -316,3 +359,27 @@ def test_the_authors_data() -> None:
     ]
     pooled = pool_clients(clients)
     assert (len(pooled.train), len(pooled.held_out)) == (2400, 1600)
+
+
+# ---- a layout that is not what data.format says ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["rows.json", "rows.csv", "saved"])
+def test_a_table_that_meets_feddpa(tmp_path: Path, name: str) -> None:
+    if name == "saved":
+        pytest.importorskip("datasets").Dataset.from_list(ROWS).save_to_disk(tmp_path / name)
+    else:
+        (tmp_path / name).write_text(json.dumps(ROWS))
+    words = (
+        rf"{name}: is a file or a data set, and data.format feddpa is a folder .* set data.format table and data.part"
+    )
+    with pytest.raises(DataError, match=words):
+        list_clients(DataConfig(path=str(tmp_path / name)), 0)
+
+
+def test_the_authors_layout_that_meets_table(tmp_path: Path) -> None:
+    config = DataConfig(format="table", path=str(feddpa_of_two(tmp_path)), partition=PartitionConfig(column="category"))
+    with pytest.raises(DataError, match=r"has the layout of data.format feddpa, .*: set data.format feddpa"):
+        list_clients(config, 0)
+    with pytest.raises(DataError, match=r"set data\.format feddpa"):
+        read_client(config, 0, 0)

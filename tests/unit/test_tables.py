@@ -124,6 +124,18 @@ def test_bad_tables(tmp_path: Path, name: str, content: bytes, message: str) -> 
         read_table(tmp_path / name)
 
 
+def test_a_cell_of_any_length_is_read(tmp_path: Path) -> None:
+    """The library's limit is 131,072 characters; it is one for the whole process, and is there again afterwards."""
+    usual_limit = csv.field_size_limit()
+    rows = [{"instruction": "a", "output": "b" * 300_000}, {"instruction": "c" * 200_000, "output": "d"}]
+    write_csv(tmp_path / "long.csv", rows)
+    assert [row.values for row in read_table(tmp_path / "long.csv")] == rows
+    (tmp_path / "bad.csv").write_text('a,b\n1,2\n"3,4\n')
+    with pytest.raises(DataError, match="not CSV"):
+        read_table(tmp_path / "bad.csv")
+    assert csv.field_size_limit() == usual_limit
+
+
 def test_missing_file_folder_without_data_and_damaged_folder(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"x.json: no such file or folder: check data.path"):
         read_table(tmp_path / "x.json")

@@ -10,12 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizer_for_tests import make_tokenizer
+from tokenizers import AddedToken
 
 from dpa_ds.config.schema import DataConfig
 from dpa_ds.data import tokenize
 from dpa_ds.data.sources import Example
 from dpa_ds.data.tokenize import TokenizedExamples, load_or_tokenize, render_prompt, tokenize_examples
 from dpa_ds.errors import DataError
+from tests import tiny
 
 BOS, EOS = 1, 2
 TOKENIZER = make_tokenizer()
@@ -208,3 +210,41 @@ def test_special_tokens_that_a_users_text_spells_are_text(ending: str) -> None:
 def test_a_template_may_spell_what_the_tokenizer_adds(ending: str) -> None:
     assert prompt("x", "<s>{instruction}", ending) == prompt("x", "{instruction}", ending)
     assert prompt("x", "{instruction}</s>", ending) == [*prompt("x", "{instruction}", ending), EOS], "it means it"
+
+
+@pytest.mark.parametrize("ending", ["", "</s>"])
+@pytest.mark.parametrize(
+    "template", ["{instruction}</s>", "<s>{instruction}</s>", "{instruction} </s>\n", "</s>{instruction}"]
+)
+@pytest.mark.parametrize("instruction", ["x", "what is <s>", "</s>"])
+def test_one_begin_token_and_the_end_tokens_of_the_template(ending: str, template: str, instruction: str) -> None:
+    """Whatever the tokenizer adds, the template spells, and a user writes."""
+    ids = prompt(instruction, template, ending)
+    assert (ids[0], ids.count(BOS), ids.count(EOS)) == (BOS, 1, 1)
+    assert TOKENIZER.decode(ids[1:]) == render_prompt(template, instruction).removeprefix("<s>")
+
+
+def test_a_tokenizer_that_adds_nothing_reads_the_template_alone() -> None:
+    tokenizer = tiny.make_tokenizer()
+    (plain,) = tokenize.tokenize_prompts(["x"], tokenizer, "<|end|>{instruction}<|end|>")
+    assert plain == [tokenizer.eos_token_id, *tokenizer("x").input_ids, tokenizer.eos_token_id]
+
+
+def test_special_tokens_without_a_role_are_text_in_a_users_text() -> None:
+    """Llama 3 names only two of its special tokens in `special_tokens_map`: <|eot_id|> is none of them."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens([AddedToken("<|eot|>", special=True)])
+    example = Example("what is <|eot|>", "<|eot|>", "t")
+    tokenized = tokenize_examples([example], tokenizer, "{instruction}<|eot|>", 512, "client_0")
+    ids, special = tokenized.input_ids(0).tolist(), len(tokenizer) - 1
+    assert ids.count(special) == 1
+    assert ids[int(tokenized.prompt_lengths[0]) - 1] == special, "the template's own"
+
+
+@pytest.mark.parametrize(("template", "warns"), [(r"Q: {instruction}\nA:", True), ("Q: {instruction}\nA:", False)])
+def test_a_line_break_in_two_characters_is_a_warning(
+    template: str, warns: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, logger="dpa_ds"):
+        tokenize.warn_of_template(template)
+    assert ("write \\n between double quotes in YAML" in caplog.text) == warns

@@ -8,6 +8,7 @@ import logging
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from dpa_ds.errors import ModelError
 from dpa_ds.model.gguf.file import GgufFile, read_gguf, special_ids
 from dpa_ds.model.gguf.llama import WEIGHTS_INDEX_NAME, WEIGHTS_NAME, is_readable, write_llama
+from dpa_ds.model.gguf.parts import is_split
 
 logger = logging.getLogger(__name__)
 
@@ -58,14 +60,20 @@ def _write_by_transformers(file: GgufFile, out_dir: Path, dtype: torch.dtype) ->
     """Load with transformers' own GGUF reader, de-quantised so that the model can be saved and trained."""
     folder = file.path.parent
     name = file.path.name
+    if is_split(file.metadata):
+        raise ModelError(
+            f"{file.path}: transformers, which reads architecture {file.require('general.architecture')!r} with this "
+            "tokenizer, takes one file only: merge the parts with llama.cpp's gguf-split --merge"
+        )
     tokens = file.require("tokenizer.ggml.tokens")
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             gguf_file=name,
             quantization_config=GgufConfig(dequantize=True),
             dtype=dtype,
             trust_remote_code=False,
+            output_loading_info=True,
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name, trust_remote_code=False)
     except (ValueError, KeyError, NotImplementedError) as error:
@@ -74,6 +82,9 @@ def _write_by_transformers(file: GgufFile, out_dir: Path, dtype: torch.dtype) ->
             f"{file.require('tokenizer.ggml.model')!r} cannot be converted ({error}): use a llama file with a gpt2 "
             "tokenizer, one that this version of transformers reads, or a Hugging Face directory"
         ) from error
+    model, report = loaded
+    for missing in sorted(report["missing_keys"]):  # transformers only warns, and draws the tensor at random
+        raise ModelError(f"{file.path}: has no tensor for {missing!r}: it is incomplete; download it again")
     ids = special_ids(file)
     # From the file, because transformers' reader (5.17) sets another end token and no pad token.
     tokenizer.eos_token = tokens[ids.eos]

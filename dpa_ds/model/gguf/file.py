@@ -10,6 +10,7 @@ import gguf
 
 from dpa_ds.errors import ModelError
 from dpa_ds.model.gguf.header import check_counts
+from dpa_ds.model.gguf.parts import find_parts, is_split
 
 GGUF_MAGIC = b"GGUF"
 
@@ -26,9 +27,10 @@ class SpecialIds:
 
 @dataclass(frozen=True)
 class GgufFile:
-    """An open GGUF file: metadata by key, and tensors as stored (quantised), memory-mapped."""
+    """An open GGUF file, or a split one: metadata by key, and tensors as stored (quantised), memory-mapped."""
 
     path: Path
+    """Of the first part."""
     metadata: Mapping[str, Any]
     tensors: Sequence[gguf.ReaderTensor]
 
@@ -40,7 +42,31 @@ class GgufFile:
 
 
 def read_gguf(path: Path) -> GgufFile:
-    """Open a GGUF file. Raises ModelError if it is missing, truncated, or not a GGUF file."""
+    """Open a GGUF file, or all parts of a split one, of which `path` is any.
+
+    Raises:
+        ModelError: a file is missing, truncated, or not a GGUF file, or the parts do not belong together.
+    """
+    file = _read_one(path)
+    if not is_split(file.metadata):
+        return file
+    parts = [_read_one(part) for part in find_parts(path, file.metadata)]
+    tensors: list[gguf.ReaderTensor] = []
+    for number, part in enumerate(parts):
+        if (part.metadata.get("split.no", 0), part.metadata.get("split.count")) != (number, len(parts)):
+            raise ModelError(f"{part.path}: is not part {number + 1} of {len(parts)}: download it again")
+        tensors.extend(part.tensors)
+    first = parts[0]
+    expected = int(first.metadata.get("split.tensors.count", len(tensors)))
+    if len(tensors) != expected:
+        raise ModelError(
+            f"{path}: its {len(parts)} parts hold {len(tensors)} tensors where the model has {expected}: they are not "
+            "parts of one model; download them again"
+        )
+    return GgufFile(first.path, first.metadata, tensors)
+
+
+def _read_one(path: Path) -> GgufFile:
     if not path.is_file():
         raise ModelError(f"{path}: no such file: model.path must name a GGUF file that is there")
     with path.open("rb") as stream:

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dpa_ds.errors import ModelError
 from dpa_ds.model.gguf.file import GgufFile, special_ids
@@ -59,6 +59,7 @@ def is_readable(file: GgufFile) -> bool:
 def write_llama(file: GgufFile, out_dir: Path, dtype: torch.dtype) -> None:
     """Fill the empty `out_dir` with config, tokenizer and weights in `dtype`. Raises ModelError for other files."""
     config = _llama_config(file, dtype)
+    _check_complete(file, config)
     config.save_pretrained(out_dir)
     generation_config = GenerationConfig(
         bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
@@ -66,6 +67,16 @@ def write_llama(file: GgufFile, out_dir: Path, dtype: torch.dtype) -> None:
     generation_config.save_pretrained(out_dir)
     _gpt2_tokenizer(file).save_pretrained(out_dir)
     _write_weights(file, config, out_dir, dtype)
+
+
+def _check_complete(file: GgufFile, config: LlamaConfig) -> None:
+    """Raise ModelError if the file lacks a tensor of the model that its metadata describe."""
+    with torch.device("meta"):  # names without memory
+        expected = dict(LlamaForCausalLM(config).named_parameters())  # those that are tied once
+    there = {_hf_name(file, tensor.name) for tensor in file.tensors}
+    for name in expected:
+        if name not in there:
+            raise ModelError(f"{file.path}: has no tensor for {name!r}: it is incomplete; download it again")
 
 
 def _llama_config(file: GgufFile, dtype: torch.dtype) -> LlamaConfig:

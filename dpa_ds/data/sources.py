@@ -274,7 +274,8 @@ def _feddpa_files(config: DataConfig) -> list[Path]:
         if root.is_file() or is_saved_dataset(root):
             raise DataError(
                 f"{root}: is a file or a data set, and data.format feddpa is a folder with "
-                "<C>/local_training_<k>.json: give that folder, or for one table set data.format table and data.partition"
+                "<C>/local_training_<k>.json: give that folder, or set data.format table and data.partition for one "
+                "table"
             )
         folder = _feddpa_folder(root, config.num_clients)
         # Not glob: it passes over a folder that may not be read.

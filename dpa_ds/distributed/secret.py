@@ -13,6 +13,7 @@ import json
 import os
 import secrets
 import socket
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,7 @@ def _make_file(path: Path, remedy: str) -> None:
     """Unless it is there. Whole from the beginning: others read it in the same moment."""
     if path.exists():
         return
-    draft = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+    draft = path.with_name(f"{path.name}.{socket.gethostname()}.{threading.get_native_id()}.tmp")
     with storage_errors(path, remedy):
         path.parent.mkdir(parents=True, exist_ok=True)
         draft.unlink(missing_ok=True)

@@ -112,11 +112,8 @@ def test_the_same_row_in_two_places_is_the_same_example(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("family", "num_positions"), [("llama", 192), ("gpt2", 192), ("bloom", None)])
-def test_limits_are_those_of_the_config(
-    tmp_path: Path, family: str, num_positions: int | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_limits_are_those_of_the_config(tmp_path: Path, family: str, num_positions: int | None) -> None:
     """GPT-2 calls them n_positions; Bloom has ALiBi, and no bound."""
-    monkeypatch.setitem(families.FAMILIES, "bloom", {"n_layer": 2, "n_head": 4, "max_position_embeddings": None})
     limits = read_limits(families.make_family(tmp_path / family, family))
     assert limits == ModelLimits(num_positions, len(tiny.make_tokenizer()))
 

@@ -145,7 +145,7 @@ def test_columns_with_gaps_read_alike_from_every_format(tmp_path: Path, name: st
         pytest.importorskip("pyarrow.parquet").write_table(pyarrow.table(columns), tmp_path / name)
     partition = PartitionConfig(kind="column", column="who")
     config = DataConfig(format="table", path=str(tmp_path / name), input_column="context", partition=partition)
-    assert read_client(config, 0, 0).train == (Example("a", "1", ""), Example("b\n2", "4", ""))
+    assert read_client(config, 0, 0).train == (Example("a", "1", "x"), Example("b\n2", "4", "x"))
 
 
 def test_a_client_needs_a_name_in_every_row(tmp_path: Path) -> None:

@@ -101,9 +101,7 @@ FAMILIES: dict[str, Family] = {
         mixes=True,
     ),
     "opt": Family({"ffn_dim": 64, "word_embed_proj_dim": 32}, ("q_proj", "v_proj", "out_proj")),
-    "bloom": Family(
-        {"n_layer": 2, "n_head": 4}, _FUSED, "eager", mixes=True, refuses=("max_position_embeddings",)
-    ),
+    "bloom": Family({"n_layer": 2, "n_head": 4}, _FUSED, "eager", mixes=True, refuses=("max_position_embeddings",)),
     "falcon": Family({"num_kv_heads": 2, "new_decoder_architecture": True}, _FUSED, refuses=("head_dim",), mixes=True),
     "mpt": Family(
         {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 128}, ("Wqkv", "out_proj"), "eager", mixes=True

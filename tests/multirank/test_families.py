@@ -68,6 +68,7 @@ def check(name: str, tmp_path: Path, num_ranks: int, training: dict[str, Any], e
     run = tmp_path / "runs" / "tiny"
     options = ["--run", str(run), f"--beams={BEAMS}", f"--max_new_tokens={NEW_TOKENS}", *evaluation]
     run_on_ranks(train_on_rank, num_ranks, tmp_path, argv)
+    assert ("mixes the examples of a row" in (run / "log.txt").read_text()) == family.mixes
     run_on_ranks(evaluate_on_rank, num_ranks, tmp_path, options)
 
     reference, clients, start = start_plain(load_config(argv))

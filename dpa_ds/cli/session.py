@@ -348,6 +348,10 @@ def prepare_data(
     limits = read_limits(directory)
     if world.is_coordinator:
         warn_of_template(data.template)
+        if any(client.has_unread_input for client in texts):
+            logger.warning(
+                "rows have a column 'input' that no prompt has: set data.input_column: input, unless that is meant"
+            )
         check_test_prompts(data, seed, evaluation, tokenizer, limits, generation.max_new_tokens)
     if folder.own_part != folder.run_dir:
         data = replace(data, cache_dir=str(folder.own_part.parent))  # tokens are the clients' texts

@@ -48,6 +48,8 @@ class ClientData:
     name: str
     train: tuple[Example, ...]
     held_out: tuple[Example, ...]
+    has_unread_input: bool = False
+    """Some row has an `input`, as instruction data often has, and the recipe names no column for it."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,8 @@ def read_clients(config: DataConfig, seed: int, client_ids: Sequence[int]) -> li
         else:
             train = examples
             held_out = _of_tasks(test, {example.task for example in examples})
-        clients.append(ClientData(source.client_id, source.name, train, held_out))
+        unread = _has_unread_input(source.rows, config)
+        clients.append(ClientData(source.client_id, source.name, train, held_out, unread))
     return clients
 
 
@@ -159,7 +162,14 @@ def pool_clients(clients: Sequence[ClientData]) -> ClientData:
     for client in clients:
         train.extend(client.train)
         held_out |= Counter(client.held_out)
-    return ClientData(0, "centralized", tuple(train), tuple(held_out.elements()))
+    unread = any(client.has_unread_input for client in clients)
+    return ClientData(0, "centralized", tuple(train), tuple(held_out.elements()), unread)
+
+
+def _has_unread_input(rows: Sequence[Row], config: DataConfig) -> bool:
+    if config.input_column is not None or "input" in (config.instruction_column, config.output_column):
+        return False
+    return any(row.optional_text("input").strip() for row in rows if isinstance(row.values.get("input"), str))
 
 
 def _to_examples(rows: Sequence[Row], config: DataConfig) -> tuple[Example, ...]:

@@ -383,3 +383,21 @@ def test_the_authors_layout_that_meets_table(tmp_path: Path) -> None:
         list_clients(config, 0)
     with pytest.raises(DataError, match=r"set data\.format feddpa"):
         read_client(config, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("cell", "names", "unread"),
+    [
+        ("the text to sum up", {}, True),
+        ("", {}, False),
+        (None, {}, False),
+        ("the text to sum up", {"input_column": "input"}, False),
+        ("the text to sum up", {"instruction_column": "input"}, False),
+    ],
+)
+def test_an_input_that_no_prompt_has_is_noticed(tmp_path: Path, cell: str | None, names: Any, unread: bool) -> None:
+    """Rows as Alpaca's have one; training on instructions without their context is a loss that nobody sees."""
+    write_feddpa(tmp_path, [[{"instruction": "Sum up.", "input": cell, "output": "short"}]], None)
+    client = read_client(DataConfig(path=str(tmp_path), **names), 0, 0)
+    assert client.has_unread_input == unread
+    assert pool_clients([client]).has_unread_input == unread

@@ -70,16 +70,24 @@ class StoredTensors:
         """
         if name in self._plain:
             return self._slice_of(self._plain[name])
+        for target in self._targets_that_may_make(name):
+            if name in self._converted:
+                break
+            made = self._converters.pop(target).convert(target, model=self._model, config=self._model.config)
+            for made_name, tensor in made.items():
+                self._converted[made_name] = tensor[0] if isinstance(tensor, list) else tensor
         if name not in self._converted:
-            if name not in self._converters:
-                raise ModelError(
-                    f"the checkpoint has no tensor {name!r}: it belongs to another model, or stores this architecture "
-                    "in a layout that ZeRO-3 loading does not know; use a ds_configs/ file below stage 3"
-                )
-            made = self._converters.pop(name).convert(name, model=self._model, config=self._model.config)
-            for target, tensor in made.items():
-                self._converted[target] = tensor[0] if isinstance(tensor, list) else tensor
+            raise ModelError(
+                f"the checkpoint has no tensor {name!r}: it belongs to another model, or stores this architecture "
+                "in a layout that ZeRO-3 loading does not know; use a ds_configs/ file below stage 3"
+            )
         return self._converted.pop(name)
+
+    def _targets_that_may_make(self, name: str) -> list[str]:
+        """Where the converters are kept that make `name`: its own name, or the first of several that one makes."""
+        if name in self._converters:
+            return [name]
+        return [target for target, converter in self._converters.items() if len(converter.target_patterns) > 1]
 
     def _slice_of(self, stored: str) -> Any:
         found = self._opened[self._files[stored]].get_slice(stored)

@@ -142,6 +142,9 @@ FAMILIES: dict[str, Family] = {
     "bamba": Family({**_MAMBA, "attn_layer_indices": [1]}, mixes=True),
     "jamba": Family({**_MOE, "attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False}, mixes=True),
     "mamba": Family({"state_size": 8}, ("in_proj", "x_proj"), "eager", mixes=True),
+    "hrm_text": Family(),
+    "olmo_hybrid": Family(mixes=True),
+    "kimi_linear": Family(),
     "qwen3_next": Family(
         {
             **_MOE,

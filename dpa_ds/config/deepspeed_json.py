@@ -101,7 +101,6 @@ _KEYS = {
     "zero_optimization.use_multi_rank_bucket_allreduce": _BY_DEEPSPEED,
     "zero_optimization.allgather_partitions": _BY_DEEPSPEED,
     "zero_optimization.allgather_bucket_size": _BY_DEEPSPEED,
-    "zero_optimization.ignore_unused_parameters": _BY_DEEPSPEED,
     "zero_optimization.sub_group_size": _BY_DEEPSPEED,
     "zero_optimization.stage3_prefetch_bucket_size": _SIZE,
     "zero_optimization.stage3_param_persistence_threshold": _SIZE,

@@ -32,7 +32,7 @@ from dpa_ds.data.batching import IGNORE_INDEX, MicroBatch, StepBatch
 from dpa_ds.distributed.device import send
 from dpa_ds.distributed.world import World
 from dpa_ds.engine.label_loss import cross_entropy_sum
-from dpa_ds.engine.master_weights import Fragment, locate_masters
+from dpa_ds.engine.master_weights import Fragment, forget_order_of_modules, locate_masters
 from dpa_ds.engine.packed_attention import PackedAttention
 from dpa_ds.engine.packing_check import Rows, choose_rows
 from dpa_ds.engine.profiling import Profile
@@ -189,6 +189,8 @@ class AdapterEngine:
         state of the adapter that starts (both moments and the step count, in every ZeRO sub-group).
         """
         self._profile.begin_phase(phase.trainable)
+        if self.stage == 3 and self._trainable is None:
+            forget_order_of_modules(self.optimizer)
         with self._profile.region("phase switch"):
             self.adapters.set_mix(global_local_mix(phase.alpha))
             for adapter in self.adapters.table:

@@ -6,6 +6,7 @@ serve: under ZeRO-3 `safe_get_full_fp32_param` returns None for a frozen paramet
 that resets a step count.
 """
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -88,3 +89,18 @@ def _of_stage_three(optimizer: Any, parameter: Any, rank: int) -> Fragment | Non
     if numel == 0:
         return None
     return Fragment(optimizer.fp32_partitioned_groups_flat[group], offset, start, numel)
+
+
+def forget_order_of_modules(optimizer: Any) -> None:
+    """ZeRO-3, before the first step: have DeepSpeed record the order of modules of a training step from scratch.
+
+    By it weights stay gathered from the forward to the backward pass. So far it has seen forward passes alone, and what
+    it decided by those it would never decide again: every step would gather the base twice.
+    """
+    coordinator = optimizer.parameter_offload.get_param_coordinator()
+    if not coordinator.is_invalid_trace():
+        coordinator._invalidate_trace()
+    decide = type(coordinator)._PartitionedParameterCoordinator__params_to_release
+    if not hasattr(decide, "cache_clear"):  # inside a function that only names it for profilers
+        decide = inspect.getclosurevars(decide).nonlocals["func"]
+    decide.cache_clear()

@@ -31,7 +31,6 @@ TRIED: dict[str, tuple[Any, tuple[int, ...]]] = {
     ZERO + "use_multi_rank_bucket_allreduce": (False, (1, 2, 3)),
     ZERO + "allgather_partitions": (False, (1, 2)),
     ZERO + "allgather_bucket_size": (100, (1, 2)),
-    ZERO + "ignore_unused_parameters": (False, (1, 2)),
     ZERO + "sub_group_size": (500, (3,)),
     ZERO + "stage3_prefetch_bucket_size": (0, (3,)),
     ZERO + "stage3_param_persistence_threshold": (0, (3,)),

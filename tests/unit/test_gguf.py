@@ -48,7 +48,7 @@ def tiny_llama(tied: bool) -> LlamaForCausalLM:
         num_hidden_layers=2,
         num_attention_heads=NUM_HEADS,
         num_key_value_heads=NUM_KV_HEADS,
-        max_position_embeddings=64,
+        max_position_embeddings=128,
         rms_norm_eps=3e-6,
         rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA},
         tie_word_embeddings=tied,

@@ -2,7 +2,8 @@
 
 A layer that mixes along the sequence and is no attention (a convolution, a state space, linear attention), or an
 attention that makes its mask without asking, lets a row's examples see one another: losses are off by 1e-4 to 1e-2, and
-nothing says so. So a few short random sequences go through the model in one row and alone: a second for 135M parameters on one core.
+nothing says so. So a few short random sequences go through the model in one row and alone. It takes a second with 135M
+parameters on one core.
 """
 
 import logging

@@ -64,6 +64,8 @@ class MixedLora(lora.Linear):
         Most layers get (batch, seq_len, in_features). DeepSeek's `kv_b_proj` gets one dimension more; the layers of
         experts get the tokens of all rows in one dimension, (batch * seq_len, in_features).
         """
+        if x.dim() == 3:
+            return self._weights
         by_row = self._weights[:, 0]
         if x.dim() == 2:
             return by_row.repeat_interleave(len(x) // len(by_row), dim=0)

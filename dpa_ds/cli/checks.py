@@ -35,7 +35,8 @@ def preflight(config: RunConfig, job: JobStore, json_path: str | None = None) ->
     """
     job.start_watchdog(config.checkpoint.grace_seconds, config.cluster.heartbeat_timeout_seconds)
     setup_logging(is_coordinator=job.launch.global_rank == 0)
-    names = client_names(config.data, config.seed, build_schedule(config.method).pooled)
+    pooled = build_schedule(config.method).pooled
+    names = client_names(config.data, config.seed, pooled)
     topology = plan(config.cluster, job.launch.job_world_size, len(names))
     job.describe_rank = partial(describe_rank, topology, job.hosts)
     world = build_world(job, topology, config.cluster, config.federation.timeout_seconds)
@@ -43,7 +44,6 @@ def preflight(config: RunConfig, job: JobStore, json_path: str | None = None) ->
     with world.leader_first():
         directory = resolve_model(config.model, config.data.cache_dir)
     if world.is_leader:
-        pooled = build_schedule(config.method).pooled
         check_data(config.data, config.seed, config.evaluation, config.generation, pooled, directory, world)
     base, global_adapter, local_adapter = count_parameters(directory, config.lora)  # reads no weights
     needs = Needs(

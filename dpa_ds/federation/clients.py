@@ -11,7 +11,7 @@ from dpa_ds.adapters.state import AdapterState, check_tensors, optimizer_shapes
 from dpa_ds.config.schema import DataConfig, EvaluationConfig, GenerationConfig, TrainConfig, WeightingConfig
 from dpa_ds.data.limits import ModelLimits, check_examples, check_prompts
 from dpa_ds.data.references import REPRESENTATIONS, References, draw_references
-from dpa_ds.data.sources import ClientData, Example, list_clients, pool_clients, read_clients
+from dpa_ds.data.sources import ClientData, Example, list_clients, pool_clients, read_clients, tasks_of
 from dpa_ds.data.tokenize import TokenizedExamples, load_or_tokenize
 from dpa_ds.distributed.world import World
 from dpa_ds.federation.aggregation.base import LeaderState
@@ -252,4 +252,4 @@ def _label(data: ClientData) -> str:
 
 
 def _tasks(data: ClientData) -> tuple[str, ...]:
-    return tuple(sorted({example.task for example in data.train} - {""}))
+    return tuple(sorted(tasks_of(data.train) - {""}))

@@ -64,7 +64,7 @@ def validate(config: RunConfig) -> None:
         _out_of_range(values),
         _group_problems(config.cluster),
         _partition_problems(config.data),
-        _client_file_problems(config.data, config.method, config.evaluation),
+        _client_file_problems(config.data, config.method, config.evaluation, config.cluster),
         _method_problems(config.method, config.lora),
         _weighting_problems(config.weighting, config.method),
         _sharing_problems(config.metrics, config.private_dir),
@@ -223,7 +223,9 @@ def _partition_problems(data: DataConfig) -> Iterator[str]:
         yield f"data.partition.concentration must be > 0, got {show(partition.concentration)}"
 
 
-def _client_file_problems(data: DataConfig, method: MethodConfig, evaluation: EvaluationConfig) -> Iterator[str]:
+def _client_file_problems(
+    data: DataConfig, method: MethodConfig, evaluation: EvaluationConfig, cluster: ClusterConfig
+) -> Iterator[str]:
     if not has_client_files(data.path):
         if has_client_files(data.test_path):
             yield "data.test_path has {client}, and data.path has none: write it in both, or in neither"
@@ -237,6 +239,8 @@ def _client_file_problems(data: DataConfig, method: MethodConfig, evaluation: Ev
     if data.partition != PartitionConfig():
         yield "data.partition has no effect where {client} in data.path gives each client its own file: leave it out"
     if data.clients is None:
+        if cluster.group is not None:
+            yield "data.clients is missing: groups with launchers of their own cannot find all clients: name them"
         return
     all_files = "data.clients says that each host has the files of its own clients only"
     if method.name == "centralized":

@@ -156,7 +156,7 @@ def read_clients(config: DataConfig, seed: int, client_ids: Sequence[int]) -> li
         else:
             train, held_out = examples, _of_tasks(own_test, tasks_of(examples))
         scored = held_out.digests if own_test is None else np.concatenate([held_out.digests, own_test.digests])
-        quality = assess(train.digests, np.unique(scored))
+        quality = assess(train.digests, np.unique(scored), partial(_place_of, train))
         clients.append(ClientData(source.client_id, source.name, train, held_out, unread, quality))
     return clients
 
@@ -224,8 +224,13 @@ def pool_clients(clients: Sequence[ClientData]) -> ClientData:
     held_out = Joined([client.held_out for client in clients])
     numbers = _union([client.held_out for client in clients])
     unread = any(client.has_unread_input for client in clients)
-    quality = assess(_digests_of(train), _digests_of(held_out)[numbers])
+    scored = np.unique(_digests_of(held_out))
+    quality = assess(_digests_of(train), scored, partial(_place_of, train))
     return ClientData(0, "centralized", train, Selected(held_out, numbers), unread, quality)
+
+
+def _place_of(examples: Sequence[Example], number: int) -> str:
+    return examples[number].place
 
 
 def _union(parts: Sequence[Sequence[Example]]) -> npt.NDArray[np.int64]:

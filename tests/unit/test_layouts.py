@@ -362,7 +362,7 @@ def test_rows_given_twice_and_test_rows_among_them(tmp_path: Path) -> None:
     (client,) = read_clients(config, 0, [0])
     assert client.quality is not None
     assert (client.quality.num_duplicates, client.quality.num_leaked) == (2, 1)
-    assert client.train[client.quality.leaked_row or 0].place.endswith("t.json: row 6")
+    assert client.quality.leaked_place == f"{tmp_path}/t.json: row 6"
     (client,) = read_clients(replace(config, test_path=None), 0, [0])
     assert client.quality is not None
-    assert (client.quality.num_leaked, client.quality.leaked_row) == (0, None)
+    assert (client.quality.num_leaked, client.quality.leaked_place) == (0, None)

@@ -142,7 +142,9 @@ def read_rows(path: str | Path, layout: Layout = DEFAULT_LAYOUT) -> Lazy[Row]:
     tables = []
     for source in sources:
         with reading(source):
-            tables.append(FileRows(source, _open_file(source, layout, spool)))
+            table = FileRows(source, _open_file(source, layout, spool))
+        table.release()  # each row was looked at
+        tables.append(table)
     return tables[0] if len(tables) == 1 else Joined(tables)
 
 

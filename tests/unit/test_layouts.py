@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,23 @@ def test_shards_of_a_pattern_are_read_by_name_and_numbered_within_their_file(tmp
         table[4]
     with pytest.raises(DataError, match=r"valid-\*.parquet: no such file or folder: no file matches: check data.path"):
         read_table(tmp_path / "valid-*.parquet")
+
+
+def test_of_many_shards_one_file_is_open(tmp_path: Path) -> None:
+    """A process may have 1024."""
+    for number in range(30):
+        write(tmp_path / f"{number:02}.jsonl", lines("a"))
+        write(tmp_path / "compressed" / f"{number:02}.jsonl.gz", gzip.compress(lines("a").encode()))
+    count = lambda: len(os.listdir("/proc/self/fd"))  # noqa: E731
+    before = count()
+    config = DataConfig(format="table", path=f"{tmp_path}/*.jsonl", partition=PartitionConfig("iid", None, 2))
+    most = 0
+    for client in read_clients(replace(config, task_column=None), 0, [0, 1]):
+        for _ in client.train:
+            most = max(most, count() - before)
+    assert most <= 1
+    assert len(read_table(tmp_path / "compressed")) == 60
+    assert count() == before
 
 
 def test_a_fault_of_a_shard_names_the_shard(tmp_path: Path) -> None:

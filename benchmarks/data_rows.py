@@ -21,36 +21,8 @@ from progress import measuring
 
 MODEL = Path(__file__).parents[1] / ".cache/demo/SmolLM2-135M-Instruct"
 TEMPLATE = "### Instruction:\n{instruction}\n\n### Response:\n"
-WORDS = [
-    "the",
-    "of",
-    "and",
-    "to",
-    "in",
-    "is",
-    "that",
-    "for",
-    "it",
-    "as",
-    "was",
-    "with",
-    "be",
-    "by",
-    "on",
-    "not",
-    "he",
-    "his",
-    "but",
-    "at",
-    "are",
-    "this",
-    "have",
-    "from",
-    "or",
-    "had",
-    "an",
-    "they",
-]
+TEXT = "the of and to in is that for it as was with be by on not he his but at are this have from or had an they"
+WORDS = TEXT.split()
 SMALL = 1000
 SIDES = ("ours", "datasets")
 

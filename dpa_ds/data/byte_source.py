@@ -47,6 +47,8 @@ class FileBytes:
         self._file: IO[bytes] | None = None
         with path.open("rb") as file:
             self._identity = _identity(file)
+            if self._identity[0] == 0 and file.read(1):  # as those of /proc, which are made while they are read
+                raise DataError(f"{path}: is a file of which the system knows no length: copy it to an ordinary one")
         self.size = self._identity[0]
 
     def read(self, start: int, stop: int) -> bytes:

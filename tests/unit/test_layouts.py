@@ -169,6 +169,12 @@ def test_a_long_compressed_file_goes_to_the_disk(tmp_path: Path) -> None:
     assert (len(table), table[19_999].values["instruction"][-5:], table[7].place) == (20_000, "19999", f"{path}:8")
 
 
+def test_a_file_that_is_made_while_it_is_read(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").symlink_to("/proc/self/status")
+    with pytest.raises(DataError, match=r"x.jsonl: is a file of which the system knows no length: copy it"):
+        read_table(tmp_path / "x.jsonl")
+
+
 def test_a_file_that_changes_while_it_is_read(tmp_path: Path) -> None:
     path = write(tmp_path / "x.jsonl", lines("a"))
     table = read_table(path)

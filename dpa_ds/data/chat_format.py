@@ -13,8 +13,8 @@ import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from dpa_ds.data.conversations import ASSISTANT, USER, Conversation, Message, Question
-from dpa_ds.data.formats import Encoded, end_token, special_texts, tokenize
 from dpa_ds.data.sources import Example
+from dpa_ds.data.tokens import Encoded, end_token, special_texts, tokenize
 from dpa_ds.errors import DataError, ModelError
 
 _TODAY = datetime.date(2024, 7, 26)

@@ -19,8 +19,9 @@ from transformers import PreTrainedTokenizerBase
 
 from dpa_ds.config.paths import expand
 from dpa_ds.config.schema import DataConfig
-from dpa_ds.data.formats import Encoded, ExampleFormat, encode_plain_text
+from dpa_ds.data.formats import ExampleFormat
 from dpa_ds.data.sources import Example
+from dpa_ds.data.tokens import Encoded, encode_plain_text
 from dpa_ds.errors import ConfigError, DataError
 
 # Part of the cache key: raise it whenever the layout of an example or of the file changes.

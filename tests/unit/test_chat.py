@@ -8,10 +8,11 @@ from transformers import PreTrainedTokenizerFast
 
 from dpa_ds.config.schema import DataConfig
 from dpa_ds.data.conversations import Conversation, Message, Question, read_answered
-from dpa_ds.data.formats import TextFormat, build_format, tokenize
+from dpa_ds.data.formats import TextFormat, build_format
 from dpa_ds.data.sources import Example
 from dpa_ds.data.tables import Row
 from dpa_ds.data.tokenize import TokenizedExamples, tokenize_examples
+from dpa_ds.data.tokens import tokenize
 from dpa_ds.errors import DataError, ModelError
 from tests.chat_templates import CHATML, FAMILIES, TOKENIZERS, make_chat_tokenizer
 

@@ -14,7 +14,7 @@ from tokenizer_for_tests import make_tokenizer
 from tokenizers import AddedToken
 
 from dpa_ds.config.schema import DataConfig
-from dpa_ds.data import formats, tokenize
+from dpa_ds.data import tokenize, tokens
 from dpa_ds.data.conversations import Question
 from dpa_ds.data.formats import TextFormat, build_format, render_prompt
 from dpa_ds.data.sources import Example
@@ -82,7 +82,7 @@ def test_any_text_comes_back_exactly(pairs: list[tuple[str, str]]) -> None:
 def test_batches_of_texts_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     examples = [Example("i" * n, "o" * n, "") for n in range(1, 8)]
     at_once = tokenize_examples(examples, text_format("{instruction}"), 512, "client_0")
-    monkeypatch.setattr(formats, "_TEXTS_PER_CALL", 3)
+    monkeypatch.setattr(tokens, "_TEXTS_PER_CALL", 3)
     monkeypatch.setattr(tokenize, "_EXAMPLES_AT_A_TIME", 2)
     assert_same(tokenize_examples(examples, text_format("{instruction}"), 512, "client_0"), at_once)
 

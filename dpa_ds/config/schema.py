@@ -137,7 +137,7 @@ class DataConfig:
     held_out_fraction: float = field(default=0.0, metadata=within("[0, 1)"))
     """Share of each client's examples kept from training, to tune on, in [0, 1); 0: the test data is held out."""
     template: str = field(default="auto", metadata=TEMPLATE)
-    """chat: the tokenizer's chat template; or a text with {instruction}; auto: chat if there is one, else the paper's."""
+    """chat: the tokenizer's chat template; or a text with {instruction}; auto: chat if any, else the paper's."""
     train_on: Literal["all", "last"] = "all"
     """Answers of a conversation that are trained on: all, or the last one alone."""
     max_length: int = field(default=512, metadata=at_least(2, up_to=10 * MILLION))

@@ -10,7 +10,7 @@ from pathlib import Path
 from dpa_ds.adapters.methods import build_schedule
 from dpa_ds.cli.verdicts import FAILED, SLOW_SHARE, Needs, judge, render
 from dpa_ds.config.deepspeed_json import load_deepspeed_json
-from dpa_ds.config.paths import expand
+from dpa_ds.config.paths import expand, has_client_files
 from dpa_ds.config.schema import DataConfig, EngineConfig, EvaluationConfig, GenerationConfig, RunConfig
 from dpa_ds.data.formats import build_format
 from dpa_ds.distributed import probes
@@ -20,7 +20,7 @@ from dpa_ds.distributed.topology import Topology, describe_rank, plan
 from dpa_ds.distributed.world import World, build_world
 from dpa_ds.errors import ClusterError
 from dpa_ds.evaluation.dataset import check_test_prompts
-from dpa_ds.federation.clients import build_client_tokenizer, client_names, read_hosted
+from dpa_ds.federation.clients import agree_on_client_names, build_client_tokenizer, read_hosted
 from dpa_ds.model.base import DTYPES, check_precision, resolve_model
 from dpa_ds.model.directory import count_parameters, load_tokenizer, read_limits
 from dpa_ds.runs.storage import write_file
@@ -37,7 +37,7 @@ def preflight(config: RunConfig, job: JobStore, json_path: str | None = None) ->
     job.start_watchdog(config.checkpoint.grace_seconds, config.cluster.heartbeat_timeout_seconds)
     setup_logging(is_coordinator=job.launch.global_rank == 0)
     pooled = build_schedule(config.method).pooled
-    names = client_names(config.data, config.seed, pooled)
+    names = agree_on_client_names(config.data, config.seed, pooled, job)
     topology = plan(config.cluster, job.launch.job_world_size, len(names))
     job.describe_rank = partial(describe_rank, topology, job.hosts)
     world = build_world(job, topology, config.cluster, config.federation.timeout_seconds)
@@ -85,7 +85,7 @@ def check_data(
         client_tokenizer = build_client_tokenizer(data, evaluation, generation, example_format, limits)
         for client in read_hosted(data, seed, pooled, world):
             client_tokenizer.tokenize(client)
-    if world.is_coordinator:
+    if world.is_coordinator and not has_client_files(data.test_path):
         check_test_prompts(data, seed, evaluation, example_format, limits, generation.max_new_tokens)
 
 

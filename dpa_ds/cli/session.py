@@ -15,6 +15,7 @@ from dpa_ds.adapters.methods import GLOBAL, Schedule, adapter_table, build_sched
 from dpa_ds.adapters.state import check_tensors, shapes_of
 from dpa_ds.config.deepspeed_json import load_deepspeed_json
 from dpa_ds.config.load import to_yaml
+from dpa_ds.config.paths import has_client_files
 from dpa_ds.config.schema import (
     DataConfig,
     EngineConfig,
@@ -48,12 +49,13 @@ from dpa_ds.federation.aggregation.pipeline import build_aggregation
 from dpa_ds.federation.clients import (
     ClientBuilder,
     ClientTokens,
+    agree_on_client_names,
     build_client_tokenizer,
-    client_names,
     embed_references,
     read_hosted,
     tokenize_hosted,
 )
+from dpa_ds.federation.data_report import report_data
 from dpa_ds.federation.loop import run_rounds
 from dpa_ds.federation.progress import checked
 from dpa_ds.federation.round_evaluation import RoundEvaluation
@@ -125,6 +127,7 @@ def build_session(config: RunConfig, job: JobStore) -> Session:
     world, schedule = place.world, place.schedule
     base, tokens = prepare_data(config.model, config.data, config.evaluation, config.generation, config.seed, place)
     labels, instances = agree_on_tasks(config.data, config.seed, config.evaluation, job, place, tokens)
+    report_data(tokens, labels, job, world, config.metrics.share)
     # After the data: loading the base and starting DeepSpeed take long, and a wrong file is to be reported before.
     model = load_model(base, config.model, config.lora, config.train, config.engine, world)
     builder = ClientBuilder(config.seed, world, model.adapters, place.folder)
@@ -202,7 +205,7 @@ def find_place(config: RunConfig, job: JobStore) -> Place:
     job.start_watchdog(config.checkpoint.grace_seconds, config.cluster.heartbeat_timeout_seconds)
     setup_logging(is_coordinator=job.launch.global_rank == 0)
     schedule = build_schedule(config.method)
-    names = client_names(config.data, config.seed, schedule.pooled)
+    names = agree_on_client_names(config.data, config.seed, schedule.pooled, job)
     topology = plan(config.cluster, job.launch.job_world_size, len(names))
     job.describe_rank = partial(describe_rank, topology, job.hosts)
     own_group = topology.group_of_rank(job.launch.global_rank)
@@ -354,7 +357,8 @@ def prepare_data(
             logger.warning(
                 "rows have a column 'input' that no prompt has: set data.input_column: input, unless that is meant"
             )
-        check_test_prompts(data, seed, evaluation, example_format, limits, generation.max_new_tokens)
+        if not has_client_files(data.test_path):
+            check_test_prompts(data, seed, evaluation, example_format, limits, generation.max_new_tokens)
     if folder.own_part != folder.run_dir:
         data = replace(data, cache_dir=str(folder.own_part.parent))  # tokens are the clients' texts
     client_tokenizer = build_client_tokenizer(data, evaluation, generation, example_format, limits)

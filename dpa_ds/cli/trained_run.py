@@ -12,7 +12,15 @@ from dpa_ds.config.schema import RunConfig
 from dpa_ds.config.validate import diff_configs, fingerprint_sections
 from dpa_ds.errors import ConfigError
 
-_MAY_DIFFER = {"model.path", "model.precision", "data.path", "data.test_path", "data.num_clients"}
+_MAY_DIFFER = {
+    "model.path",
+    "model.precision",
+    "data.path",
+    "data.test_path",
+    "data.test_split",
+    "data.field",
+    "data.num_clients",
+}
 """Fields that may be others than in training: base and data may have moved."""
 _MOST_NAMES = 8
 """Runs that a message names."""

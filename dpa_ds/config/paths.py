@@ -9,7 +9,14 @@ from dpa_ds.errors import ConfigError
 PATH_FIELDS = ("output_dir", "model.path", "data.path", "data.test_path", "engine.deepspeed_config")
 """Fields of a recipe that are expanded as it is read. data.cache_dir and private_dir are expanded where they are used:
 they may be another folder on each host, and recipes are compared among hosts."""
+CLIENT = "{client}"
+"""What stands for a client's name in data.path and data.test_path."""
 _VARIABLE = re.compile(r"\$(?:\w+|\{[^}]*\})", re.ASCII)
+
+
+def has_client_files(path: str | None) -> bool:
+    """Whether each client has a file or folder of its own there."""
+    return path is not None and CLIENT in path
 
 
 def is_expandable(text: str) -> bool:

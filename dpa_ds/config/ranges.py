@@ -126,6 +126,11 @@ def _are_clients(values: Sequence[int | str]) -> bool:
     return len(values) > 0 and all(value != "" if isinstance(value, str) else value >= 0 for value in values)
 
 
+def _are_client_files(names: Sequence[str]) -> bool:
+    are_plain = all(_is_plain_name(name) and _is_short_name(name) for name in names)
+    return len(names) > 0 and are_plain and len(set(names)) == len(names)
+
+
 def _are_names(names: Sequence[str]) -> bool:
     return len(names) > 0 and all(names)
 
@@ -161,6 +166,7 @@ PLAIN_NAME = must("must be a plain folder name, not empty and without / or \\", 
 SHORT_NAME = must(f"must be a folder name of at most {MAX_NAME_BYTES} bytes", _is_short_name)
 LINEAR_LAYERS = must("must name at least one linear layer, such as [q_proj]", _are_names)
 CLIENTS = must("must be ids or names of clients such as [0, 3]", _are_clients)
+CLIENT_FILES = must("must be different names of files or folders such as [north, south]", _are_client_files)
 TASK_NAMES = must("must be names of tasks such as [paraphrase]", _are_names)
 TEMPLATE = must("must be auto, chat, or a text with {instruction} exactly once", _is_template)
 GROUP_SIZES = must("must be auto, a number >= 1 or a list of them such as [2, 2, 1]", _are_group_sizes)

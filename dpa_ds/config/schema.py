@@ -11,6 +11,7 @@ from typing import Literal
 from dpa_ds.config.ranges import (
     ANY_PATH,
     BILLION,
+    CLIENT_FILES,
     CLIENTS,
     GROUP_SIZES,
     LINEAR_LAYERS,
@@ -117,9 +118,15 @@ class DataConfig:
     format: Literal["feddpa", "table"] = "feddpa"
     """feddpa: <path>/<C>/local_training_<k>.json and one test *.jsonl; table: any data set with named columns."""
     path: str = field(default="", metadata=required_path("give the file or folder of the clients' data"))
-    """Folder or file (JSON, JSONL, CSV, parquet, or a datasets folder saved on disk)."""
+    """File, folder or pattern of files, or hub id; with {client}, the file or folder of each client (format: table)."""
     test_path: str | None = field(default=None, metadata=PATH)
     """Test data in the same format (table), or the test file (feddpa; default: the one *.jsonl in path)."""
+    split: str = field(default="train", metadata=not_empty())
+    """Split of path that is trained on, where a folder, a saved data set or a data set of the hub has several."""
+    test_split: str = field(default="test", metadata=not_empty())
+    """Split of test_path that is scored on, where it has several; test_path may be the same as path."""
+    clients: list[str] | None = field(default=None, metadata=CLIENT_FILES)
+    """With {client} in path: names of the clients, where hosts have their own clients' files only; null: as found."""
     num_clients: int | None = field(
         default=None, metadata=at_least(1, up_to=MILLION, or_null="for the only folder there is")
     )
@@ -144,6 +151,9 @@ class DataConfig:
     """Longest prompt + answer, in tokens; examples that do not fit are reported and left out."""
     cache_dir: str = field(default="~/.cache/dpa_ds", metadata=all_of(ANY_PATH, not_empty()))
     """Where tokenised data and converted models are kept."""
+    # The last one: below it the class sees this field where it would see the function.
+    field: str | None = None
+    """Field of a .json file that is one object in which the rows are, such as data in {"data": [...]}."""
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from dpa_ds.config.fields import REQUIREMENTS
+from dpa_ds.config.paths import CLIENT, has_client_files
 from dpa_ds.config.schema import (
     ClusterConfig,
     DataConfig,
+    EvaluationConfig,
     LoraConfig,
     MethodConfig,
     MetricsConfig,
+    PartitionConfig,
     RunConfig,
     WeightingConfig,
 )
@@ -61,6 +64,7 @@ def validate(config: RunConfig) -> None:
         _out_of_range(values),
         _group_problems(config.cluster),
         _partition_problems(config.data),
+        _client_file_problems(config.data, config.method, config.evaluation, config.cluster),
         _method_problems(config.method, config.lora),
         _weighting_problems(config.weighting, config.method),
         _sharing_problems(config.metrics, config.private_dir),
@@ -203,7 +207,7 @@ def _is_address(text: str) -> bool:
 
 def _partition_problems(data: DataConfig) -> Iterator[str]:
     partition = data.partition
-    if data.format != "table":
+    if data.format != "table" or has_client_files(data.path):
         return
     if partition.kind in ("column", "dirichlet") and not partition.column:
         yield (
@@ -217,6 +221,36 @@ def _partition_problems(data: DataConfig) -> Iterator[str]:
         )
     if partition.kind == "dirichlet" and partition.concentration <= 0:
         yield f"data.partition.concentration must be > 0, got {show(partition.concentration)}"
+
+
+def _client_file_problems(
+    data: DataConfig, method: MethodConfig, evaluation: EvaluationConfig, cluster: ClusterConfig
+) -> Iterator[str]:
+    if not has_client_files(data.path):
+        if has_client_files(data.test_path):
+            yield "data.test_path has {client}, and data.path has none: write it in both, or in neither"
+        if data.clients is not None:
+            yield "data.clients has no effect without {client} in data.path: write data/{client}.jsonl, or leave it out"
+        return
+    if data.format != "table":
+        yield f"data.path has {{client}}, which data.format {data.format} does not know: set data.format table"
+    if max(data.path.count(CLIENT), (data.test_path or "").count(CLIENT)) > 1:
+        yield "data.path and data.test_path may have {client} once each"
+    if data.partition != PartitionConfig():
+        yield "data.partition has no effect where {client} in data.path gives each client its own file: leave it out"
+    if data.clients is None:
+        if cluster.group is not None:
+            yield "data.clients is missing: groups with launchers of their own cannot find all clients: name them"
+        return
+    all_files = "data.clients says that each host has the files of its own clients only"
+    if method.name == "centralized":
+        yield f"method centralized trains on all clients' data, and {all_files}: leave data.clients out where all are"
+    needs_others = has_client_files(data.test_path) or evaluation.split == "held_out"
+    if evaluation.scores_every_rounds and needs_others:
+        yield (
+            "evaluation.scores_every_rounds scores every client on the test rows of all, and "
+            f"{all_files}: set it to 0, or give one data.test_path without {{client}} that all hosts have"
+        )
 
 
 def _method_problems(method: MethodConfig, lora: LoraConfig) -> Iterator[str]:

@@ -1,18 +1,24 @@
 """The clients of this rank group: their data read and tokenised, their local adapters restored or drawn fresh."""
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dpa_ds.adapters.adapter_model import AdapterModel
 from dpa_ds.adapters.methods import GLOBAL, LOCAL
 from dpa_ds.adapters.state import AdapterState, check_tensors, optimizer_shapes
+from dpa_ds.config.paths import has_client_files
 from dpa_ds.config.schema import DataConfig, EvaluationConfig, GenerationConfig, TrainConfig, WeightingConfig
 from dpa_ds.data.formats import ExampleFormat
 from dpa_ds.data.limits import ModelLimits, check_examples, check_prompts
+from dpa_ds.data.quality import DataQuality
 from dpa_ds.data.references import REPRESENTATIONS, References, draw_references
-from dpa_ds.data.sources import ClientData, Example, list_clients, pool_clients, read_clients
+from dpa_ds.data.sources import ClientData, Example, list_clients, pool_clients, read_clients, tasks_of
 from dpa_ds.data.tokenize import TokenizedExamples, load_or_tokenize
+from dpa_ds.distributed.job_store import JobStore
 from dpa_ds.distributed.world import World
+from dpa_ds.errors import DataError, list_some
 from dpa_ds.federation.aggregation.base import LeaderState
 from dpa_ds.federation.progress import ClientState, checked, steps_from_json
 from dpa_ds.inference.embedding import embed
@@ -53,6 +59,23 @@ def client_names(data: DataConfig, seed: int, pooled: bool) -> list[str]:
     return ["centralized"] if pooled else list_clients(data, seed)
 
 
+def agree_on_client_names(data: DataConfig, seed: int, pooled: bool, job: JobStore) -> list[str]:
+    """The names of all clients, after a comparison where each host lists files of its own. Collective: all ranks.
+
+    Raises:
+        DataError: ranks find different clients.
+    """
+    names = client_names(data, seed, pooled)
+    if has_client_files(data.path) and data.clients is None:
+        digest = hashlib.sha256(json.dumps(names).encode()).hexdigest()
+        if job.broadcast_from_rank_zero("client_names", lambda: digest) != digest:
+            raise DataError(
+                f"{data.path}: {job.launch.hostname} has files of {list_some(names)}, and the host of rank 0 those of "
+                "other clients: give all hosts the same files, or name all clients in data.clients"
+            )
+    return names
+
+
 @dataclass(frozen=True)
 class ClientTokens:
     """The data of one client, read and tokenised: all that is known of it before there is a model."""
@@ -62,6 +85,7 @@ class ClientTokens:
     tasks: tuple[str, ...]
     examples: TokenizedExamples
     held_out: TokenizedExamples | None
+    quality: DataQuality | None = None
 
 
 def read_hosted(data: DataConfig, seed: int, pooled: bool, world: World) -> list[ClientData]:
@@ -103,7 +127,7 @@ class ClientTokenizer:
             if self.max_new_tokens is not None:
                 questions = [example.question for example in client.held_out if not example.is_plain_text]
                 check_prompts(questions, self.example_format, self.limits, self.max_new_tokens)
-        return ClientTokens(client.client_id, _label(client), _tasks(client), examples, held_out)
+        return ClientTokens(client.client_id, _label(client), _tasks(client), examples, held_out, client.quality)
 
     def _tokenize(self, examples: Sequence[Example], owner: str) -> TokenizedExamples:
         tokenized = load_or_tokenize(examples, self.example_format, self.data, owner)
@@ -120,7 +144,8 @@ def build_client_tokenizer(
 ) -> ClientTokenizer:
     """How a run tokenises its clients' data."""
     longest_answer = None
-    if evaluation.split == "held_out":
+    # Test rows that are a client's own are checked here, as nobody else sees them.
+    if evaluation.split == "held_out" or has_client_files(data.test_path):
         longest_answer = generation.max_new_tokens
     return ClientTokenizer(data, example_format, limits, longest_answer)
 
@@ -252,4 +277,4 @@ def _label(data: ClientData) -> str:
 
 
 def _tasks(data: ClientData) -> tuple[str, ...]:
-    return tuple(sorted({example.task for example in data.train} - {""}))
+    return tuple(sorted(tasks_of(data.train) - {""}))

@@ -640,3 +640,37 @@ def test_keys_of_the_recipe_are_one_error() -> None:
         {"fp16": {"loss_scale": 0, "initial_scale_power": 8}, "steps_per_print": 9, "zero_optimization": {"stage": 1}},
         "ds.json",
     )
+
+
+OWN_FILES = "model: {path: m}\ndata: {format: table, path: 'd/{client}.jsonl', %s}\n"
+OWN_TESTS = "test_path: 't/{client}.jsonl', clients: [b, a]"
+BAD_CLIENT_FILES = [
+    (OWN_FILES.replace("format: table, ", "") % "", [], "data.format feddpa does not know: set data.format table"),
+    (OWN_FILES % "partition: {column: c}", [], "data.partition has no effect where {client} in data.path"),
+    (OWN_FILES % "clients: []", [], "data.clients must be different names of files or folders"),
+    (OWN_FILES % "clients: [a, a]", [], "data.clients must be different names of files or folders"),
+    (OWN_FILES % "clients: [../a]", [], "data.clients must be different names of files or folders"),
+    (OWN_FILES % "test_path: '{client}/{client}'", [], "data.path and data.test_path may have {client} once each"),
+    (BASE, ["--data.clients=[a]"], "data.clients has no effect without {client} in data.path"),
+    (BASE, ["--data.test_path={client}.csv"], "data.test_path has {client}, and data.path has none"),
+    (OWN_FILES % "clients: [a]", ["--method.name=centralized"], "method centralized trains on all clients' data, and"),
+    (OWN_FILES % "", ["--cluster.group=0", "--cluster.rendezvous=n1:29600"], "data.clients is missing: groups with"),
+    (OWN_FILES % OWN_TESTS, ["--evaluation.scores_every_rounds=1"], "set it to 0, or give one data.test_path without"),
+    (
+        OWN_FILES % "clients: [a], held_out_fraction: 0.1",
+        ["--evaluation.scores_every_rounds=1", "--evaluation.split=held_out"],
+        "evaluation.scores_every_rounds scores every client on the test rows of all, and data.clients says",
+    ),
+]
+
+
+@pytest.mark.parametrize(("text", "options", "message"), BAD_CLIENT_FILES)
+def test_files_of_clients_that_cannot_be(tmp_path: Path, text: str, options: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        load(tmp_path, text, *options)
+
+
+def test_files_of_clients_that_are_accepted(tmp_path: Path) -> None:
+    config = load(tmp_path, OWN_FILES % OWN_TESTS)
+    assert config.data.clients == ["b", "a"]
+    load(tmp_path, OWN_FILES % "clients: [a], test_path: t.jsonl", "--evaluation.scores_every_rounds=1")

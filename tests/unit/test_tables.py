@@ -154,11 +154,11 @@ def test_a_device_is_no_file(tmp_path: Path) -> None:
 
 def test_no_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # By hand, because root may read everything.
-    def refuse(path: Path) -> bytes:
+    def refuse(path: Path, *_: object) -> bytes:
         raise PermissionError(13, "Permission denied", str(path))
 
     (tmp_path / "x.json").write_text("[]")
-    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(DataError, match=r"x.json: no permission to read it"):
         read_table(tmp_path / "x.json")
 

@@ -96,6 +96,6 @@ def matmul_flops_per_second(dtype: torch.dtype, device: torch.device, clock: Cal
 
 def _targets(examples: TokenizedExamples, index: int) -> np.ndarray:
     targets = np.full(examples.length(index), IGNORE_INDEX, dtype=np.int64)
-    prompt = int(examples.prompt_lengths[index])
-    targets[prompt - 1 : -1] = examples.input_ids(index)[prompt:]
+    for start, stop in examples.label_spans(index):
+        targets[start - 1 : stop - 1] = examples.input_ids(index)[start:stop]
     return targets

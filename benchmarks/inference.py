@@ -116,7 +116,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     base = place_base(
         job,
         config.model,
-        config.data.cache_dir,
+        config.data,
         config.evaluation.sharding,
         config.cluster,
         config.federation.timeout_seconds,
@@ -128,9 +128,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
     clients = {client: load_client_model(folder, server_round, client) for client in folder.clients(server_round)}
     instances = choose_instances(read_instances(config.data, config.seed, config.evaluation.split), config.evaluation)
-    prompts = tokenize_instances(
-        instances, base.tokenizer, config.data.template, base.limits, config.generation.max_new_tokens
-    )
+    prompts = tokenize_instances(instances, base.example_format, base.limits, config.generation.max_new_tokens)
 
     ours = Batched(make_predictor, base.world, EvaluationSet(instances, prompts, clients), clock)
     theirs = OneByOne(base.directory, config.run_dir / "adapters", args.beams, args.max_new_tokens)

@@ -151,6 +151,7 @@ def _no_launcher() -> Iterator[None]:
 
 def _row(examples: TokenizedExamples, index: int) -> dict[str, list[int]]:
     tokens = examples.input_ids(index).tolist()
-    prompt = int(examples.prompt_lengths[index])
-    labels = [IGNORE_INDEX] * prompt + tokens[prompt:]
+    labels = [IGNORE_INDEX] * len(tokens)
+    for start, stop in examples.label_spans(index):
+        labels[start:stop] = tokens[start:stop]
     return {"input_ids": tokens, "attention_mask": [1] * len(tokens), "labels": labels}

@@ -27,6 +27,7 @@ from dpa_ds.adapters.adapter_model import AdapterModel
 from dpa_ds.adapters.methods import Phase, adapter_table
 from dpa_ds.config.schema import DataConfig, EngineConfig, LoraConfig, ModelConfig, RunConfig, TrainConfig
 from dpa_ds.data.batching import step_indices
+from dpa_ds.data.formats import build_format
 from dpa_ds.data.sources import read_client
 from dpa_ds.data.tokenize import TokenizedExamples, tokenize_examples
 from dpa_ds.model.base import DTYPES, load_base
@@ -71,7 +72,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     config = _recipe(args, device)
     tokenizer = load_tokenizer(Path(args.model))
     client = read_client(config.data, config.seed, args.client)
-    examples = tokenize_examples(client.train, tokenizer, config.data.template, config.data.max_length, client.name)
+    examples = tokenize_examples(
+        client.train, build_format(tokenizer, config.data), config.data.max_length, client.name
+    )
     steps = step_indices(len(examples), args.batch_size, args.steps, (config.seed,))
     assert all(len(step) == args.batch_size for step in steps), "fewer --steps: the last step of an epoch is short"
 

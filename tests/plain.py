@@ -17,9 +17,10 @@ State = dict[str, torch.Tensor]
 
 @dataclass
 class Client:
-    """A client's tokens as (input_ids, prompt_length), its local adapter, and the order of its examples."""
+    """A client's tokens as (input_ids, label spans), its local adapter, and the order of its examples."""
 
-    examples: list[tuple[list[int], int]]
+    examples: list[tuple[list[int], list[tuple[int, int]]]]
+    """A span is [start, stop) of tokens that are predicted."""
     local: State
     order: Callable[[int, str], list[list[int]]]
     """(server_round, adapter) -> examples of each optimizer step."""
@@ -84,11 +85,13 @@ class Plain:
         for k, indices in enumerate(steps):
             optimizer.param_groups[0]["lr"] = self.lr * (1 - k / len(steps))
             batch = [client.examples[i] for i in indices]
-            label_tokens = sum(len(ids) - prompt for ids, prompt in batch)
+            label_tokens = sum(stop - start for _, spans in batch for start, stop in spans)
             total = 0.0
-            for ids, prompt in batch:
-                predicted = self.logits(ids)[prompt - 1 : -1]
-                loss = torch.nn.functional.cross_entropy(predicted, torch.tensor(ids[prompt:]), reduction="sum")
+            for ids, spans in batch:
+                logits = self.logits(ids)
+                predicted = torch.cat([logits[start - 1 : stop - 1] for start, stop in spans])
+                targets = torch.tensor([token for start, stop in spans for token in ids[start:stop]])
+                loss = torch.nn.functional.cross_entropy(predicted, targets, reduction="sum")
                 (loss / label_tokens).backward()
                 total += float(loss.detach()) / label_tokens
             torch.nn.utils.clip_grad_norm_(trained, self.clip)

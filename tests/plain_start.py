@@ -10,6 +10,7 @@ from dpa_ds.adapters.methods import adapter_table
 from dpa_ds.cli.session import GLOBAL_SEED
 from dpa_ds.config.schema import RunConfig
 from dpa_ds.data.batching import num_steps, step_indices
+from dpa_ds.data.formats import build_format
 from dpa_ds.data.sources import list_clients, pool_clients, read_clients
 from dpa_ds.data.tokenize import load_or_tokenize
 from dpa_ds.federation.clients import LOCAL_SEED
@@ -35,8 +36,8 @@ def start_plain(config: RunConfig, pooled: bool = False) -> tuple[plain.Plain, l
     everyone = read_clients(config.data, config.seed, range(len(list_clients(config.data, config.seed))))
     clients = []
     for client_id, client in enumerate([pool_clients(everyone)] if pooled else everyone):
-        tokens = load_or_tokenize(client.train, tokenizer, config.data, client.name)
-        examples = [(tokens.input_ids(i).tolist(), int(tokens.prompt_lengths[i])) for i in range(len(tokens))]
+        tokens = load_or_tokenize(client.train, build_format(tokenizer, config.data), config.data, client.name)
+        examples = [(tokens.input_ids(i).tolist(), tokens.label_spans(i).tolist()) for i in range(len(tokens))]
         steps = num_steps(len(tokens), train.batch_size, train.local_epochs, train.max_steps)
 
         def order(

@@ -228,6 +228,7 @@ def random_examples(lengths: Sequence[int], prefix: int, vocab: int) -> Tokenize
     return TokenizedExamples(
         tokens=np.concatenate(rows).astype(np.int32),
         offsets=np.cumsum([0, *lengths]),
-        prompt_lengths=np.array([num_prompt_tokens(length) for length in lengths]),
+        spans=np.array([(num_prompt_tokens(length), length) for length in lengths], dtype=np.int32),
+        span_offsets=np.arange(len(lengths) + 1),
         num_dropped=0,
     )

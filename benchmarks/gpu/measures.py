@@ -187,7 +187,7 @@ def answer_rows(bench: Bench, num_rows: int) -> None:
     num_new = num_rows * setting.new_tokens
 
     def weighted() -> None:
-        answers = generate(bench.adapters, prompts, alphas, config, pad_id=0, eos_id=NO_END)
+        answers = generate(bench.adapters, prompts, alphas, config, pad_id=0, end_ids=[NO_END])
         assert sum(map(len, answers)) == num_new
 
     def merged() -> None:

@@ -168,10 +168,13 @@ def _build_parser(options: type[Any], start: str) -> _Parser:
     helps = _field_docstrings(options)
     for field in fields_of(options):
         text = helps[field.name].replace("%", "%%")  # argparse fills in %(default)s and the like
-        if field.default not in (MISSING, None):
+        flag: dict[str, Any] = {}
+        if field.default is False:
+            flag = {"nargs": "?", "const": "true"}
+        elif field.default not in (MISSING, None):
             text = f"{text.removesuffix('.')} (default: {field.default})."
         parser.add_argument(
-            f"--{name_of(field)}", action=_Once, dest=field.name, metavar=field.metadata["metavar"], help=text
+            f"--{name_of(field)}", action=_Once, dest=field.name, metavar=field.metadata["metavar"], help=text, **flag
         )
     return parser
 
@@ -198,6 +201,10 @@ def _read(field: dataclasses.Field[Any], annotation: Any, text: str) -> Any:
         if text not in choices:
             raise ConfigError(f"--{name} is {' or '.join(choices)}, got {text!r}")
         return text
+    if kind is bool:
+        if text not in ("true", "false"):
+            raise ConfigError(f"--{name} is a flag: --{name}, or --{name}=false, got {text!r}")
+        return text == "true"
     if typing.get_origin(kind) is tuple:
         return tuple(text.removeprefix("[").removesuffix("]").split(","))
     try:

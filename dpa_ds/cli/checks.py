@@ -12,6 +12,7 @@ from dpa_ds.cli.verdicts import FAILED, SLOW_SHARE, Needs, judge, render
 from dpa_ds.config.deepspeed_json import load_deepspeed_json
 from dpa_ds.config.paths import expand, has_client_files
 from dpa_ds.config.schema import DataConfig, EngineConfig, EvaluationConfig, GenerationConfig, RunConfig
+from dpa_ds.data.formats import build_format
 from dpa_ds.distributed import probes
 from dpa_ds.distributed.job_store import JobStore
 from dpa_ds.distributed.probes import RankFacts
@@ -78,14 +79,14 @@ def check_data(
     Raises:
         DataError: it is not usable, or the model cannot read or answer it.
     """
-    tokenizer, limits = load_tokenizer(directory), read_limits(directory)
+    example_format, limits = build_format(load_tokenizer(directory), data), read_limits(directory)
     with tempfile.TemporaryDirectory() as cache_dir:  # tokens are the clients' texts, and nothing is to stay
         data = replace(data, cache_dir=cache_dir)
-        client_tokenizer = build_client_tokenizer(data, evaluation, generation, tokenizer, limits)
+        client_tokenizer = build_client_tokenizer(data, evaluation, generation, example_format, limits)
         for client in read_hosted(data, seed, pooled, world):
             client_tokenizer.tokenize(client)
     if world.is_coordinator and not has_client_files(data.test_path):
-        check_test_prompts(data, seed, evaluation, tokenizer, limits, generation.max_new_tokens)
+        check_test_prompts(data, seed, evaluation, example_format, limits, generation.max_new_tokens)
 
 
 def base_bytes(num_parameters: int, precision: str, engine: EngineConfig, world_size: int) -> int:

@@ -33,6 +33,11 @@ class GenerateOptions(RunOptions):
     input: str | None = option("FILE", None)
     """Prompts, one a line, or a table (.json, .jsonl, .csv, .parquet) with the run's instruction and input columns;
     prints one JSON object a line: prompt, alpha, answer."""
+    chat: bool = option("true", False)
+    """What you type continues the conversation, instead of being a question by itself; needs a run that was trained
+    with the model's chat template (data.template)."""
+    system: str | None = option("TEXT", None)
+    """The system's turn, which every conversation begins with."""
     beams: str | None = option("N", "1", sets="generation.num_beams")
     """Beams; 1: greedy."""
 
@@ -58,9 +63,10 @@ def prepare(argv: Sequence[str]) -> tuple[RunConfig, Work]:
         answers = sys.stdout
         if options.input is not None:  # before libraries are imported that log to stdout: it is to be JSON lines alone
             sys.stdout = sys.stderr
-        from dpa_ds.inference.console import generate  # imports torch: only once config and ranks are in order
+        from dpa_ds.inference.console import Wanted, generate  # imports torch: only once config and ranks are in order
 
+        wanted = Wanted(options.client, options.prompt, options.input, options.chat, options.system)
         with memory_errors(generation_remedy(config.generation)):
-            generate(config, job, options.client, options.prompt, options.input, answers)
+            generate(config, job, wanted, answers)
 
     return config, work

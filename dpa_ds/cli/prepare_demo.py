@@ -14,6 +14,7 @@ from dpa_ds.cli.bootstrap import run_alone
 from dpa_ds.config.paths import expand
 from dpa_ds.config.validate import REPOSITORY
 from dpa_ds.demo import archives
+from dpa_ds.demo.chat import render_chat
 from dpa_ds.demo.federation import LICENSES_NAME, build_federation
 from dpa_ds.demo.tasks import SMOLLM2, SMOLLM2_GGUF_SHA256, SMOLLM2_MEMBER
 from dpa_ds.errors import DataError
@@ -60,9 +61,11 @@ def run(argv: Sequence[str]) -> None:
     cache.mkdir(parents=True, exist_ok=True)
     model = prepare_model(cache)
     federation = build_federation(cache / "federation", cache / "archives")
+    chat = render_chat(federation, cache / "chat")
     logger.info("ready after %.1f s; nothing to do where no step is named above", time.monotonic() - start)
     logger.info("model       %s (%.0f MB), Apache-2.0: NOTICE", model, _megabytes(model))
     logger.info("federation  %s (%.1f MB), licences: %s", federation, _megabytes(federation), LICENSES_NAME)
+    logger.info("chat        %s (%.1f MB), the same rows as conversations", chat, _megabytes(chat))
     logger.info("whole cache %s (%.0f MB); archives/ spares the network next time", cache, _megabytes(cache))
 
 

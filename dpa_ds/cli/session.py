@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from dpa_ds.adapters.adapter_model import AdapterModel
 from dpa_ds.adapters.methods import GLOBAL, Schedule, adapter_table, build_schedule
@@ -31,6 +30,7 @@ from dpa_ds.config.schema import (
     TrainConfig,
 )
 from dpa_ds.config.validate import agreed_sections, fingerprint_sections, flatten, show
+from dpa_ds.data.formats import ExampleFormat, build_format
 from dpa_ds.data.references import REPRESENTATIONS
 from dpa_ds.data.sources import NO_TASK
 from dpa_ds.data.tokenize import warn_of_template
@@ -152,7 +152,7 @@ def build_session(config: RunConfig, job: JobStore) -> Session:
     scorer = None
     if instances is not None:
         weighting = resolve_weighting(config.weighting, config.method, len(place.names))
-        scorer = Scorer(engine, world, base.tokenizer, weighting, config.generation, instances, config.data.template)
+        scorer = Scorer(engine, world, base.example_format, weighting, config.generation, instances)
     # Last of all: from here on the other groups wait for this one, where each has a launcher of its own.
     facts = group_facts(config.name, agreed_sections(flatten(config)), base.fingerprint, world.topology.num_groups)
     join_leaders(config.federation, config.cluster, config.run_dir, facts, job, world)
@@ -319,7 +319,8 @@ class FoundBase:
     """The base model on disk, before it is loaded."""
 
     directory: Path
-    tokenizer: PreTrainedTokenizerBase
+    example_format: ExampleFormat
+    """How texts become the tokens that it reads."""
     pad_id: int
     fingerprint: str
     """Of its files."""
@@ -346,7 +347,8 @@ def prepare_data(
     with world.leader_first():  # a GGUF file is converted once
         directory = resolve_model(model, data.cache_dir)
     tokenizer = load_tokenizer(directory)
-    base = FoundBase(directory, tokenizer, int(tokenizer.pad_token_id), model_fingerprint(directory))
+    example_format = build_format(tokenizer, data)
+    base = FoundBase(directory, example_format, int(tokenizer.pad_token_id), model_fingerprint(directory))
     folder.check_model(base.fingerprint)
     limits = read_limits(directory)
     if world.is_coordinator:
@@ -356,10 +358,10 @@ def prepare_data(
                 "rows have a column 'input' that no prompt has: set data.input_column: input, unless that is meant"
             )
         if not has_client_files(data.test_path):
-            check_test_prompts(data, seed, evaluation, tokenizer, limits, generation.max_new_tokens)
+            check_test_prompts(data, seed, evaluation, example_format, limits, generation.max_new_tokens)
     if folder.own_part != folder.run_dir:
         data = replace(data, cache_dir=str(folder.own_part.parent))  # tokens are the clients' texts
-    client_tokenizer = build_client_tokenizer(data, evaluation, generation, tokenizer, limits)
+    client_tokenizer = build_client_tokenizer(data, evaluation, generation, example_format, limits)
     return base, tokenize_hosted(texts, client_tokenizer, world)
 
 

@@ -140,8 +140,8 @@ def _has_known_braces(path: str) -> bool:
     return path.count("{group}") <= 1 and not re.search("[{}]", without_variables.replace("{group}", ""))
 
 
-def _has_one_instruction(template: str) -> bool:
-    return template.count("{instruction}") == 1
+def _is_template(template: str) -> bool:
+    return template in ("auto", "chat") or template.count("{instruction}") == 1
 
 
 def _are_group_sizes(ranks_per_group: int | list[int] | str) -> bool:
@@ -168,5 +168,5 @@ LINEAR_LAYERS = must("must name at least one linear layer, such as [q_proj]", _a
 CLIENTS = must("must be ids or names of clients such as [0, 3]", _are_clients)
 CLIENT_FILES = must("must be different names of files or folders such as [north, south]", _are_client_files)
 TASK_NAMES = must("must be names of tasks such as [paraphrase]", _are_names)
-ONE_INSTRUCTION = must("must contain {instruction} exactly once", _has_one_instruction)
+TEMPLATE = must("must be auto, chat, or a text with {instruction} exactly once", _is_template)
 GROUP_SIZES = must("must be auto, a number >= 1 or a list of them such as [2, 2, 1]", _are_group_sizes)

@@ -16,13 +16,13 @@ from dpa_ds.config.ranges import (
     GROUP_SIZES,
     LINEAR_LAYERS,
     MILLION,
-    ONE_INSTRUCTION,
     PATH,
     PLAIN_NAME,
     PRIVATE_DIR,
     SECONDS,
     SHORT_NAME,
     TASK_NAMES,
+    TEMPLATE,
     YEAR_SECONDS,
     above,
     all_of,
@@ -41,6 +41,8 @@ WeightingKind = Literal[
 none: no adapter, the base alone."""
 Encoder = Literal["none", "global", "local"]
 """Adapter that is active while prompts are embedded; none: the frozen base alone."""
+PAPER_TEMPLATE = "### Instruction:\n{instruction}\n\n### Response:\n"
+"""The prompt of the paper's experiments."""
 MethodName = Literal["feddpa_t", "feddpa_f", "fedit", "fedlora", "local", "centralized"]
 RanksPerGroup = int | list[int] | Literal["auto"]
 
@@ -141,8 +143,10 @@ class DataConfig:
     """How one data set becomes clients (only for format: table)."""
     held_out_fraction: float = field(default=0.0, metadata=within("[0, 1)"))
     """Share of each client's examples kept from training, to tune on, in [0, 1); 0: the test data is held out."""
-    template: str = field(default="### Instruction:\n{instruction}\n\n### Response:\n", metadata=ONE_INSTRUCTION)
-    """Prompt template; must contain {instruction} once. The answer and the end token are appended."""
+    template: str = field(default="auto", metadata=TEMPLATE)
+    """chat: the tokenizer's chat template; or a text with {instruction}; auto: chat if any, else the paper's."""
+    train_on: Literal["all", "last"] = "all"
+    """Answers of a conversation that are trained on: all, or the last one alone."""
     max_length: int = field(default=512, metadata=at_least(2, up_to=10 * MILLION))
     """Longest prompt + answer, in tokens; examples that do not fit are reported and left out."""
     cache_dir: str = field(default="~/.cache/dpa_ds", metadata=all_of(ANY_PATH, not_empty()))

@@ -114,7 +114,7 @@ class MicroBatch:
     position_ids: torch.Tensor
     """Position of a token in its example, from 0."""
     targets: torch.Tensor
-    """The token that is to be predicted at a position; IGNORE_INDEX where none counts: prompt, padding, last token."""
+    """The token that is to be predicted at a position; IGNORE_INDEX where none counts: outside of answers."""
     segments: tuple[tuple[int, int], ...]
     """(examples, padded length without the prefix) of the segments, in their order in the row."""
     prefix: int = 0
@@ -305,9 +305,8 @@ def _fits(plan: RankPlan, token_budget: int) -> bool:
 
 def _shared_prefix(examples: TokenizedExamples, indices: Sequence[int]) -> int:
     """Number of tokens that all prompts begin with; 0 where sharing them is not worth it."""
-    shortest_prompt = min(int(examples.prompt_lengths[index]) for index in indices)
-    # A prompt's last token stays out: at its position the first token of the answer is predicted, which differs.
-    longest = max(0, shortest_prompt - 1)
+    # The token before the first label stays out: at its position the label is predicted, and labels differ.
+    longest = min(examples.first_label(index) for index in indices) - 1
     beginnings = np.stack([examples.input_ids(index)[:longest] for index in indices])
     is_shared = (beginnings == beginnings[0]).all(axis=0)
     prefix = longest if is_shared.all() else int(np.argmin(is_shared))
@@ -356,7 +355,6 @@ def _fill_row(
 ) -> None:
     """Write the suffix of example `index`, and at each position before a label token that token as the target."""
     suffix = examples.input_ids(index)[prefix:]
-    # The first token of a sequence is never predicted, even where the prompt is empty.
-    first_label = max(1, int(examples.prompt_lengths[index]) - prefix)
     row_ids[: len(suffix)] = suffix
-    row_targets[first_label - 1 : len(suffix) - 1] = suffix[first_label:]
+    for start, stop in examples.label_spans(index) - prefix:
+        row_targets[start - 1 : stop - 1] = suffix[start:stop]

@@ -3,16 +3,15 @@
 Every program asks here, so that none of them finds out hours later what another one knew at its start.
 """
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
-from dpa_ds.config.schema import DataConfig
+from dpa_ds.data.conversations import Question
+from dpa_ds.data.formats import ExampleFormat
 from dpa_ds.data.sources import Example
-from dpa_ds.data.tokenize import TokenizedExamples, tokenize_examples, tokenize_prompts
+from dpa_ds.data.tokenize import TokenizedExamples, encode_example
 from dpa_ds.errors import DataError
 
 
@@ -67,11 +66,11 @@ class ModelLimits:
 def check_examples(
     tokenized: TokenizedExamples,
     examples: Sequence[Example],
-    tokenizer: PreTrainedTokenizerBase,
-    config: DataConfig,
+    example_format: ExampleFormat,
+    max_length: int,
     limits: ModelLimits,
 ) -> None:
-    """Refuse examples of which the model cannot read one; those above data.max_length are left out anyway.
+    """Refuse examples of which the model cannot read one; those above `max_length` are left out anyway.
 
     Args:
         tokenized: what became of `examples`.
@@ -85,23 +84,20 @@ def check_examples(
         return
     # Tokens do not know their rows: one by one, the row is found.
     for example in examples:
-        alone = tokenize_examples([example], tokenizer, config.template, sys.maxsize, example.place)
-        if alone.length(0) <= config.max_length:
-            limits.check_example(alone.tokens.tolist(), example.place)
+        for encoded in encode_example(example, example_format, max_length):
+            if len(encoded.tokens) <= max_length:
+                limits.check_example(encoded.tokens, example.place)
 
 
 def check_prompts(
-    examples: Sequence[Example],
-    tokenizer: PreTrainedTokenizerBase,
-    template: str,
-    limits: ModelLimits,
-    max_new_tokens: int,
-) -> None:
-    """Refuse examples of which the model cannot answer one.
+    questions: Sequence[Question], example_format: ExampleFormat, limits: ModelLimits, max_new_tokens: int
+) -> list[list[int]]:
+    """The tokens of all questions, of which the model can answer each.
 
     Raises:
-        DataError: so it is; the message names file and row.
+        DataError: it cannot answer one; the message names its place.
     """
-    prompts = tokenize_prompts([example.instruction for example in examples], tokenizer, template)
-    for example, prompt in zip(examples, prompts, strict=True):
-        limits.check_prompt(prompt, max_new_tokens, example.place)
+    prompts = example_format.prompts(questions)
+    for question, prompt in zip(questions, prompts, strict=True):
+        limits.check_prompt(prompt, max_new_tokens, question.place)
+    return prompts

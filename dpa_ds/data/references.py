@@ -69,4 +69,4 @@ def draw_references(examples: TokenizedExamples, num_references: int, seed: Sequ
     """Prompts of `num_references` different examples (of all, where there are fewer); a pure function of `seed`."""
     generator = np.random.Generator(np.random.PCG64([*seed, _REFERENCE_TAG]))
     chosen = generator.permutation(len(examples))[:num_references]
-    return [examples.input_ids(int(i))[: int(examples.prompt_lengths[i])].tolist() for i in chosen]
+    return [examples.prompt(int(i)).tolist() for i in chosen]

@@ -20,6 +20,14 @@ import numpy.typing as npt
 from dpa_ds.config.paths import has_client_files
 from dpa_ds.config.schema import DataConfig
 from dpa_ds.data.arrow_files import is_saved_dataset
+from dpa_ds.data.conversations import (
+    ASSISTANT,
+    Conversation,
+    Question,
+    has_conversation,
+    read_answered,
+    read_conversation,
+)
 from dpa_ds.data.layouts import Layout, find_client_names, path_of_client
 from dpa_ds.data.lazy import Joined, Lazy, Selected
 from dpa_ds.data.partition import Labels, RowNumbers, partition_by_column, partition_dirichlet, partition_iid
@@ -34,19 +42,39 @@ _HELD_OUT_TAG = 103
 # writing: as the name of a task they could write another line, or another message, into terminals and logs.
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff\\\\]")
 
+TEXT_COLUMN = "text"
+"""Column of plain texts, of which every token is trained on, in data that has neither instructions nor turns."""
+
 NO_TASK = "all"
 """Name of the one task where the data names none."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """One instruction and its answer, both not empty; `task` is "" where the data names none."""
+    """One instruction and its answer, a conversation, or a plain text; `task` is "" where the data names none."""
 
     instruction: str
+    """What is asked; of a conversation what the user said last before the answer; "" for a plain text."""
     output: str
+    """The answer, the last one of a conversation; or the plain text. Not empty."""
     task: str
     place: str = field(default="", compare=False)
     """File and row, for messages: a row that stands in two places is the same example."""
+    conversation: Conversation | None = None
+    """All turns up to the answer; None: the instruction is all that is said before."""
+
+    @property
+    def is_plain_text(self) -> bool:
+        """Nothing is asked: every token is trained on."""
+        return self.instruction == "" and self.conversation is None
+
+    @property
+    def question(self) -> Question:
+        """What the answer is to."""
+        conversation = self.conversation
+        if conversation is not None:
+            conversation = conversation.until(len(conversation.messages) - 1)
+        return Question(self.instruction, conversation, self.place)
 
 
 class Examples(Lazy[Example]):
@@ -218,6 +246,22 @@ def read_instruction(row: Row, config: DataConfig) -> str:
     return f"{instruction}\n{further}" if further else instruction
 
 
+def read_question(row: Row, config: DataConfig) -> Question:
+    """What a row asks, without its answer if it has one: an instruction, or a conversation up to the last question.
+
+    Raises:
+        DataError: it asks nothing.
+    """
+    if config.instruction_column in row.values or not has_conversation(row):
+        return Question(read_instruction(row, config), None, row.place)
+    conversation = read_conversation(row)
+    if conversation.messages[-1].role == ASSISTANT:
+        conversation = conversation.until(len(conversation.messages) - 1)
+    if not conversation.messages:
+        raise DataError(f"{row.place}: a conversation that asks nothing: add a turn of the user, or remove the row")
+    return Question(conversation.last_question, conversation, row.place)
+
+
 def pool_clients(clients: Sequence[ClientData]) -> ClientData:
     """All clients as one, for the centralized baseline: training examples joined, a shared test row counted once."""
     train = Joined([client.train for client in clients])
@@ -336,12 +380,19 @@ def _require_column(rows: Sequence[Row], column: str, field: str, otherwise: str
 
 
 def _to_example(row: Row, config: DataConfig, task_column: str | None) -> Example:
-    instruction = read_instruction(row, config)
-    output = _filled(row, config.output_column, "set data.output_column to one of them")
     task = ""
     # A missing input column is an error, a missing task column is not: it has a default, and data may name no task.
     if task_column is not None and task_column in row.values:
         task = printable(row.optional_text(task_column))
+    if config.instruction_column not in row.values:
+        if has_conversation(row):
+            conversation = read_answered(row)
+            asked = conversation.until(len(conversation.messages) - 1).last_question
+            return Example(asked, conversation.messages[-1].content, task, row.place, conversation)
+        if TEXT_COLUMN in row.values and config.output_column not in row.values:
+            return Example("", _filled(row, TEXT_COLUMN, ""), task, row.place)
+    instruction = read_instruction(row, config)
+    output = _filled(row, config.output_column, "set data.output_column to one of them")
     return Example(instruction, output, task, row.place)
 
 

@@ -1,18 +1,15 @@
-"""Turns examples into tokens, once: template, end token, and where the prompt ends (the label mask).
-
-An example is tokens(prompt) + tokens(answer) + [eos]. Prompt and answer are tokenised apart, so that the border is
-exact and the prompt's tokens at inference are those seen in training.
-"""
+"""Turns examples into tokens, once, by an `ExampleFormat`, and keeps them in a cache."""
 
 import hashlib
 import json
 import logging
 import os
 import uuid
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import astuple, dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,14 +19,16 @@ from transformers import PreTrainedTokenizerBase
 
 from dpa_ds.config.paths import expand
 from dpa_ds.config.schema import DataConfig
+from dpa_ds.data.formats import ExampleFormat
 from dpa_ds.data.sources import Example
+from dpa_ds.data.tokens import Encoded, encode_plain_text
 from dpa_ds.errors import ConfigError, DataError
 
 # Part of the cache key: raise it whenever the layout of an example or of the file changes.
-_LAYOUT_VERSION = 3
+_LAYOUT_VERSION = 4
 
-# Texts handed to the tokenizer in one call: enough for its threads, small enough not to show in memory.
-_TEXTS_PER_CALL = 1024
+# Examples that are tokenised at once: enough for the tokenizer's threads, small enough not to show in memory.
+_EXAMPLES_AT_A_TIME = 1024
 
 _logger = logging.getLogger("dpa_ds")
 
@@ -42,14 +41,17 @@ class TokenizedExamples:
     """Shape (total tokens,): all examples, one after the other."""
     offsets: npt.NDArray[np.int64]
     """Shape (n + 1,): example i is tokens[offsets[i] : offsets[i + 1]]."""
-    prompt_lengths: npt.NDArray[np.int64]
-    """Shape (n,): number of tokens of each prompt; the answer and the end token follow it."""
+    spans: npt.NDArray[np.int32]
+    """Shape (number of spans, 2): [start, stop) of the tokens that are predicted, counted from the start of their
+    example; ascending, and never with the first token of a sequence."""
+    span_offsets: npt.NDArray[np.int64]
+    """Shape (n + 1,): example i has spans[span_offsets[i] : span_offsets[i + 1]], one for each answer."""
     num_dropped: int
     """Number of examples that were left out because they are longer than data.max_length."""
 
     def __len__(self) -> int:
         """Number of examples."""
-        return len(self.prompt_lengths)
+        return len(self.offsets) - 1
 
     def length(self, index: int) -> int:
         """Number of tokens of example `index`, end token included."""
@@ -59,18 +61,23 @@ class TokenizedExamples:
         """Tokens of example `index`, shape (length,): a view, not a copy."""
         return self.tokens[self.offsets[index] : self.offsets[index + 1]]
 
+    def label_spans(self, index: int) -> npt.NDArray[np.int32]:
+        """Spans of example `index`, shape (number of them, 2)."""
+        return self.spans[self.span_offsets[index] : self.span_offsets[index + 1]]
+
     def num_label_tokens(self, index: int) -> int:
-        """Number of tokens of example `index` that are predicted: answer and end token.
+        """Number of tokens of example `index` that are predicted: answers with their end tokens."""
+        spans = self.label_spans(index)
+        return int((spans[:, 1] - spans[:, 0]).sum())
 
-        The first token of a sequence is never predicted, even where the prompt is empty.
-        """
-        return self.length(index) - max(1, int(self.prompt_lengths[index]))
+    def first_label(self, index: int) -> int:
+        """Position of the first token of example `index` that is predicted."""
+        return int(self.label_spans(index)[0, 0])
 
-
-def render_prompt(template: str, instruction: str) -> str:
-    """The prompt as text."""
-    # Not str.format: other braces in the template, and all in the instruction, are text.
-    return template.replace("{instruction}", instruction)
+    def prompt(self, index: int) -> npt.NDArray[np.int32]:
+        """The tokens before the last answer of example `index`; all tokens of a plain text, which has no prompt."""
+        start = int(self.label_spans(index)[-1, 0])
+        return self.input_ids(index)[:start] if start > 1 else self.input_ids(index)
 
 
 def warn_of_template(template: str) -> None:
@@ -83,103 +90,93 @@ def warn_of_template(template: str) -> None:
 
 
 def tokenize_examples(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, template: str, max_length: int, owner: str
+    examples: Sequence[Example], example_format: ExampleFormat, max_length: int, owner: str
 ) -> TokenizedExamples:
     """Tokenize the examples, in order, without those longer than `max_length`; `owner` names the client in messages.
 
-    Raises DataError where the tokenizer has no end token or no example fits.
+    Of a plain text that is longer several examples are made, and none is left out.
+
+    Raises:
+        DataError: an example does not fit the format, or none fits `max_length`.
     """
-    if tokenizer.eos_token_id is None:
-        raise DataError(f"{owner}: the tokenizer has no end token: set eos_token in the model's tokenizer_config.json")
-    eos = int(tokenizer.eos_token_id)
-    prompts = tokenize_prompts([example.instruction for example in examples], tokenizer, template)
-    answers = _tokenize([example.output for example in examples], tokenizer, special_tokens=False, split_special=True)
-    kept: list[npt.NDArray[np.int32]] = []
-    prompt_lengths: list[int] = []
+    # An array for each chunk, not for each example: bytes a token, however many examples there are.
+    tokens: list[npt.NDArray[np.int32]] = []
+    lengths: list[int] = []
+    spans: list[tuple[int, int]] = []
+    num_spans: list[int] = []
+    num_dropped = 0
     longest = 0
-    for prompt, answer in zip(prompts, answers, strict=True):
-        num_tokens = len(prompt) + len(answer) + 1
-        longest = max(longest, num_tokens)
-        if num_tokens <= max_length:
-            kept.append(np.array([*prompt, *answer, eos], dtype=np.int32))
-            prompt_lengths.append(len(prompt))
-    if not kept:
+    for encoded in _encode_chunks(examples, example_format, max_length):
+        kept: list[int] = []
+        for one in encoded:
+            longest = max(longest, len(one.tokens))
+            if len(one.tokens) > max_length:
+                num_dropped += 1
+                continue
+            kept += one.tokens
+            lengths.append(len(one.tokens))
+            spans += one.spans
+            num_spans.append(len(one.spans))
+        tokens.append(np.array(kept, dtype=np.int32))
+    if not lengths:
         raise DataError(
             f"{owner}: none of {len(examples)} examples fits into data.max_length {max_length}: "
             f"raise it (the longest example has {longest} tokens)"
         )
     return TokenizedExamples(
-        tokens=np.concatenate(kept),
-        offsets=np.cumsum([0, *map(len, kept)], dtype=np.int64),
-        prompt_lengths=np.array(prompt_lengths, dtype=np.int64),
-        num_dropped=len(examples) - len(kept),
+        tokens=np.concatenate(tokens),
+        offsets=np.cumsum([0, *lengths], dtype=np.int64),
+        spans=np.array(spans, dtype=np.int32).reshape(-1, 2),
+        span_offsets=np.cumsum([0, *num_spans], dtype=np.int64),
+        num_dropped=num_dropped,
     )
 
 
-def tokenize_prompts(instructions: Sequence[str], tokenizer: PreTrainedTokenizerBase, template: str) -> list[list[int]]:
-    """Tokens of each instruction in the template: the same in training and at inference.
+def encode_example(example: Example, example_format: ExampleFormat, max_length: int) -> list[Encoded]:
+    """The tokens of one example; a plain text that is longer than `max_length` becomes several.
 
-    Special tokens that the template spells are such; what an instruction spells is text.
+    Raises:
+        DataError: it does not fit the format.
     """
-    texts = [render_prompt(template, instruction) for instruction in instructions]
-    # Without what the tokenizer adds: an end token, which some add, would make the model stop before the answer.
-    prompts = _tokenize(texts, tokenizer, special_tokens=False)
-    begin = _begin_tokens(tokenizer)
-    special_texts = _special_texts(tokenizer)
-    for i, instruction in enumerate(instructions):
-        if any(text in instruction for text in special_texts):
-            prompts[i] = _tokenize_apart(template, instruction, tokenizer)
-        if prompts[i][: len(begin)] != begin:  # else the template spells it
-            prompts[i] = [*begin, *prompts[i]]
-    return prompts
+    if example.is_plain_text:
+        return encode_plain_text(example.output, example_format.tokenizer, max_length)
+    return example_format.encode([example])
 
 
-def _begin_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What the tokenizer puts before every text, such as BOS."""
-    text = "a"
-    (bare,) = _tokenize([text], tokenizer, special_tokens=False)
-    (whole,) = _tokenize([text], tokenizer, special_tokens=True)
-    for start in range(len(whole) - len(bare) + 1):
-        if whole[start : start + len(bare)] == bare:
-            return whole[:start]
-    return []
-
-
-def _special_texts(tokenizer: PreTrainedTokenizerBase) -> set[str]:
-    """All texts that the tokenizer reads as special tokens, also those that have no role of their own."""
-    texts = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    return texts | set(tokenizer.all_special_tokens)
-
-
-def _tokenize_apart(template: str, instruction: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The template's parts, and between them the instruction, in which nothing is special."""
-    (inside,) = _tokenize([instruction], tokenizer, special_tokens=False, split_special=True)
-    first, *others = _tokenize(template.split("{instruction}"), tokenizer, special_tokens=False)
-    prompt = list(first)
-    for part in others:
-        prompt += [*inside, *part]
-    return prompt
+def _encode_chunks(
+    examples: Sequence[Example], example_format: ExampleFormat, max_length: int
+) -> Iterator[list[Encoded]]:
+    """The tokens of the examples in their order, some at a time."""
+    for start in range(0, len(examples), _EXAMPLES_AT_A_TIME):
+        chunk = examples[start : start + _EXAMPLES_AT_A_TIME]
+        answered = iter(example_format.encode([example for example in chunk if not example.is_plain_text]))
+        encoded: list[Encoded] = []
+        for example in chunk:
+            if example.is_plain_text:
+                encoded += encode_plain_text(example.output, example_format.tokenizer, max_length)
+            else:
+                encoded.append(next(answered))
+        yield encoded
 
 
 def load_or_tokenize(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, config: DataConfig, owner: str
+    examples: Sequence[Example], example_format: ExampleFormat, config: DataConfig, owner: str
 ) -> TokenizedExamples:
     """Tokenize the examples, or read their tokens from a cache in <cache_dir>/tokens, safe to share among processes.
 
-    A damaged file is rebuilt and an unusable cache folder only warned about. Raises DataError where the tokenizer has
-    no end token or no example fits.
+    A damaged file is rebuilt and an unusable cache folder only warned about. Raises DataError as `tokenize_examples`.
     """
-    file_name = _cache_key(examples, tokenizer, config) + ".safetensors"
+    file_name = _cache_key(examples, example_format, config.max_length) + ".safetensors"
     try:
         path = expand(config.cache_dir, "data.cache_dir") / "tokens" / file_name
         cached = _read_cache(path)
     except (OSError, ConfigError) as error:  # ConfigError: "~" where the user has no home folder
         # The cache only saves time, so a job does not end for want of it.
         _logger.warning("data.cache_dir %s cannot be read (%s): tokenising again", config.cache_dir, error)
-        return tokenize_examples(examples, tokenizer, config.template, config.max_length, owner)
+        return tokenize_examples(examples, example_format, config.max_length, owner)
     if cached is not None:
         return cached
-    tokenized = tokenize_examples(examples, tokenizer, config.template, config.max_length, owner)
+    tokenized = tokenize_examples(examples, example_format, config.max_length, owner)
     try:
         _write_cache(path, tokenized)
     except OSError as error:
@@ -187,36 +184,18 @@ def load_or_tokenize(
     return tokenized
 
 
-def _tokenize(
-    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, special_tokens: bool, split_special: bool = False
-) -> list[list[int]]:
-    """Tokens of each text.
-
-    Args:
-        special_tokens: add the tokenizer's own, such as BOS.
-        split_special: special tokens that a text spells are text.
-    """
-    ids: list[list[int]] = []
-    for start in range(0, len(texts), _TEXTS_PER_CALL):
-        chunk = list(texts[start : start + _TEXTS_PER_CALL])
-        encoded = tokenizer(
-            chunk,
-            add_special_tokens=special_tokens,
-            split_special_tokens=split_special,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,  # no "longer than the model's maximum" lines: max_length decides here
-        )
-        ids.extend(encoded["input_ids"])
-    return ids
-
-
-def _cache_key(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> str:
+def _cache_key(examples: Sequence[Example], example_format: ExampleFormat, max_length: int) -> str:
     """Checksum of all that the tokens depend on, and of nothing else: a tokenizer that was moved keeps its cache."""
+    tokenizer = example_format.tokenizer
     identity = [type(tokenizer).__name__, _rules(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id]
-    texts = [[example.instruction, example.output] for example in examples]
-    content = json.dumps([_LAYOUT_VERSION, identity, config.template, config.max_length, texts])
-    return hashlib.sha256(content.encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps([_LAYOUT_VERSION, identity, example_format.identity, max_length]).encode())
+    for example in examples:
+        texts: list[Any] = [example.instruction, example.output]
+        if example.conversation is not None:
+            texts.append([astuple(message) for message in example.conversation.messages])
+            texts.append(example.conversation.tools)
+        digest.update(json.dumps(texts).encode())
+    return digest.hexdigest()
 
 
 @lru_cache(maxsize=1)
@@ -236,7 +215,8 @@ def _to_arrays(tokenized: TokenizedExamples) -> dict[str, npt.NDArray[np.generic
     arrays: dict[str, npt.NDArray[np.generic]] = {
         "tokens": tokenized.tokens,
         "offsets": tokenized.offsets,
-        "prompt_lengths": tokenized.prompt_lengths,
+        "spans": tokenized.spans,
+        "span_offsets": tokenized.span_offsets,
         "num_dropped": np.array([tokenized.num_dropped]),
     }
     # safetensors has no checksum of its own: a flipped bit would train on a wrong token, unseen.
@@ -251,7 +231,9 @@ def _read_cache(path: Path) -> TokenizedExamples | None:
     try:
         stored = safetensors.numpy.load(path.read_bytes())
         num_dropped = int(stored["num_dropped"][0])
-        cached = TokenizedExamples(stored["tokens"], stored["offsets"], stored["prompt_lengths"], num_dropped)
+        cached = TokenizedExamples(
+            stored["tokens"], stored["offsets"], stored["spans"], stored["span_offsets"], num_dropped
+        )
         if np.array_equal(_to_arrays(cached)["sha256"], stored["sha256"]):
             return cached
     except FileNotFoundError:

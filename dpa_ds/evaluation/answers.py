@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from dpa_ds.data.conversations import Conversation, Question
 from dpa_ds.errors import storage_errors
 
 _KEPT = "those written so far are kept: make room, then run the same command again"
@@ -29,6 +30,13 @@ class Instance:
     instruction: str
     reference: str
     """The right answer."""
+    conversation: Conversation | None = None
+    """What was said before the answer; None: the instruction alone."""
+
+    @property
+    def question(self) -> Question:
+        """What the answer is to."""
+        return Question(self.instruction, self.conversation, f"row {self.row} of task {self.task}")
 
     def key_for(self, client: int) -> AnswerKey:
         """Key of the answer that `client` gives to this instance."""

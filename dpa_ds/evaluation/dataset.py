@@ -5,14 +5,13 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any, Literal
 
-from transformers import PreTrainedTokenizerBase
-
 from dpa_ds.config.schema import DataConfig, EvaluationConfig, RunConfig
-from dpa_ds.data.limits import ModelLimits
+from dpa_ds.data.formats import ExampleFormat
+from dpa_ds.data.limits import ModelLimits, check_prompts
 from dpa_ds.data.sources import NO_TASK, list_clients, read_clients, read_test_examples, read_test_rows
-from dpa_ds.data.tokenize import tokenize_prompts
 from dpa_ds.errors import ConfigError, DataError
 from dpa_ds.evaluation.answers import Instance
 from dpa_ds.inference.weighting import Weighting, describe_weighting
@@ -48,7 +47,13 @@ def read_instances(data: DataConfig, seed: int, split: Literal["test", "held_out
     instances = []
     for example in read_test_rows(data, seed, split):
         task = example.task or NO_TASK
-        instances.append(Instance(task, num_rows[task], example.instruction, example.output))
+        if example.is_plain_text:
+            raise DataError(
+                f"{example.place}: a plain text asks nothing, so that there is no answer to score: give test data with "
+                "instructions or conversations; held-out losses of texts are reported while training"
+            )
+        question = example.question
+        instances.append(Instance(task, num_rows[task], question.instruction, example.output, question.conversation))
         num_rows[task] += 1
     if not instances:
         raise DataError("there is nothing to evaluate: the test data has no rows")
@@ -101,29 +106,21 @@ def check_some_task_is_trained(data: DataConfig, seed: int, evaluation: Evaluati
 
 
 def tokenize_instances(
-    instances: Sequence[Instance],
-    tokenizer: PreTrainedTokenizerBase,
-    template: str,
-    limits: ModelLimits,
-    max_new_tokens: int,
+    instances: Sequence[Instance], example_format: ExampleFormat, limits: ModelLimits, max_new_tokens: int
 ) -> list[list[int]]:
     """Prompt tokens of each instance.
 
     Raises:
         DataError: the model cannot read one, or has no room for an answer of `max_new_tokens`.
     """
-    instructions = [instance.instruction for instance in instances]
-    prompts = tokenize_prompts(instructions, tokenizer, template)
-    for instance, prompt in zip(instances, prompts, strict=True):
-        limits.check_prompt(prompt, max_new_tokens, f"row {instance.row} of task {instance.task}")
-    return prompts
+    return check_prompts([instance.question for instance in instances], example_format, limits, max_new_tokens)
 
 
 def check_test_prompts(
     data: DataConfig,
     seed: int,
     evaluation: EvaluationConfig,
-    tokenizer: PreTrainedTokenizerBase,
+    example_format: ExampleFormat,
     limits: ModelLimits,
     max_new_tokens: int,
 ) -> None:
@@ -133,9 +130,13 @@ def check_test_prompts(
         DataError: as `tokenize_instances`, or the test file is not usable.
         ConfigError: the test data has no task that `evaluation.tasks` names.
     """
-    if evaluation.split == "test" and read_test_examples(data) is not None:
-        instances = choose_instances(read_instances(data, seed, "test"), evaluation)
-        tokenize_instances(instances, tokenizer, data.template, limits, max_new_tokens)
+    if evaluation.split != "test":
+        return
+    test = read_test_examples(data)
+    if test is None or all(example.is_plain_text for example in test):  # whose loss alone is measured
+        return
+    instances = choose_instances(read_instances(data, seed, "test"), evaluation)
+    tokenize_instances(instances, example_format, limits, max_new_tokens)
 
 
 def describe_settings(
@@ -154,7 +155,10 @@ def describe_settings(
     """
     texts = []
     for instance in instances:
-        texts.append([instance.task, instance.row, instance.instruction, instance.reference])
+        text: list[Any] = [instance.task, instance.row, instance.instruction, instance.reference]
+        if instance.conversation is not None:
+            text.append(asdict(instance.conversation))
+        texts.append(text)
     return {
         "method": config.method.name,
         "seed": config.seed,

@@ -57,7 +57,7 @@ def evaluate(config: RunConfig, job: JobStore) -> Path | None:
     base = place_base(
         job,
         config.model,
-        config.data.cache_dir,
+        config.data,
         config.evaluation.sharding,
         config.cluster,
         config.federation.timeout_seconds,
@@ -67,7 +67,7 @@ def evaluate(config: RunConfig, job: JobStore) -> Path | None:
     fingerprint = model_fingerprint(base.directory)
     folder.check_model(fingerprint)
     max_new_tokens = config.generation.max_new_tokens
-    prompts = tokenize_instances(instances, base.tokenizer, config.data.template, base.limits, max_new_tokens)
+    prompts = tokenize_instances(instances, base.example_format, base.limits, max_new_tokens)
     predictor = build_predictor(base, config.lora, config.generation, weighting, folder, server_round)
     client_models = load_clients(folder, server_round, clients, predictor)
     evaluation_set = EvaluationSet(instances, prompts, client_models)

@@ -3,10 +3,9 @@
 from collections.abc import Mapping, Sequence, Set
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from dpa_ds.config.schema import DataConfig, EvaluationConfig, GenerationConfig
-from dpa_ds.data.tokenize import tokenize_prompts
+from dpa_ds.data.formats import ExampleFormat
 from dpa_ds.distributed.world import World
 from dpa_ds.engine.engine import AdapterEngine
 from dpa_ds.errors import ConfigError
@@ -37,9 +36,6 @@ def instances_to_score(
 class Scorer:
     """Scores clients on a few `instances`, with the engine that trains them.
 
-    Args:
-        template: prompt template of the instances.
-
     Raises:
         ConfigError: the base alone is to be scored.
     """
@@ -48,11 +44,10 @@ class Scorer:
         self,
         engine: AdapterEngine,
         world: World,
-        tokenizer: PreTrainedTokenizerBase,
+        example_format: ExampleFormat,
         weighting: Weighting,
         generation: GenerationConfig,
         instances: Sequence[Instance],
-        template: str,
     ) -> None:
         if weighting.kind == BASE_ALONE:
             raise ConfigError(
@@ -61,11 +56,10 @@ class Scorer:
             )
         self._engine = engine
         self._world = world
-        self._tokenizer = tokenizer
+        self._format = example_format
         self._weighting = weighting
         self._generation = generation
         self._instances = instances
-        self._template = template
 
     def score(self, client_model: ClientModel, reference_mean: torch.Tensor) -> dict[str, float]:
         """Mean ROUGE-1 by task, 0 to 100. The global adapter must be installed. Collective: all ranks of the group."""
@@ -73,7 +67,7 @@ class Scorer:
             return {}
         predictor = Predictor(
             self._engine.adapters,
-            self._tokenizer,
+            self._format,
             self._weighting,
             self._generation,
             reference_mean,
@@ -81,8 +75,7 @@ class Scorer:
             self._world,
         )
         # The start of the run has checked that the model can read them, and has room for the answers.
-        instructions = [instance.instruction for instance in self._instances]
-        prompts = tokenize_prompts(instructions, self._tokenizer, self._template)
+        prompts = self._format.prompts([instance.question for instance in self._instances])
         evaluation_set = EvaluationSet(self._instances, prompts, {client_model.info.client: client_model})
         references = {(instance.task, instance.row): instance.reference for instance in self._instances}
         tasks = sorted({instance.task for instance in self._instances})

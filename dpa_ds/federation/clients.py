@@ -5,13 +5,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from transformers import PreTrainedTokenizerBase
-
 from dpa_ds.adapters.adapter_model import AdapterModel
 from dpa_ds.adapters.methods import GLOBAL, LOCAL
 from dpa_ds.adapters.state import AdapterState, check_tensors, optimizer_shapes
 from dpa_ds.config.paths import has_client_files
 from dpa_ds.config.schema import DataConfig, EvaluationConfig, GenerationConfig, TrainConfig, WeightingConfig
+from dpa_ds.data.formats import ExampleFormat
 from dpa_ds.data.limits import ModelLimits, check_examples, check_prompts
 from dpa_ds.data.quality import DataQuality
 from dpa_ds.data.references import REPRESENTATIONS, References, draw_references
@@ -110,7 +109,7 @@ class ClientTokenizer:
     """Tokenises clients' data, and refuses what the model cannot read or answer."""
 
     data: DataConfig
-    tokenizer: PreTrainedTokenizerBase
+    example_format: ExampleFormat
     limits: ModelLimits
     max_new_tokens: int | None
     """Longest answer to a held-out prompt; None: nobody will ask for one."""
@@ -126,12 +125,13 @@ class ClientTokenizer:
         if client.held_out:
             held_out = self._tokenize(client.held_out, f"{client.name} (held out)")
             if self.max_new_tokens is not None:
-                check_prompts(client.held_out, self.tokenizer, self.data.template, self.limits, self.max_new_tokens)
+                questions = [example.question for example in client.held_out if not example.is_plain_text]
+                check_prompts(questions, self.example_format, self.limits, self.max_new_tokens)
         return ClientTokens(client.client_id, _label(client), _tasks(client), examples, held_out, client.quality)
 
     def _tokenize(self, examples: Sequence[Example], owner: str) -> TokenizedExamples:
-        tokenized = load_or_tokenize(examples, self.tokenizer, self.data, owner)
-        check_examples(tokenized, examples, self.tokenizer, self.data, self.limits)
+        tokenized = load_or_tokenize(examples, self.example_format, self.data, owner)
+        check_examples(tokenized, examples, self.example_format, self.data.max_length, self.limits)
         return tokenized
 
 
@@ -139,7 +139,7 @@ def build_client_tokenizer(
     data: DataConfig,
     evaluation: EvaluationConfig,
     generation: GenerationConfig,
-    tokenizer: PreTrainedTokenizerBase,
+    example_format: ExampleFormat,
     limits: ModelLimits,
 ) -> ClientTokenizer:
     """How a run tokenises its clients' data."""
@@ -147,7 +147,7 @@ def build_client_tokenizer(
     # Test rows that are a client's own are checked here, as nobody else sees them.
     if evaluation.split == "held_out" or has_client_files(data.test_path):
         longest_answer = generation.max_new_tokens
-    return ClientTokenizer(data, tokenizer, limits, longest_answer)
+    return ClientTokenizer(data, example_format, limits, longest_answer)
 
 
 def tokenize_hosted(clients: Sequence[ClientData], tokenizer: ClientTokenizer, world: World) -> list[ClientTokens]:

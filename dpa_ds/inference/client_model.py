@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from dpa_ds.adapters.adapter_model import AdapterModel
 from dpa_ds.adapters.methods import LOCAL
 from dpa_ds.adapters.state import AdapterState
 from dpa_ds.config.schema import Encoder, GenerationConfig
+from dpa_ds.data.formats import ExampleFormat
 from dpa_ds.data.references import REPRESENTATIONS, Embeddings, References
 from dpa_ds.data.sources import NO_TASK, ClientInfo
 from dpa_ds.distributed.world import World
@@ -82,7 +82,7 @@ class Predictor:
     def __init__(
         self,
         adapters: AdapterModel,
-        tokenizer: PreTrainedTokenizerBase,
+        example_format: ExampleFormat,
         weighting: Weighting,
         generation: GenerationConfig,
         reference_mean: torch.Tensor,
@@ -90,7 +90,7 @@ class Predictor:
         world: World,
     ) -> None:
         self.adapters = adapters
-        self.tokenizer = tokenizer
+        self.tokenizer = example_format.tokenizer
         self.weighting = weighting
         self.generation = generation
         self._reference_mean = reference_mean
@@ -99,8 +99,8 @@ class Predictor:
         self._decoding: Decoding | None = None
         self._loaded: int | None = None
         self._reference_embeddings: dict[int, torch.Tensor] = {}
-        self._pad_id = int(tokenizer.pad_token_id)
-        self._eos_id = int(tokenizer.eos_token_id)
+        self._pad_id = int(self.tokenizer.pad_token_id)
+        self._end_ids = example_format.end_ids
 
     def embed(self, prompts: Sequence[Sequence[int]], encoder: Encoder) -> Embeddings:
         """Embeddings of `prompts`; with `local`, by the adapter of the client that was loaded last."""
@@ -145,7 +145,7 @@ class Predictor:
             alphas,
             self.generation,
             self._pad_id,
-            self._eos_id,
+            self._end_ids,
             self._world,
             streamer,
             self._decoding,

@@ -27,7 +27,7 @@ def generate(
     alphas: torch.Tensor,
     config: GenerationConfig,
     pad_id: int,
-    eos_id: int,
+    end_ids: Sequence[int],
     world: World | None = None,
     streamer: Any = None,
     decoding: Decoding = Decoding.BATCHED,
@@ -40,6 +40,7 @@ def generate(
     Args:
         prompts: tokens of each, at least one token.
         alphas: (number of prompts,) weight of the local adapter.
+        end_ids: tokens each of which ends an answer.
         world: given where ranks may share the base: they compute every token together.
         streamer: a transformers streamer; one prompt and one beam only.
     """
@@ -51,14 +52,14 @@ def generate(
     if decoding is Decoding.BATCHED:
         num_beams, new_tokens = config.num_beams, config.max_new_tokens
         rows = CachedRows(adapters, prompts, alphas, num_beams, new_tokens, pad_id, in_step)
-        answers = _search(rows, len(prompts), config, eos_id, adapters.device, world, streamer)
+        answers = _search(rows, len(prompts), config, end_ids, adapters.device, world, streamer)
     else:
         turn = 0
         while not _everywhere(turn >= len(prompts), world):
             index = min(turn, len(prompts) - 1)  # a rank that has no more helps the others with its last
             turn += 1
             one = RecomputedRows(adapters, prompts[index], alphas[index], config.num_beams, in_step)
-            answers += _search(one, 1, config, eos_id, adapters.device, world, streamer)
+            answers += _search(one, 1, config, end_ids, adapters.device, world, streamer)
     if streamer is not None:
         streamer.end()
     return answers[: len(prompts)]
@@ -73,14 +74,14 @@ def _search(
     rows: Rows,
     num_prompts: int,
     config: GenerationConfig,
-    eos_id: int,
+    end_ids: Sequence[int],
     device: torch.device,
     world: World | None,
     streamer: Any,
 ) -> list[list[int]]:
     """The answers to the prompts of `rows`. Collective where `world` has several ranks."""
-    search = _begin_search(num_prompts, config, eos_id, device)
-    answers = torch.full((num_prompts, config.max_new_tokens), eos_id)
+    search = _begin_search(num_prompts, config, end_ids, device)
+    answers = torch.full((num_prompts, config.max_new_tokens), end_ids[0])
     computed = torch.arange(num_prompts)  # the prompts that have rows
     for num_tokens in range(1, config.max_new_tokens + 1):
         tokens, parents = search.advance(rows.logits())
@@ -100,16 +101,19 @@ def _search(
             computed = computed[kept]
 
     answers[computed, :num_tokens] = search.answers().cpu()
-    return [_until(eos_id, answer) for answer in answers.tolist()]
+    return [_until(end_ids, answer) for answer in answers.tolist()]
 
 
 def _begin_search(
-    num_prompts: int, config: GenerationConfig, eos_id: int, device: torch.device
+    num_prompts: int, config: GenerationConfig, end_ids: Sequence[int], device: torch.device
 ) -> GreedySearch | BeamSearch:
     if config.num_beams == 1:
-        return GreedySearch(num_prompts, eos_id, device)
-    return BeamSearch(num_prompts, config.num_beams, config.max_new_tokens, eos_id, device)
+        return GreedySearch(num_prompts, end_ids, device)
+    return BeamSearch(num_prompts, config.num_beams, config.max_new_tokens, end_ids, device)
 
 
-def _until(eos_id: int, tokens: list[int]) -> list[int]:
-    return tokens[: tokens.index(eos_id)] if eos_id in tokens else tokens
+def _until(end_ids: Sequence[int], tokens: list[int]) -> list[int]:
+    for position, token in enumerate(tokens):
+        if token in end_ids:
+            return tokens[:position]
+    return tokens

@@ -5,17 +5,18 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from dpa_ds.adapters.adapter_model import AdapterModel
 from dpa_ds.adapters.methods import GLOBAL, adapter_table
 from dpa_ds.config.schema import (
     ClusterConfig,
+    DataConfig,
     GenerationConfig,
     LoraConfig,
     ModelConfig,
     TrainConfig,
 )
+from dpa_ds.data.formats import ExampleFormat, build_format
 from dpa_ds.data.limits import ModelLimits
 from dpa_ds.data.references import REPRESENTATIONS
 from dpa_ds.distributed.device import claim_device
@@ -43,14 +44,15 @@ class PlacedBase:
     world: World
     partitioned: bool
     """The ranks of the world divide it (ZeRO-3); else each rank is a world of its own, with a whole copy."""
-    tokenizer: PreTrainedTokenizerBase
+    example_format: ExampleFormat
+    """How texts become the tokens that it reads."""
     limits: ModelLimits
 
 
 def place_base(
     job: JobStore,
     model: ModelConfig,
-    cache_dir: str,
+    data: DataConfig,
     sharding: Literal["auto", "never", "always"],
     cluster: ClusterConfig,
     federation_timeout_seconds: float,
@@ -62,17 +64,17 @@ def place_base(
 
     Raises:
         ClusterError: it does not fit one rank, and there is no other.
-        ModelError: it is not where the run found it.
+        ModelError: it is not where the run found it, or has no chat template where the recipe asks for one.
     """
     num_ranks = job.launch.job_world_size
     ranks_on_host = job.hosts.count(job.launch.hostname)
     device = claim_device(job.launch, ranks_on_host)
     check_precision(model.precision, device)
-    directory = Path(job.broadcast_from_rank_zero("model", lambda: str(_find_base(model, cache_dir))))
+    directory = Path(job.broadcast_from_rank_zero("model", lambda: str(_find_base(model, data.cache_dir))))
     fits = sharding == "never" or fits_one_rank(directory, model.precision, device, ranks_on_host)
     # Hosts may have different memory: what rank 0 finds counts for all.
     fits = bool(job.broadcast_from_rank_zero("fits", lambda: fits))
-    tokenizer, limits = load_tokenizer(directory), read_limits(directory)
+    example_format, limits = build_format(load_tokenizer(directory), data), read_limits(directory)
     if not fits and num_ranks == 1:
         raise ClusterError(
             f"the base in {directory} does not fit the memory of one rank: start several, or use model.precision bf16"
@@ -80,10 +82,10 @@ def place_base(
     if fits and sharding != "always":
         topology = Topology((1,) * num_ranks, num_clients)
         world = world_without_collectives(job, topology)
-        return PlacedBase(model, directory, world, False, tokenizer, limits)
+        return PlacedBase(model, directory, world, False, example_format, limits)
     topology = Topology((num_ranks,), num_clients)
     world = build_world(job, topology, cluster, federation_timeout_seconds)
-    return PlacedBase(model, directory, world, True, tokenizer, limits)
+    return PlacedBase(model, directory, world, True, example_format, limits)
 
 
 def build_predictor(
@@ -116,7 +118,7 @@ def build_predictor(
     install(GLOBAL, weights)
     return Predictor(
         adapters=adapters,
-        tokenizer=base.tokenizer,
+        example_format=base.example_format,
         weighting=weighting,
         generation=generation,
         reference_mean=reference_mean,

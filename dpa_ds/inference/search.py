@@ -6,6 +6,8 @@ written out because `generate` computes every row of a batch until the last one 
 way to leave out those that did.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 
@@ -16,10 +18,11 @@ IMPOSSIBLE = -1.0e9
 class GreedySearch:
     """The likeliest token at every step. One row for each of n prompts."""
 
-    def __init__(self, num_prompts: int, eos_id: int, device: torch.device) -> None:
+    def __init__(self, num_prompts: int, end_ids: Sequence[int], device: torch.device) -> None:
         self.unfinished = torch.ones(num_prompts, dtype=torch.bool, device=device)
         """(n,): the answer has no end token yet."""
-        self._eos_id = eos_id
+        self._filler = end_ids[0]
+        self._end_ids = torch.tensor(end_ids, device=device)
         self._tokens = torch.empty(num_prompts, 0, dtype=torch.long, device=device)
 
     def advance(self, logits: torch.Tensor) -> tuple[torch.Tensor, None]:
@@ -30,8 +33,8 @@ class GreedySearch:
         """
         # In fp32 like transformers: among equal logits it may matter which dtype is searched.
         tokens = logits.float().argmax(dim=-1)
-        tokens = torch.where(self.unfinished, tokens, self._eos_id)
-        self.unfinished = tokens != self._eos_id
+        tokens = torch.where(self.unfinished, tokens, self._filler)
+        self.unfinished = ~torch.isin(tokens, self._end_ids)
         self._tokens = torch.cat([self._tokens, tokens[:, None]], dim=1)
         return tokens, None
 
@@ -53,13 +56,14 @@ class BeamSearch:
     """
 
     def __init__(
-        self, num_prompts: int, num_beams: int, max_new_tokens: int, eos_id: int, device: torch.device
+        self, num_prompts: int, num_beams: int, max_new_tokens: int, end_ids: Sequence[int], device: torch.device
     ) -> None:
         self.unfinished = torch.ones(num_prompts, dtype=torch.bool, device=device)
         """(n,): a running answer may still become better than one that ended."""
         self._num_beams = num_beams
         self._max_new_tokens = max_new_tokens
-        self._eos_id = eos_id
+        self._filler = end_ids[0]
+        self._end_ids = torch.tensor(end_ids, device=device)
         # All of shape (n, beams, ...).
         self._running = torch.empty(num_prompts, num_beams, 0, dtype=torch.long, device=device)
         self._running_scores = torch.zeros(num_prompts, num_beams, device=device)
@@ -87,7 +91,7 @@ class BeamSearch:
         parents = positions // vocabulary
         tokens = positions % vocabulary
         answers = torch.cat([_take(self._running, parents), tokens[:, :, None]], dim=2)
-        ends = tokens == self._eos_id
+        ends = torch.isin(tokens, self._end_ids)
         if answers.shape[2] == self._max_new_tokens:
             ends = torch.ones_like(ends)
         self._collect_ended(answers, scores, ends)
@@ -127,7 +131,7 @@ class BeamSearch:
         scores = scores / answers.shape[2]
         scores = scores + ~self.unfinished[:, None] * IMPOSSIBLE
         scores = scores + ~ends * IMPOSSIBLE
-        ended_before = F.pad(self._ended, (0, 1), value=self._eos_id)
+        ended_before = F.pad(self._ended, (0, 1), value=self._filler)
         answers = torch.cat([ended_before, answers], dim=1)
         scores = torch.cat([self._ended_scores, scores], dim=1)
         ends = torch.cat([self._has_ended, ends], dim=1)

@@ -109,7 +109,10 @@ OPTIONS = [
     option("name is a path", "name", "../other", "name must be a plain folder name"),
     option("name too long", "name", "n" * 300, "name must be a folder name of at most 200 bytes"),
     option(
-        "template without field", "data.template", "Answer:", "data.template must contain {instruction} exactly once"
+        "template without field",
+        "data.template",
+        "Answer:",
+        "data.template must be auto, chat, or a text with {instruction} exactly once",
     ),
     option(
         "no such layer",

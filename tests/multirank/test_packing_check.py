@@ -53,7 +53,7 @@ def alone(directory: Path, tokens: Any, attention: str) -> float:
         ids = torch.tensor(tokens.input_ids(index).astype("int64"))
         with torch.no_grad():
             logits = base(input_ids=ids[None], use_cache=False).logits[0, :-1]
-        first = max(1, int(tokens.prompt_lengths[index]))
+        first = tokens.first_label(index)
         targets = ids[first:]
         total += float(torch.nn.functional.cross_entropy(logits[first - 1 :], targets, reduction="sum"))
         count += len(targets)

@@ -23,7 +23,9 @@ LAYOUT = {"ranks": 1}
 
 def one_client(state: ClientState) -> HostedClient:
     """Client 0 in this state."""
-    examples = TokenizedExamples(np.zeros(0, np.int32), np.zeros(1, np.int64), np.zeros(0, np.int64), 0)
+    examples = TokenizedExamples(
+        np.zeros(0, np.int32), np.zeros(1, np.int64), np.zeros((0, 2), np.int32), np.zeros(1, np.int64), 0
+    )
     return HostedClient(0, "client_0", (), examples, None, state, None)
 
 

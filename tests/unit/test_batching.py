@@ -27,6 +27,7 @@ from dpa_ds.data.batching import (
     plan_step,
     step_indices,
 )
+from dpa_ds.data.formats import build_format
 from dpa_ds.data.sources import list_clients, read_client
 from dpa_ds.data.tokenize import TokenizedExamples, tokenize_examples
 
@@ -41,7 +42,8 @@ def make_examples(lengths: Sequence[int], prompt_lengths: Sequence[int]) -> Toke
     return TokenizedExamples(
         tokens=np.arange(10, 10 + sum(lengths), dtype=np.int32),
         offsets=np.cumsum([0, *lengths], dtype=np.int64),
-        prompt_lengths=np.array(prompt_lengths, dtype=np.int64),
+        spans=np.array([(max(1, p), n) for p, n in zip(prompt_lengths, lengths, strict=True)], dtype=np.int32),
+        span_offsets=np.arange(len(lengths) + 1),
         num_dropped=0,
     )
 
@@ -316,7 +318,7 @@ def test_padding_is_below_five_percent_on_the_authors_data() -> None:
     config = DataConfig(path=str(AUTHORS_DATA))
     clients = [read_client(config, 0, k) for k in range(len(list_clients(config, 0)))]
     tokenizer = make_tokenizer((e.instruction for c in clients for e in c.train), vocab_size=1000)
-    tokenized = [tokenize_examples(c.train, tokenizer, config.template, 512, c.name) for c in clients]
+    tokenized = [tokenize_examples(c.train, build_format(tokenizer, config), 512, c.name) for c in clients]
     for world_size, batch_size, budget in [(w, b, t) for w in (1, 2) for b in (32, 64) for t in (1024, 4096)]:
         real = computed = 0
         for client_id, examples in enumerate(tokenized):

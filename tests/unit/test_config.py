@@ -137,8 +137,11 @@ BAD_OVERRIDES = [
     ),
     (["--data.held_out_fraction=1"], "data.held_out_fraction must be in [0, 1)"),
     (["--data.max_length=1"], "data.max_length must be >= 2"),
-    (["--data.template=x"], 'data.template must contain {instruction} exactly once, got "x"'),
-    (["--data.template={instruction}{instruction}"], "data.template must contain {instruction} exactly once"),
+    (["--data.template=x"], 'data.template must be auto, chat, or a text with {instruction} exactly once, got "x"'),
+    (
+        ["--data.template={instruction}{instruction}"],
+        "data.template must be auto, chat, or a text with {instruction} exactly once",
+    ),
     (["--data.num_clients=0"], "data.num_clients must be >= 1"),
     (["--data.path="], "data.path must not be empty"),
     (["--model.path="], "model.path must not be empty (give a model directory"),

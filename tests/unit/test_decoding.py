@@ -76,7 +76,7 @@ class Models:
         return model.eval()
 
     def generate(self, prompts: Sequence[Sequence[int]], alphas: torch.Tensor, beams: int, **more: Any) -> Any:
-        return generate(self.dual, prompts, alphas, GenerationConfig(beams, NEW_TOKENS), PAD, more.get("eos", EOS))
+        return generate(self.dual, prompts, alphas, GenerationConfig(beams, NEW_TOKENS), PAD, [more.get("eos", EOS)])
 
 
 @pytest.fixture(scope="module")
@@ -270,7 +270,7 @@ def test_a_batch_answers_as_transformers_does(models: Models, beams: int, by: fl
 def test_a_finished_prompt_keeps_its_answer() -> None:
     """Where it is computed for company: its running beams continue, and may end better than expected."""
     end = 3
-    search = BeamSearch(num_prompts=1, num_beams=2, max_new_tokens=8, eos_id=end, device=torch.device("cpu"))
+    search = BeamSearch(num_prompts=1, num_beams=2, max_new_tokens=8, end_ids=[end], device=torch.device("cpu"))
     search.advance(torch.tensor([[0.30, 0.20, 0.05, 0.45]] * 2).log())
     search.advance(torch.tensor([[0.04, 0.03, 0.03, 0.90], [0.40, 0.35, 0.15, 0.10]]).log())
     assert search.answers().tolist() == [[0, end]]
@@ -310,7 +310,7 @@ def test_tokens_are_streamed_as_they_come(models: Models) -> None:
         )
     with ends_sooner(models.dual.base_model, 1.5):
         config = GenerationConfig(1, NEW_TOKENS)
-        (answer,) = generate(models.dual, [prompt], torch.tensor([0.3]), config, PAD, EOS, streamer=ours)
+        (answer,) = generate(models.dual, [prompt], torch.tensor([0.3]), config, PAD, [EOS], streamer=ours)
     assert ours.put_so_far == theirs.put_so_far
     assert ours.put_so_far[0] == prompt
     assert len(ours.put_so_far) > 2
@@ -388,7 +388,7 @@ def test_other_architectures(name: str, beams: int) -> None:
     dual = AdapterModel(base, adapter_table(lora), lora)
     draw_states(dual)
     prompts = draw_prompts()
-    answers = generate(dual, prompts, ALPHAS, GenerationConfig(beams, NEW_TOKENS), PAD, EOS)
+    answers = generate(dual, prompts, ALPHAS, GenerationConfig(beams, NEW_TOKENS), PAD, [EOS])
     states = embed(dual, "none", prompts, PAD, 16)["last_token"]
     assert len({tuple(answer) for answer in answers}) == len(prompts)
     for i, (prompt, alpha) in enumerate(zip(prompts, ALPHAS, strict=True)):

@@ -30,6 +30,7 @@ from dpa_ds.config.fields import FIELDS
 from dpa_ds.config.load import load_config, to_yaml
 from dpa_ds.config.schema import DataConfig, ModelConfig, RunConfig, TrackingConfig
 from dpa_ds.config.validate import fingerprint_sections
+from dpa_ds.data.formats import build_format
 from dpa_ds.data.sources import ClientInfo, Example, read_clients, read_test_rows
 from dpa_ds.data.tables import read_rows
 from dpa_ds.data.tokenize import load_or_tokenize
@@ -238,7 +239,9 @@ def token_cache(folder: Path) -> Path:
 def read_tokens(path: Path) -> None:
     """A damaged cache is found out: the tokens are the right ones."""
     config = DataConfig(cache_dir=str(path.parents[1]), template="{instruction}")
-    examples = load_or_tokenize([Example("ask", "say", "")], tiny.make_tokenizer(), config, "client_0")
+    examples = load_or_tokenize(
+        [Example("ask", "say", "")], build_format(tiny.make_tokenizer(), config), config, "client_0"
+    )
     expected = tiny.make_tokenizer()("asksay")["input_ids"]
     assert examples.tokens.tolist()[:-1] == expected
 

@@ -10,6 +10,7 @@ from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
 from dpa_ds.config.schema import DataConfig, EvaluationConfig
+from dpa_ds.data.formats import TextFormat, build_format
 from dpa_ds.data.limits import ModelLimits, check_examples, check_prompts
 from dpa_ds.data.sources import Example, pool_clients, read_client
 from dpa_ds.data.tokenize import load_or_tokenize
@@ -35,10 +36,10 @@ def row(num_characters: int, output: str = "b") -> dict[str, str]:
 
 
 def check(config: DataConfig, limits: ModelLimits, tokenizer: PreTrainedTokenizerFast | None = None) -> None:
-    tokenizer = tokenizer or make_tokenizer()
+    example_format = build_format(tokenizer or make_tokenizer(), config)
     examples = read_client(config, 0, 0).train
-    tokenized = load_or_tokenize(examples, tokenizer, config, "client_0")
-    check_examples(tokenized, examples, tokenizer, config, limits)
+    tokenized = load_or_tokenize(examples, example_format, config, "client_0")
+    check_examples(tokenized, examples, example_format, config.max_length, limits)
 
 
 @pytest.mark.parametrize("cached", [False, True])
@@ -82,24 +83,25 @@ def test_an_id_that_the_model_does_not_know_is_refused_where_it_occurs(tmp_path:
 
 def test_prompts_need_room_for_the_answer() -> None:
     examples = [Example("a" * 29, "b", "t", "file: row 1"), Example("a" * 30, "b", "t", "file: row 2")]
-    check_prompts(examples, make_tokenizer(), "{instruction}", LIMITS, 9)
+    questions, text_format = [example.question for example in examples], TextFormat(make_tokenizer(), "{instruction}")
+    check_prompts(questions, text_format, LIMITS, 9)
     words = r"file: row 2 has 31 tokens: with generation.max_new_tokens 10 that is more than the model's context of 40"
     with pytest.raises(DataError, match=words):
-        check_prompts(examples, make_tokenizer(), "{instruction}", LIMITS, 10)
+        check_prompts(questions, text_format, LIMITS, 10)
 
 
 def test_the_test_data_is_checked_as_the_evaluation_will_ask_it(tmp_path: Path) -> None:
     config = federation(tmp_path, [row(3)], [row(3), row(36)])
-    tokenizer = make_tokenizer()
-    check_test_prompts(config, 0, EvaluationConfig(), tokenizer, LIMITS, 3)
+    text_format = build_format(make_tokenizer(), config)
+    check_test_prompts(config, 0, EvaluationConfig(), text_format, LIMITS, 3)
     with pytest.raises(DataError, match=r"row 1 of task t has 37 tokens: with generation.max_new_tokens 4"):
-        check_test_prompts(config, 0, EvaluationConfig(), tokenizer, LIMITS, 4)
-    check_test_prompts(config, 0, EvaluationConfig(instances_per_task=1), tokenizer, LIMITS, 4)
+        check_test_prompts(config, 0, EvaluationConfig(), text_format, LIMITS, 4)
+    check_test_prompts(config, 0, EvaluationConfig(instances_per_task=1), text_format, LIMITS, 4)
 
 
 def test_without_a_test_file_there_is_nothing_to_ask(tmp_path: Path) -> None:
     config = federation(tmp_path, [row(3)])
-    check_test_prompts(config, 0, EvaluationConfig(), make_tokenizer(), LIMITS, 40)
+    check_test_prompts(config, 0, EvaluationConfig(), build_format(make_tokenizer(), config), LIMITS, 40)
 
 
 def test_the_same_row_in_two_places_is_the_same_example(tmp_path: Path) -> None:

@@ -222,7 +222,8 @@ def examples(num: int) -> TokenizedExamples:
     return TokenizedExamples(
         np.array([token for row in rows for token in row], dtype=np.int32),
         np.cumsum([0, *map(len, rows)], dtype=np.int64),
-        np.array([1 + i % 3 for i in range(num)], dtype=np.int64),
+        np.array([(1 + i % 3, len(row)) for i, row in enumerate(rows)], dtype=np.int32),
+        np.arange(num + 1),
         num_dropped=0,
     )
 

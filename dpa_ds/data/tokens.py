@@ -1,0 +1,108 @@
+"""Texts as tokens: what a tokenizer adds, what it reads as special, and how a text stays text."""
+
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from dpa_ds.errors import ModelError
+
+# Texts handed to the tokenizer in one call: enough for its threads, small enough not to show in memory.
+_TEXTS_PER_CALL = 1024
+
+
+class Encoded(NamedTuple):
+    """An example as tokens."""
+
+    tokens: list[int]
+    spans: list[tuple[int, int]]
+    """[start, stop) of the tokens that are predicted, ascending; the first token of a sequence never is."""
+
+
+def encode_plain_text(text: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Encoded]:
+    """All tokens of a text are predicted; one that is longer than `max_length` becomes several examples."""
+    (inside,) = tokenize([text], tokenizer, split_special=True)
+    tokens = [*begin_tokens(tokenizer), *inside, end_token(tokenizer)]
+    encoded = []
+    for start in range(0, len(tokens), max_length):
+        part = tokens[start : start + max_length]
+        if len(part) > 1:  # of a single token nothing is predicted
+            encoded.append(Encoded(part, [(1, len(part))]))
+    return encoded
+
+
+def end_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id of the tokenizer's end token.
+
+    Raises:
+        ModelError: it has none.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ModelError("the tokenizer has no end token: set eos_token in the model's tokenizer_config.json")
+    return int(tokenizer.eos_token_id)
+
+
+def begin_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the tokenizer puts before every text, such as BOS."""
+    text = "a"
+    (bare,) = tokenize([text], tokenizer)
+    whole = tokenizer(text, verbose=False)["input_ids"]
+    for start in range(len(whole) - len(bare) + 1):
+        if whole[start : start + len(bare)] == bare:
+            return list(whole[:start])
+    return []
+
+
+def special_texts(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+    """All texts that the tokenizer reads as special tokens, also those that have no role of their own."""
+    texts = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return texts | set(tokenizer.all_special_tokens)
+
+
+def tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, split_special: bool = False) -> list[list[int]]:
+    """Tokens of each text, without those that the tokenizer would add.
+
+    Args:
+        split_special: special tokens that a text spells are text.
+    """
+    ids: list[list[int]] = []
+    for start in range(0, len(texts), _TEXTS_PER_CALL):
+        encoded = tokenizer(
+            list(texts[start : start + _TEXTS_PER_CALL]),
+            add_special_tokens=False,
+            split_special_tokens=split_special,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,  # no "longer than the model's maximum" lines: max_length decides here
+        )
+        ids.extend(encoded["input_ids"])
+    if split_special:
+        _spell_out_special(ids, texts, tokenizer)
+    return ids
+
+
+def _spell_out_special(ids: list[list[int]], texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Put letters in the place of special tokens that are left in `ids`.
+
+    A unigram model has them among its own words, and finds them again in the text.
+    """
+    specials = special_texts(tokenizer)
+    special_ids = {tokenizer.convert_tokens_to_ids(text) for text in specials}
+    pattern = re.compile("(" + "|".join(map(re.escape, sorted(specials, key=len, reverse=True))) + ")")
+    for number, text in enumerate(texts):
+        if special_ids.isdisjoint(ids[number]):
+            continue
+        spelled: list[int] = []
+        for part in pattern.split(text):
+            for unit in part if part in specials else [part]:
+                spelled += _tokenize_inside(unit, tokenizer)
+        ids[number] = spelled
+
+
+def _tokenize_inside(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens of a text in the middle of another one, where a tokenizer may put no space before it."""
+    if not text:
+        return []
+    before, both, alone = tokenize(["\n", f"\n{text}", text], tokenizer)
+    return both[len(before) :] if both[: len(before)] == before else alone

@@ -110,6 +110,7 @@ def measure(side: str, file: Path, cache: Path, model: Path) -> dict[str, float]
 def read_ours(file: Path, cache: Path, tokenizer: object) -> int:
     """As a run does: the table, one client's examples, their tokens."""
     from dpa_ds.config.schema import DataConfig, PartitionConfig
+    from dpa_ds.data.formats import build_format
     from dpa_ds.data.sources import read_client
     from dpa_ds.data.tokenize import load_or_tokenize
 
@@ -124,7 +125,7 @@ def read_ours(file: Path, cache: Path, tokenizer: object) -> int:
     )
     client = read_client(data, 0, 0)
     read = time.perf_counter()
-    tokens = load_or_tokenize(client.train, tokenizer, data, client.name)  # type: ignore[arg-type]
+    tokens = load_or_tokenize(client.train, build_format(tokenizer, data), data, client.name)  # type: ignore[arg-type]
     sys.stderr.write(f"         tokens in {time.perf_counter() - read:.1f} s\n")
     return len(tokens.tokens)
 

@@ -222,14 +222,14 @@ def _to_arrays(tokenized: TokenizedExamples) -> dict[str, npt.NDArray[np.generic
     # safetensors has no checksum of its own: a flipped bit would train on a wrong token, unseen.
     digest = hashlib.sha256()
     for name in sorted(arrays):
-        digest.update(arrays[name].tobytes())
+        digest.update(np.ascontiguousarray(arrays[name]))  # no copy: it may be gigabytes
     return {**arrays, "sha256": np.frombuffer(digest.digest(), dtype=np.uint8)}
 
 
 def _read_cache(path: Path) -> TokenizedExamples | None:
     """Tokens that `_write_cache` wrote; None where there is no file, or a damaged one."""
     try:
-        stored = safetensors.numpy.load(path.read_bytes())
+        stored = safetensors.numpy.load_file(path)
         num_dropped = int(stored["num_dropped"][0])
         cached = TokenizedExamples(
             stored["tokens"], stored["offsets"], stored["spans"], stored["span_offsets"], num_dropped

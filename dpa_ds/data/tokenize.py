@@ -222,7 +222,7 @@ def _to_arrays(tokenized: TokenizedExamples) -> dict[str, npt.NDArray[np.generic
     # safetensors has no checksum of its own: a flipped bit would train on a wrong token, unseen.
     digest = hashlib.sha256()
     for name in sorted(arrays):
-        digest.update(np.ascontiguousarray(arrays[name]))  # no copy: it may be gigabytes
+        digest.update(np.ascontiguousarray(arrays[name]).data)  # no copy: it may be gigabytes
     return {**arrays, "sha256": np.frombuffer(digest.digest(), dtype=np.uint8)}
 
 

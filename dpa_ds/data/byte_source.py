@@ -83,10 +83,16 @@ class Spool:
         self.size = 0
 
     def append(self, content: bytes) -> int:
-        """Add bytes at the end; where they begin."""
+        """Add bytes at the end; where they begin. Raises DataError where the disk is full."""
         start = self.size
-        self._file.seek(start)
-        self._file.write(content)
+        try:
+            self._file.seek(start)
+            self._file.write(content)
+        except OSError as error:
+            folder = tempfile.gettempdir()
+            raise DataError(
+                f"{folder} has no room for decompressed data ({error}): set TMPDIR to one that has"
+            ) from error
         self.size += len(content)
         return start
 

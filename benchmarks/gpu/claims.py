@@ -127,7 +127,7 @@ def correctness() -> list[Claim]:
 
 
 def real_model() -> list[Claim]:
-    """SmolLM2 on the demo's data. In bf16 losses after training differ from those of fp32 by rounding, on any device."""
+    """SmolLM2 on the demo's data. In bf16 losses after training differ from fp32's by rounding, on any device."""
     demo = {"part": "demo", "measure": "run", "decimals": 4}
     text = "SmolLM2-135M, gpu"
     after = "held-out losses apart, relative"

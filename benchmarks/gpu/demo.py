@@ -1,8 +1,8 @@
 """A real model with real data on the GPU: SmolLM2-135M-Instruct and the demo's federation, one round without dropout.
 
-fp32 and bf16 on the GPU beside the same on the CPU of the same machine, all at once: held-out losses and adapters compared.
-bf16 is compared with fp32 too: before training that shows what rounding does to the base, after it what it does to a young
-adapter, whose part of a layer's output is less than half a unit in the last place of most numbers (docs/performance.md).
+fp32 and bf16 on the GPU beside the same on the CPU of the same machine, all at once: held-out losses and adapters
+compared. bf16 is compared with fp32 too: before training that shows what rounding does to the base, after it what it
+does to a young adapter, which changes a layer's outputs by less than their last bit (docs/performance.md).
 `prepare.sh --model` brings both to a machine without a network, the GGUF file in parts.
 """
 

@@ -38,7 +38,7 @@ bench: install-test  ## the ratios of docs/performance.md, on a CPU
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/planner.py --cases 0 3
 	OMP_NUM_THREADS=2 $(BIN)/python benchmarks/checkpoint.py --steps 4
 
-# The same questions on one large GPU, in less than nine minutes; never run there (docs/gpu.md). DRY=1: tiny, on a CPU.
+# The same questions on one large GPU, in less than nine minutes (docs/gpu.md). DRY=1: tiny, on a CPU.
 bench-gpu: install-test  ## the same questions on one large GPU (DRY=1: a trial on a CPU)
 	$(BIN)/python -m benchmarks.gpu
 

@@ -3,7 +3,8 @@
     python -m benchmarks.gpu                    # all parts, in order of value, as far as the budget goes
     python -m benchmarks.gpu --only facts check
     DRY=1 python -m benchmarks.gpu              # or --dry: everything tiny, on a CPU; the numbers mean nothing
-    python -m benchmarks.gpu --predict          # the table of claims alone, as docs/gpu.md has it
+    python -m benchmarks.gpu --predict          # the table of claims alone
+    python -m benchmarks.gpu --predict --gpu h200-141g --results benchmarks/gpu/measured/h200.jsonl     # in docs/gpu.md
 
 Every part is a process of its own with a limit of time. Results are appended to OUT/results.jsonl as they are found,
 a part's output to OUT/log.txt when it has ended; OUT/summary.md has each measured value beside the predicted one, and
@@ -36,7 +37,8 @@ def main() -> int:
     """Entry point; the exit status is 1 if a part failed."""
     args = parse()
     if args.predict:
-        print(markdown_table(all_claims(args.gpu), []))
+        results = read_results(args.results) if args.results else []
+        print(markdown_table(all_claims(args.gpu), results))
         return 0
     options = Options(args.out.absolute(), args.gpu, args.dry)
     options.out.mkdir(parents=True, exist_ok=True)
@@ -130,6 +132,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--gpu", choices=GPUS, default=DEFAULT_GPU, help="what predictions are for (%(default)s)")
     parser.add_argument("--dry", action="store_true", default=bool(os.environ.get("DRY")), help="tiny, on a CPU")
     parser.add_argument("--predict", action="store_true", help="print the claims, measure nothing")
+    parser.add_argument("--results", type=Path, help="with --predict: put in what these lines of JSON have measured")
     args = parser.parse_args()
     if not args.dry and not args.predict and shutil.which("nvidia-smi") is None:
         parser.error("there is no NVIDIA GPU here: DRY=1 runs everything tiny on a CPU")

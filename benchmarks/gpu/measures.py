@@ -2,8 +2,9 @@
 
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,17 @@ ONE_PASS = 16384
 """Tokens a pass that hold all short examples at once, and then have many segments."""
 TRAINER_BATCHES = (16, 32, 64)
 """Examples a pass of the Trainer: its best one counts."""
+PROFILED_TOKENS = 4
+"""Tokens of each answer under the profiler."""
+COMMON_IN_NAMES = (
+    "void ",
+    "at::native::",
+    "(anonymous namespace)::",
+    "c10::",
+    "gpu_kernel_impl_nocast",
+    "gpu_kernel_impl",
+)
+"""In most names of kernels."""
 NO_END = -1
 """An end token that no model produces: all answers have the same length."""
 
@@ -178,8 +190,7 @@ def measure_answers(bench: Bench) -> None:
 def answer_rows(bench: Bench, num_rows: int) -> None:
     """One batch of `num_rows` answers."""
     setting = bench.setting
-    draw = torch.Generator().manual_seed(0)
-    ids = torch.randint(3, bench.shape.vocab, (num_rows, setting.prompt), generator=draw)
+    ids = random_prompts(bench, num_rows)
     prompts = ids.tolist()
     ids = ids.to(bench.device)
     alphas = torch.linspace(0.1, 0.9, num_rows)
@@ -216,6 +227,12 @@ def answer_rows(bench: Bench, num_rows: int) -> None:
     )
 
 
+def random_prompts(bench: Bench, num_rows: int) -> torch.Tensor:
+    """Prompts of equal length, (rows, tokens)."""
+    draw = torch.Generator().manual_seed(0)
+    return torch.randint(3, bench.shape.vocab, (num_rows, bench.setting.prompt), generator=draw)
+
+
 class MergedAdapter:
     """The state with the global adapter in the base's weights, and none beside them: transformers alone decodes."""
 
@@ -231,27 +248,35 @@ class MergedAdapter:
 
 
 def measure_host(bench: Bench) -> None:
-    """The share of a step in which the device computes: in the rest it waits for the host."""
+    """The share of a step, and of decoding, in which the device computes: in the rest it waits for the host."""
     for name, examples in (("long", long_examples(bench.setting)), ("short", short_examples(bench.setting))):
-        put_busy_share(bench, name, examples)
+        step = bench.build(examples, ONE_PASS)
+        put_busy_share(bench, name, partial(bench.train, step))
+    prompts = random_prompts(bench, max(bench.setting.answer_rows)).tolist()
+    alphas = torch.linspace(0.1, 0.9, len(prompts))
+    config = GenerationConfig(num_beams=1, max_new_tokens=PROFILED_TOKENS)
+    put_busy_share(
+        bench, "answers", lambda: generate(bench.adapters, prompts, alphas, config, pad_id=0, end_ids=[NO_END])
+    )
 
 
-def put_busy_share(bench: Bench, variant: str, examples: TokenizedExamples) -> None:
-    """Seconds of a step without a profiler, and seconds of its kernels with one."""
-    step = bench.build(examples, ONE_PASS)
-    bench.train(step)
-    wall = bench.seconds(lambda: bench.train(step))
+def put_busy_share(bench: Bench, variant: str, work: Callable[[], Any]) -> None:
+    """Seconds of `work` without a profiler; with one, seconds of its kernels, and of the operators that launch them."""
+    work()
+    wall = bench.seconds(work)
     activities = [ProfilerActivity.CPU]
     if bench.on_gpu:
         activities.append(ProfilerActivity.CUDA)
     with profile(activities=activities) as profiler:
-        bench.train(step)
+        work()
         bench.synchronize()
     kernels = []
+    operators = []
     for event in profiler.key_averages():
         if event.device_type == DeviceType.CUDA and not event.is_user_annotation:
             kernels.append(event)
-    kernels.sort(key=device_seconds, reverse=True)
+        elif event.device_type == DeviceType.CPU and not event.is_user_annotation:
+            operators.append(event)
     busy = sum(map(device_seconds, kernels))
     bench.results.put(
         "host",
@@ -260,8 +285,23 @@ def put_busy_share(bench: Bench, variant: str, examples: TokenizedExamples) -> N
         busy_seconds=round(busy, 4) if bench.on_gpu else None,
         busy_share=round(busy / wall, 3) if bench.on_gpu else None,
         num_kernels=sum(event.count for event in kernels),
-        longest=[(event.key[:60], round(1e3 * device_seconds(event), 2), event.count) for event in kernels[:12]],
+        operators=longest(operators, device_seconds),
+        on_host=longest(operators, host_seconds),
+        kernels=longest(kernels, device_seconds),
     )
+
+
+def longest(events: list[Any], seconds: Callable[[Any], float]) -> list[tuple[str, float, int]]:
+    """Name, milliseconds and number of calls of the ten that take most `seconds`."""
+    events = sorted(events, key=seconds, reverse=True)[:10]
+    return [(kernel_name(event.key), round(1e3 * seconds(event), 2), event.count) for event in events]
+
+
+def kernel_name(name: str) -> str:
+    """The name without what all kernels of torch have in common, so that what tells them apart is not cut off."""
+    for common in COMMON_IN_NAMES:
+        name = name.replace(common, "")
+    return name[:160]
 
 
 def median_ratio(seconds: Sequence[float], others: Sequence[float]) -> float:
@@ -270,8 +310,13 @@ def median_ratio(seconds: Sequence[float], others: Sequence[float]) -> float:
 
 
 def device_seconds(event: Any) -> float:
-    """What the kernels of one name took, in seconds."""
+    """What the kernels of one name took, or those that an operator has launched, in seconds."""
     return float(event.self_device_time_total) / 1e6
+
+
+def host_seconds(event: Any) -> float:
+    """What an operator took on the host, without those that it has called, in seconds."""
+    return float(event.self_cpu_time_total) / 1e6
 
 
 def measure_matmul(bench: Bench) -> None:

@@ -52,11 +52,16 @@ class MixedLora(lora.Linear):
         else:
             stacked_a, stacked_b = self._stack(names)
             low = F.linear(x, stacked_a)
-        # Weighted in fp32, since the weights are: in bf16 a weight would be rounded to 8 bits.
-        low = (low * self._weights_for(x)).to(low.dtype)
+        # Weighted in fp32, since the weights are: in bf16 a weight would be rounded to 8 bits. In place, so that the
+        # product is rounded to 16 bits as it is written, and not by a pass of its own.
+        low.mul_(self._weights_for(x))
         # One pass over (tokens, out_features) adds the product to the frozen layer's output.
-        summed = torch.addmm(result.flatten(0, -2), low.flatten(0, -2), stacked_b.T)
-        return summed.view_as(result)
+        flat = result.flatten(0, -2)
+        if torch.is_grad_enabled():
+            flat = torch.addmm(flat, low.flatten(0, -2), stacked_b.T)
+        else:  # over it: torch.addmm would copy it first, which is one launch more for each layer and token
+            flat.addmm_(low.flatten(0, -2), stacked_b.T)
+        return flat.view_as(result)
 
     def _weights_for(self, x: torch.Tensor) -> torch.Tensor:
         """The weights, (batch or 1, 1, ranks), in a shape that multiplies A x: (..., ranks).

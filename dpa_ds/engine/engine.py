@@ -214,7 +214,10 @@ class AdapterEngine:
         assert self._trainable is not None, "activate(phase) first"
         with self._profile.region("steps"):
             self._group(self._trainable)["lr"] = learning_rate
-            self.engine.train()
+            # Walking through all modules takes the host some ms: not for every step. Those who leave training call
+            # eval() of the whole base.
+            if not self.adapters.base_model.training:
+                self.engine.train()
             loss_share = torch.zeros((), device=self.world.device)
             sent_batches = [self._send(micro_batch) for micro_batch in step.micro_batches]
             for sent in sent_batches:

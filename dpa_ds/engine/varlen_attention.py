@@ -3,7 +3,7 @@
 Segment by segment (`packed_attention.py`) a GPU is given a few small kernels for each segment of each layer, and waits
 for the host. Here the number of kernels does not depend on the segments. With a shared prefix, keys and values are
 [prefix, own tokens] for every example, while queries stay where they are: the causal mask is aligned with the last
-key, so that each query sees the prefix and its own past. Never run on a GPU.
+key, so that each query sees the prefix and its own past.
 """
 
 import inspect

@@ -54,26 +54,20 @@ class Scorer:
                 "weighting.kind none scores the base alone, which no round changes: score it by launch/evaluate.py "
                 "--weighting none, and leave weighting.kind auto for evaluation.scores_every_rounds"
             )
-        self._engine = engine
         self._world = world
         self._format = example_format
-        self._weighting = weighting
         self._generation = generation
         self._instances = instances
+        # One for all rounds: how the model is to answer is tried once.
+        self._predictor = Predictor(
+            engine.adapters, example_format, weighting, generation, torch.zeros(0, 0), engine.write_state, world
+        )
 
     def score(self, client_model: ClientModel, reference_mean: torch.Tensor) -> dict[str, float]:
         """Mean ROUGE-1 by task, 0 to 100. The global adapter must be installed. Collective: all ranks of the group."""
         if not self._instances:
             return {}
-        predictor = Predictor(
-            self._engine.adapters,
-            self._format,
-            self._weighting,
-            self._generation,
-            reference_mean,
-            self._engine.write_state,
-            self._world,
-        )
+        self._predictor.forget_adapters(reference_mean)
         # The start of the run has checked that the model can read them, and has room for the answers.
         prompts = self._format.prompts([instance.question for instance in self._instances])
         evaluation_set = EvaluationSet(self._instances, prompts, {client_model.info.client: client_model})
@@ -81,7 +75,7 @@ class Scorer:
         tasks = sorted({instance.task for instance in self._instances})
         totals = torch.zeros(len(tasks), 2, dtype=torch.float64)  # of each task: sum of scores, number of answers
         for item in evaluation_set.plan(self._generation, num_groups=1):
-            for batch in answer_work_item(item, evaluation_set, predictor, self._world, done=frozenset()):
+            for batch in answer_work_item(item, evaluation_set, self._predictor, self._world, done=frozenset()):
                 for answer in batch:
                     score = score_answer(answer.text, references[answer.task, answer.row])["rouge1"]
                     totals[tasks.index(answer.task)] += torch.tensor([score, 1.0])

@@ -71,8 +71,9 @@ def describe_client(folder: RunFolder, server_round: int, client: int) -> Client
 class Predictor:
     """The base with both adapters, of which the local one is exchanged from client to client.
 
-    It remembers which client is loaded and how references are embedded: make a new one when the
-    adapters have changed. Every method is collective: all ranks of the group.
+    It remembers which client is loaded and how references are embedded until `forget_adapters`, which
+    is to be called when the adapters have changed. Every other method is collective: all ranks of the
+    group.
 
     Args:
         reference_mean: (representations, hidden size) of the federation, or empty where the run has none.
@@ -151,6 +152,12 @@ class Predictor:
             self._decoding,
         )
         return [text.strip() for text in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+
+    def forget_adapters(self, reference_mean: torch.Tensor) -> None:
+        """The adapters in the model are others now; `reference_mean` is that of the federation from now on."""
+        self._reference_mean = reference_mean
+        self._loaded = None
+        self._reference_embeddings.clear()
 
     def load_client(self, client: ClientModel) -> None:
         """Install the client's local adapter, unless it is there already."""

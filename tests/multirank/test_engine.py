@@ -241,6 +241,31 @@ def test_reset_means_a_fresh_adamw(argv: list[str], tmp_path: Path, stage: str) 
     assert error < 1e-6
 
 
+def modes_of_modules(job: Any, argv: Sequence[str]) -> dict[str, set[bool]]:
+    engine, step = build(job, argv)
+    model = engine.adapters.peft_model
+    found = {}
+    engine.activate(LOCAL)
+    engine.train_step(step(0), 0.0)
+    found["step"] = {module.training for module in model.modules()}
+    engine.loss([step(0)], engine.adapters.no_mix)
+    found["loss"] = {module.training for module in model.modules()}
+    engine.activate(LOCAL)
+    for k in range(2):
+        engine.train_step(step(k), 0.0)
+        found[f"step {k} after it"] = {module.training for module in model.modules()}
+    engine.adapters.base_model.eval()  # as decoding leaves it
+    engine.train_step(step(0), 0.0)
+    found["step after decoding"] = {module.training for module in model.modules()}
+    return found
+
+
+def test_all_modules_train_in_a_step_whatever_was_before(argv: list[str], tmp_path: Path) -> None:
+    (found,) = run_on_ranks(modes_of_modules, 1, tmp_path, argv)
+    assert found.pop("loss") == {False}
+    assert all(modes == {True} for modes in found.values()), found
+
+
 def gradient_norms(job: Any, argv: Sequence[str], stage: str) -> list[tuple[float, bool]]:
     engine, step = build(job, argv, stage)
     engine.activate(LOCAL)

@@ -305,6 +305,24 @@ def test_weights_of_rows_fit_inputs_of_other_shapes(dual: AdapterModel, shape: t
         torch.testing.assert_close(found[row], expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_layer_gives_the_same_bits_with_and_without_gradients(dual: AdapterModel, dtype: torch.dtype) -> None:
+    """In place or not, the product is weighted in fp32 and rounded once, and so is its sum with the frozen layer."""
+    dual.peft_model.to(dtype)
+    dual.set_mix(global_local_mix(torch.tensor([0.1, 0.5, 0.9])))
+    layer = next(iter(layers(dual).values()))
+    x = torch.randn(3, 5, layer.in_features).to(dtype)
+    before = x.clone()
+    stacked_a = torch.cat([layer.lora_A[name].weight for name in dual.table], dim=0)
+    stacked_b = torch.cat([layer.lora_B[name].weight for name in dual.table], dim=1)
+    low = ((x @ stacked_a.T) * layer._weights).to(dtype)
+    expected = torch.addmm(layer.base_layer(x).flatten(0, 1), low.flatten(0, 1), stacked_b.T).view(3, 5, -1)
+    assert torch.equal(layer(x), expected)
+    with torch.no_grad():
+        assert torch.equal(layer(x), expected)
+    assert torch.equal(x, before)
+
+
 # ---- what others read ---------------------------------------------------------------------------------------------
 
 KNOWN_SINCE_2023 = {

@@ -16,9 +16,10 @@ from tests.launch.processes import PYTHON, REPOSITORY, Running
 CLAIM = Claim("part", "measure", "value", "text", "against", least=2.0, most=3.0)
 
 
-def test_the_page_has_the_predictions_of_today() -> None:
+def test_the_page_has_the_predictions_of_today_and_what_was_measured() -> None:
     page = (REPOSITORY / "docs" / "gpu.md").read_text()
-    assert markdown_table(all_claims(DEFAULT_GPU), []) in page
+    results = read_results(REPOSITORY / "benchmarks" / "gpu" / "measured" / "h200.jsonl")
+    assert markdown_table(all_claims("h200-141g"), results) in page
 
 
 @pytest.mark.parametrize("part", SETTINGS)

@@ -5,10 +5,12 @@ import json
 import logging
 import os
 import uuid
-from collections.abc import Iterator, Sequence
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +30,9 @@ _LAYOUT_VERSION = 5
 
 # Examples that are tokenised at once: enough for the tokenizer's threads, small enough not to show in memory.
 _EXAMPLES_AT_A_TIME = 1024
+
+_DTYPES = {"int32": "I32", "int64": "I64", "uint8": "U8"}
+"""numpy's name of a type -> that of safetensors."""
 
 _logger = logging.getLogger("dpa_ds")
 
@@ -98,37 +103,43 @@ def tokenize_examples(
     Raises:
         DataError: an example does not fit the format, or none fits `max_length`.
     """
-    # An array for each chunk, not for each example: bytes a token, however many examples there are.
-    tokens: list[npt.NDArray[np.int32]] = []
-    lengths: list[int] = []
-    spans: list[tuple[int, int]] = []
-    num_spans: list[int] = []
+    # Arrays that grow where they are: four bytes a token, and no second copy at the end.
+    tokens = array("i")
+    lengths = array("q")
+    spans = array("i")
+    num_spans = array("q")
     num_dropped = 0
     longest = 0
     for encoded in _encode_chunks(examples, example_format, max_length):
-        kept: list[int] = []
         for one in encoded:
             longest = max(longest, len(one.tokens))
             if len(one.tokens) > max_length:
                 num_dropped += 1
                 continue
-            kept += one.tokens
+            tokens.extend(one.tokens)
             lengths.append(len(one.tokens))
-            spans += one.spans
+            for span in one.spans:
+                spans.extend(span)
             num_spans.append(len(one.spans))
-        tokens.append(np.array(kept, dtype=np.int32))
     if not lengths:
         raise DataError(
             f"{owner}: none of {len(examples)} examples fits into data.max_length {max_length}: "
             f"raise it (the longest example has {longest} tokens)"
         )
     return TokenizedExamples(
-        tokens=np.concatenate(tokens),
-        offsets=np.cumsum([0, *lengths], dtype=np.int64),
-        spans=np.array(spans, dtype=np.int32).reshape(-1, 2),
-        span_offsets=np.cumsum([0, *num_spans], dtype=np.int64),
+        tokens=np.frombuffer(tokens, dtype=np.int32),
+        offsets=_starts_of(lengths),
+        spans=np.frombuffer(spans, dtype=np.int32).reshape(-1, 2),
+        span_offsets=_starts_of(num_spans),
         num_dropped=num_dropped,
     )
+
+
+def _starts_of(lengths: "array[int]") -> npt.NDArray[np.int64]:
+    """Where each part of these lengths begins, and the end of the last."""
+    starts = np.zeros(len(lengths) + 1, dtype=np.int64)
+    np.cumsum(np.frombuffer(lengths, dtype=np.int64), out=starts[1:])
+    return starts
 
 
 def encode_example(example: Example, example_format: ExampleFormat, max_length: int) -> list[Encoded]:
@@ -249,7 +260,22 @@ def _write_cache(path: Path, tokenized: TokenizedExamples) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex}.tmp")
     try:
         temporary.touch(0o600)
-        temporary.write_bytes(safetensors.numpy.save(_to_arrays(tokenized)))
+        with temporary.open("wb") as file:
+            _write_safetensors(file, _to_arrays(tokenized))
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _write_safetensors(file: IO[bytes], arrays: Mapping[str, npt.NDArray[np.generic]]) -> None:
+    """The format's header, then each array as it is in memory: the library makes two copies of all on the way."""
+    header: dict[str, Any] = {}
+    start = 0
+    for name, values in arrays.items():
+        stop = start + values.nbytes
+        header[name] = {"dtype": _DTYPES[values.dtype.name], "shape": values.shape, "data_offsets": [start, stop]}
+        start = stop
+    text = json.dumps(header).encode()
+    file.write(len(text).to_bytes(8, "little") + text)
+    for values in arrays.values():
+        file.write(np.ascontiguousarray(values).data)

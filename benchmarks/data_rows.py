@@ -2,8 +2,9 @@
 
 Reading a JSONL file, tokenising and keeping the tokens, and the same again from the cache; against `datasets`, which
 loads the file and maps the same tokenizer over it in batches, and again from its cache. Each in a process of its own:
-seconds, and peak resident memory above that of a process that has imported all and read a small file. Half of the
-rows' growth is measured as well, so that memory and time per row can be seen to be flat.
+seconds, those of all cores (which other programs on the machine hardly change), and peak resident memory above that
+of a process that has imported all and read a small file. Half of the rows' growth is measured as well, so that memory
+and time per row can be seen to be flat.
 """
 
 import argparse
@@ -42,8 +43,11 @@ def main() -> None:
     from table import where_and_when
 
     print(where_and_when())
-    print("| rows | side | s | us a row | peak MB above a small file | bytes a row | tokens | again: s | again: MB |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    print(
+        "| rows | side | s | CPU s | CPU us a row | peak MB above a small file | bytes a row | tokens | again: s | "
+        "again: MB |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         base = {}
         for num_rows in (SMALL, args.rows // 2, args.rows):
@@ -58,7 +62,8 @@ def main() -> None:
                     continue
                 above = first["peak"] - base[side][0]
                 print(
-                    f"| {num_rows:,} | {side} | {first['seconds']:.1f} | {1e6 * first['seconds'] / num_rows:.0f} | "
+                    f"| {num_rows:,} | {side} | {first['seconds']:.1f} | {first['cpu']:.1f} | "
+                    f"{1e6 * first['cpu'] / num_rows:.0f} | "
                     f"{above / 1e6:.0f} | {above / num_rows:.0f} | {first['tokens']:,} | {again['seconds']:.1f} | "
                     f"{(again['peak'] - base[side][1]) / 1e6:.0f} |",
                     flush=True,
@@ -101,10 +106,12 @@ def measure(side: str, file: Path, cache: Path, model: Path) -> dict[str, float]
     tokenizer("warm up")
     work = {"ours": read_ours, "datasets": read_with_datasets}[side]
     started = time.perf_counter()
+    before = time.process_time()
     num_tokens = work(file, cache, tokenizer)
     seconds = time.perf_counter() - started
     peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"seconds": seconds, "peak": peak, "tokens": num_tokens}
+    cpu = time.process_time() - before
+    return {"seconds": seconds, "cpu": cpu, "peak": peak, "tokens": num_tokens}
 
 
 def read_ours(file: Path, cache: Path, tokenizer: object) -> int:

@@ -16,6 +16,8 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from dpa_ds.config.schema import LoraConfig
+from dpa_ds.data.chat_format import ChatFormat
+from dpa_ds.data.formats import ExampleFormat
 from dpa_ds.data.limits import ModelLimits
 from dpa_ds.errors import DpaError, ModelError, list_some
 
@@ -115,6 +117,18 @@ def read_limits(directory: Path) -> ModelLimits:
     if vocab_size is None:
         vocab_size = sys.maxsize  # such a model says it nowhere
     return ModelLimits(getattr(text, "max_position_embeddings", None), vocab_size)
+
+
+def base_fingerprint(directory: Path, example_format: ExampleFormat) -> str:
+    """`model_fingerprint`, and where prompts are made by the tokenizer's chat template 8 digits of that.
+
+    A template may lie in a file of its own, and another one would ask in another way; a text template is in the recipe.
+    """
+    fingerprint = model_fingerprint(directory)
+    if isinstance(example_format, ChatFormat):
+        template = repr(example_format.identity)
+        fingerprint += f"-{hashlib.sha256(template.encode()).hexdigest()[:8]}"
+    return fingerprint
 
 
 def model_fingerprint(directory: Path) -> str:

@@ -47,6 +47,8 @@ class FileBytes:
         self._file: IO[bytes] | None = None
         with path.open("rb") as file:
             self._identity = _identity(file)
+            if self._identity[0] == 0 and file.read(1):  # as those of /proc, which are made while they are read
+                raise DataError(f"{path}: is a file of which the system knows no length: copy it to an ordinary one")
         self.size = self._identity[0]
 
     def read(self, start: int, stop: int) -> bytes:
@@ -81,10 +83,16 @@ class Spool:
         self.size = 0
 
     def append(self, content: bytes) -> int:
-        """Add bytes at the end; where they begin."""
+        """Add bytes at the end; where they begin. Raises DataError where the disk is full."""
         start = self.size
-        self._file.seek(start)
-        self._file.write(content)
+        try:
+            self._file.seek(start)
+            self._file.write(content)
+        except OSError as error:
+            folder = tempfile.gettempdir()
+            raise DataError(
+                f"{folder} has no room for decompressed data ({error}): set TMPDIR to one that has"
+            ) from error
         self.size += len(content)
         return start
 

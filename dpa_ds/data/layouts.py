@@ -52,6 +52,12 @@ def file_kind(path: Path) -> str | None:
     return None if kind == "parquet" and is_compressed(path) else kind
 
 
+def has_lines(path: Path) -> bool:
+    """Whether the name says that a JSON file has one object a line."""
+    name = Path(path.stem) if is_compressed(path) else path
+    return name.suffix.lower() == ".jsonl"
+
+
 def find_sources(path: Path, layout: Layout) -> list[Path]:
     """The files that `path` means, sorted by name, or the one folder written by save_to_disk."""
     if path.is_dir():
@@ -233,6 +239,8 @@ def _patterns_by_split(data_files: Any) -> dict[str, list[str]]:
 
 def path_of_client(path: str, name: str) -> str:
     """Where the client `name` has its files."""
+    if glob.has_magic(path):  # a pattern: what its client's name spells is not part of it
+        name = glob.escape(name)
     return path.replace(CLIENT, name)
 
 

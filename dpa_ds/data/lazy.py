@@ -63,6 +63,7 @@ class Joined(Lazy[T]):
     def __init__(self, parts: Sequence[Sequence[T]]) -> None:
         self._parts = parts
         self._starts = [0, *accumulate(map(len, parts))]
+        self._last = 0  # part of the item that was made last
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -70,11 +71,10 @@ class Joined(Lazy[T]):
     def make(self, index: int) -> T:
         """Item `index` of all parts together."""
         part = bisect_right(self._starts, index) - 1
+        if part != self._last:  # only one of thousands of shards is to have its file open
+            _release(self._parts[self._last])
+            self._last = part
         return self._parts[part][index - self._starts[part]]
-
-    def __iter__(self) -> Iterator[T]:
-        for part in self._parts:  # one after the other, so that only one of them has a file open
-            yield from part
 
     def release(self) -> None:
         """Close every part's files."""

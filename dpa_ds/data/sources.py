@@ -271,8 +271,8 @@ def pool_clients(clients: Sequence[ClientData]) -> ClientData:
     held_out = Joined([client.held_out for client in clients])
     numbers = _union([client.held_out for client in clients])
     unread = any(client.has_unread_input for client in clients)
-    scored = np.unique(_digests_of(held_out))
-    quality = assess(_digests_of(train), scored, partial(_place_of, train))
+    scored = np.unique(digests_of(held_out))
+    quality = assess(digests_of(train), scored, partial(_place_of, train))
     return ClientData(0, "centralized", train, Selected(held_out, numbers), unread, quality)
 
 
@@ -313,7 +313,8 @@ _ALL_FIELDS = tuple(part.name for part in fields(Example))
 _TEXT_FIELDS = tuple(name for name in _ALL_FIELDS if name not in ("task", "place"))
 
 
-def _digests_of(examples: Sequence[Example]) -> Digests:
+def digests_of(examples: Sequence[Example]) -> Digests:
+    """A number for the texts of each example; of `Examples` they are known."""
     if isinstance(examples, Examples):
         return examples.digests
     found = array("Q")

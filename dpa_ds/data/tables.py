@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from dpa_ds.data.arrow_files import open_parquet, open_saved_dataset
 from dpa_ds.data.byte_source import Spool, open_bytes
-from dpa_ds.data.layouts import Layout, file_kind, find_sources
+from dpa_ds.data.layouts import Layout, file_kind, find_sources, has_lines
 from dpa_ds.data.lazy import Joined, Lazy
 from dpa_ds.data.text_files import open_csv, open_json
 from dpa_ds.errors import DataError
@@ -142,7 +142,9 @@ def read_rows(path: str | Path, layout: Layout = DEFAULT_LAYOUT) -> Lazy[Row]:
     tables = []
     for source in sources:
         with reading(source):
-            tables.append(FileRows(source, _open_file(source, layout, spool)))
+            table = FileRows(source, _open_file(source, layout, spool))
+        table.release()  # each row was looked at
+        tables.append(table)
     return tables[0] if len(tables) == 1 else Joined(tables)
 
 
@@ -151,8 +153,7 @@ def _open_file(path: Path, layout: Layout, spool: Spool) -> RowFile:
         return open_saved_dataset(path, layout.split, layout.split_field)
     match file_kind(path):
         case "JSON":
-            may_be_array = ".jsonl" not in path.name.lower()
-            return open_json(path, open_bytes(path, spool), layout.field, may_be_array)
+            return open_json(path, open_bytes(path, spool), layout.field, may_be_array=not has_lines(path))
         case "CSV":
             return open_csv(path, open_bytes(path, spool))
         case "parquet":

@@ -5,11 +5,12 @@ import json
 import logging
 import os
 import uuid
-from collections.abc import Iterator, Sequence
-from dataclasses import astuple, dataclass
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,15 +21,18 @@ from transformers import PreTrainedTokenizerBase
 from dpa_ds.config.paths import expand
 from dpa_ds.config.schema import DataConfig
 from dpa_ds.data.formats import ExampleFormat
-from dpa_ds.data.sources import Example
+from dpa_ds.data.sources import Example, digests_of
 from dpa_ds.data.tokens import Encoded, encode_plain_text
 from dpa_ds.errors import ConfigError, DataError
 
 # Part of the cache key: raise it whenever the layout of an example or of the file changes.
-_LAYOUT_VERSION = 4
+_LAYOUT_VERSION = 5
 
 # Examples that are tokenised at once: enough for the tokenizer's threads, small enough not to show in memory.
 _EXAMPLES_AT_A_TIME = 1024
+
+_DTYPES = {"int32": "I32", "int64": "I64", "uint8": "U8"}
+"""numpy's name of a type -> that of safetensors."""
 
 _logger = logging.getLogger("dpa_ds")
 
@@ -99,37 +103,43 @@ def tokenize_examples(
     Raises:
         DataError: an example does not fit the format, or none fits `max_length`.
     """
-    # An array for each chunk, not for each example: bytes a token, however many examples there are.
-    tokens: list[npt.NDArray[np.int32]] = []
-    lengths: list[int] = []
-    spans: list[tuple[int, int]] = []
-    num_spans: list[int] = []
+    # Arrays that grow where they are: four bytes a token, and no second copy at the end.
+    tokens = array("i")
+    lengths = array("q")
+    spans = array("i")
+    num_spans = array("q")
     num_dropped = 0
     longest = 0
     for encoded in _encode_chunks(examples, example_format, max_length):
-        kept: list[int] = []
         for one in encoded:
             longest = max(longest, len(one.tokens))
             if len(one.tokens) > max_length:
                 num_dropped += 1
                 continue
-            kept += one.tokens
+            tokens.extend(one.tokens)
             lengths.append(len(one.tokens))
-            spans += one.spans
+            for span in one.spans:
+                spans.extend(span)
             num_spans.append(len(one.spans))
-        tokens.append(np.array(kept, dtype=np.int32))
     if not lengths:
         raise DataError(
             f"{owner}: none of {len(examples)} examples fits into data.max_length {max_length}: "
             f"raise it (the longest example has {longest} tokens)"
         )
     return TokenizedExamples(
-        tokens=np.concatenate(tokens),
-        offsets=np.cumsum([0, *lengths], dtype=np.int64),
-        spans=np.array(spans, dtype=np.int32).reshape(-1, 2),
-        span_offsets=np.cumsum([0, *num_spans], dtype=np.int64),
+        tokens=np.frombuffer(tokens, dtype=np.int32),
+        offsets=_starts_of(lengths),
+        spans=np.frombuffer(spans, dtype=np.int32).reshape(-1, 2),
+        span_offsets=_starts_of(num_spans),
         num_dropped=num_dropped,
     )
+
+
+def _starts_of(lengths: "array[int]") -> npt.NDArray[np.int64]:
+    """Where each part of these lengths begins, and the end of the last."""
+    starts = np.zeros(len(lengths) + 1, dtype=np.int64)
+    np.cumsum(np.frombuffer(lengths, dtype=np.int64), out=starts[1:])
+    return starts
 
 
 def encode_example(example: Example, example_format: ExampleFormat, max_length: int) -> list[Encoded]:
@@ -189,12 +199,8 @@ def _cache_key(examples: Sequence[Example], example_format: ExampleFormat, max_l
     tokenizer = example_format.tokenizer
     identity = [type(tokenizer).__name__, _rules(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id]
     digest = hashlib.sha256(json.dumps([_LAYOUT_VERSION, identity, example_format.identity, max_length]).encode())
-    for example in examples:
-        texts: list[Any] = [example.instruction, example.output]
-        if example.conversation is not None:
-            texts.append([astuple(message) for message in example.conversation.messages])
-            texts.append(example.conversation.tools)
-        digest.update(json.dumps(texts).encode())
+    # Known since the rows were looked at: no further pass over a million of them.
+    digest.update(digests_of(examples).data)
     return digest.hexdigest()
 
 
@@ -222,14 +228,14 @@ def _to_arrays(tokenized: TokenizedExamples) -> dict[str, npt.NDArray[np.generic
     # safetensors has no checksum of its own: a flipped bit would train on a wrong token, unseen.
     digest = hashlib.sha256()
     for name in sorted(arrays):
-        digest.update(arrays[name].tobytes())
+        digest.update(np.ascontiguousarray(arrays[name]).data)  # no copy: it may be gigabytes
     return {**arrays, "sha256": np.frombuffer(digest.digest(), dtype=np.uint8)}
 
 
 def _read_cache(path: Path) -> TokenizedExamples | None:
     """Tokens that `_write_cache` wrote; None where there is no file, or a damaged one."""
     try:
-        stored = safetensors.numpy.load(path.read_bytes())
+        stored = safetensors.numpy.load_file(path)
         num_dropped = int(stored["num_dropped"][0])
         cached = TokenizedExamples(
             stored["tokens"], stored["offsets"], stored["spans"], stored["span_offsets"], num_dropped
@@ -254,7 +260,22 @@ def _write_cache(path: Path, tokenized: TokenizedExamples) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex}.tmp")
     try:
         temporary.touch(0o600)
-        temporary.write_bytes(safetensors.numpy.save(_to_arrays(tokenized)))
+        with temporary.open("wb") as file:
+            _write_safetensors(file, _to_arrays(tokenized))
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _write_safetensors(file: IO[bytes], arrays: Mapping[str, npt.NDArray[np.generic]]) -> None:
+    """The format's header, then each array as it is in memory: the library makes two copies of all on the way."""
+    header: dict[str, Any] = {}
+    start = 0
+    for name, values in arrays.items():
+        stop = start + values.nbytes
+        header[name] = {"dtype": _DTYPES[values.dtype.name], "shape": values.shape, "data_offsets": [start, stop]}
+        start = stop
+    text = json.dumps(header).encode()
+    file.write(len(text).to_bytes(8, "little") + text)
+    for values in arrays.values():
+        file.write(np.ascontiguousarray(values).data)

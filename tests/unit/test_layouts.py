@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,23 @@ def test_shards_of_a_pattern_are_read_by_name_and_numbered_within_their_file(tmp
         table[4]
     with pytest.raises(DataError, match=r"valid-\*.parquet: no such file or folder: no file matches: check data.path"):
         read_table(tmp_path / "valid-*.parquet")
+
+
+def test_of_many_shards_one_file_is_open(tmp_path: Path) -> None:
+    """A process may have 1024."""
+    for number in range(30):
+        write(tmp_path / f"{number:02}.jsonl", lines("a"))
+        write(tmp_path / "compressed" / f"{number:02}.jsonl.gz", gzip.compress(lines("a").encode()))
+    count = lambda: len(os.listdir("/proc/self/fd"))  # noqa: E731
+    before = count()
+    config = DataConfig(format="table", path=f"{tmp_path}/*.jsonl", partition=PartitionConfig("iid", None, 2))
+    most = 0
+    for client in read_clients(replace(config, task_column=None), 0, [0, 1]):
+        for _ in client.train:
+            most = max(most, count() - before)
+    assert most <= 1
+    assert len(read_table(tmp_path / "compressed")) == 60
+    assert count() == before
 
 
 def test_a_fault_of_a_shard_names_the_shard(tmp_path: Path) -> None:
@@ -149,6 +167,21 @@ def test_a_long_compressed_file_goes_to_the_disk(tmp_path: Path) -> None:
     path = write(tmp_path / "x.jsonl.gz", gzip.compress(text.encode(), 1))
     table = read_table(path)
     assert (len(table), table[19_999].values["instruction"][-5:], table[7].place) == (20_000, "19999", f"{path}:8")
+
+
+def test_a_disk_without_room_for_decompressed_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    full = open("/dev/full", "r+b", buffering=0)  # noqa: SIM115
+    monkeypatch.setattr("tempfile.SpooledTemporaryFile", lambda max_size: full)
+    path = write(tmp_path / "x.jsonl.gz", gzip.compress(lines("a").encode()))
+    with pytest.raises(DataError, match=r"has no room for decompressed data \(.*No space left.*\): set TMPDIR to one"):
+        read_table(path)
+    full.close()
+
+
+def test_a_file_that_is_made_while_it_is_read(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").symlink_to("/proc/self/status")
+    with pytest.raises(DataError, match=r"x.jsonl: is a file of which the system knows no length: copy it"):
+        read_table(tmp_path / "x.jsonl")
 
 
 def test_a_file_that_changes_while_it_is_read(tmp_path: Path) -> None:
@@ -306,6 +339,15 @@ def test_a_file_or_folder_for_each_client(tmp_path: Path, form: str) -> None:
     (south,) = read_clients(config, 0, [1])
     assert (south.name, len(south.train), len(south.held_out)) == ("south", 2, 1)
     assert {example.task for example in (*south.train, *south.held_out)} == {"south"}
+
+
+def test_names_of_clients_are_no_patterns(tmp_path: Path) -> None:
+    for name in ("a[1]", "a1", "*"):
+        write(tmp_path / name / "x.jsonl", lines(name))
+    config = own_files(tmp_path / "{client}" / "*.jsonl", held_out_fraction=0.1)
+    assert list_clients(config, 0) == ["*", "a1", "a[1]"]
+    for client in read_clients(config, 0, [0, 1, 2]):
+        assert {example.instruction[:-2] for example in (*client.train, *client.held_out)} == {client.name}
 
 
 def test_a_form_that_no_file_has(tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dpa_ds.data.tables import read_table
+from dpa_ds.data.layouts import Layout
+from dpa_ds.data.tables import read_rows, read_table
 from dpa_ds.errors import DataError
 
 ROWS = [{"instruction": f"ask {n}", "output": f"say {n}", "category": "ab"[n % 2]} for n in range(6)]
@@ -76,7 +77,10 @@ def test_json_and_jsonl_return_what_was_written(tmp_path: Path, rows: list[dict[
 
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(content=st.binary(max_size=60), suffix=st.sampled_from([".json", ".jsonl", ".csv", ".parquet"]))
+@given(
+    content=st.binary(max_size=60),
+    suffix=st.sampled_from([".json", ".jsonl", ".csv", ".parquet", ".json.gz", ".csv.zst"]),
+)
 def test_damaged_files_end_in_a_data_error_or_in_rows(tmp_path: Path, content: bytes, suffix: str) -> None:
     path = tmp_path / f"x{suffix}"
     path.write_bytes(content)
@@ -88,6 +92,53 @@ def test_damaged_files_end_in_a_data_error_or_in_rows(tmp_path: Path, content: b
         place, num_rows = rows[0].place, len(rows)
     assert place.startswith(str(path))
     assert num_rows >= 1
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | texts,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3),
+    max_leaves=6,
+)
+ROWS_OF_VALUES = st.lists(st.dictionaries(texts, VALUES, max_size=3), max_size=5)
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    rows=ROWS_OF_VALUES, others=st.dictionaries(texts, VALUES, max_size=2), window=st.integers(1, 40), layout=st.data()
+)
+def test_windows_of_any_length_find_the_same_rows(
+    tmp_path: Path, rows: list[Any], others: dict[str, Any], window: int, layout: st.DataObject
+) -> None:
+    style = {"ensure_ascii": layout.draw(st.booleans()), "indent": layout.draw(st.sampled_from([None, 0, 3]))}
+    path = tmp_path / "x.json"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dpa_ds.data.text_files._WINDOW", window)
+        path.write_text(json.dumps(rows, **style), encoding="utf-8", newline="")
+        assert [row.values for row in read_rows(path)] == rows
+        path.write_text(json.dumps({**others, "rows": rows}, **style), encoding="utf-8", newline="")
+        assert [row.values for row in read_rows(path, Layout(field="rows"))] == rows
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(content=st.text(st.sampled_from('[]{}",:1e-. \nantrue'), max_size=25), window=st.integers(1, 8))
+def test_an_array_is_read_where_the_library_reads_it(tmp_path: Path, content: str, window: int) -> None:
+    """And refused where the library refuses it: whatever the window."""
+    path = tmp_path / "x.json"
+    text = f"[{content}"
+    path.write_text(text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dpa_ds.data.text_files._WINDOW", window)
+        try:
+            expected = json.loads(text)
+        except ValueError:
+            with pytest.raises(DataError, match=r"x.json:"):
+                read_rows(path)
+            return
+        if all(isinstance(item, dict) for item in expected):
+            assert repr([row.values for row in read_rows(path)]) == repr(expected)
+        else:
+            with pytest.raises(DataError, match="expected an object"):
+                read_rows(path)
 
 
 GOOD = b'{"instruction": "i", "output": "o"}\n'

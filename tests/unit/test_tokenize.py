@@ -170,10 +170,10 @@ def test_unusable_cache_folder_is_a_warning(tmp_path: Path, caplog: pytest.LogCa
 def test_unwritable_cache_folder_is_a_warning(
     config: DataConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def refuse(path: Path, content: bytes) -> int:
+    def refuse(path: Path, how: str) -> int:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", refuse)
+    monkeypatch.setattr(Path, "open", refuse)
     with caplog.at_level(logging.WARNING, logger="dpa_ds"):
         assert len(load_or_tokenize(EXAMPLES, build_format(TOKENIZER, config), config, "client_0")) == 2
     assert "No space left on device" in caplog.text

@@ -42,6 +42,9 @@ Encoder = Literal["none", "global", "local"]
 """Adapter that is active while prompts are embedded; none: the frozen base alone."""
 MethodName = Literal["feddpa_t", "feddpa_f", "fedit", "fedlora", "local", "centralized"]
 RanksPerGroup = int | list[int] | Literal["auto"]
+TargetModules = list[str] | Literal["all-linear"]
+ALL_LINEAR = "all-linear"
+"""`lora.target_modules` of every linear layer but the output head."""
 
 
 @dataclass(frozen=True)
@@ -88,8 +91,8 @@ class LoraConfig:
     """LoRA alpha of both adapters; the scale is alpha / rank."""
     dropout: float = field(default=0.05, metadata=within("[0, 1)"))
     """Dropout on the adapter input while training, in [0, 1)."""
-    target_modules: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"], metadata=LINEAR_LAYERS)
-    """Names of the linear layers to adapt, matched at the end of the module path."""
+    target_modules: TargetModules = field(default_factory=lambda: ["q_proj", "v_proj"], metadata=LINEAR_LAYERS)
+    """Linear layers to adapt: names, matched at the end of the module path; all-linear: all but the output head."""
     local_rank: int | None = field(default=None, metadata=at_least(1, up_to=MILLION, or_null="for lora.rank"))
     """Rank of the local adapter, if it is to differ from `rank`. alpha / rank stays the scale of both."""
 

@@ -11,11 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
-from dpa_ds.config.schema import LoraConfig
 from dpa_ds.data.limits import ModelLimits
 from dpa_ds.errors import DpaError, ModelError, list_some
 
@@ -150,23 +148,6 @@ def tensor_files(directory: Path) -> dict[str, Path]:
     if not single.exists() and not single.is_symlink():
         raise ModelError(f"{directory} has no model.safetensors: convert the weights (pickled files are not read)")
     return dict.fromkeys(_names(single), single)
-
-
-def count_parameters(directory: Path, lora: LoraConfig) -> tuple[int, int, int]:
-    """Parameters of the base, of the global adapter, and of a local adapter.
-
-    Raises:
-        ModelError: `config.json` describes no model.
-    """
-    with torch.device("meta"):  # shapes without memory
-        base = AutoModelForCausalLM.from_config(read_config(directory), trust_remote_code=False)
-    num_base = sum(parameter.numel() for parameter in base.parameters())
-    per_rank = 0
-    for name, module in base.named_modules():
-        if name.rsplit(".", 1)[-1] in lora.target_modules and hasattr(module, "weight"):
-            # A LoRA of rank r on a layer of n inputs and m outputs: A is (r, n), B is (m, r).
-            per_rank += sum(module.weight.shape)
-    return num_base, lora.rank * per_rank, (lora.local_rank or lora.rank) * per_rank
 
 
 def _weight_map(index: Path) -> dict[str, str]:

@@ -8,10 +8,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
+from dpa_ds.adapters.adapter_model import AdapterModel
+from dpa_ds.adapters.methods import adapter_table
 from dpa_ds.config.load import load_config
+from dpa_ds.config.schema import LoraConfig
 from tests import families, plain, tiny
 from tests.plain_inference import PlainClient
 from tests.plain_start import start_plain
@@ -60,6 +66,46 @@ def test_a_family_equals_transformers_and_peft(name: str, tmp_path: Path) -> Non
 def test_under_zero_3_from_files_with_other_names_and_single_experts(name: str, tmp_path: Path) -> None:
     zero3 = {"cluster__ranks_per_group": 2, "engine__deepspeed_config": "ds_configs/zero3.json"}
     check(name, tmp_path, 2, zero3, ["--evaluation.sharding=always"])
+
+
+@pytest.mark.parametrize(
+    ("name", "targets"),
+    [
+        ("llama", "all-linear"),
+        ("gpt2", "all-linear"),
+        ("mixtral", "all-linear"),
+        ("gpt_oss", ["q_proj", "experts.gate_up_proj", "experts.down_proj"]),
+    ],
+)
+def test_all_linear_layers_and_experts_train_as_with_peft(name: str, targets: Any, tmp_path: Path) -> None:
+    """Mixtral's experts and routers are single parameters: PEFT's all-linear has them."""
+    check(name, tmp_path, num_ranks=1, training={"lora__target_modules": targets}, evaluation=[])
+
+
+@pytest.mark.parametrize("name", sorted(families.FAMILIES))
+def test_all_linear_adapts_what_peft_adapts(name: str, tmp_path: Path) -> None:
+    directory = families.make_family(tmp_path / "model", name)
+    lora = LoraConfig(rank=2, local_rank=3, dropout=0.0, target_modules="all-linear")
+    adapters = AdapterModel(AutoModelForCausalLM.from_pretrained(directory), adapter_table(lora), lora)
+    base = AutoModelForCausalLM.from_pretrained(directory)
+    config = peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    if name in ("mamba", "falcon_h1"):
+        with pytest.raises(ValueError, match="'out_proj' is incompatible"):
+            peft.get_peft_model(base, config)
+        base = AutoModelForCausalLM.from_pretrained(directory)
+        config = peft.LoraConfig(r=2, target_modules="all-linear", exclude_modules=["out_proj"], task_type="CAUSAL_LM")
+    expected = adapted_modules(peft.get_peft_model(base, config))
+    assert adapted_modules(adapters.peft_model) == expected
+    assert len(adapters.layers) + len(adapters.experts) == len(expected)
+    shapes = adapters.shapes
+    assert shapes["local"].keys() == shapes["global"].keys()
+    for key, shape in shapes["local"].items():
+        rank_first = key.endswith("lora_A.weight")
+        assert 2 * shape[0 if rank_first else 1] == 3 * shapes["global"][key][0 if rank_first else 1], key
+
+
+def adapted_modules(model: peft.PeftModel) -> set[str]:
+    return {name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
 
 
 def check(name: str, tmp_path: Path, num_ranks: int, training: dict[str, Any], evaluation: list[str]) -> None:

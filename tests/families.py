@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -33,9 +33,9 @@ class Family:
     targets: tuple[str, ...] = ATTENTION
     """`lora.target_modules`."""
     attention: str = "sdpa"
-    """`model.attention`."""
-    mixes: bool = False
-    """Examples of a row see one another there, so that each gets a row of its own."""
+    """What `model.attention: auto` takes."""
+    rows: Literal["packed", "padded", "single"] = "packed"
+    """How examples are placed: the first way that changes none of them."""
     refuses: tuple[str, ...] = ()
     """Fields of COMMON that its config does not take."""
 
@@ -98,16 +98,18 @@ FAMILIES: dict[str, Family] = {
         {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "window_size": 8},
         ("q_proj", "v_proj", "out_proj"),
         "eager",
-        mixes=True,
+        rows="padded",
     ),
     "opt": Family({"ffn_dim": 64, "word_embed_proj_dim": 32}, ("q_proj", "v_proj", "out_proj")),
-    "bloom": Family({"n_layer": 2, "n_head": 4}, _FUSED, "eager", mixes=True, refuses=("max_position_embeddings",)),
-    "falcon": Family({"num_kv_heads": 2, "new_decoder_architecture": True}, _FUSED, refuses=("head_dim",), mixes=True),
-    "mpt": Family(
-        {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 128}, ("Wqkv", "out_proj"), "eager", mixes=True
+    "bloom": Family({"n_layer": 2, "n_head": 4}, _FUSED, "eager", rows="padded", refuses=("max_position_embeddings",)),
+    "falcon": Family(
+        {"num_kv_heads": 2, "new_decoder_architecture": True}, _FUSED, refuses=("head_dim",), rows="padded"
     ),
-    "stablelm": Family(mixes=True),
-    "nemotron": Family(mixes=True),
+    "mpt": Family(
+        {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 128}, ("Wqkv", "out_proj"), "eager", rows="padded"
+    ),
+    "stablelm": Family(rows="padded"),
+    "nemotron": Family(rows="padded"),
     "mixtral": Family(_MOE),
     "qwen2_moe": Family(_MOE),
     "qwen3_moe": Family(_MOE),
@@ -127,23 +129,27 @@ FAMILIES: dict[str, Family] = {
     "helium": Family(),
     "seed_oss": Family({"attention_dropout": 0.1, "residual_dropout": 0.1}),
     "llama4_text": Family(
-        {**_MOE, "attention_chunk_size": 16, "intermediate_size_mlp": 64, "interleave_moe_layer_step": 1}, mixes=True
+        {**_MOE, "attention_chunk_size": 16, "intermediate_size_mlp": 64, "interleave_moe_layer_step": 1}, rows="padded"
     ),
     "deepseek_v2": Family({**_LATENT, "topk_method": "greedy"}, _LATENT_TARGETS),
     "deepseek_v3": Family(_LATENT, _LATENT_TARGETS),
-    "gpt_oss": Family({**_MOE, "sliding_window": 8}, attention="eager", mixes=True),
-    "lfm2": Family({"layer_types": ["conv", "full_attention"]}, ("q_proj", "v_proj", "in_proj"), mixes=True),
-    "granitemoehybrid": Family({**_MAMBA, "layer_types": ["mamba", "attention"], "num_local_experts": 0}, mixes=True),
-    "recurrent_gemma": Family(
-        {"lru_width": 32, "attention_window_size": 16, "block_types": ["recurrent", "attention"]}, mixes=True
+    "gpt_oss": Family({**_MOE, "sliding_window": 8}, attention="eager", rows="padded"),
+    "lfm2": Family({"layer_types": ["conv", "full_attention"]}, ("q_proj", "v_proj", "in_proj"), rows="padded"),
+    "granitemoehybrid": Family(
+        {**_MAMBA, "layer_types": ["mamba", "attention"], "num_local_experts": 0}, rows="padded"
     ),
-    "minimax": Family({**_MOE, "layer_types": ["linear_attention", "full_attention"], "block_size": 8}, mixes=True),
-    "falcon_h1": Family(_MAMBA, mixes=True),
-    "bamba": Family({**_MAMBA, "attn_layer_indices": [1]}, mixes=True),
-    "jamba": Family({**_MOE, "attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False}, mixes=True),
-    "mamba": Family({"state_size": 8}, ("in_proj", "x_proj"), "eager", mixes=True),
+    "recurrent_gemma": Family(
+        {"lru_width": 32, "attention_window_size": 16, "block_types": ["recurrent", "attention"]}, rows="padded"
+    ),
+    "minimax": Family({**_MOE, "layer_types": ["linear_attention", "full_attention"], "block_size": 8}, rows="padded"),
+    "falcon_h1": Family(_MAMBA, rows="padded"),
+    "bamba": Family({**_MAMBA, "attn_layer_indices": [1]}, rows="padded"),
+    "jamba": Family(
+        {**_MOE, "attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False}, rows="padded"
+    ),
+    "mamba": Family({"state_size": 8}, ("in_proj", "x_proj"), "eager", rows="padded"),
     "hrm_text": Family(),
-    "olmo_hybrid": Family(mixes=True),
+    "olmo_hybrid": Family(rows="padded"),
     "kimi_linear": Family(),
     "qwen3_next": Family(
         {
@@ -155,7 +161,7 @@ FAMILIES: dict[str, Family] = {
             "linear_key_head_dim": 8,
             "linear_value_head_dim": 8,
         },
-        mixes=True,
+        rows="padded",
     ),
 }
 """By transformers' model_type."""

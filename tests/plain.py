@@ -50,7 +50,7 @@ class Plain:
         targets: Sequence[str] | str,
         lr: float,
         clip: float,
-        attention: str = "sdpa",
+        attention: str | None = None,
         epsilon: float = 1e-8,
     ) -> None:
         # from_pretrained leaves the model in eval mode: the frozen base drops nothing.

@@ -77,8 +77,8 @@ class ModelConfig:
     """Precision of base and activations; adapters keep an fp32 master. Slow on a CPU without native bf16."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """Attention implementation of transformers."""
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """Attention implementation of transformers; auto: sdpa where the model has it, else eager."""
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ Tiny random models. When a new transformers release changes a family, its row sa
 """
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,6 @@ def evaluate_on_rank(job: Any, argv: Sequence[str]) -> None:
 
 def recipe(model: Path, data: Path, folder: Path, family: families.Family, **more: Any) -> list[str]:
     settings = {
-        "model__attention": family.attention,
         "lora__target_modules": list(family.targets),
         "data__template": "{instruction}",
         "method__alpha": ALPHA,
@@ -117,7 +117,9 @@ def check(name: str, tmp_path: Path, num_ranks: int, training: dict[str, Any], e
     run = tmp_path / "runs" / "tiny"
     options = ["--run", str(run), f"--beams={BEAMS}", f"--max_new_tokens={NEW_TOKENS}", *evaluation]
     run_on_ranks(train_on_rank, num_ranks, tmp_path, argv)
-    assert ("mixes the examples of a row" in (run / "log.txt").read_text()) == family.mixes
+    said = (run / "log.txt").read_text()
+    (taken,) = re.findall(r"attention (\w+).*; rows (\w+):", said)
+    assert taken == (family.attention, family.rows)
     run_on_ranks(evaluate_on_rank, num_ranks, tmp_path, options)
 
     reference, clients, start = start_plain(load_config(argv))

@@ -159,7 +159,7 @@ def _check_kind(config: PretrainedConfig, path: Path) -> None:
     """Raise ModelError unless transformers has a causal LM of text alone for the config."""
     name = (config.architectures or [type(config).__name__])[0]
     described = f"{path} describes {name}"
-    remedy = "adapters are trained on causal LMs of text, such as Llama, Qwen or Gemma (docs/guide.md): use one"
+    remedy = "adapters are trained on causal LMs of text, such as Llama, Qwen or Gemma (docs/models.md): use one"
     if config.is_encoder_decoder:
         raise ModelError(f"{described}, an encoder-decoder; {remedy}")
     causal_lm = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)

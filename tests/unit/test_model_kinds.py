@@ -75,6 +75,11 @@ def test_every_family_is_a_causal_lm(name: str, tmp_path: Path) -> None:
     read_config(tmp_path)
 
 
+def test_the_table_of_families_is_that_of_the_matrix() -> None:
+    page = Path(__file__).parents[2] / "docs" / "models.md"
+    assert page.read_text(encoding="utf-8").endswith(f"\n\n{families.table()}"), families.table()
+
+
 def test_the_text_part_of_a_checkpoint_is_loaded_where_transformers_has_it(tmp_path: Path) -> None:
     """Qwen3.5 has one checkpoint for pictures and text."""
     torch.manual_seed(0)

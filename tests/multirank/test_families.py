@@ -107,6 +107,28 @@ def adapted_modules(model: peft.PeftModel) -> set[str]:
     return {name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
 
 
+@pytest.mark.parametrize("targets", ["all-linear", ["experts.down_proj"]])
+def test_experts_in_one_parameter_are_refused_under_zero_3(targets: Any, tmp_path: Path) -> None:
+    model = families.make_family(tmp_path / "model", "mixtral")
+    data = tiny.make_federation(tmp_path / "data", CLIENTS, num_test=2)
+    zero3 = {"cluster__ranks_per_group": 2, "engine__deepspeed_config": "ds_configs/zero3.json"}
+    family = families.FAMILIES["mixtral"]
+    argv = recipe(model, data, tmp_path / "runs", family, lora__target_modules=targets, **zero3)
+    with pytest.raises(AssertionError, match="MixtralForCausalLM keeps in one parameter, which ZeRO-3 divides"):
+        run_on_ranks(train_on_rank, 2, tmp_path, argv)
+
+
+def test_a_run_of_an_older_recipe_resumes_where_attention_is_chosen(tmp_path: Path) -> None:
+    """sdpa was the default: it stands in saved recipes."""
+    model = tiny.make_model(tmp_path / "model")
+    data = tiny.make_federation(tmp_path / "data", CLIENTS, num_test=2)
+    before = {"model__attention": "sdpa", "federation__num_rounds": 1}
+    run_on_ranks(train_on_rank, 1, tmp_path, tiny.recipe(model, data, tmp_path / "runs", **before))
+    assert "attention: sdpa" in (tmp_path / "runs/tiny/config.yaml").read_text()
+    run_on_ranks(train_on_rank, 1, tmp_path, tiny.recipe(model, data, tmp_path / "runs", resume="must"))
+    assert "continues after round 1 of 2" in (tmp_path / "runs/tiny/log.txt").read_text()
+
+
 def check(name: str, tmp_path: Path, num_ranks: int, training: dict[str, Any], evaluation: list[str]) -> None:
     """Adapters of a round, and all answers, equal those of transformers and PEFT alone."""
     family = families.FAMILIES[name]

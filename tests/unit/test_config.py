@@ -506,7 +506,7 @@ def test_fingerprint_holds_what_determines_the_result() -> None:
     assert left_out == {
         *("name", "output_dir", "private_dir", "metrics.share", "data.cache_dir", "train.micro_batch_tokens"),
         *(f"federation.{key}" for key in ("num_rounds", "timeout_seconds", "min_clients")),
-        *("federation.max_update_norm", "federation.on_bad_update", "resume"),
+        *("federation.max_update_norm", "federation.on_bad_update", "resume", "model.attention"),
         *(f"weighting.{key}" for key in ("kind", "scale", "representation", "encoder")),
         *(
             key

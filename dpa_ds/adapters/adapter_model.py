@@ -119,11 +119,16 @@ class AdapterModel:
         # On the CPU up to here, where it costs nothing: one small copy to the device serves all layers.
         weights = (mix * self.scale)[..., columns].to(self.device)
         per_layer = torch.split(weights.expand(-1, num_adapted, -1), 1, dim=1)
-        for layer, layer_weights in zip(self.layers, per_layer, strict=False):
+        for layer, layer_weights in zip(self.layers, per_layer[: len(self.layers)], strict=True):
             layer.mix(names, layer_weights)
-        by_name = dict(zip(self.table, (mix * self.scale).expand(-1, num_adapted, -1).unbind(-1), strict=True))
-        for position, parameter in enumerate(self.experts, start=len(self.layers)):
-            parameter.mix({name: by_name[name][:, position] for name in names})
+        if self.experts:
+            self._mix_experts((mix * self.scale).expand(-1, num_adapted, -1), names)
+
+    def _mix_experts(self, weights: torch.Tensor, names: Sequence[str]) -> None:
+        """Weight the adapters of experts; `weights` has a place for each adapted layer, and then for these."""
+        columns = {name: column for column, name in enumerate(self.table)}
+        for position, experts in enumerate(self.experts, start=len(self.layers)):
+            experts.mix({name: weights[:, position, columns[name]] for name in names})
 
     def set_trainable(self, adapter: str, trainable: bool) -> None:
         """Freeze `adapter`, or free those of its matrices that the table trains.

@@ -187,7 +187,7 @@ FAMILIES: dict[str, Family] = {
     # Its layers repeat: with larger weights fp32 and fp64 are 90 % apart after a round, so these are 6e-7.
     "hrm_text": Family({"initializer_range": 0.1}),
     "olmo_hybrid": Family(rows="padded"),
-    "kimi_linear": Family(remark="loads; not compared, without a GPU's kernels it takes minutes"),
+    "kimi_linear": Family(rows="padded", remark="loads; not compared, without a GPU's kernels it takes minutes"),
     "qwen3_next": Family(
         {
             **_MOE,

@@ -145,7 +145,7 @@ def build_session(config: RunConfig, job: JobStore) -> Session:
     layout = describe_layout(engine, config.train, config.federation)
     saving = RoundSaving(place.folder, writer, config.checkpoint, layout)
     round_state = RoundState(saving, world, job, config.federation.on_bad_update, state, place.completed_rounds)
-    batching = engine.packing.batching(config.train.micro_batch_tokens, base.pad_id)
+    batching = engine.rows.batching(config.train.micro_batch_tokens, base.pad_id)
     trainer = Trainer(
         engine, schedule, config.train, config.seed, batching, aggregation.transforms, round_state, tracker
     )

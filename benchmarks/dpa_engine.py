@@ -41,7 +41,7 @@ class DpaEngine:
         ds_json = build_deepspeed_json(load_deepspeed_json(path), path, config.train, config.model.precision, 1)
         self._engine = AdapterEngine(adapters, world, config.train, ds_json)
         self._train, self._examples, self._states = config.train, examples, states
-        self._batching = self._engine.packing.batching(config.train.micro_batch_tokens, pad_id)
+        self._batching = self._engine.rows.batching(config.train.micro_batch_tokens, pad_id)
         self._clock = clock
 
     def build(self, step: Sequence[int], prefix_sharing: bool = True) -> StepBatch:

@@ -27,6 +27,19 @@ class Client:
     history: list[float] = field(default_factory=list)
 
 
+def lora_config(rank: int, alpha: float, targets: Sequence[str] | str) -> peft.LoraConfig:
+    """PEFT's own, for its word all-linear, or for names: those of experts in one parameter begin with `experts.`."""
+    modules: list[str] | str = targets if isinstance(targets, str) else [t for t in targets if "experts." not in t]
+    parameters = None if isinstance(targets, str) else [t for t in targets if "experts." in t]
+    return peft.LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=modules,
+        target_parameters=parameters or None,
+        task_type="CAUSAL_LM",
+    )
+
+
 class Plain:
     """A PEFT model with adapters "global" and "local"."""
 
@@ -35,15 +48,15 @@ class Plain:
         model_dir: Any,
         rank: int,
         alpha: float,
-        targets: Sequence[str],
+        targets: Sequence[str] | str,
         lr: float,
         clip: float,
-        attention: str = "sdpa",
+        attention: str | None = None,
         epsilon: float = 1e-8,
     ) -> None:
         # from_pretrained leaves the model in eval mode: the frozen base drops nothing.
         base = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, attn_implementation=attention)
-        config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), task_type="CAUSAL_LM")
+        config = lora_config(rank, alpha, targets)
         self.model = peft.get_peft_model(base, config, adapter_name="global")
         self.model.add_adapter("local", config)
         self.scale, self.lr, self.clip, self.epsilon = alpha / rank, lr, clip, epsilon

@@ -46,8 +46,12 @@ class PlainClient:
     @torch.no_grad()
     def embed(self, tokens: Sequence[int], encoder: str) -> torch.Tensor:
         """(representations, hidden size): at the last token, and the mean over tokens."""
-        output = self.encoders[encoder](input_ids=torch.tensor([list(tokens)]), output_hidden_states=True)
-        hidden = output.hidden_states[-1][0]
+        model, ids = self.encoders[encoder], torch.tensor([list(tokens)])
+        states = model(input_ids=ids, output_hidden_states=True).hidden_states[-1]
+        if states.dim() == 4:  # Gemma 3n has several streams, whose mean the output head gets
+            inner = model.get_base_model() if isinstance(model, peft.PeftModel) else model
+            states = inner.model(input_ids=ids).last_hidden_state
+        hidden = states[0]
         return torch.stack([hidden[-1], hidden.mean(dim=0)])
 
     def alpha(self, prompt: str, kind: str, scale: float, representation: str) -> float:

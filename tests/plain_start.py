@@ -29,7 +29,7 @@ def start_plain(config: RunConfig, pooled: bool = False) -> tuple[plain.Plain, l
         lora.target_modules,
         train.learning_rate,
         train.max_grad_norm,
-        config.model.attention,
+        None if config.model.attention == "auto" else config.model.attention,
         train.adam_epsilon,
     )
     tokenizer = AutoTokenizer.from_pretrained(config.model.path)

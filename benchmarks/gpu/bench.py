@@ -89,7 +89,7 @@ class Bench:
 
     def build(self, examples: TokenizedExamples, token_budget: int, prefix_sharing: bool = True) -> StepBatch:
         """One step of all `examples`, at most `token_budget` tokens a pass."""
-        batching = self.engine.packing.batching(token_budget, pad_id=0)
+        batching = self.engine.rows.batching(token_budget, pad_id=0)
         if not prefix_sharing:
             batching = replace(batching, prefix_sharing=False)
         return build_step(examples, range(len(examples)), 0, 1, batching)

@@ -94,14 +94,14 @@ class Segments:
 
     def __init__(self, bench: Bench) -> None:
         self._engine = bench.engine
-        self._chosen = bench.engine.packing
+        self._chosen = bench.engine.rows
         self._segments = PackedAttention(bench.base, "segments")
 
     def __enter__(self) -> None:
-        self._engine.packing = self._segments
+        self._engine.rows = self._segments
 
     def __exit__(self, *_: object) -> None:
-        self._engine.packing = self._chosen
+        self._engine.rows = self._chosen
 
 
 def measure_floor(bench: Bench) -> None:

@@ -7,23 +7,28 @@ The mix is a tensor: a weight for each instance, layer and adapter. PEFT is used
 layers compute all adapters at once (`mixed_lora.py`).
 """
 
+import copy
 import hashlib
 import inspect
 import logging
 import math
+import warnings
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import peft
 import torch
-from peft.tuners.lora import LoraLayer
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
+from peft.tuners.lora.layer import ParamWrapper
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from dpa_ds.adapters.methods import AdapterSpec
-from dpa_ds.adapters.mixed_lora import MixedLora, with_mixed_layers
+from dpa_ds.adapters.methods import GLOBAL, LOCAL, AdapterSpec, adapter_table
+from dpa_ds.adapters.mixed_lora import MixedLora, MixedParameter, with_mixed_layers
 from dpa_ds.adapters.state import AdapterState, Shapes, shapes_of
 from dpa_ds.config.schema import LoraConfig
 from dpa_ds.errors import ModelError
+from dpa_ds.model.directory import read_config
+from dpa_ds.model.linear_layers import Targets, find_targets, is_named, linear_layers
 
 logger = logging.getLogger(__name__)
 
@@ -32,16 +37,23 @@ class AdapterModel:
     """A PEFT model with every adapter of `table` on every target layer."""
 
     def __init__(self, base: PreTrainedModel, table: Sequence[AdapterSpec], config: LoraConfig) -> None:
-        _check_target_modules(base, config)
+        targets = find_targets(base, config)
+        layers = linear_layers(base)
         _check_ranks(base, config)
         base.requires_grad_(False)
         self.base_model = base
         """The causal LM under PEFT."""
         self.table = {spec.name: spec for spec in table}
         """By name; the order is that of the last dimension of a mix."""
-        self.peft_model = _add_adapters(base, table, config)
+        self.peft_model = _add_adapters(base, table, config, targets)
         self.layers = [module for module in self.peft_model.modules() if isinstance(module, MixedLora)]
-        """The adapted layers, in the order of the middle dimension of a mix."""
+        """The adapted linear layers, in the order of the middle dimension of a mix."""
+        self.experts = [
+            MixedParameter(module) for module in self.peft_model.modules() if isinstance(module, ParamWrapper)
+        ]
+        """The adapted parameters of experts, which follow the layers there."""
+        if self.experts:
+            _check_experts(self.peft_model, targets, layers)
         self.scale = config.alpha / config.rank
         self.parameters: dict[str, dict[str, torch.nn.Parameter]] = {}
         """Per adapter: PEFT's adapter-less key -> parameter, keys sorted."""
@@ -93,7 +105,8 @@ class AdapterModel:
                 and ranks have different weights: they gather the same parameters together.
         """
         _, num_layers, num_adapters = mix.shape
-        assert num_layers in (1, len(self.layers)), num_layers
+        num_adapted = len(self.layers) + len(self.experts)
+        assert num_layers in (1, num_adapted), num_layers
         assert num_adapters == len(self.table), num_adapters
         assert mix.dtype == torch.float32, mix.dtype
         names: list[str] = []
@@ -105,9 +118,17 @@ class AdapterModel:
                 columns += [column] * spec.rank
         # On the CPU up to here, where it costs nothing: one small copy to the device serves all layers.
         weights = (mix * self.scale)[..., columns].to(self.device)
-        per_layer = torch.split(weights.expand(-1, len(self.layers), -1), 1, dim=1)
-        for layer, layer_weights in zip(self.layers, per_layer, strict=True):
+        per_layer = torch.split(weights.expand(-1, num_adapted, -1), 1, dim=1)
+        for layer, layer_weights in zip(self.layers, per_layer[: len(self.layers)], strict=True):
             layer.mix(names, layer_weights)
+        if self.experts:
+            self._mix_experts((mix * self.scale).expand(-1, num_adapted, -1), names)
+
+    def _mix_experts(self, weights: torch.Tensor, names: Sequence[str]) -> None:
+        """Weight the adapters of experts; `weights` has a place for each adapted layer, and then for these."""
+        columns = {name: column for column, name in enumerate(self.table)}
+        for position, experts in enumerate(self.experts, start=len(self.layers)):
+            experts.mix({name: weights[:, position, columns[name]] for name in names})
 
     def set_trainable(self, adapter: str, trainable: bool) -> None:
         """Freeze `adapter`, or free those of its matrices that the table trains.
@@ -173,39 +194,95 @@ def global_local_mix(alpha: float | torch.Tensor) -> torch.Tensor:
     return torch.stack([1 - local, local], dim=-1)
 
 
-def _add_adapters(base: PreTrainedModel, table: Sequence[AdapterSpec], config: LoraConfig) -> peft.PeftModel:
+def count_parameters(directory: Path, config: LoraConfig) -> tuple[int, int, int]:
+    """Parameters of the base, of the global adapter, and of a local adapter. Reads no weights.
+
+    Raises:
+        ModelError: `config.json` describes no model, or one that cannot have these adapters.
+    """
+    with torch.device("meta"):  # shapes without memory
+        base = AutoModelForCausalLM.from_config(read_config(directory), trust_remote_code=False)
+    num_base = sum(parameter.numel() for parameter in base.parameters())
+    adapters = AdapterModel(base, adapter_table(config), config)
+    sizes = {}
+    for name, shapes in adapters.shapes.items():
+        sizes[name] = sum(math.prod(shape) for shape in shapes.values())
+    return num_base, sizes[GLOBAL], sizes[LOCAL]
+
+
+def _add_adapters(
+    base: PreTrainedModel, table: Sequence[AdapterSpec], config: LoraConfig, targets: Targets
+) -> peft.PeftModel:
     first, *others = table
+    made = _peft_config(base, config, targets, first.rank)
     # autocast_adapter_dtype=False: DeepSpeed keeps the fp32 master, the working copy has the base's precision.
     try:
-        model = peft.PeftModel(
-            base, _peft_config(base, config, first.rank), adapter_name=first.name, autocast_adapter_dtype=False
-        )
+        model = peft.PeftModel(base, made, adapter_name=first.name, autocast_adapter_dtype=False)
         for spec in others:
-            model.add_adapter(spec.name, _peft_config(base, config, spec.rank), autocast_adapter_dtype=False)
+            other = _config_of_rank(model.peft_config[first.name], spec.rank)
+            with warnings.catch_warnings():
+                # PEFT looks for the patterns in the names of modules, and these are of parameters.
+                warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys")
+                model.add_adapter(spec.name, other, autocast_adapter_dtype=False)
     except ValueError as error:
-        raise ModelError(f"PEFT refuses lora.target_modules {list(config.target_modules)}: {error}") from error
-    for name, module in model.named_modules():
-        if isinstance(module, LoraLayer) and not isinstance(module, MixedLora):
-            # PEFT also finds names among the parameters of fused experts; there it has one mix for all rows, its own.
+        if "ParamWrapper does not work with lora_dropout" in str(error):
             raise ModelError(
-                f"lora.target_modules {list(config.target_modules)} name {name.removeprefix('base_model.model.')}, "
-                "which is no linear layer, so its adapters could not be mixed: leave out what names it (gate_proj, "
-                "up_proj, down_proj)"
-            )
+                f"lora.target_modules {config.target_modules} name experts that {type(base).__name__} keeps in one "
+                "parameter, whose adapters know no dropout: set lora.dropout: 0, or name other layers"
+            ) from error
+        raise ModelError(f"PEFT refuses lora.target_modules {config.target_modules}: {error}") from error
     return model
 
 
-def _peft_config(base: PreTrainedModel, config: LoraConfig, rank: int) -> peft.LoraConfig:
+def _check_experts(model: peft.PeftModel, targets: Targets, layers: Sequence[str]) -> None:
+    """Refuse adapters on experts where they cannot be right.
+
+    PEFT (0.21) takes some names of linear layers, such as down_proj in DeepSeek, for those that experts had in
+    transformers 4: it adapts the experts, and no longer the layers.
+    """
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        raise ModelError(
+            f"lora.target_modules name experts that {type(model.get_base_model()).__name__} keeps in one parameter, "
+            "which ZeRO-3 divides: use a ds_configs/ file below stage 3, or name linear layers alone"
+        )
+    if isinstance(targets.modules, str):
+        return
+    adapted = {name.removeprefix("base_model.model.") for name, _ in model.named_modules()}
+    for path in layers:
+        named = [target for target in targets.modules if is_named(path, target)]
+        if named and f"{path}.lora_A" not in adapted:
+            raise ModelError(
+                f"lora.target_modules {named} mean experts to PEFT, which leaves out the linear layer {path} of the "
+                "same name: leave the name out, or write all-linear"
+            )
+
+
+def _peft_config(base: PreTrainedModel, config: LoraConfig, targets: Targets, rank: int) -> peft.LoraConfig:
     made = peft.LoraConfig(
         base_model_name_or_path=base.name_or_path,
         r=rank,
         lora_alpha=config.alpha * rank / config.rank,  # type: ignore[arg-type]  # alpha / rank is the scale of all
         lora_dropout=config.dropout,
-        target_modules=list(config.target_modules),
+        target_modules=targets.modules,
+        target_parameters=targets.parameters or None,
+        exclude_modules=targets.excluded or None,
         bias="none",
         task_type="CAUSAL_LM",
     )
     return with_mixed_layers(made)
+
+
+def _config_of_rank(resolved: Any, rank: int) -> peft.LoraConfig:
+    """The config of a further adapter on what PEFT found for the first one, at the same scale.
+
+    PEFT resolves all-linear where no adapter is yet, and gives experts that it found a rank of their own.
+    """
+    config: peft.LoraConfig = copy.deepcopy(resolved)
+    config.r = rank
+    config.lora_alpha = resolved.lora_alpha * rank / resolved.r
+    config.rank_pattern = {key: found * rank // resolved.r for key, found in resolved.rank_pattern.items()}
+    config.alpha_pattern = {key: found * rank / resolved.r for key, found in resolved.alpha_pattern.items()}
+    return config
 
 
 def _adapter_parameters(model: peft.PeftModel, adapter: str) -> dict[str, torch.nn.Parameter]:
@@ -231,21 +308,6 @@ def _initial_tensor(key: str, shape: Sequence[int], seed: Sequence[int]) -> torc
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     bound = 1 / math.sqrt(shape[1])  # kaiming_uniform_(a=sqrt(5)) with fan-in shape[1]
     return torch.empty(tuple(shape)).uniform_(-bound, bound, generator=generator)
-
-
-def _check_target_modules(base: PreTrainedModel, config: LoraConfig) -> None:
-    # PEFT complains only if none of the names matches.
-    missing = set(config.target_modules)
-    available = set()
-    for name, module in base.named_modules():
-        if isinstance(module, (torch.nn.Linear, Conv1D)):
-            available.add(name.rsplit(".", 1)[-1])
-            missing = {target for target in missing if not f".{name}".endswith(f".{target}")}
-    if missing:
-        listed = [target for target in config.target_modules if target in missing]
-        raise ModelError(
-            f"lora.target_modules {listed} are not linear layers of {type(base).__name__}; it has {sorted(available)}"
-        )
 
 
 def _report_tied(base: PreTrainedModel, layers: Sequence[MixedLora]) -> None:

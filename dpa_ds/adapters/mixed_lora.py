@@ -10,13 +10,14 @@ PEFT makes it by its documented way to register modules of one's own ("dynamic d
 modules").
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import peft
 import torch
 import torch.nn.functional as F
 from peft.tuners import lora
+from peft.tuners.lora.layer import ParamWrapper
 from transformers.pytorch_utils import Conv1D
 
 
@@ -99,6 +100,29 @@ class MixedLora(lora.Linear):
 
     def _drops_inputs(self, name: str) -> bool:
         return self.training and isinstance(self.lora_dropout[name], torch.nn.Dropout)
+
+
+class MixedParameter:
+    """The adapters of a parameter that its module reads itself, such as all experts of a layer of Mixtral.
+
+    PEFT (0.21) adds scaling * B A of each active adapter to the parameter while the module runs. So all rows of a pass
+    have one mix.
+    """
+
+    def __init__(self, wrapper: ParamWrapper) -> None:
+        self._wrapper = wrapper
+
+    def mix(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Have these adapters take part, with weights of shape (batch or 1,) on the CPU.
+
+        Raises:
+            NotImplementedError: rows have weights of their own.
+        """
+        self._wrapper._active_adapter = list(weights)  # set_adapter() would switch requires_grad as well
+        for name, of_rows in weights.items():
+            if not bool((of_rows == of_rows[0]).all()):
+                raise NotImplementedError("experts in one parameter have one mix for all rows")
+            self._wrapper.scaling[name] = float(of_rows[0])
 
 
 def with_mixed_layers(config: peft.LoraConfig) -> peft.LoraConfig:

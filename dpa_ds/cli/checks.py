@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
+from dpa_ds.adapters.adapter_model import count_parameters
 from dpa_ds.adapters.methods import build_schedule
 from dpa_ds.cli.verdicts import FAILED, SLOW_SHARE, Needs, judge, render
 from dpa_ds.config.deepspeed_json import load_deepspeed_json
@@ -22,7 +23,7 @@ from dpa_ds.errors import ClusterError
 from dpa_ds.evaluation.dataset import check_test_prompts
 from dpa_ds.federation.clients import agree_on_client_names, build_client_tokenizer, read_hosted
 from dpa_ds.model.base import DTYPES, check_precision, resolve_model
-from dpa_ds.model.directory import count_parameters, load_tokenizer, read_limits
+from dpa_ds.model.directory import load_tokenizer, read_limits
 from dpa_ds.runs.storage import write_file
 from dpa_ds.runs.tracking import logger, setup_logging
 

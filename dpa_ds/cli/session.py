@@ -64,7 +64,7 @@ from dpa_ds.federation.session import RoundTimer, Session
 from dpa_ds.federation.trainer import Trainer
 from dpa_ds.inference.weighting import resolve_weighting
 from dpa_ds.model.base import check_precision, load_base, resolve_model
-from dpa_ds.model.directory import load_tokenizer, model_fingerprint, read_limits
+from dpa_ds.model.directory import base_fingerprint, load_tokenizer, read_limits
 from dpa_ds.runs.folder import MODEL, RunFolder
 from dpa_ds.runs.private import open_run_folder
 from dpa_ds.runs.resume import (
@@ -145,7 +145,7 @@ def build_session(config: RunConfig, job: JobStore) -> Session:
     layout = describe_layout(engine, config.train, config.federation)
     saving = RoundSaving(place.folder, writer, config.checkpoint, layout)
     round_state = RoundState(saving, world, job, config.federation.on_bad_update, state, place.completed_rounds)
-    batching = engine.packing.batching(config.train.micro_batch_tokens, base.pad_id)
+    batching = engine.rows.batching(config.train.micro_batch_tokens, base.pad_id)
     trainer = Trainer(
         engine, schedule, config.train, config.seed, batching, aggregation.transforms, round_state, tracker
     )
@@ -323,7 +323,7 @@ class FoundBase:
     """How texts become the tokens that it reads."""
     pad_id: int
     fingerprint: str
-    """Of its files."""
+    """Of its files, and of its chat template where that is used."""
 
 
 def prepare_data(
@@ -348,7 +348,9 @@ def prepare_data(
         directory = resolve_model(model, data.cache_dir)
     tokenizer = load_tokenizer(directory)
     example_format = build_format(tokenizer, data)
-    base = FoundBase(directory, example_format, int(tokenizer.pad_token_id), model_fingerprint(directory))
+    base = FoundBase(
+        directory, example_format, int(tokenizer.pad_token_id), base_fingerprint(directory, example_format)
+    )
     folder.check_model(base.fingerprint)
     limits = read_limits(directory)
     if world.is_coordinator:

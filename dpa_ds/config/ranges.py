@@ -135,6 +135,10 @@ def _are_names(names: Sequence[str]) -> bool:
     return len(names) > 0 and all(names)
 
 
+def _are_layers(targets: Sequence[str]) -> bool:
+    return isinstance(targets, str) or _are_names(targets)
+
+
 def _has_known_braces(path: str) -> bool:
     without_variables = re.sub(r"\$\{\w*\}", "", path)
     return path.count("{group}") <= 1 and not re.search("[{}]", without_variables.replace("{group}", ""))
@@ -164,7 +168,7 @@ PRIVATE_DIR = all_of(
 )
 PLAIN_NAME = must("must be a plain folder name, not empty and without / or \\", _is_plain_name)
 SHORT_NAME = must(f"must be a folder name of at most {MAX_NAME_BYTES} bytes", _is_short_name)
-LINEAR_LAYERS = must("must name at least one linear layer, such as [q_proj]", _are_names)
+LINEAR_LAYERS = must("must name at least one linear layer, such as [q_proj]", _are_layers)
 CLIENTS = must("must be ids or names of clients such as [0, 3]", _are_clients)
 CLIENT_FILES = must("must be different names of files or folders such as [north, south]", _are_client_files)
 TASK_NAMES = must("must be names of tasks such as [paraphrase]", _are_names)

@@ -45,6 +45,9 @@ PAPER_TEMPLATE = "### Instruction:\n{instruction}\n\n### Response:\n"
 """The prompt of the paper's experiments."""
 MethodName = Literal["feddpa_t", "feddpa_f", "fedit", "fedlora", "local", "centralized"]
 RanksPerGroup = int | list[int] | Literal["auto"]
+TargetModules = list[str] | Literal["all-linear"]
+ALL_LINEAR = "all-linear"
+"""`lora.target_modules` of every linear layer but the output head."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +80,8 @@ class ModelConfig:
     """Precision of base and activations; adapters keep an fp32 master. Slow on a CPU without native bf16."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """Attention implementation of transformers."""
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """Attention implementation of transformers; auto: sdpa where the model has it, else eager."""
 
 
 @dataclass(frozen=True)
@@ -91,8 +94,8 @@ class LoraConfig:
     """LoRA alpha of both adapters; the scale is alpha / rank."""
     dropout: float = field(default=0.05, metadata=within("[0, 1)"))
     """Dropout on the adapter input while training, in [0, 1)."""
-    target_modules: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"], metadata=LINEAR_LAYERS)
-    """Names of the linear layers to adapt, matched at the end of the module path."""
+    target_modules: TargetModules = field(default_factory=lambda: ["q_proj", "v_proj"], metadata=LINEAR_LAYERS)
+    """Linear layers to adapt: names, matched at the end of the module path; all-linear: all but the output head."""
     local_rank: int | None = field(default=None, metadata=at_least(1, up_to=MILLION, or_null="for lora.rank"))
     """Rank of the local adapter, if it is to differ from `rank`. alpha / rank stays the scale of both."""
 

@@ -32,9 +32,9 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 MAX_FILE_BYTES = 1 << 20
 """A recipe or DeepSpeed JSON is a few kB: more is the wrong file, and is not read."""
 
-# Fields that may change between the parts of one run: they move work and output about, never the result (but for the
-# dropout masks, which each rank draws for itself). num_rounds is among them so that a finished run can be extended:
-# nothing inside a round depends on it.
+# Fields that may change between the parts of one run: they move work and output about, never the result (but for its
+# rounding, and for the dropout masks, which each rank draws for itself). num_rounds is among them so that a finished
+# run can be extended: nothing inside a round depends on it.
 _NOT_IN_FINGERPRINT = {
     "name",
     "output_dir",
@@ -45,6 +45,7 @@ _NOT_IN_FINGERPRINT = {
     "federation.min_clients",
     "federation.max_update_norm",
     "federation.on_bad_update",
+    "model.attention",
     "resume",
     "train.micro_batch_tokens",
     "weighting.kind",

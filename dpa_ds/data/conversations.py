@@ -4,6 +4,7 @@ Read are `messages` (role, content), `conversations` (from, value), and `prompt`
 lists of messages. A `tools` column goes with them to the model's chat template.
 """
 
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -142,6 +143,9 @@ def _read_part(row: Row, column: str, role: str) -> list[Message]:
 
 def _read_messages(row: Row, column: str) -> list[Message]:
     value = row.values[column]
+    if isinstance(value, str):  # as it stands in a CSV file
+        with contextlib.suppress(ValueError):
+            value = json.loads(value)
     if not isinstance(value, Sequence) or isinstance(value, str):
         raise DataError(
             f"{row.place}: column {column!r} must be a list of turns such as "

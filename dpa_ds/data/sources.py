@@ -45,6 +45,9 @@ _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u2
 TEXT_COLUMN = "text"
 """Column of plain texts, of which every token is trained on, in data that has neither instructions nor turns."""
 
+_ANSWER_COLUMNS = {"label", "labels", "answer", "answers", "response", "target", "targets", "summary", "completion"}
+"""Beside a text they are what is to be learned: data sets for classification and the like."""
+
 NO_TASK = "all"
 """Name of the one task where the data names none."""
 
@@ -391,10 +394,26 @@ def _to_example(row: Row, config: DataConfig, task_column: str | None) -> Exampl
             asked = conversation.until(len(conversation.messages) - 1).last_question
             return Example(asked, conversation.messages[-1].content, task, row.place, conversation)
         if TEXT_COLUMN in row.values and config.output_column not in row.values:
-            return Example("", _filled(row, TEXT_COLUMN, ""), task, row.place)
+            return Example("", _read_plain_text(row), task, row.place)
     instruction = read_instruction(row, config)
     output = _filled(row, config.output_column, "set data.output_column to one of them")
     return Example(instruction, output, task, row.place)
+
+
+def _read_plain_text(row: Row) -> str:
+    """The text of a row that has neither an instruction nor turns.
+
+    Raises:
+        DataError: it is empty, or the row has an answer to it: then it is no plain text.
+    """
+    answers = sorted(_ANSWER_COLUMNS & row.values.keys())
+    if answers:
+        raise DataError(
+            f"{row.place}: has the column {TEXT_COLUMN!r}, and an answer to it in {answers[0]!r}: set "
+            f"data.instruction_column {TEXT_COLUMN} and data.output_column {answers[0]}, or take {answers[0]!r} out to "
+            "train on every token of the text"
+        )
+    return _filled(row, TEXT_COLUMN, "")
 
 
 def _filled(row: Row, column: str, remedy: str) -> str:

@@ -10,6 +10,7 @@ flat buffer that is freed at once. Every other rank holds its working copy and i
 master.
 """
 
+import logging
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -33,10 +34,13 @@ from dpa_ds.distributed.device import send
 from dpa_ds.distributed.world import World
 from dpa_ds.engine.label_loss import cross_entropy_sum
 from dpa_ds.engine.master_weights import Fragment, forget_order_of_modules, locate_masters
-from dpa_ds.engine.packed_attention import PackedAttention
-from dpa_ds.engine.packing_check import Rows, choose_rows
+from dpa_ds.engine.packed_attention import PackedAttention, describe_attention, takes_packed_rows
+from dpa_ds.engine.packing_check import choose_rows
 from dpa_ds.engine.profiling import Profile
+from dpa_ds.engine.rows import PaddedRows, Rows, SingleRows
 from dpa_ds.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 UNTRAINED = "untrained"
 """Name of the optimizer group of what no phase trains."""
@@ -104,14 +108,12 @@ class StepResult(NamedTuple):
 class _SentBatch:
     """A micro-batch on its way to the device: the host does not wait until it is there."""
 
-    input_ids: torch.Tensor
-    """Shape (1, tokens)."""
+    inputs: dict[str, Any]
+    """What the model takes: input_ids of shape (rows, tokens of a row), and what tells examples of a row apart."""
     positions: torch.Tensor
-    """Where a label is predicted, shape (labels,); at least one."""
+    """Where a label is predicted in the rows one after the other, shape (labels,); at least one."""
     targets: torch.Tensor
     """The labels, shape (labels,)."""
-    attention: dict[str, Any]
-    """What attention needs to know of the examples, and their positions."""
 
 
 class AdapterEngine:
@@ -127,7 +129,6 @@ class AdapterEngine:
     ) -> None:
         self.adapters = adapters
         self.world = world
-        self.packing = PackedAttention(adapters.base_model)
         self._train = train
         self._profile = profile or Profile(None, world)
         optimizer = torch.optim.AdamW(_optimizer_groups(adapters), betas=train.adam_betas, eps=train.adam_epsilon)
@@ -156,7 +157,9 @@ class AdapterEngine:
         self._positions: torch.Tensor | None = None
         head = adapters.base_model.get_output_embeddings()
         head.register_forward_pre_hook(self._select_positions)
-        self.packing.rows = self._choose_rows()
+        self.rows = self._choose_rows()
+        """How examples are placed in the rows of a pass."""
+        logger.info(f"attention {describe_attention(adapters.base_model)}; rows {self.rows.description}")
 
     @torch.no_grad()
     def _choose_rows(self) -> Rows:
@@ -164,9 +167,9 @@ class AdapterEngine:
         self.engine.eval()
         base = self.adapters.base_model
 
-        def packed(row: MicroBatch) -> torch.Tensor:
-            sent = self._send(row)
-            with self.packing:
+        def placed(rows: Rows, micro_batch: MicroBatch) -> torch.Tensor:
+            sent = self._send(micro_batch, rows)
+            with rows:
                 return self._logits(sent)[0]
 
         def alone(sequence: torch.Tensor) -> torch.Tensor:
@@ -175,8 +178,10 @@ class AdapterEngine:
             ).logits
             return logits[0]
 
-        vocab_size = self.adapters.vocab_size
-        rows = choose_rows(packed, alone, vocab_size, self.packing.supports_prefix, type(base).__name__)
+        candidates: list[Rows] = [PaddedRows(), SingleRows()]
+        if takes_packed_rows(base):
+            candidates.insert(0, PackedAttention(base))
+        rows = choose_rows(candidates, placed, alone, self.adapters.vocab_size, type(base).__name__)
         self.adapters.forget_stacked()
         return rows
 
@@ -219,11 +224,11 @@ class AdapterEngine:
             if not self.adapters.base_model.training:
                 self.engine.train()
             loss_share = torch.zeros((), device=self.world.device)
-            sent_batches = [self._send(micro_batch) for micro_batch in step.micro_batches]
+            sent_batches = [self._send(micro_batch, self.rows) for micro_batch in step.micro_batches]
             for sent in sent_batches:
                 # By hand, because the number of micro-batches differs from step to step.
                 self.engine.set_gradient_accumulation_boundary(sent is sent_batches[-1])
-                with self.packing:
+                with self.rows:
                     loss = self._loss_sum(sent) / step.num_label_tokens
                     loss_share += loss.detach()
                     # DeepSpeed averages gradients over the ranks; ours are to be summed.
@@ -242,8 +247,8 @@ class AdapterEngine:
             for step in steps:
                 num_label_tokens += step.num_label_tokens
                 for micro_batch in step.micro_batches:
-                    with self.packing:
-                        loss_sum += self._loss_sum(self._send(micro_batch))
+                    with self.rows:
+                        loss_sum += self._loss_sum(self._send(micro_batch, self.rows))
             self.adapters.forget_stacked()  # else they would stay in memory during training
             return float(self.world.all_reduce_(loss_sum)) / num_label_tokens
 
@@ -267,7 +272,7 @@ class AdapterEngine:
             gradients += [parameter.grad for parameter in group["params"] if parameter.grad is not None]
         return gradients
 
-    def _send(self, micro_batch: MicroBatch) -> _SentBatch:
+    def _send(self, micro_batch: MicroBatch, rows: Rows) -> _SentBatch:
         """All that a forward pass takes, on its way to the device."""
         # Found on the CPU, where targets are: on a GPU it would wait for the device.
         positions = (micro_batch.targets != IGNORE_INDEX).nonzero().flatten()
@@ -275,22 +280,22 @@ class AdapterEngine:
             positions = torch.zeros(1, dtype=torch.int64)
         device = self.world.device
         return _SentBatch(
-            input_ids=send(micro_batch.input_ids[None], device),
+            inputs=rows.inputs(micro_batch, device),
             positions=send(positions, device),
             targets=send(micro_batch.targets[positions], device),
-            attention=self.packing.arguments(micro_batch, device),
         )
 
     def _loss_sum(self, sent: _SentBatch) -> torch.Tensor:
         """Cross-entropy summed over the label tokens, fp32. Logits are computed at labelled
         positions only."""
-        self._positions = sent.positions
         logits = self._logits(sent)
         # (1, labels, vocab) -> (labels, vocab); indexing would copy the gradient.
         return cross_entropy_sum(logits.flatten(0, 1), sent.targets)
 
     def _logits(self, sent: _SentBatch) -> torch.Tensor:
-        logits: torch.Tensor = self.engine(input_ids=sent.input_ids, use_cache=False, **sent.attention).logits
+        """Where a label is predicted, (1, labels, vocabulary)."""
+        self._positions = sent.positions
+        logits: torch.Tensor = self.engine(use_cache=False, **sent.inputs).logits
         return logits
 
     def _select_positions(self, _: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor] | None:

@@ -9,27 +9,27 @@ borders of the rows itself; for `eager` transformers finds them in the position 
 """
 
 import inspect
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from dpa_ds.data.batching import SEGMENT_OVERHEAD_TOKENS, BatchingConfig, MicroBatch
+from dpa_ds.data.batching import IGNORE_INDEX, SEGMENT_OVERHEAD_TOKENS, BatchingConfig, MicroBatch
 from dpa_ds.distributed.device import send
-from dpa_ds.engine.packing_check import Rows
 from dpa_ds.engine.varlen_attention import MIN_CAPABILITY, MOST_HEAD_DIM, find_borders, varlen_attention
 
 Kernel = Literal["segments", "varlen"]
 """How `sdpa` computes a row: a call for each segment, or one for all examples."""
 NAMES: dict[Kernel, str] = {"segments": "packed_sdpa", "varlen": "packed_varlen"}
 """Names of our attention functions in transformers' table."""
+TRIED_PREFIX = 4
+"""Tokens of the shared prefix that packed rows are tried with."""
 
 
 class PackedAttention:
     """A context in which `base` takes rows of several examples, in the forward and in the backward pass.
-
-    Where `rows` says one example a row, the model's own attention computes it, whatever that is.
 
     Args:
         kernel: how `sdpa` computes a row; None: what fits device and precision of `base`.
@@ -39,11 +39,10 @@ class PackedAttention:
         self._config = base.config.get_text_config()
         self._chosen = str(self._config._attn_implementation)
         self._kernel: Kernel = kernel or choose_kernel(base)
-        self.rows = Rows.MANY if _takes_rows(base) else Rows.ONE
-        """What a row may hold; see `packing_check.choose_rows`."""
+        self.description = "packed: several examples in one row"
 
     def __enter__(self) -> None:
-        if self._chosen == "sdpa" and self.rows is Rows.MANY:
+        if self._chosen == "sdpa":
             self._config._attn_implementation = NAMES[self._kernel]
 
     def __exit__(self, *_: object) -> None:
@@ -52,22 +51,39 @@ class PackedAttention:
     @property
     def supports_prefix(self) -> bool:
         """Whether a pass may begin with a prefix that its examples share."""
-        return self._chosen == "sdpa" and self.rows is Rows.MANY
+        return self._chosen == "sdpa"
+
+    @property
+    def prefixes(self) -> tuple[int, ...]:
+        """See `Rows`."""
+        return (0, TRIED_PREFIX) if self.supports_prefix else (0,)
 
     def batching(self, token_budget: int, pad_id: int) -> BatchingConfig:
         """How micro-batches are made for this attention."""
-        if self.rows is Rows.ONE:
-            # Each example exceeds the budget, and so has a row of its own.
-            return BatchingConfig(token_budget=1, pad_id=pad_id, prefix_sharing=False)
         overhead = SEGMENT_OVERHEAD_TOKENS
         if self._chosen == "sdpa" and self._kernel == "varlen":
             overhead = 0  # all segments are one call: then no example is padded
         return BatchingConfig(token_budget, pad_id, self.supports_prefix, overhead)
 
+    def trial(self, sequences: Sequence[torch.Tensor], prefix: int) -> MicroBatch:
+        """See `Rows`."""
+        suffixes = [sequence[prefix:] for sequence in sequences]
+        own = torch.cat(suffixes)
+        positions = [torch.arange(prefix), *(torch.arange(prefix, len(sequence)) for sequence in sequences)]
+        return MicroBatch(
+            input_ids=torch.cat([sequences[0][:prefix], own]),
+            position_ids=torch.cat(positions),
+            targets=torch.cat([torch.full((prefix,), IGNORE_INDEX), own]),
+            segments=tuple((1, len(suffix)) for suffix in suffixes),
+            prefix=prefix,
+        )
+
+    def inputs(self, micro_batch: MicroBatch, device: torch.device) -> dict[str, Any]:
+        """See `Rows`."""
+        return {"input_ids": send(micro_batch.input_ids[None], device), **self.arguments(micro_batch, device)}
+
     def arguments(self, micro_batch: MicroBatch, device: torch.device) -> dict[str, Any]:
         """What the forward pass of `micro_batch` takes beside its tokens."""
-        if self.rows is Rows.ONE:  # not even positions: some models have none
-            return {}
         return {"position_ids": send(micro_batch.position_ids[None], device), **self._borders(micro_batch, device)}
 
     def _borders(self, micro_batch: MicroBatch, device: torch.device) -> dict[str, Any]:
@@ -92,13 +108,21 @@ class PackedAttention:
         }
 
 
-def _takes_rows(base: PreTrainedModel) -> bool:
-    """Whether the model's class says that its attention can be replaced, and takes what tells examples apart."""
+def takes_packed_rows(base: PreTrainedModel) -> bool:
+    """Whether packed rows can be tried: attention can be replaced, and the model takes what tells examples apart."""
     parameters = inspect.signature(base.forward).parameters
     takes_more = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
     # Llama 4's chunks are in a mask that the model makes, and sequences short enough to try have one chunk.
     has_chunks = getattr(base.config.get_text_config(), "attention_chunk_size", None) is not None
     return base._supports_attention_backend and takes_more and "position_ids" in parameters and not has_chunks
+
+
+def describe_attention(base: PreTrainedModel) -> str:
+    """Which attention computes, and for eager why where the model leaves no choice."""
+    name = str(base.config.get_text_config()._attn_implementation)
+    if name == "eager" and not base._supports_sdpa:
+        return f"eager ({type(base).__name__} has no sdpa)"
+    return name
 
 
 def choose_kernel(base: PreTrainedModel) -> Kernel:

@@ -1,49 +1,38 @@
-"""Whether examples that are packed in one row get what each gets alone, tried on the model itself.
+"""How examples may be placed in rows so that each gets what it gets alone, tried on the model itself.
 
 A layer that mixes along the sequence and is no attention (a convolution, a state space, linear attention), or an
 attention that makes its mask without asking, lets a row's examples see one another: losses are off by 1e-4 to 1e-2, and
-nothing says so. So a few short random sequences go through the model in one row and alone. It takes a second with 135M
-parameters on one core.
+nothing says so. So a few short random sequences go through the model in one row and alone, and where that differs in
+padded rows. It takes a second with 135M parameters on one core.
 """
 
-import logging
 from collections.abc import Callable, Sequence
-from enum import Enum, auto
 
 import torch
 
-from dpa_ds.data.batching import IGNORE_INDEX, MicroBatch
+from dpa_ds.data.batching import MicroBatch
+from dpa_ds.engine.rows import Rows
 from dpa_ds.errors import ModelError
-
-logger = logging.getLogger(__name__)
 
 LENGTHS = (9, 6, 8, 5, 7)
 """Tokens of the sequences."""
 PREFIX_LENGTH = 4
-"""Of which all have the same, where the model takes a shared prefix."""
+"""Of which all have the same."""
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.05}
 """Largest difference of a token's logits, as a share of their norm: above rounding, below a look at the neighbour."""
 
-Forward = Callable[[MicroBatch], torch.Tensor]
-"""Logits of a packed row, shape (tokens, vocabulary)."""
+Forward = Callable[[Rows, MicroBatch], torch.Tensor]
+"""Logits of a micro-batch where it has targets, shape (targets, vocabulary)."""
 Alone = Callable[[torch.Tensor], torch.Tensor]
 """Logits of one sequence as transformers computes it, (tokens,) -> (tokens, vocabulary)."""
 
 
-class Rows(Enum):
-    """What a row may hold."""
+def choose_rows(candidates: Sequence[Rows], forward: Forward, alone: Alone, vocab_size: int, name: str) -> Rows:
+    """The first way to place examples that changes none of their logits; the last one is not tried.
 
-    MANY = auto()
-    """Several examples."""
-    ONE = auto()
-    """One example: with several they see one another."""
-
-
-def choose_rows(forward: Forward, alone: Alone, vocab_size: int, supports_prefix: bool, name: str) -> Rows:
-    """Several examples a row where that changes nothing, else one. Collective under ZeRO-3: all ranks of the group.
+    Collective under ZeRO-3: all ranks of the group.
 
     Args:
-        supports_prefix: whether rows may begin with a prefix that their examples share.
         name: of the model, for messages.
 
     Raises:
@@ -56,13 +45,11 @@ def choose_rows(forward: Forward, alone: Alone, vocab_size: int, supports_prefix
             f"the base model ({name}) returns NaN or infinity before anything is trained: download it again, or choose "
             "a model.precision of a wider range (bf16 for fp16, fp32 for both)"
         )
-    prefixes = (0, PREFIX_LENGTH) if supports_prefix else (0,)
-    if all(_agree(forward, expected, sequences, prefix) for prefix in prefixes):
-        return Rows.MANY
-    logger.warning(
-        f"{name} mixes the examples of a row, so each is computed by itself: right, and slower than with other models"
-    )
-    return Rows.ONE
+    *tried, last = candidates
+    for rows in tried:
+        if all(_agree(rows, forward, expected, sequences, prefix) for prefix in rows.prefixes):
+            return rows
+    return last
 
 
 def random_sequences(vocab_size: int) -> list[torch.Tensor]:
@@ -98,23 +85,12 @@ def same_logits(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor])
     return float(torch.stack([of_tokens.median(), of_first_tokens.median()]).max()) <= TOLERANCE[dtype]
 
 
-def _agree(forward: Forward, expected: list[torch.Tensor], sequences: list[torch.Tensor], prefix: int) -> bool:
-    """Whether the packed row gives each of its sequences the logits that it has alone."""
-    logits = forward(_pack(sequences, prefix))
-    own = [len(sequence) - prefix for sequence in sequences]
-    parts = torch.split(logits, [prefix, *own])[1:]
-    # Without the first: it has no neighbour on its left.
+def _agree(
+    rows: Rows, forward: Forward, expected: list[torch.Tensor], sequences: list[torch.Tensor], prefix: int
+) -> bool:
+    """Whether each of the sequences gets the logits that it has alone."""
+    assert prefix <= PREFIX_LENGTH, prefix
+    logits = forward(rows, rows.trial(sequences, prefix))
+    parts = torch.split(logits, [len(sequence) - prefix for sequence in sequences])
+    # Without the first: in a packed row it has no neighbour on its left.
     return same_logits(parts[1:], [alone[prefix:] for alone in expected[1:]])
-
-
-def _pack(sequences: list[torch.Tensor], prefix: int) -> MicroBatch:
-    suffixes = [sequence[prefix:] for sequence in sequences]
-    input_ids = torch.cat([sequences[0][:prefix], *suffixes])
-    positions = [torch.arange(prefix), *(torch.arange(prefix, len(sequence)) for sequence in sequences)]
-    return MicroBatch(
-        input_ids=input_ids,
-        position_ids=torch.cat(positions),
-        targets=torch.full_like(input_ids, IGNORE_INDEX),
-        segments=tuple((1, len(suffix)) for suffix in suffixes),
-        prefix=prefix,
-    )

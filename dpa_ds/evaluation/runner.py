@@ -25,7 +25,7 @@ from dpa_ds.evaluation.work_items import EvaluationSet, answer_work_item
 from dpa_ds.inference.client_model import ClientModel, Predictor, load_client_model
 from dpa_ds.inference.loading import build_predictor, place_base
 from dpa_ds.inference.weighting import resolve_weighting
-from dpa_ds.model.directory import model_fingerprint
+from dpa_ds.model.directory import base_fingerprint
 from dpa_ds.runs.folder import RunFolder
 from dpa_ds.runs.private import open_run_folder
 from dpa_ds.runs.storage import write_file
@@ -64,7 +64,7 @@ def evaluate(config: RunConfig, job: JobStore) -> Path | None:
         len(clients),
     )
     world = base.world
-    fingerprint = model_fingerprint(base.directory)
+    fingerprint = base_fingerprint(base.directory, base.example_format)
     folder.check_model(fingerprint)
     max_new_tokens = config.generation.max_new_tokens
     prompts = tokenize_instances(instances, base.example_format, base.limits, max_new_tokens)

@@ -21,7 +21,7 @@ from dpa_ds.errors import ClusterError, ConfigError, DataError
 from dpa_ds.inference.client_model import ClientModel, Predictor, load_client_model
 from dpa_ds.inference.loading import build_predictor, place_base
 from dpa_ds.inference.weighting import BASE_ALONE, describe_weighting, resolve_weighting
-from dpa_ds.model.directory import model_fingerprint
+from dpa_ds.model.directory import base_fingerprint
 from dpa_ds.runs.private import open_run_folder
 from dpa_ds.runs.tracking import logger, setup_logging
 
@@ -103,7 +103,7 @@ def generate(config: RunConfig, job: JobStore, wanted: Wanted, out: TextIO) -> N
         config.federation.timeout_seconds,
         num_clients,
     )
-    folder.check_model(model_fingerprint(base.directory))
+    folder.check_model(base_fingerprint(base.directory, base.example_format))
     asking = Asking(base.example_format, base.limits, config.generation.max_new_tokens)
     beginning = begin_conversation(wanted, asking)
     for question in questions:  # all of them before the first answer

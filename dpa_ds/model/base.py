@@ -138,7 +138,8 @@ def load_base(
         if "does not support an attention implementation" in str(error):
             name = str(error).split(maxsplit=1)[0]
             raise ModelError(
-                f"{name} has no attention of the kind model.attention {config.attention}: set model.attention: eager"
+                f"{name} has no attention of the kind model.attention {config.attention}: set model.attention: auto or "
+                "eager"
             ) from error
         raise ModelError(f"cannot load a causal LM from {directory}: {str(error).strip().splitlines()[0]}") from error
     except (LookupError, TypeError, AttributeError, AssertionError, ArithmeticError) as error:
@@ -173,11 +174,12 @@ def _load_whole(config: ModelConfig, directory: Path, device: torch.device) -> P
     on a CPU with 748 MB in bf16, two ranks that load at once in fp32 read 304 and 444 MB. A CPU rank that loads what
     the files have keeps the mapping, and no copy.
     """
+    hf_config = _read_config(directory)
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         directory,
-        config=_read_config(directory),
+        config=hf_config,
         dtype=DTYPES[config.precision],
-        attn_implementation=config.attention,
+        attn_implementation=_attention(config, hf_config),
         device_map={"": device},
         use_safetensors=True,
         local_files_only=True,
@@ -212,7 +214,7 @@ def _load_partitioned(config: ModelConfig, directory: Path, deepspeed_json: Mapp
         model = AutoModelForCausalLM.from_config(
             hf_config,
             dtype=DTYPES[config.precision],
-            attn_implementation=config.attention,
+            attn_implementation=_attention(config, hf_config),
             trust_remote_code=False,
         )
     model.tie_weights()  # part of the initialisation that was skipped
@@ -241,6 +243,18 @@ def _read_config(directory: Path) -> PreTrainedConfig:
             if is_noise and isinstance(value, float):
                 setattr(part, name, 0.0)
     return config
+
+
+def _attention(config: ModelConfig, hf_config: PreTrainedConfig) -> str | None:
+    """What to ask transformers for; None: sdpa where the model's class has it, else eager."""
+    if config.attention != "auto":
+        return config.attention
+    # What a config.json asks for is a kernel of someone else's machine.
+    hf_config._attn_implementation = None
+    # sdpa has no soft-capping (Gemma 2), and would leave it out without a word.
+    if getattr(hf_config.get_text_config(), "attn_logit_softcapping", None):
+        return "eager"
+    return None
 
 
 def _check_finite(name: str, tensor: torch.Tensor) -> None:

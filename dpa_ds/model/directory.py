@@ -11,11 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
+import transformers
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from dpa_ds.config.schema import LoraConfig
+from dpa_ds.data.chat_format import ChatFormat
+from dpa_ds.data.formats import ExampleFormat
 from dpa_ds.data.limits import ModelLimits
 from dpa_ds.errors import DpaError, ModelError, list_some
 
@@ -35,6 +37,8 @@ _MOST = {
     "num_attention_heads": 1_000_000,
 }
 """What no model exceeds: building one of 10^7 layers would take hours before its weights are found missing."""
+_ALWAYS_CAUSAL = ("gpt_neox",)
+"""Model types of decoders whose config has is_decoder, and says that they are none."""
 _SHARES = ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop")
 
 
@@ -53,7 +57,7 @@ def read_config(directory: Path) -> PretrainedConfig:
     """What `config.json` says.
 
     Raises:
-        ModelError: it is missing, damaged, or of a model that transformers does not know.
+        ModelError: it is missing, damaged, or of a model that transformers does not know, or that is no causal LM.
     """
     path = directory / "config.json"
     if not path.is_file():
@@ -62,6 +66,7 @@ def read_config(directory: Path) -> PretrainedConfig:
         )
     with _library_errors(directory, f"{path} describes no model", "correct it, or download the model again"):
         config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        _check_kind(config, path)
         text = config.get_text_config()
     for name, most in _MOST.items():
         value = getattr(text, name, 1)
@@ -117,6 +122,18 @@ def read_limits(directory: Path) -> ModelLimits:
     return ModelLimits(getattr(text, "max_position_embeddings", None), vocab_size)
 
 
+def base_fingerprint(directory: Path, example_format: ExampleFormat) -> str:
+    """`model_fingerprint`, and where prompts are made by the tokenizer's chat template 8 digits of that.
+
+    A template may lie in a file of its own, and another one would ask in another way; a text template is in the recipe.
+    """
+    fingerprint = model_fingerprint(directory)
+    if isinstance(example_format, ChatFormat):
+        template = repr(example_format.identity)
+        fingerprint += f"-{hashlib.sha256(template.encode()).hexdigest()[:8]}"
+    return fingerprint
+
+
 def model_fingerprint(directory: Path) -> str:
     """SHA-256 (first 16 digits) of config, tokenizer, and of the tensors' names, shapes and a sample of their bytes.
 
@@ -152,21 +169,31 @@ def tensor_files(directory: Path) -> dict[str, Path]:
     return dict.fromkeys(_names(single), single)
 
 
-def count_parameters(directory: Path, lora: LoraConfig) -> tuple[int, int, int]:
-    """Parameters of the base, of the global adapter, and of a local adapter.
+def _check_kind(config: PretrainedConfig, path: Path) -> None:
+    """Raise ModelError unless transformers has a causal LM of text alone for the config."""
+    name = (config.architectures or [type(config).__name__])[0]
+    described = f"{path} describes {name}"
+    remedy = "adapters are trained on causal LMs of text, such as Llama, Qwen or Gemma (docs/models.md): use one"
+    if config.is_encoder_decoder:
+        raise ModelError(f"{described}, an encoder-decoder; {remedy}")
+    causal_lm = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    parts = [part for part in ("vision_config", "audio_config") if getattr(config, part, None) is not None]
+    if parts and not _has_text_model(config, causal_lm):
+        raise ModelError(
+            f"{described}, which reads more than text ({' and '.join(parts)}); use the text-only model of its family, "
+            f"whose config.json has no {parts[0]}"
+        )
+    is_encoder = getattr(config, "is_decoder", None) is False and not config.model_type.startswith(_ALWAYS_CAUSAL)
+    if causal_lm is None or is_encoder:
+        raise ModelError(f"{described}, which is no causal LM; {remedy}")
 
-    Raises:
-        ModelError: `config.json` describes no model.
-    """
-    with torch.device("meta"):  # shapes without memory
-        base = AutoModelForCausalLM.from_config(read_config(directory), trust_remote_code=False)
-    num_base = sum(parameter.numel() for parameter in base.parameters())
-    per_rank = 0
-    for name, module in base.named_modules():
-        if name.rsplit(".", 1)[-1] in lora.target_modules and hasattr(module, "weight"):
-            # A LoRA of rank r on a layer of n inputs and m outputs: A is (r, n), B is (m, r).
-            per_rank += sum(module.weight.shape)
-    return num_base, lora.rank * per_rank, (lora.local_rank or lora.rank) * per_rank
+
+def _has_text_model(config: PretrainedConfig, causal_lm: str | None) -> bool:
+    """Whether transformers loads the text part of the checkpoint alone, as of Qwen3.5 and Llama 4."""
+    if causal_lm is None:
+        return False
+    kind = getattr(transformers, causal_lm, None)
+    return kind is not None and kind.config_class is type(config.get_text_config())
 
 
 def _weight_map(index: Path) -> dict[str, str]:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from dpa_ds.config.schema import LoraConfig, ModelConfig, RunConfig, TrainConfig
+from dpa_ds.config.schema import ALL_LINEAR, LoraConfig, ModelConfig, RunConfig, TrainConfig
 from dpa_ds.planning.memory import Lora
 from dpa_ds.planning.shapes import Shape
 
@@ -80,7 +80,7 @@ def scenario_of(config: RunConfig, shape: Shape, zero: Mapping[str, Any], worklo
     return Scenario(
         shape=shape,
         model=config.model,
-        lora=lora_of(config.lora),
+        lora=lora_of(config.lora, shape),
         train=config.train,
         method=config.method.name,
         client_fraction=config.federation.client_fraction,
@@ -90,6 +90,9 @@ def scenario_of(config: RunConfig, shape: Shape, zero: Mapping[str, Any], worklo
     )
 
 
-def lora_of(lora: LoraConfig) -> Lora:
-    """The recipe's adapters."""
-    return Lora(tuple(lora.target_modules), lora.rank, lora.local_rank or lora.rank, lora.dropout > 0)
+def lora_of(lora: LoraConfig, shape: Shape) -> Lora:
+    """The recipe's adapters on a model of this shape."""
+    targets = tuple(lora.target_modules)
+    if lora.target_modules == ALL_LINEAR:
+        targets = tuple(shape.linears)
+    return Lora(targets, lora.rank, lora.local_rank or lora.rank, lora.dropout > 0)

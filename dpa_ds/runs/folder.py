@@ -149,8 +149,8 @@ class RunFolder:
             ) from error
         if recorded != fingerprint:
             raise CheckpointError(
-                f"the base model differs from the one that {self.run_dir} was trained over (see {path}): its adapters "
-                "mean nothing on another; set model.path to the right one"
+                f"the base model, or its chat template, differs from the one that {self.run_dir} was trained over (see "
+                f"{path}): its adapters mean nothing on another; set model.path to the right one"
             )
 
     def latest_round(self) -> int:

@@ -75,12 +75,12 @@ RESUMED = [
     ),
     resumed(
         "fingerprint of another model",
-        ("the base model differs", "{run}/model.json", "set model.path to"),
+        ("the base model, or its chat template, differs", "{run}/model.json", "set model.path to"),
         change_json("runs/tiny/model.json", fingerprint="0"),
     ),
     resumed(
         "model changed",
-        ("the base model differs", "set model.path"),
+        ("the base model, or its chat template, differs", "set model.path"),
         change_json("model/config.json", rms_norm_eps=0.5),
     ),
     resumed(

@@ -323,8 +323,8 @@ def test_base_that_has_moved_is_named_and_another_one_is_refused(place: Place, t
         "here: check the path, or download the model first; if the base has moved, say where it is with --model.path"
     )
     differs = (
-        f"the base model differs from the one that {place.run} was trained over (see {place.run}/model.json): its "
-        "adapters mean nothing on another; set model.path to the right one"
+        f"the base model, or its chat template, differs from the one that {place.run} was trained over (see "
+        f"{place.run}/model.json): its adapters mean nothing on another; set model.path to the right one"
     )
     other = tiny.make_model(tmp_path / "other", seed=1)
     assert place.refuse([*command, "--model.path", str(other)], exit_code=4) == differs

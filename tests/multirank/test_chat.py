@@ -1,6 +1,7 @@
 """Conversations from end to end over a tiny model: trained as a plain loop does, asked as they were trained."""
 
 import json
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -155,3 +156,18 @@ def test_plain_texts_are_trained_and_not_scored(model: Path, tmp_path: Path) -> 
     assert ended.returncode == 2, ended.output
     (error,) = ended.errors
     assert "a plain text asks nothing, so that there is no answer to score" in error
+
+
+def test_another_chat_template_is_noticed(model: Path, data: Path, tmp_path: Path) -> None:
+    """It lies in a file of its own beside the tokenizer: an exchanged one would ask in another way."""
+    copy = tmp_path / "model"
+    shutil.copytree(model, copy)
+    argv = recipe(copy, data, tmp_path / "runs", federation__num_rounds=1)
+    run_on_ranks(train_on_rank, 1, tmp_path, argv)
+    template = copy / "chat_template.jinja"
+    template.write_text(template.read_text().replace(": ", " says: "))
+    run_dir = tmp_path / "runs" / "tiny"
+    ended = run([PYTHON, "launch/generate.py", "--run", str(run_dir), "--client", "0", "--prompt", "red"])
+    assert ended.returncode == 4, ended.output
+    (error,) = ended.errors
+    assert "the base model, or its chat template, differs from the one that" in error

@@ -225,7 +225,9 @@ def fresh_adamw(job: Any, argv: Sequence[str], stage: str) -> float:
         engine.engine.set_gradient_accumulation_boundary(True)
         batch = step(k)
         engine._group("global")["lr"] = 1e-2
-        engine.engine.backward(engine._loss_sum(engine._send(batch.micro_batches[0])) / batch.num_label_tokens)
+        engine.engine.backward(
+            engine._loss_sum(engine._send(batch.micro_batches[0], engine.rows)) / batch.num_label_tokens
+        )
         for key, parameter in engine.adapters.parameters["global"].items():
             parameters[key].grad = safe_get_full_grad(parameter).clone().float().view_as(parameters[key])
         torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)

@@ -16,31 +16,34 @@ pytestmark = pytest.mark.multirank
 LEAKING = {"lfm2": "sdpa", "recurrent_gemma": "sdpa", "gpt_oss": "eager"}
 """Families whose layers look at all of a row, and the attention they are tried with."""
 EXACT = {"llama": "sdpa", "gemma3_text": "sdpa", "gpt2": "sdpa"}
+NAMES = {"PackedAttention": "packed", "PaddedRows": "padded", "SingleRows": "single"}
 
 
 def losses(job: Any, argv: Sequence[str], stage: str) -> tuple[str, float, float, float]:
-    """What rows may hold, and the loss of seven examples: as rows are chosen, with many a row, and by transformers."""
+    """How rows are placed, and the loss of seven examples: as rows are chosen, with many a row, and by transformers."""
     from dpa_ds.adapters.adapter_model import global_local_mix
     from dpa_ds.config.load import load_config
     from dpa_ds.data.batching import build_step
     from dpa_ds.data.sources import read_client
     from dpa_ds.data.tokenize import load_or_tokenize
-    from dpa_ds.engine.packing_check import Rows
+    from dpa_ds.engine.packed_attention import PackedAttention
+    from dpa_ds.engine.rows import Rows
     from dpa_ds.model.directory import load_tokenizer
 
     engine, _ = build(job, argv, stage)
     config = load_config(argv)
     directory = Path(config.model.path)
     tokens = load_or_tokenize(read_client(config.data, 0, 0).train, load_tokenizer(directory), config.data, "client")
-    chosen = engine.packing.rows
+    chosen = engine.rows
 
     def loss(rows: Rows) -> float:
-        engine.packing.rows = rows
-        batching = engine.packing.batching(256, 0)
+        engine.rows = rows
+        batching = rows.batching(256, 0)
         step = build_step(tokens, range(len(tokens)), engine.world.rank, engine.world.world_size, batching)
         return float(engine.loss([step], 0.0 * global_local_mix(0.0)))  # the base alone
 
-    return chosen.name, loss(chosen), loss(Rows.MANY), alone(directory, tokens, config.model.attention)
+    many = PackedAttention(engine.adapters.base_model)
+    return NAMES[type(chosen).__name__], loss(chosen), loss(many), alone(directory, tokens, config.model.attention)
 
 
 def alone(directory: Path, tokens: Any, attention: str) -> float:
@@ -71,9 +74,9 @@ def tried(family: str, attention: str, stage: str, num_ranks: int, tmp_path: Pat
 
 
 @pytest.mark.parametrize("family", LEAKING)
-def test_a_model_that_mixes_a_row_gets_one_example_a_row(family: str, tmp_path: Path) -> None:
+def test_a_model_that_mixes_a_row_gets_padded_rows(family: str, tmp_path: Path) -> None:
     rows, loss, packed, expected = tried(family, LEAKING[family], "zero1", 1, tmp_path)
-    assert rows == "ONE"
+    assert rows == "padded"
     assert loss == pytest.approx(expected, rel=1e-5)
     assert packed != pytest.approx(expected, rel=1e-4), "several a row would have been wrong"
 
@@ -81,11 +84,11 @@ def test_a_model_that_mixes_a_row_gets_one_example_a_row(family: str, tmp_path: 
 @pytest.mark.parametrize("family", EXACT)
 def test_a_model_that_keeps_them_apart_gets_many(family: str, tmp_path: Path) -> None:
     rows, loss, _, expected = tried(family, EXACT[family], "zero1", 1, tmp_path)
-    assert rows == "MANY"
+    assert rows == "packed"
     assert loss == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize(("family", "rows"), [("lfm2", "ONE"), ("llama", "MANY")])
+@pytest.mark.parametrize(("family", "rows"), [("lfm2", "padded"), ("llama", "packed")])
 def test_under_zero_3(family: str, rows: str, tmp_path: Path) -> None:
     found, loss, _, expected = tried(family, "sdpa", "zero3", 2, tmp_path)
     assert (found, loss) == (rows, pytest.approx(expected, rel=1e-5))
@@ -98,10 +101,10 @@ def rows_of(job: Any, argv: Sequence[str], precision: str) -> str:
         engine, _ = build(job, argv, precision=precision)
     except ModelError as error:
         return str(error)
-    return str(engine.packing.rows.name)
+    return NAMES[type(engine.rows).__name__]
 
 
-@pytest.mark.parametrize(("family", "rows"), [("lfm2", "ONE"), ("qwen3_moe", "MANY"), ("gpt_oss", "ONE")])
+@pytest.mark.parametrize(("family", "rows"), [("lfm2", "padded"), ("qwen3_moe", "packed"), ("gpt_oss", "padded")])
 def test_in_16_bits_rounding_is_no_leak_and_a_leak_no_rounding(family: str, rows: str, tmp_path: Path) -> None:
     """Also where a router may choose another expert by rounding alone."""
     model = families.make_family(tmp_path / "model", family)

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -284,12 +285,42 @@ def test_an_adapter_on_a_tied_head_is_reported(tmp_path: Path, caplog: pytest.Lo
         assert ("PEFT cannot merge such an adapter" in caplog.text) == tied
 
 
-def test_experts_in_one_parameter_are_refused(tmp_path: Path) -> None:
-    """PEFT puts an adapter of its own on them, which no mix reaches."""
-    base = AutoModelForCausalLM.from_pretrained(families.make_family(tmp_path / "model", "deepseek_v3"))
-    lora = LoraConfig(rank=4, alpha=8, dropout=0.0, target_modules=["q_proj", "down_proj"])
-    with pytest.raises(ModelError, match=r"name model.layers.1.mlp.experts, which is no linear layer"):
-        AdapterModel(base, adapter_table(lora), lora)
+@pytest.mark.parametrize(
+    ("family", "lora", "reported"),
+    [
+        (
+            "deepseek_v3",
+            {"target_modules": ["q_proj", "down_proj"], "dropout": 0.0},
+            r"\['down_proj'\] mean experts to PEFT, which leaves out the linear layer model.layers.0.mlp.down_proj",
+        ),
+        (
+            "mixtral",
+            {"target_modules": ["q_proj", "w1"]},
+            r"\['w1'\] are not linear layers of Mixtral.*experts.down_proj",
+        ),
+        ("mixtral", {"target_modules": "all-linear", "dropout": 0.1}, "know no dropout: set lora.dropout: 0"),
+        ("llama", {"target_modules": ["all-linear"]}, "write lora.target_modules: all-linear, without brackets"),
+        ("deepseek_v3", {"target_modules": ["q_proj", "gate_proj"], "dropout": 0.0}, "PEFT refuses .*up_proj"),
+    ],
+)
+def test_names_that_cannot_be_adapted_are_refused(
+    family: str, lora: dict[str, Any], reported: str, tmp_path: Path
+) -> None:
+    base = AutoModelForCausalLM.from_pretrained(families.make_family(tmp_path / "model", family))
+    config = LoraConfig(rank=4, alpha=8, **lora)
+    with pytest.raises(ModelError, match=reported) as raised:
+        AdapterModel(base, adapter_table(config), config)
+    assert "\n" not in str(raised.value)
+
+
+def test_experts_in_one_parameter_have_one_mix_for_all_rows(tmp_path: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(families.make_family(tmp_path / "model", "mixtral"))
+    config = LoraConfig(rank=4, alpha=8, dropout=0.0, target_modules=["experts.down_proj"])
+    adapters = AdapterModel(base, adapter_table(config), config)
+    assert (len(adapters.layers), len(adapters.experts)) == (0, 2)
+    adapters.set_mix(global_local_mix(torch.tensor([0.5, 0.5])))
+    with pytest.raises(NotImplementedError, match="one mix for all rows"):
+        adapters.set_mix(global_local_mix(torch.tensor([0.5, 0.4])))
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (3, 1, 5), (15,)])

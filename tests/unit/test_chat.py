@@ -1,15 +1,17 @@
 """Conversations as tokens, for six chat templates and five tokenizers: what is predicted is what assistants say."""
 
 import json
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from dpa_ds.config.schema import DataConfig
+from dpa_ds.config.schema import DataConfig, PartitionConfig
 from dpa_ds.data.conversations import Conversation, Message, Question, read_answered
 from dpa_ds.data.formats import TextFormat, build_format
-from dpa_ds.data.sources import Example
+from dpa_ds.data.sources import Example, read_client
 from dpa_ds.data.tables import Row
 from dpa_ds.data.tokenize import TokenizedExamples, tokenize_examples
 from dpa_ds.data.tokens import tokenize
@@ -219,6 +221,7 @@ COLUMNS = {
             {"from": {"user": "human", "assistant": "gpt"}.get(role, role), "value": content} for role, content in MULTI
         ]
     },
+    "a cell of CSV": {"messages": json.dumps([{"role": role, "content": content} for role, content in MULTI])},
     "prompt and completion": {
         "prompt": [{"role": role, "content": content} for role, content in MULTI[:-1]],
         "completion": [{"role": "assistant", "content": " 42 "}],
@@ -296,6 +299,18 @@ def test_a_plain_text_is_trained_as_a_whole() -> None:
     assert cut.num_dropped == 0
     assert cut.tokens.tolist()[: len(ids) - 1] == ids[: len(ids) - 1], "nothing is lost"
     assert all(cut.label_spans(i).tolist() == [[1, cut.length(i)]] for i in range(len(cut)))
+
+
+def test_a_text_with_a_label_is_no_plain_text(tmp_path: Path) -> None:
+    """Classification data, whose columns the recipe does not name: nobody wants its texts alone."""
+    (tmp_path / "own.jsonl").write_text('{"text": "fine", "label": 1}\n')
+    data = DataConfig(format="table", path=str(tmp_path / "own.jsonl"), partition=PartitionConfig("iid", num_clients=1))
+    with pytest.raises(
+        DataError, match=r"own.jsonl:1: has the column 'text', and an answer to it in 'label': set data"
+    ):
+        read_client(data, 0, 0)
+    named = replace(data, instruction_column="text", output_column="label")
+    assert read_client(named, 0, 0).train[0] == Example("fine", "1", "")
 
 
 def test_the_cache_tells_conversations_apart(tmp_path: Any) -> None:

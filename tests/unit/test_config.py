@@ -100,7 +100,10 @@ BAD_OVERRIDES = [
     (["--train.adam_betas=[0.9, .inf]"], "train.adam_betas must be finite"),
     (["--train.keep_optimizer_state=1"], "train.keep_optimizer_state must be true or false, got 1"),
     (["--model.precision=fp8"], 'model.precision must be one of fp32, bf16, fp16, got "fp8"'),
-    (["--lora.target_modules=q_proj"], 'lora.target_modules must be a list of names such as [q_proj], got "q_proj"'),
+    (
+        ["--lora.target_modules=q_proj"],
+        'lora.target_modules must be a list of names such as [q_proj] or all-linear, got "q_proj"',
+    ),
     (["--model.gradient_checkpointing=yes"], "model.gradient_checkpointing must be true or false"),
     (["--lora.target_modules+=k_proj"], "did you mean lora.target_modules?"),
     (["--lora.target_modules=[1]"], "lora.target_modules must be a list of names"),
@@ -506,7 +509,7 @@ def test_fingerprint_holds_what_determines_the_result() -> None:
     assert left_out == {
         *("name", "output_dir", "private_dir", "metrics.share", "data.cache_dir", "train.micro_batch_tokens"),
         *(f"federation.{key}" for key in ("num_rounds", "timeout_seconds", "min_clients")),
-        *("federation.max_update_norm", "federation.on_bad_update", "resume"),
+        *("federation.max_update_norm", "federation.on_bad_update", "resume", "model.attention"),
         *(f"weighting.{key}" for key in ("kind", "scale", "representation", "encoder")),
         *(
             key

@@ -147,7 +147,9 @@ def test_a_run_refuses_another_base_and_takes_one_that_names_none(tmp_path: Path
     folder.check_model("0123")  # a new run
     write_file(tmp_path / MODEL, '{"fingerprint": "0123", "path": "models/x"}')
     folder.check_model("0123")
-    with pytest.raises(CheckpointError, match=r"the base model differs .* set model.path to the right one"):
+    with pytest.raises(
+        CheckpointError, match=r"the base model, or its chat template, differs .* set model.path to the right one"
+    ):
         folder.check_model("4567")
 
 

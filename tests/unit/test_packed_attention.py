@@ -18,8 +18,7 @@ from transformers import (
 
 from dpa_ds.data.batching import MicroBatch
 from dpa_ds.engine import varlen_attention
-from dpa_ds.engine.packed_attention import Kernel, PackedAttention, choose_kernel
-from dpa_ds.engine.packing_check import Rows
+from dpa_ds.engine.packed_attention import Kernel, PackedAttention, choose_kernel, takes_packed_rows
 
 SIZES = {
     "hidden_size": 32,
@@ -240,8 +239,6 @@ def test_flash_attention_gets_the_borders_of_rows() -> None:
 
 def test_a_model_with_attention_of_its_own_keeps_it() -> None:
     model = BloomForCausalLM(BloomConfig(hidden_size=16, n_layer=1, n_head=2, vocab_size=50))
-    packing = PackedAttention(model)
-    assert packing.rows is Rows.ONE
-    assert packing.arguments(micro_batch(torch.arange(35), SEGMENTS), torch.device("cpu")) == {}
-    with packing:
+    assert not takes_packed_rows(model)
+    with PackedAttention(model):
         assert model.config._attn_implementation == "eager"

@@ -21,12 +21,12 @@ from dpa_ds.adapters.methods import build_schedule
 from dpa_ds.cli.plan import main
 from dpa_ds.config.deepspeed_json import load_deepspeed_json
 from dpa_ds.config.load import load_config
-from dpa_ds.config.schema import MethodConfig, RanksPerGroup
+from dpa_ds.config.schema import LoraConfig, MethodConfig, RanksPerGroup
 from dpa_ds.errors import ModelError
 from dpa_ds.planning.hardware import GPUS, Cluster, parse_cluster
 from dpa_ds.planning.memory import Layout, Lora, adapter_bytes, host_bytes, model_bytes
 from dpa_ds.planning.plan import Plan, judge, layout_of, plan, ranks_of_recipe
-from dpa_ds.planning.scenario import PHASES, Scenario, Workload, scenario_of
+from dpa_ds.planning.scenario import PHASES, Scenario, Workload, lora_of, scenario_of
 from dpa_ds.planning.shapes import PRESETS, Shape, read_shape
 
 
@@ -65,6 +65,13 @@ def test_parameters_are_those_of_the_model(name: str) -> None:
         ]
         assert tuple(found) == lora.parameters(shape)
         model = adapted.unload()
+
+
+def test_all_linear_is_every_layer_of_the_shape() -> None:
+    shape = PRESETS["llama-7b"]
+    planned = lora_of(LoraConfig(target_modules="all-linear", rank=8), shape)
+    assert planned.targets == tuple(shape.linears)
+    assert planned.parameters(shape)[0] == shape.lora_parameters(8, list(shape.linears))
 
 
 def test_an_unknown_layer_is_an_error() -> None:

@@ -6,11 +6,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from dpa_ds.adapters.adapter_model import count_parameters
 from dpa_ds.cli.verdicts import FAILED, OK, WARNING, Needs, Row, judge, render
 from dpa_ds.config.schema import LoraConfig
 from dpa_ds.distributed.probes import RankFacts
 from dpa_ds.distributed.topology import Topology
-from dpa_ds.model.directory import count_parameters
 from tests import tiny
 
 NEEDS = Needs(adapter=8_000_000, base_on_rank=10**9, rounds_on_disk=10**8, exchange_seconds=2.0)

@@ -24,6 +24,7 @@ class GenerateOptions(RunOptions):
       python launch/generate.py --run runs/demo --client 0 --prompt "Is this review positive or negative? A delight."
       python launch/generate.py --run runs/demo --client 6 --weighting local
       python launch/generate.py --run runs/demo --client 3 --input questions.txt > answers.jsonl
+      python launch/generate.py --run runs/chat --client sarcasm --chat
     """
 
     client: str = option("N", missing="--client must be the id or name of a client such as 0, got 'nothing'")
@@ -31,8 +32,8 @@ class GenerateOptions(RunOptions):
     prompt: str | None = option("TEXT", None)
     """The instruction; the run's prompt template is put around it."""
     input: str | None = option("FILE", None)
-    """Prompts, one a line, or a table (.json, .jsonl, .csv, .parquet) with the run's instruction and input columns;
-    prints one JSON object a line: prompt, alpha, answer."""
+    """Prompts, one a line, or a table (.json, .jsonl, .csv, .parquet) with the run's instruction and input columns or
+    with conversations; prints one JSON object a line: prompt, alpha, answer."""
     chat: bool = option("true", False)
     """What you type continues the conversation, instead of being a question by itself; needs a run that was trained
     with the model's chat template (data.template)."""
@@ -58,6 +59,8 @@ def prepare(argv: Sequence[str]) -> tuple[RunConfig, Work]:
     config = load_run_config(options, overrides)
     if options.prompt is not None and options.input is not None:
         raise ConfigError("--prompt and --input exclude one another: leave one out")
+    if options.chat and (options.prompt is not None or options.input is not None):
+        raise ConfigError("--chat is for what you type: leave it out, or leave --prompt and --input out")
 
     def work(job: JobStore) -> None:
         answers = sys.stdout

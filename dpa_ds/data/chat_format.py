@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dpa_ds.data.conversations import ASSISTANT, USER, Conversation, Message, Question
 from dpa_ds.data.sources import Example
-from dpa_ds.data.tokens import Encoded, end_token, special_texts, tokenize
+from dpa_ds.data.tokens import Encoded, end_token, special_texts, tokenize, tokenize_inside
 from dpa_ds.errors import DataError, ModelError
 
 _TODAY = datetime.date(2024, 7, 26)
@@ -22,6 +22,10 @@ _TODAY = datetime.date(2024, 7, 26)
 that Llama 3's own template has where no clock is to be had."""
 _OPEN, _CLOSE = "\ue000", "\ue001"
 """Around the number of a text in which nothing is special: characters without a meaning of their own."""
+
+
+_PROBE = "xyzzy"
+"""An answer that no template spells itself."""
 
 
 class Part(NamedTuple):
@@ -42,7 +46,8 @@ class ChatFormat:
     """Conversations in the chat template of a tokenizer; an instruction is a conversation of one question.
 
     Raises:
-        ModelError: the template cannot render the simplest conversation, or ends no answer with a special token.
+        ModelError: the template cannot render the simplest conversation, ends no answer with a special token, or has a
+            date that changes.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, train_on: Literal["all", "last"]) -> None:
@@ -52,9 +57,12 @@ class ChatFormat:
         self._special = re.compile("|".join(map(re.escape, special)) or "(?!)")
         self._literal = re.compile(f"{self._special.pattern}|[{_OPEN}{_CLOSE}]")
         self._anchor = str(tokenizer.convert_ids_to_tokens(end_token(tokenizer)))
-        self.end_ids: tuple[int, ...] = (end_token(tokenizer), *self._end_of_turn())
-        templates = [self._template(has_tools) for has_tools in (False, True)]
-        self.identity: tuple[Any, ...] = ("chat", train_on, *templates)
+        self._templates = [self._template(has_tools) for has_tools in (False, True)]
+        self.identity: tuple[Any, ...] = ("chat", train_on, *self._templates)
+        self._last_end, self._inner_end, self.answer_prefix = "", "", ""
+        self._probe()
+        (ids,) = tokenize([self._last_end], tokenizer)
+        self.end_ids: tuple[int, ...] = tuple(dict.fromkeys([end_token(tokenizer), ids[-1]]))
 
     def encode(self, examples: Sequence[Example]) -> list[Encoded]:
         """As `ExampleFormat.encode`."""
@@ -85,65 +93,88 @@ class ChatFormat:
         whole = rendering.text(len(conversation.messages), is_prompt)
         done = 0
         for number, message in enumerate(conversation.messages):
-            is_last = number == len(conversation.messages) - 1
-            if message.role == ASSISTANT and (self._train_on == "all" or (is_last and not is_prompt)):
-                start, stop = self._find_answer(rendering, whole, number, is_last and not is_prompt)
-                yield from rendering.parts(whole[done:start], is_answer=False)
-                yield from rendering.parts(whole[start:stop], is_answer=True)
-                done = stop
+            is_last = not is_prompt and number == len(conversation.messages) - 1
+            if message.role != ASSISTANT or message.is_empty or not (self._train_on == "all" or is_last):
+                continue
+            if not is_last and (number == 0 or not message.is_trained):
+                continue  # to the first turn there is no question
+            try:
+                start, stop = self._find_answer(rendering, whole, number, is_last)
+            except DataError:
+                if is_prompt:  # it is cut where training cuts it, and no training has this row
+                    continue
+                raise
+            yield from rendering.parts(whole[done:start], is_answer=False)
+            yield from rendering.parts(whole[start:stop], is_answer=True)
+            done = stop
         if is_prompt:
             yield from rendering.parts(whole[done:], is_answer=False)
 
     def _find_answer(self, rendering: "_Rendering", whole: str, number: int, is_last: bool) -> tuple[int, int]:
-        """Where the answer in turn `number` begins and ends in the text, the token that ends the turn included."""
+        """Where the answer in turn `number` begins and ends in the text, what ends the turn included."""
         before = rendering.text(number, is_prompt=True)
+        remedy = "put another chat_template.jinja beside the tokenizer, or remove the row"
+        if not is_last:
+            remedy = f"set data.train_on: last, {remedy}"
         if not whole.startswith(before):
             raise DataError(
                 f"{rendering.place}: the tokenizer's chat template writes what stands before turn {number + 1} in "
-                "another way once that turn is answered, so that the prompt would not be what was trained: set "
-                "data.train_on last if it is not the last turn, or put another chat_template.jinja beside the tokenizer"
+                f"another way once that turn is answered, so that the prompt would not be what was trained: {remedy}"
             )
-        start = len(before)
+        # No turn can spell what ends it: in its texts special tokens are marked.
+        end = self._last_end if is_last else self._inner_end
+        start, content_stop = len(before), whole.find(end, len(before))
+        written = whole[start:content_stop].strip()
         answer = rendering.contents[number].strip()
-        through = whole if is_last else rendering.text(number + 1, is_prompt=False)
-        if whole.startswith(through):
-            content_stop = start + len(self._without_tail(through[start:]))
-        else:  # a template that treats the last turn in its own way, as with a further end token
-            lead = len(whole[start:]) - len(whole[start:].lstrip())
-            content_stop = start + lead + len(answer)
-        if not whole[start:content_stop].rstrip().endswith(answer):
+        is_whole = written.endswith(answer)
+        if rendering.has_further(number):  # such as calls of tools, which stand behind the answer
+            is_whole = answer in written
+        if content_stop < 0 or not written or not is_whole:
             raise DataError(
                 f"{rendering.place}: the tokenizer's chat template does not write the answer of turn {number + 1} as "
-                "it is: put another chat_template.jinja beside the tokenizer, or remove the row"
+                f"it is: {remedy}"
             )
-        end = re.compile(rf"\s*(?:{self._special.pattern})").match(whole, content_stop)
-        if end is None:
-            raise DataError(
-                f"{rendering.place}: the tokenizer's chat template ends turn {number + 1} with no special token, so "
-                "that a model would not learn where to stop: put another chat_template.jinja beside the tokenizer"
-            )
-        return start, end.end()
+        return start, content_stop + len(end)
 
-    def _without_tail(self, text: str) -> str:
-        """The text without the special tokens and white space at its end."""
-        while True:
-            shorter = text.rstrip()
-            for special in self._special.finditer(shorter):
-                if special.end() == len(shorter):
-                    shorter = shorter[: special.start()]
-            if shorter == text:
-                return text
-            text = shorter
+    def _probe(self) -> None:
+        """Find out what ends an answer, and what the template writes before one, with the simplest conversation.
 
-    def _end_of_turn(self) -> tuple[int, ...]:
-        """The token that ends an answer, where it is not the end token."""
-        question = Conversation((Message(USER, "a"),))
+        Raises:
+            ModelError: it cannot be rendered, or nothing ends its answer.
+        """
+        place = "data.template chat"
+        asked = Conversation((Message(USER, "a"),))
+        answered = asked.continued(ASSISTANT, _PROBE)
         try:
-            *_, answer = self._divide(question.continued(ASSISTANT, "b"), "data.template chat", is_prompt=False)
+            before = _Rendering(self, asked, place).text(1, is_prompt=True)
+            whole = _Rendering(self, answered, place).text(2, is_prompt=False)
+            longer = _Rendering(self, answered.continued(USER, "a"), place).text(3, is_prompt=False)
         except DataError as error:
             raise ModelError(str(error)) from error
-        (ids,) = tokenize([answer.text], self.tokenizer)
-        return () if ids[-1] == end_token(self.tokenizer) else (ids[-1],)
+        remedy = "put another chat_template.jinja beside the tokenizer, or give data.template a text"
+        lead, found, last_tail = whole[len(before) :].rpartition(_PROBE)
+        _, _, inner_tail = longer[len(before) :].partition(_PROBE)
+        if not whole.startswith(before) or not longer.startswith(before) or not found:
+            raise ModelError(
+                "data.template chat: the tokenizer's chat template does not write the prompt, and after it the answer, "
+                f"as they are: {remedy}"
+            )
+        # Some templates write more behind the last answer, such as the end token, or end it in another way.
+        in_both = self._special_run(_common_beginning(last_tail, inner_tail))
+        self._last_end = in_both or self._special_run(last_tail, most=1)
+        self._inner_end = in_both or self._special_run(inner_tail, most=1)
+        if not self._last_end or not self._inner_end:
+            raise ModelError(
+                "data.template chat: the tokenizer's chat template ends an answer with no special token, so that a "
+                f"model would not learn where to stop: {remedy}"
+            )
+        self.answer_prefix = lead.strip()
+
+    def _special_run(self, text: str, most: int = 0) -> str:
+        """The special tokens that `text` begins with, white space before the first one included; `most` of them."""
+        count = f"{{1,{most}}}" if most else "+"
+        match = re.match(rf"\s*(?:{self._special.pattern}){count}", text)
+        return match[0] if match else ""
 
     def _template(self, has_tools: bool) -> str:
         """The template's text, in which the date does not change."""
@@ -152,7 +183,13 @@ class ChatFormat:
         def write_date(found: re.Match[str]) -> str:
             return repr(_TODAY.strftime(found[2]))
 
-        return re.sub(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)", write_date, template)
+        template = re.sub(r"strftime_now\(\s*(['\"])([^'\"]*)\1\s*\)", write_date, template)
+        if re.search(r"strftime_now(?!\s+is\s)", template):
+            raise ModelError(
+                "data.template chat: the tokenizer's chat template writes today's date in a way that cannot be made "
+                "constant, so that tokens would change from day to day: write a date into chat_template.jinja"
+            )
+        return template
 
     def render(self, messages: list[dict[str, Any]], tools: Any, is_prompt: bool, place: str) -> str:
         """The text of these turns.
@@ -167,7 +204,7 @@ class ChatFormat:
                 self.tokenizer.apply_chat_template(
                     messages,
                     tools=tools,
-                    chat_template=self._template(bool(tools)),
+                    chat_template=self._templates[bool(tools)],
                     add_generation_prompt=is_prompt,
                     tokenize=False,
                 )
@@ -179,30 +216,37 @@ class ChatFormat:
                 "template expects them, or put another chat_template.jinja beside the tokenizer"
             ) from error
 
-    def split_literals(self, text: str, literals: list[str]) -> str:
-        """`text` with a mark for each special token that it spells; what was spelled is appended to `literals`."""
+    def mark_literals(self, value: Any, literals: list[str]) -> Any:
+        """`value` with a mark for each special token that its texts spell; these are appended to `literals`.
+
+        Args:
+            value: as JSON has it.
+        """
 
         def mark(found: re.Match[str]) -> str:
             literals.append(found[0])
             return f"{_OPEN}{len(literals) - 1}{_CLOSE}"
 
-        return self._literal.sub(mark, text)
+        if isinstance(value, str):
+            return self._literal.sub(mark, value)
+        if isinstance(value, list):
+            return [self.mark_literals(item, literals) for item in value]
+        if isinstance(value, dict):
+            return {key: self.mark_literals(item, literals) for key, item in value.items()}
+        return value
 
     # ---- from parts to tokens ---------------------------------------------------------------------------------
 
     def _encode(self, divided: Sequence[Sequence[Part]]) -> list[Encoded]:
         """Tokens and label spans of each list of parts."""
-        plain: set[str] = {self._anchor}
-        literal: set[str] = {"\n"}
+        plain: set[str] = set()
         for parts in divided:
             before = ""
             for part in parts:
-                if part.is_literal:
-                    literal |= {part.text, f"\n{part.text}"}
-                else:
-                    plain |= {part.text, before, before + part.text, self._anchor + part.text}
+                if not part.is_literal:
+                    plain |= {before, before + part.text}
                 before = part.context
-        tokens = _Tokens(self.tokenizer, plain, literal, self._anchor)
+        tokens = _Tokens(self.tokenizer, plain - {""}, self._anchor)
         return [_join(parts, tokens) for parts in divided]
 
 
@@ -213,14 +257,16 @@ class _Rendering:
         self.place = place
         self._chat = chat
         self._literals: list[str] = []
-        self._tools = conversation.tools_for_template()
-        self.contents: list[str] = []
-        """Of each turn, with marks."""
-        self._messages: list[dict[str, Any]] = []
+        self._tools = chat.mark_literals(conversation.tools_for_template(), self._literals)
+        self._messages = []
         for message in conversation.messages:
-            content = chat.split_literals(message.content, self._literals)
-            self.contents.append(content)
-            self._messages.append(message.to_template(content))
+            self._messages.append(chat.mark_literals(message.to_template(), self._literals))
+        self.contents = [message["content"] for message in self._messages]
+        """Of each turn, with marks."""
+
+    def has_further(self, number: int) -> bool:
+        """Whether the turn has more than its content, such as calls of tools."""
+        return len(self._messages[number]) > 2
 
     def text(self, num_turns: int, is_prompt: bool) -> str:
         """The first turns, with the beginning of the model's own where it is to answer."""
@@ -237,13 +283,12 @@ class _Rendering:
 
 
 class _Tokens:
-    """Tokens of many texts, each computed once; a text's tokens after another text."""
+    """Tokens of many texts, computed at once; a text's tokens after another text."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, plain: set[str], literal: set[str], anchor: str) -> None:
-        plain_texts, literal_texts = sorted(plain), sorted(literal)
-        self._plain = dict(zip(plain_texts, tokenize(plain_texts, tokenizer), strict=True))
-        literal_ids = tokenize(literal_texts, tokenizer, split_special=True)
-        self._literal = dict(zip(literal_texts, literal_ids, strict=True))
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, texts: set[str], anchor: str) -> None:
+        ordered = sorted(texts)
+        self._tokenizer = tokenizer
+        self._known = dict(zip(ordered, tokenize(ordered, tokenizer), strict=True))
         self._anchor = anchor
 
     def after(self, before: Part | None, part: Part) -> list[int]:
@@ -253,14 +298,23 @@ class _Tokens:
         tokens that cross the border, `part` follows a special token, which it cannot merge with.
         """
         if part.is_literal:
-            return _rest(self._literal["\n"], self._literal["\n" + part.text]) or self._literal[part.text]
+            return tokenize_inside(part.text, self._tokenizer)
         if before is None:
-            return self._plain[part.text]
-        rest = _rest(self._plain[before.context], self._plain[before.context + part.text])
-        if rest is not None:
-            return rest
-        behind_anchor = _rest(self._plain[self._anchor], self._plain[self._anchor + part.text])
-        return self._plain[part.text] if behind_anchor is None else behind_anchor
+            return self._known[part.text]
+        rest = _rest(self._known[before.context], self._known[before.context + part.text])
+        if rest is None:
+            rest = _rest(*tokenize([self._anchor, self._anchor + part.text], self._tokenizer))
+        if rest is None:
+            (rest,) = tokenize([part.text], self._tokenizer)
+        return rest
+
+
+def _common_beginning(one: str, other: str) -> str:
+    """What both texts begin with."""
+    length = 0
+    while length < min(len(one), len(other)) and one[length] == other[length]:
+        length += 1
+    return one[:length]
 
 
 def _rest(beginning: list[int], whole: list[int]) -> list[int] | None:

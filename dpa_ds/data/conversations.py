@@ -25,8 +25,12 @@ _ROLES = {
     "tool": "tool",
     "function": "tool",
     "observation": "tool",
+    "ipython": "tool",
 }
 """Who may speak, under the names that are in use, -> the name that chat templates know."""
+_CALLS = ("tool_calls", "reasoning_content", "reasoning", "thinking")
+_FURTHER = ("name", "tool_call_id", *_CALLS)
+"""Fields of a turn that chat templates read; others, such as dates and scores, are not the model's to see."""
 _MESSAGE_COLUMNS = ("messages", "conversations", "conversation")
 
 
@@ -38,11 +42,19 @@ class Message:
     content: str
     further: str = ""
     """JSON of its other fields, such as `tool_calls`, which a chat template may use; "" where there are none."""
+    is_trained: bool = True
+    """Of an answer: it is one to learn."""
 
-    def to_template(self, content: str | None = None) -> dict[str, Any]:
-        """As a chat template takes it; with another `content`, where one is given."""
+    @property
+    def is_empty(self) -> bool:
+        """It says nothing, and calls nothing."""
+        further = json.loads(self.further) if self.further else {}
+        return not self.content.strip() and not any(further.get(name) for name in _CALLS)
+
+    def to_template(self) -> dict[str, Any]:
+        """As a chat template takes it."""
         fields = json.loads(self.further) if self.further else {}
-        return {"role": self.role, "content": self.content if content is None else content, **fields}
+        return {"role": self.role, "content": self.content, **fields}
 
 
 @dataclass(frozen=True)
@@ -92,7 +104,8 @@ class Question:
 
 def has_conversation(row: Row) -> bool:
     """Whether the row has one of the columns in which conversations are kept."""
-    return _message_column(row) is not None or ("prompt" in row.values and "completion" in row.values)
+    has_parts = row.values.get("prompt") is not None and row.values.get("completion") is not None
+    return has_parts or _message_column(row) is not None
 
 
 def read_conversation(row: Row) -> Conversation:
@@ -105,7 +118,12 @@ def read_conversation(row: Row) -> Conversation:
     if column is not None:
         messages = _read_messages(row, column)
     else:
-        messages = [*_read_part(row, "prompt", USER), *_read_part(row, "completion", ASSISTANT)]
+        messages = _read_part(row, "prompt", USER)
+        if row.values.get("completion") is not None:
+            messages += _read_part(row, "completion", ASSISTANT)
+    system = row.values.get("system")
+    if isinstance(system, str) and system.strip() and messages and messages[0].role != "system":
+        messages.insert(0, Message("system", system))
     if not messages:
         raise DataError(f"{row.place}: a conversation without turns: fill it in, or remove the row")
     return Conversation(tuple(messages), _read_tools(row))
@@ -122,23 +140,35 @@ def read_answered(row: Row) -> Conversation:
     if not answers:
         raise DataError(f"{row.place}: a conversation in which no assistant answers: add the answer, or remove the row")
     last = conversation.messages[answers[-1]]
-    if not last.content.strip() and not last.further:
+    if last.is_empty:
         raise DataError(f"{row.place}: the last answer is empty: fill it in, or remove the row")
+    if not last.is_trained:
+        raise DataError(
+            f"{row.place}: the last answer has the weight 0, but it is what a prompt is compared with and scored by: "
+            "take it out of the conversation, or give it a weight"
+        )
     return conversation.until(answers[-1] + 1)
 
 
 def _message_column(row: Row) -> str | None:
     for column in _MESSAGE_COLUMNS:
-        if column in row.values:
+        if row.values.get(column) is not None:  # in a table of several kinds of rows the other columns are null
             return column
+    if not any(row.values.get(column) is not None for column in ("prompt", "text")):
+        for column in _MESSAGE_COLUMNS:
+            if column in row.values:  # whoever reads it reports that nothing is there
+                return column
     return None
 
 
 def _read_part(row: Row, column: str, role: str) -> list[Message]:
     """`prompt` or `completion`: text of `role`, or messages."""
-    if isinstance(row.values[column], str):
-        return [Message(role, row.text(column))]
-    return _read_messages(row, column)
+    if isinstance(row.values[column], Sequence) and not isinstance(row.values[column], str):
+        return _read_messages(row, column)
+    text = row.text(column)
+    if not text.strip():
+        raise DataError(f"{row.place}: column {column!r} is empty: fill it in, or remove the row")
+    return [Message(role, text)]
 
 
 def _read_messages(row: Row, column: str) -> list[Message]:
@@ -163,10 +193,29 @@ def _read_message(turn: Any, place: str) -> Message:
     role = _ROLES.get(speaker.lower()) if isinstance(speaker, str) else None
     if role is None:
         raise DataError(f"{place} is spoken by {speaker!r}: the role (or `from`) must be one of {', '.join(_ROLES)}")
-    content = _text_of(fields.pop("content", fields.pop("value", "")), place)
-    fields.pop("weight", None)  # other tools' way of saying what is trained; data.train_on is ours
-    further = json.dumps(fields, sort_keys=True) if fields else ""
-    return Message(role, content, further)
+    further = {name: _without_nulls(fields[name]) for name in _FURTHER if fields.get(name)}
+    content = fields.get("content", fields.get("value"))
+    if content is None and not further:
+        raise DataError(f"{place} has no content: fill it in, or remove the turn")
+    text = _text_of("" if content is None else content, place)
+    is_trained = fields.get("weight", 1) != 0 and fields.get("train", True) is not False
+    return Message(role, text, _to_json(further, place) if further else "", is_trained)
+
+
+def _without_nulls(value: Any) -> Any:
+    """Arrow gives every object all keys that some object has: those that are null are not there."""
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_without_nulls(item) for item in value]
+    return value
+
+
+def _to_json(value: Any, place: str) -> str:
+    try:
+        return json.dumps(value)
+    except TypeError as error:
+        raise DataError(f"{place} has a value that JSON has not ({error}): write it as text") from error
 
 
 def _text_of(content: Any, place: str) -> str:
@@ -199,4 +248,4 @@ def _read_tools(row: Row) -> str:
         return ""
     if not isinstance(tools, Sequence) or not all(isinstance(tool, Mapping) for tool in tools):
         raise DataError(f"{row.place}: column 'tools' must be a list of schemas, which are objects")
-    return json.dumps(list(tools))
+    return _to_json(_without_nulls(list(tools)), f"{row.place}: column 'tools'")

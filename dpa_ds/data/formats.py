@@ -22,6 +22,8 @@ class ExampleFormat(Protocol):
     tokenizer: PreTrainedTokenizerBase
     end_ids: tuple[int, ...]
     """Tokens with which the model ends an answer; the tokenizer's end token is the first."""
+    answer_prefix: str
+    """What the model is trained to write before each answer, such as the tags of an empty thought; "" for nothing."""
     identity: tuple[Any, ...]
     """Beside the tokenizer, all that the tokens depend on, as JSON can write it."""
 
@@ -70,6 +72,7 @@ class TextFormat:
         self.tokenizer = tokenizer
         self.end_ids: tuple[int, ...] = (end_token(tokenizer),)
         self.identity: tuple[Any, ...] = ("text", template)
+        self.answer_prefix = ""
         self._template = template
         self._special_texts = special_texts(tokenizer)
         self._begin = begin_tokens(tokenizer)
@@ -77,6 +80,12 @@ class TextFormat:
     def encode(self, examples: Sequence[Example]) -> list[Encoded]:
         """As `ExampleFormat.encode`."""
         prompts = self.prompts([example.question for example in examples])
+        for example in examples:
+            if example.conversation is not None and example.conversation.messages[-1].further:
+                raise DataError(
+                    f"{example.place}: an answer with more than its text, such as calls of tools, does not fit a text "
+                    "template: set data.template chat"
+                )
         answers = tokenize([example.output for example in examples], self.tokenizer, split_special=True)
         encoded = []
         for prompt, answer in zip(prompts, answers, strict=True):
@@ -122,7 +131,7 @@ def _single_instruction(question: Question) -> str:
     if question.conversation is None:
         return question.instruction
     messages = question.conversation.messages
-    if len(messages) == 1 and messages[0].role == USER:
+    if len(messages) == 1 and messages[0].role == USER and not question.conversation.tools:
         return messages[0].content
     raise DataError(
         f"{question.place}: a conversation of several turns does not fit a text template: set data.template chat, for "

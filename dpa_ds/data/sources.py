@@ -255,7 +255,8 @@ def read_question(row: Row, config: DataConfig) -> Question:
     Raises:
         DataError: it asks nothing.
     """
-    if config.instruction_column in row.values or not has_conversation(row):
+    is_asked = has_conversation(row) or row.values.get("prompt") is not None
+    if row.values.get(config.instruction_column) is not None or not is_asked:
         return Question(read_instruction(row, config), None, row.place)
     conversation = read_conversation(row)
     if conversation.messages[-1].role == ASSISTANT:
@@ -326,6 +327,8 @@ def digests_of(examples: Sequence[Example]) -> Digests:
 def _is_unread_input(row: Row, config: DataConfig) -> bool:
     if config.input_column is not None or "input" in (config.instruction_column, config.output_column):
         return False
+    if config.instruction_column not in row.values:  # a conversation or a plain text
+        return False
     return isinstance(row.values.get("input"), str) and bool(row.optional_text("input").strip())
 
 
@@ -388,25 +391,26 @@ def _to_example(row: Row, config: DataConfig, task_column: str | None) -> Exampl
     # A missing input column is an error, a missing task column is not: it has a default, and data may name no task.
     if task_column is not None and task_column in row.values:
         task = printable(row.optional_text(task_column))
-    if config.instruction_column not in row.values:
+    # In a table of several kinds of rows the columns of the other kinds are null.
+    if row.values.get(config.instruction_column) is None:
         if has_conversation(row):
             conversation = read_answered(row)
             asked = conversation.until(len(conversation.messages) - 1).last_question
             return Example(asked, conversation.messages[-1].content, task, row.place, conversation)
-        if TEXT_COLUMN in row.values and config.output_column not in row.values:
-            return Example("", _read_plain_text(row), task, row.place)
+        if config.instruction_column not in row.values and TEXT_COLUMN in row.values:
+            return Example("", _read_plain_text(row, config), task, row.place)
     instruction = read_instruction(row, config)
     output = _filled(row, config.output_column, "set data.output_column to one of them")
     return Example(instruction, output, task, row.place)
 
 
-def _read_plain_text(row: Row) -> str:
+def _read_plain_text(row: Row, config: DataConfig) -> str:
     """The text of a row that has neither an instruction nor turns.
 
     Raises:
         DataError: it is empty, or the row has an answer to it: then it is no plain text.
     """
-    answers = sorted(_ANSWER_COLUMNS & row.values.keys())
+    answers = sorted((_ANSWER_COLUMNS | {config.output_column}) & row.values.keys())
     if answers:
         raise DataError(
             f"{row.place}: has the column {TEXT_COLUMN!r}, and an answer to it in {answers[0]!r}: set "

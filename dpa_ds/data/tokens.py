@@ -96,13 +96,17 @@ def _spell_out_special(ids: list[list[int]], texts: Sequence[str], tokenizer: Pr
         spelled: list[int] = []
         for part in pattern.split(text):
             for unit in part if part in specials else [part]:
-                spelled += _tokenize_inside(unit, tokenizer)
+                spelled += tokenize_inside(unit, tokenizer, split_special=False)
         ids[number] = spelled
 
 
-def _tokenize_inside(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens of a text in the middle of another one, where a tokenizer may put no space before it."""
+def tokenize_inside(text: str, tokenizer: PreTrainedTokenizerBase, split_special: bool = True) -> list[int]:
+    """Tokens of a text in the middle of another one, where a tokenizer puts no space before it.
+
+    Args:
+        split_special: special tokens that it spells are text.
+    """
     if not text:
         return []
-    before, both, alone = tokenize(["\n", f"\n{text}", text], tokenizer)
+    before, both, alone = tokenize(["\n", f"\n{text}", text], tokenizer, split_special)
     return both[len(before) :] if both[: len(before)] == before else alone

@@ -52,6 +52,11 @@ def read_instances(data: DataConfig, seed: int, split: Literal["test", "held_out
                 f"{example.place}: a plain text asks nothing, so that there is no answer to score: give test data with "
                 "instructions or conversations; held-out losses of texts are reported while training"
             )
+        if not example.output.strip():
+            raise DataError(
+                f"{example.place}: the last answer calls a tool and says nothing, so that there is no text to compare "
+                "with: end test conversations with a text, or remove the row"
+            )
         question = example.question
         instances.append(Instance(task, num_rows[task], question.instruction, example.output, question.conversation))
         num_rows[task] += 1

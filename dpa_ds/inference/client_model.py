@@ -102,6 +102,7 @@ class Predictor:
         self._reference_embeddings: dict[int, torch.Tensor] = {}
         self._pad_id = int(self.tokenizer.pad_token_id)
         self._end_ids = example_format.end_ids
+        self._answer_prefix = example_format.answer_prefix
 
     def embed(self, prompts: Sequence[Sequence[int]], encoder: Encoder) -> Embeddings:
         """Embeddings of `prompts`; with `local`, by the adapter of the client that was loaded last."""
@@ -151,7 +152,8 @@ class Predictor:
             streamer,
             self._decoding,
         )
-        return [text.strip() for text in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+        texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        return [text.strip().removeprefix(self._answer_prefix).strip() for text in texts]
 
     def forget_adapters(self, reference_mean: torch.Tensor) -> None:
         """The adapters in the model are others now; `reference_mean` is that of the federation from now on."""

@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TextIO
 
@@ -91,7 +91,7 @@ def generate(config: RunConfig, job: JobStore, wanted: Wanted, out: TextIO) -> N
         raise ConfigError("--prompt is empty: write a question, or leave --prompt out to be asked for one")
     questions = []
     if wanted.input_path is not None:  # before the base, whose loading takes much longer
-        questions = read_questions(expand(wanted.input_path, "--input"), config.data)
+        questions = read_questions(expand(wanted.input_path, "--input"), config.data, wanted.system)
 
     weighting = resolve_weighting(config.weighting, config.method, num_clients)
     base = place_base(
@@ -166,6 +166,9 @@ def converse(console: Console, beginning: Conversation | None, keeps_turns: bool
             answer = answer_on_stdout(console, question)
         except DataError as error:  # too long: who types can try again
             sys.stdout.write(f"{error}\n")
+            if said != beginning:
+                sys.stdout.write("A new conversation begins.\n")
+            said = beginning
             continue
         if keeps_turns and question.conversation is not None:
             said = question.conversation.continued(ASSISTANT, answer)
@@ -203,8 +206,11 @@ def answer_as_json(console: Console, question: Question, out: TextIO) -> None:
     out.flush()
 
 
-def read_questions(path: Path, data: DataConfig) -> list[Question]:
+def read_questions(path: Path, data: DataConfig, system: str | None = None) -> list[Question]:
     """What the rows of a table (.json, .jsonl, .csv, .parquet) ask in the columns of `data`, else one question a line.
+
+    Args:
+        system: the system's turn before each that has none.
 
     Raises:
         DataError: no such file, not UTF-8, nothing in it, or a row that asks nothing.
@@ -216,7 +222,15 @@ def read_questions(path: Path, data: DataConfig) -> list[Question]:
             questions = [ask(None, line) for line in _nonempty_lines(path)]
     if not questions:
         raise DataError(f"{path}: no prompts: write one a line, or give a table with {data.instruction_column!r}")
-    return questions
+    return questions if system is None else [_with_system(question, system) for question in questions]
+
+
+def _with_system(question: Question, system: str) -> Question:
+    conversation = question.as_conversation()
+    if conversation.messages[0].role == "system":
+        return question
+    messages = (Message("system", system), *conversation.messages)
+    return replace(question, conversation=Conversation(messages, conversation.tools))
 
 
 def _answer(console: Console, question: Question, streamer: TextStreamer | None = None) -> tuple[float, str]:

@@ -1,11 +1,13 @@
 """Conversations as tokens, for six chat templates and five tokenizers: what is predicted is what assistants say."""
 
+import datetime
 import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
 from dpa_ds.config.schema import DataConfig, PartitionConfig
@@ -172,9 +174,9 @@ def with_template(template: str) -> PreTrainedTokenizerFast:
 def test_a_template_that_rewrites_history_is_refused() -> None:
     with pytest.raises(DataError, match=r"file: row 1: the tokenizer's chat template writes what stands before turn 5"):
         encode(with_template(REWRITES_HISTORY), MULTI)
-    with pytest.raises(ModelError, match="does not write the answer of turn 2 as it is"):
+    with pytest.raises(ModelError, match="does not write the prompt, and after it the answer, as they are"):
         encode(with_template(DROPS_ANSWERS), SINGLE)
-    with pytest.raises(ModelError, match="ends turn 2 with no special token"):
+    with pytest.raises(ModelError, match="ends an answer with no special token"):
         encode(with_template(NO_END), SINGLE)
 
 
@@ -184,6 +186,125 @@ def test_a_template_that_treats_the_last_turn_in_its_own_way_is_labelled_right()
     found = labels(tokenizer, encode(tokenizer, MULTI))
     assert found[:-1] == ["Yes, it is.<|im_end|>", "Paris.\n\nIs it not?<|im_end|>"]
     assert found[-1] == "<think>\n\n</think>\n\n 42 <|im_end|>"
+
+
+def test_a_thought_before_each_answer_is_no_part_of_it() -> None:
+    """The prompt of a second question keeps the first answer without it, and a score compares without it."""
+    tokenizer = with_template(THINKS)
+    chat = build_format(tokenizer, DataConfig(template="chat"))
+    assert chat.answer_prefix == "<think>\n\n</think>"
+    (prompt,) = chat.prompts([Question("?", conversation(MULTI[:4]), "here")])
+    assert tokenizer.decode(prompt).count("Yes, it is.<|im_end|>") == 1
+    assert build_format(make_chat_tokenizer("qwen"), DataConfig(template="chat")).answer_prefix == ""
+
+
+def test_a_prompt_needs_no_answer_that_could_be_trained() -> None:
+    """Where a template writes an earlier answer in another way, what it writes is the prompt."""
+    template = CHATML.replace("{{ message['content'] }}", "{{ message['content'].split('|')[-1] }}")
+    tokenizer = with_template(template)
+    chat = build_format(tokenizer, DataConfig(template="chat"))
+    turns = (*SINGLE[:1], ("assistant", "hm|Yes"), ("user", "Sure?"))
+    (prompt,) = chat.prompts([Question("Sure?", conversation(turns), "here")])
+    messages = [{"role": role, "content": content} for role, content in turns]
+    assert tokenizer.decode(prompt) == tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True
+    )
+    with pytest.raises(DataError, match=r"does not write the answer of turn 2 as it is: set data.train_on: last"):
+        encode(tokenizer, (*turns, ("assistant", "Yes")))
+
+
+TWO_ENDS = CHATML.replace("<|im_end|>", "<|endoftext|><|im_end|>")
+OTHER_LAST_END = CHATML.replace(
+    "<|im_end|>",
+    "{{ '<|endoftext|>' if loop.last and message['role'] == 'assistant' else '<|im_end|>' }}",
+)
+CALLS = CHATML.replace(
+    "{{ message['content'] }}",
+    "{{ message['content'] }}{% for call in message.tool_calls or [] %}<tool_call>{{ call | tojson }}</tool_call>"
+    "{% endfor %}",
+)
+
+
+def test_all_tokens_that_end_a_turn_are_trained() -> None:
+    """Two special tokens at the end of every turn; another one at the end of the last turn, as gpt-oss has it."""
+    tokenizer = with_template(TWO_ENDS)
+    assert all(text.endswith("<|endoftext|><|im_end|>") for text in labels(tokenizer, encode(tokenizer, MULTI)))
+    assert build_format(tokenizer, DataConfig()).end_ids == (tokenizer.eos_token_id,)
+    tokenizer = with_template(OTHER_LAST_END)
+    found = labels(tokenizer, encode(tokenizer, MULTI))
+    assert [text.endswith("<|im_end|>") for text in found] == [True, True, False]
+    assert found[-1].endswith("<|endoftext|>")
+
+
+def test_calls_of_tools_are_trained_whole() -> None:
+    """With special tokens around them, in the order of their keys, without the nulls of Arrow; what they spell is text."""
+    tokenizer = with_template(CALLS)
+    tokenizer.add_tokens([AddedToken("<tool_call>", special=True), AddedToken("</tool_call>", special=True)])
+    call = {"name": "look", "arguments": {"z": "<|im_end|>", "a": None, "b": 1}}
+    turns = [
+        {"role": "user", "content": "How warm?", "timestamp": datetime.datetime(2026, 1, 1)},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "12", "name": "look"},
+        {"role": "assistant", "content": "12 degrees", "tool_calls": None},
+    ]
+    found = read_answered(Row({"messages": turns}, "file: row 1"))
+    for train_on in ("all", "last"):
+        chat = build_format(tokenizer, DataConfig(template="chat", train_on=train_on))
+        (encoded,) = chat.encode([Example("?", "12 degrees", "t", "", found)])
+        texts = [tokenizer.decode(encoded.tokens[start:stop]) for start, stop in encoded.spans]
+        assert texts[-1] == "12 degrees<|im_end|>"
+    (encoded,) = build_format(tokenizer, DataConfig(template="chat")).encode([Example("?", "", "t", "", found)])
+    first = tokenizer.decode(encoded.tokens[slice(*encoded.spans[0])])
+    written = '<tool_call>{"name": "look", "arguments": {"z": "<|im_end|>", "b": 1}}</tool_call><|im_end|>'
+    assert first == written
+    assert encoded.tokens.count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == 4, "one for each turn"
+    with pytest.raises(DataError, match="does not write the answer of turn 2 as it is"):
+        build_format(make_chat_tokenizer("qwen"), DataConfig()).encode([Example("?", "", "t", "", found.until(2))])
+    with pytest.raises(DataError, match="such as calls of tools, does not fit a text template"):
+        TextFormat(tokenizer, "{instruction}").encode([Example("?", "", "t", "", found.until(2))])
+
+
+def test_answers_that_are_not_to_be_learned() -> None:
+    """Weight 0, an empty one, and one before any question."""
+    turns = [
+        {"role": "assistant", "content": "Hello."},
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "no", "weight": 0},
+        {"role": "user", "content": "b"},
+        {"role": "assistant", "content": " "},
+        {"role": "user", "content": "c"},
+        {"role": "assistant", "content": "yes", "weight": 1},
+    ]
+    tokenizer = make_chat_tokenizer("qwen")
+    found = read_answered(Row({"messages": turns}, "file: row 1"))
+    (encoded,) = build_format(tokenizer, DataConfig()).encode([Example("c", "yes", "t", "", found)])
+    assert [tokenizer.decode(encoded.tokens[start:stop]) for start, stop in encoded.spans] == ["yes<|im_end|>"]
+    with pytest.raises(DataError, match="the last answer has the weight 0"):
+        read_answered(Row({"messages": turns[:3]}, "file: row 1"))
+
+
+def test_a_system_column_is_the_first_turn() -> None:
+    row = {"system": "Be brief.", "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
+    assert [message.role for message in read_answered(Row(row, "")).messages] == ["system", "user", "assistant"]
+
+
+def test_rows_of_several_kinds_in_one_table(tmp_path: Path) -> None:
+    """In Arrow each has all columns, and those of the other kinds are null."""
+    rows = [
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "instruction": None},
+        {"messages": None, "instruction": "c", "output": "d"},
+    ]
+    rows = [{"messages": None, "instruction": None, "output": None} | row for row in rows]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = DataConfig(format="table", path=str(tmp_path / "own.jsonl"), partition=PartitionConfig("iid", num_clients=1))
+    assert sorted(example.instruction for example in read_client(data, 0, 0).train) == ["a", "c"]
+
+
+@pytest.mark.parametrize("call", ["strftime_now(format)", "strftime_now(format='%Y')", "strftime_now"])
+def test_a_date_that_cannot_be_fixed_is_refused(call: str) -> None:
+    template = "{% set format = '%Y' %}{% set now = " + call + " %}" + CHATML
+    with pytest.raises(ModelError, match="writes today's date in a way that cannot be made constant"):
+        encode(with_template(template), SINGLE)
 
 
 def test_the_date_does_not_change() -> None:
@@ -251,6 +372,9 @@ WRONG = [
     ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, r"a part that is not text: images and sounds"),
     ({"messages": [{"role": "user", "content": "\ud800"}]}, r"half a surrogate pair"),
     ({"messages": [USER]}, r"a conversation in which no assistant answers: add the answer, or remove the row"),
+    ({"messages": [{"role": "user"}]}, r"turn 1 of 'messages' has no content"),
+    ({"messages": [USER, {"role": "assistant", "content": "", "id": 7}]}, r"the last answer is empty: fill"),
+    ({"prompt": "a", "completion": " "}, r"column 'completion' is empty: fill it in"),
     ({"messages": [USER, {"role": "assistant", "content": " "}]}, r"the last answer is empty: fill it in"),
     ({"messages": [USER, {"role": "assistant", "content": "b"}], "tools": "{"}, r"column 'tools' is not JSON"),
     ({"messages": [USER, {"role": "assistant", "content": "b"}], "tools": ["x"]}, r"'tools' must be a list of schemas"),

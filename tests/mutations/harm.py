@@ -43,6 +43,15 @@ class Outcome:
     seconds: float
 
 
+def turn_into_conversations(path: Path) -> None:
+    """Write the rows of a client in the way of chat data, with a column that a conversation may have."""
+    conversations = []
+    for row in json.loads(path.read_text()):
+        turns = [{"role": "user", "content": row["instruction"]}, {"role": "assistant", "content": row["output"]}]
+        conversations.append({"messages": turns, "category": row["category"], "tools": []})
+    path.write_text(json.dumps(conversations))
+
+
 class Places:
     """Good files, and copies of them to spoil."""
 
@@ -51,6 +60,7 @@ class Places:
         self._good = Place(folder / "good")
         tiny.make_model(self._good.model)
         tiny.make_federation(self._good.data, sizes=(7, 5))
+        turn_into_conversations(self._good.data / "2" / "local_training_1.json")
         tiny.recipe(
             self._good.model,
             self._good.data,

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from dpa_ds.config.schema import DataConfig
 from dpa_ds.data.batching import BatchingConfig, build_step, num_steps, step_indices
+from dpa_ds.data.formats import build_format
 from dpa_ds.data.sources import list_clients, read_clients
 from dpa_ds.data.tokenize import TokenizedExamples, tokenize_examples
 from dpa_ds.model.directory import load_tokenizer
@@ -25,7 +26,8 @@ def main() -> None:
     config = DataConfig(path=arguments.data)
     tokenizer = load_tokenizer(arguments.model)
     clients = read_clients(config, 0, range(len(list_clients(config, 0))))
-    tokens = [tokenize_examples(c.train, tokenizer, config.template, config.max_length, c.name) for c in clients]
+    example_format = build_format(tokenizer, config)
+    tokens = [tokenize_examples(c.train, example_format, config.max_length, c.name) for c in clients]
     print("batch  ranks   padded  shared prefix   (of the client with most)")
     for batch_size in (16, 32, 64):
         for world_size in (1, 2, 4):

@@ -15,8 +15,9 @@ from dpa_ds.runs.folder import META, RunFolder
 from dpa_ds.runs.storage import UNREADABLE, lock_file, make_folder, sha256_of, verify_folder, write_file
 from dpa_ds.runs.tracking import logger
 
-_LEFTOVER = re.compile(r"lock(_group_\d+)?|config\.yaml\..+\.\d+\.tmp")
-"""Names of what a start leaves that ended before there was a `config.yaml`."""
+_LEFTOVER = re.compile(r"lock(_group_\d+)?|config\.yaml\..+\.\d+\.tmp|log(_group_\d+)?\.txt|tensorboard")
+"""Names of what a start leaves that ended before there was a `config.yaml`: the coordinator writes that, and other
+leaders open their curves and logs without waiting for it."""
 
 
 class RunLock:

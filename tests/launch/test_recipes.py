@@ -1,13 +1,14 @@
 """Every recipe that we ship parses, and trains a step, with a tiny model and data in place of its own."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from dpa_ds.config.load import load_config
-from dpa_ds.config.schema import DataConfig
+from dpa_ds.config.schema import PAPER_TEMPLATE, DataConfig
 from tests import tiny
 from tests.launch.processes import REPOSITORY, adapters, run_forked
 
@@ -25,10 +26,35 @@ def write_table(path: Path, data: DataConfig) -> Path:
     return path
 
 
+def with_chat_template(model: Path, copy: Path) -> Path:
+    """The model with a chat template, as instruct models have one."""
+    shutil.copytree(model, copy)
+    (copy / "chat_template.jinja").write_text(
+        "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}<|end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    return copy
+
+
+def write_chats(folder: Path) -> Path:
+    """A file of conversations for each of two clients; the pattern that names them."""
+    folder.mkdir()
+    for client in ("first", "second"):
+        turns = [{"role": "user", "content": f"red {client}"}, {"role": "assistant", "content": "blue"}] * 2
+        (folder / f"{client}.jsonl").write_text(f"{json.dumps({'messages': turns, 'category': client})}\n" * 4)
+    return folder / "{client}.jsonl"
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipe_trains_a_step(path: Path, tmp_path: Path, model: Path, federation: Path) -> None:
     config = load_config(["--config", str(path)])
-    data = write_table(tmp_path / "own.jsonl", config.data) if config.data.format == "table" else federation
+    data = federation
+    further: dict[str, object] = {}
+    if config.data.template == "chat":
+        model, data = with_chat_template(model, tmp_path / "model"), write_chats(tmp_path / "chats")
+        further["data.test_path"] = tmp_path / "chats" / "first.jsonl"
+    elif config.data.format == "table":
+        data = write_table(tmp_path / "own.jsonl", config.data)
     changes = {
         "output_dir": tmp_path / "runs",
         "cluster.device": "cpu",
@@ -40,6 +66,7 @@ def test_recipe_trains_a_step(path: Path, tmp_path: Path, model: Path, federatio
         "train.max_steps": 1,
         "train.batch_size": 2,
         "evaluation.max_examples": 2,
+        **further,
     }
     argv = ["--config", str(path), *(f"--{key}={value}" for key, value in changes.items())]
     ended = run_forked(argv)
@@ -84,4 +111,4 @@ def test_paper_is_the_papers_setting() -> None:
     assert (train.batch_size, train.local_epochs, train.learning_rate, train.max_grad_norm) == (64, 10, 3e-4, 1.0)
     assert (train.max_steps, train.lr_schedule, train.weight_decay) == (None, "linear", 0.0)
     assert (config.federation.num_rounds, config.federation.client_fraction) == (20, 1.0)
-    assert replace(config.data, path="") == DataConfig(max_length=512)
+    assert replace(config.data, path="") == DataConfig(max_length=512, template=PAPER_TEMPLATE)

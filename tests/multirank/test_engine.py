@@ -47,6 +47,7 @@ def build(
     """
     from dpa_ds.adapters.adapter_model import AdapterModel
     from dpa_ds.data.batching import BatchingConfig, build_step
+    from dpa_ds.data.formats import build_format
     from dpa_ds.data.sources import read_client
     from dpa_ds.data.tokenize import load_or_tokenize
     from dpa_ds.distributed.topology import plan_topology
@@ -68,7 +69,8 @@ def build(
     engine = AdapterEngine(adapters, world, config.train, ds_json)
     for i, adapter in enumerate(adapters.table):
         engine.write_state(adapter, randomised(adapters.initial_state(adapter, (7, i))))
-    tokens = load_or_tokenize(read_client(config.data, 0, 0).train, load_tokenizer(directory), config.data, "client")
+    example_format = build_format(load_tokenizer(directory), config.data)
+    tokens = load_or_tokenize(read_client(config.data, 0, 0).train, example_format, config.data, "client")
 
     def step(k: int, rank: int = world.rank, size: int = size) -> Any:
         return build_step(tokens, [(k + j) % len(tokens) for j in range(3)], rank, size, BatchingConfig(64, 0, True))

@@ -195,7 +195,7 @@ def test_codes_are_not_taken_for_weights(tmp_path: Path) -> None:
 
 def test_a_model_without_sdpa_names_the_attention_that_it_has(tmp_path: Path) -> None:
     directory = families.make_family(tmp_path / "model", "gemma2")
-    argv = tiny.recipe(directory, tmp_path, tmp_path / "runs")
+    argv = tiny.recipe(directory, tmp_path, tmp_path / "runs", model__attention="sdpa")
     (reason,) = run_on_ranks(refusal_of_whole, 1, tmp_path, argv, str(directory))
     assert (
         reason

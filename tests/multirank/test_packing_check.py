@@ -24,6 +24,7 @@ def losses(job: Any, argv: Sequence[str], stage: str) -> tuple[str, float, float
     from dpa_ds.adapters.adapter_model import global_local_mix
     from dpa_ds.config.load import load_config
     from dpa_ds.data.batching import build_step
+    from dpa_ds.data.formats import build_format
     from dpa_ds.data.sources import read_client
     from dpa_ds.data.tokenize import load_or_tokenize
     from dpa_ds.engine.packed_attention import PackedAttention
@@ -33,7 +34,8 @@ def losses(job: Any, argv: Sequence[str], stage: str) -> tuple[str, float, float
     engine, _ = build(job, argv, stage)
     config = load_config(argv)
     directory = Path(config.model.path)
-    tokens = load_or_tokenize(read_client(config.data, 0, 0).train, load_tokenizer(directory), config.data, "client")
+    example_format = build_format(load_tokenizer(directory), config.data)
+    tokens = load_or_tokenize(read_client(config.data, 0, 0).train, example_format, config.data, "client")
     chosen = engine.rows
 
     def loss(rows: Rows) -> float:

@@ -82,7 +82,7 @@ def config_of(run_dir: Path) -> RunConfig:
 def test_what_a_start_leaves_that_was_killed_is_no_other_run(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     run_dir.mkdir()
-    for name in ("config.yaml.host.example.7.tmp", "lock", "lock_group_3"):
+    for name in ("config.yaml.host.example.7.tmp", "lock", "lock_group_3", "log.txt", "log_group_3.txt", "tensorboard"):
         (run_dir / name).write_text("")
     fingerprint = fingerprint_sections(config_of(run_dir))
     assert validate_run_dir(RunFolder(run_dir), fingerprint) == 0

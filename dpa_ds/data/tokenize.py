@@ -26,7 +26,7 @@ from dpa_ds.data.tokens import Encoded, encode_plain_text
 from dpa_ds.errors import ConfigError, DataError
 
 # Part of the cache key: raise it whenever the layout of an example or of the file changes.
-_LAYOUT_VERSION = 5
+_LAYOUT_VERSION = 6
 
 # Examples that are tokenised at once: enough for the tokenizer's threads, small enough not to show in memory.
 _EXAMPLES_AT_A_TIME = 1024
@@ -46,8 +46,8 @@ class TokenizedExamples:
     offsets: npt.NDArray[np.int64]
     """Shape (n + 1,): example i is tokens[offsets[i] : offsets[i + 1]]."""
     spans: npt.NDArray[np.int32]
-    """Shape (number of spans, 2): [start, stop) of the tokens that are predicted, counted from the start of their
-    example; ascending, and never with the first token of a sequence."""
+    """Shape (number of spans, 2): [start, stop) of the tokens to be predicted, counted from the start of their example;
+    ascending. That of a plain text begins at 0."""
     span_offsets: npt.NDArray[np.int64]
     """Shape (n + 1,): example i has spans[span_offsets[i] : span_offsets[i + 1]], one for each answer."""
     num_dropped: int
@@ -66,8 +66,9 @@ class TokenizedExamples:
         return self.tokens[self.offsets[index] : self.offsets[index + 1]]
 
     def label_spans(self, index: int) -> npt.NDArray[np.int32]:
-        """Spans of example `index`, shape (number of them, 2)."""
-        return self.spans[self.span_offsets[index] : self.span_offsets[index + 1]]
+        """Spans of example `index`, shape (number of them, 2), without the first token, before which nothing stands."""
+        spans = self.spans[self.span_offsets[index] : self.span_offsets[index + 1]]
+        return np.maximum(spans, 1)
 
     def num_label_tokens(self, index: int) -> int:
         """Number of tokens of example `index` that are predicted: answers with their end tokens."""
@@ -80,8 +81,8 @@ class TokenizedExamples:
 
     def prompt(self, index: int) -> npt.NDArray[np.int32]:
         """The tokens before the last answer of example `index`; all tokens of a plain text, which has no prompt."""
-        start = int(self.label_spans(index)[-1, 0])
-        return self.input_ids(index)[:start] if start > 1 else self.input_ids(index)
+        start = int(self.spans[self.span_offsets[index + 1] - 1, 0])
+        return self.input_ids(index)[:start] if start > 0 else self.input_ids(index)
 
 
 def warn_of_template(template: str) -> None:

@@ -17,7 +17,8 @@ class Encoded(NamedTuple):
 
     tokens: list[int]
     spans: list[tuple[int, int]]
-    """[start, stop) of the tokens that are predicted, ascending; the first token of a sequence never is."""
+    """[start, stop) of the tokens to be predicted, ascending. A plain text's begins at 0, though its first token never
+    is; all others begin behind a prompt."""
 
 
 def encode_plain_text(text: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Encoded]:
@@ -28,7 +29,7 @@ def encode_plain_text(text: str, tokenizer: PreTrainedTokenizerBase, max_length:
     for start in range(0, len(tokens), max_length):
         part = tokens[start : start + max_length]
         if len(part) > 1:  # of a single token nothing is predicted
-            encoded.append(Encoded(part, [(1, len(part))]))
+            encoded.append(Encoded(part, [(0, len(part))]))
     return encoded
 
 

@@ -341,6 +341,7 @@ def _choose_examples(
     for answer in with_text if num_examples else ():
         instance = asked[answer.task, answer.row]
         example = asdict(instance)
+        del example["conversation"]  # its last question is the instruction
         example |= {"client": answer.client, "answer": answer.text, "alpha": answer.alpha}
         example["rouge1"] = score_answer(answer.text, instance.reference)["rouge1"]
         examples.append(example)

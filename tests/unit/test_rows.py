@@ -31,7 +31,8 @@ def logits_of(tokens: torch.Tensor) -> torch.Tensor:
 def examples() -> TokenizedExamples:
     tokens = np.arange(1, 1 + sum(LENGTHS), dtype=np.int32)
     offsets = np.concatenate([[0], np.cumsum(LENGTHS)])
-    return TokenizedExamples(tokens, offsets, np.ones(len(LENGTHS), dtype=np.int64), 0)
+    spans = np.array([(1, length) for length in LENGTHS], dtype=np.int32)
+    return TokenizedExamples(tokens, offsets, spans, np.arange(len(LENGTHS) + 1), 0)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dpa_ds.data.conversations import ASSISTANT, USER, Conversation, Message, Question
 from dpa_ds.data.sources import Example
-from dpa_ds.data.tokens import Encoded, end_token, special_texts, tokenize, tokenize_inside
+from dpa_ds.data.tokens import Encoded, end_token, special_pattern, tokenize, tokenize_inside
 from dpa_ds.errors import DataError, ModelError
 
 _TODAY = datetime.date(2024, 7, 26)
@@ -22,8 +22,6 @@ _TODAY = datetime.date(2024, 7, 26)
 that Llama 3's own template has where no clock is to be had."""
 _OPEN, _CLOSE = "\ue000", "\ue001"
 """Around the number of a text in which nothing is special: characters without a meaning of their own."""
-
-
 _PROBE = "xyzzy"
 """An answer that no template spells itself."""
 
@@ -53,8 +51,7 @@ class ChatFormat:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, train_on: Literal["all", "last"]) -> None:
         self.tokenizer = tokenizer
         self._train_on = train_on
-        special = sorted(special_texts(tokenizer), key=len, reverse=True)
-        self._special = re.compile("|".join(map(re.escape, special)) or "(?!)")
+        self._special = re.compile(special_pattern(tokenizer))
         self._literal = re.compile(f"{self._special.pattern}|[{_OPEN}{_CLOSE}]")
         self._anchor = str(tokenizer.convert_ids_to_tokens(end_token(tokenizer)))
         self._templates = [self._template(has_tools) for has_tools in (False, True)]
@@ -197,8 +194,6 @@ class ChatFormat:
         Raises:
             DataError: the template refuses them.
         """
-        if not messages and not is_prompt:
-            return ""
         try:
             return str(
                 self.tokenizer.apply_chat_template(

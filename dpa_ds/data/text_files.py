@@ -233,7 +233,9 @@ class _Scanner:
     def next_character(self) -> str:
         """The next one that is no white space; "" at the end."""
         while True:
-            self.at = self._text_at + _WHITE_SPACE.match(self._text, self.at - self._text_at).end()  # type: ignore[union-attr]
+            white_space = _WHITE_SPACE.match(self._text, self.at - self._text_at)
+            assert white_space is not None, "it matches the empty text, too"
+            self.at = self._text_at + white_space.end()
             if self.at < self._text_at + len(self._text):
                 return self._text[self.at - self._text_at]
             if self.at >= self._source.size:

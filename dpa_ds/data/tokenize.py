@@ -22,7 +22,7 @@ from dpa_ds.config.paths import expand
 from dpa_ds.config.schema import DataConfig
 from dpa_ds.data.formats import ExampleFormat
 from dpa_ds.data.sources import Example, digests_of
-from dpa_ds.data.tokens import Encoded, encode_plain_text
+from dpa_ds.data.tokens import Encoded, encode_plain_texts
 from dpa_ds.errors import ConfigError, DataError
 
 # Part of the cache key: raise it whenever the layout of an example or of the file changes.
@@ -149,9 +149,8 @@ def encode_example(example: Example, example_format: ExampleFormat, max_length: 
     Raises:
         DataError: it does not fit the format.
     """
-    if example.is_plain_text:
-        return encode_plain_text(example.output, example_format.tokenizer, max_length)
-    return example_format.encode([example])
+    (encoded,) = _encode_chunks([example], example_format, max_length)
+    return encoded
 
 
 def _encode_chunks(
@@ -161,10 +160,12 @@ def _encode_chunks(
     for start in range(0, len(examples), _EXAMPLES_AT_A_TIME):
         chunk = examples[start : start + _EXAMPLES_AT_A_TIME]
         answered = iter(example_format.encode([example for example in chunk if not example.is_plain_text]))
+        texts = [example.output for example in chunk if example.is_plain_text]
+        plain = iter(encode_plain_texts(texts, example_format.tokenizer, max_length))
         encoded: list[Encoded] = []
         for example in chunk:
             if example.is_plain_text:
-                encoded += encode_plain_text(example.output, example_format.tokenizer, max_length)
+                encoded += next(plain)
             else:
                 encoded.append(next(answered))
         yield encoded

@@ -21,15 +21,19 @@ class Encoded(NamedTuple):
     is; all others begin behind a prompt."""
 
 
-def encode_plain_text(text: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Encoded]:
+def encode_plain_texts(
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> list[list[Encoded]]:
     """All tokens of a text are predicted; one that is longer than `max_length` becomes several examples."""
-    (inside,) = tokenize([text], tokenizer, split_special=True)
-    tokens = [*begin_tokens(tokenizer), *inside, end_token(tokenizer)]
+    if not texts:
+        return []
+    begin, end = begin_tokens(tokenizer), end_token(tokenizer)
     encoded = []
-    for start in range(0, len(tokens), max_length):
-        part = tokens[start : start + max_length]
-        if len(part) > 1:  # of a single token nothing is predicted
-            encoded.append(Encoded(part, [(0, len(part))]))
+    for inside in tokenize(texts, tokenizer, split_special=True):
+        tokens = [*begin, *inside, end]
+        parts = [tokens[start : start + max_length] for start in range(0, len(tokens), max_length)]
+        # Of a single token nothing is predicted.
+        encoded.append([Encoded(part, [(0, len(part))]) for part in parts if len(part) > 1])
     return encoded
 
 
@@ -61,6 +65,11 @@ def special_texts(tokenizer: PreTrainedTokenizerBase) -> set[str]:
     return texts | set(tokenizer.all_special_tokens)
 
 
+def special_pattern(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A regular expression of all special texts, the longest first; of none, one that matches nothing."""
+    return "|".join(map(re.escape, sorted(special_texts(tokenizer), key=len, reverse=True))) or "(?!)"
+
+
 def tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, split_special: bool = False) -> list[list[int]]:
     """Tokens of each text, without those that the tokenizer would add.
 
@@ -90,7 +99,7 @@ def _spell_out_special(ids: list[list[int]], texts: Sequence[str], tokenizer: Pr
     """
     specials = special_texts(tokenizer)
     special_ids = {tokenizer.convert_tokens_to_ids(text) for text in specials}
-    pattern = re.compile("(" + "|".join(map(re.escape, sorted(specials, key=len, reverse=True))) + ")")
+    pattern = re.compile(f"({special_pattern(tokenizer)})")
     for number, text in enumerate(texts):
         if special_ids.isdisjoint(ids[number]):
             continue

@@ -189,6 +189,19 @@ def run(command: Sequence[str], deadline_seconds: float = 120.0, cwd: Path = REP
         return running.wait(deadline_seconds)
 
 
+def type_into(command: Sequence[str], typed: str) -> subprocess.CompletedProcess[str]:
+    """Run `command` with these lines on its standard input, its output and errors apart."""
+    return subprocess.run(
+        command,
+        input=typed,
+        capture_output=True,
+        text=True,
+        cwd=REPOSITORY,
+        env=own_environment(),
+        timeout=120,
+    )
+
+
 def start_by_hand(command: Sequence[str], num_ranks: int) -> list[Forked]:
     """A process for each rank, without a launcher that would end the others if one fails: srun without --kill-on-bad-exit."""
     common = {"WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}

@@ -1,13 +1,12 @@
 """launch/generate.py as a user starts it: one prompt, a file, a conversation; the same answers as the evaluation's."""
 
 import json
-import subprocess
 from pathlib import Path
 
 import pytest
 
 from tests import tiny
-from tests.launch.processes import PYTHON, REPOSITORY, Ended, beside_python, free_port, own_environment, run
+from tests.launch.processes import PYTHON, Ended, beside_python, free_port, run, type_into
 from tests.plain_inference import PlainClient
 from tests.ranks import run_on_ranks, train_on_rank
 
@@ -97,15 +96,7 @@ def test_one_process_needs_no_deepspeed(run_dir: Path, model: Path, federation: 
 
 def test_a_conversation_ends_with_an_empty_line(run_dir: Path) -> None:
     command = [*GENERATE, "--run", str(run_dir), "--client", "0", "--beams", "2", "--max_new_tokens", "4"]
-    ended = subprocess.run(
-        command,
-        input=f"red cat\n{'red ' * 5000}\nblue dog\n\nnot asked\n",
-        capture_output=True,
-        text=True,
-        cwd=REPOSITORY,
-        env=own_environment(),
-        timeout=120,
-    )
+    ended = type_into(command, f"red cat\n{'red ' * 5000}\nblue dog\n\nnot asked\n")
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.count("[alpha ") == 2
     assert ended.stdout.count("lower generation.max_new_tokens, or shorten or remove it\n> ") == 1

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from transformers import AutoTokenizer
 
 from dpa_ds.config.load import load_config
 from tests import plain, tiny
-from tests.launch.processes import PYTHON, REPOSITORY, adapters, assert_same_adapters, own_environment, run
+from tests.launch.processes import PYTHON, adapters, assert_same_adapters, run, type_into
 from tests.plain_inference import PlainClient
 from tests.plain_start import start_plain
 from tests.ranks import run_on_ranks, train_on_rank
@@ -119,15 +118,7 @@ def test_answers_are_asked_as_trained(model: Path, data: Path, tmp_path: Path) -
     assert [line["answer"] for line in lines] == [expected(row["messages"][:-1])[1] for row in rows]
 
     command = [PYTHON, "launch/generate.py", *options, "--chat", "--system", "sort"]
-    talk = subprocess.run(
-        command,
-        input="count1: red cat\nand now: blue\n\n",
-        capture_output=True,
-        text=True,
-        cwd=REPOSITORY,
-        env=own_environment(),
-        timeout=120,
-    )
+    talk = type_into(command, "count1: red cat\nand now: blue\n\n")
     assert talk.returncode == 0, talk.stderr
     messages = [{"role": "system", "content": "sort"}, {"role": "user", "content": "count1: red cat"}]
     alpha, first = expected(messages)

@@ -92,6 +92,9 @@ def validate_run_dir(folder: RunFolder, fingerprint: Mapping[str, Any]) -> int:
 def _check_recipe(run_dir: Path, fingerprint: Mapping[str, Any]) -> None:
     """Refuse a folder that holds another run, or something else."""
     recipe = run_dir / "config.yaml"
+    # Before the recipe is looked for: groups with launchers of their own begin a run together, and what another one
+    # writes behind its recipe must not be seen without it.
+    is_free = _is_free(run_dir)
     if os.path.isfile(recipe):  # unlike Path.is_file it takes any path
         old = load_config(["--config", str(recipe)])
         differences = diff_configs(fingerprint_sections(old), fingerprint)
@@ -100,7 +103,7 @@ def _check_recipe(run_dir: Path, fingerprint: Mapping[str, Any]) -> None:
                 f"{run_dir} holds a different run ({'; '.join(differences)}): choose another name, or delete that "
                 "folder"
             )
-    elif os.path.lexists(run_dir) and not _is_free(run_dir):
+    elif not is_free:
         raise CheckpointError(f"{run_dir} exists but is not a run (no config.yaml): choose another name")
 
 
@@ -111,7 +114,9 @@ def _check_writable(run_dir: Path, remedy: str) -> None:
 
 
 def _is_free(run_dir: Path) -> bool:
-    """Whether a folder without a recipe holds at most what an earlier start left that had no time to write one."""
+    """Whether a folder is not there, or holds at most what an earlier start left that had no time for a recipe."""
+    if not os.path.lexists(run_dir):
+        return True
     return run_dir.is_dir() and all(_LEFTOVER.fullmatch(path.name) for path in run_dir.iterdir())
 
 

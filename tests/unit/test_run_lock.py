@@ -91,6 +91,24 @@ def test_what_a_start_leaves_that_was_killed_is_no_other_run(tmp_path: Path) -> 
         validate_run_dir(RunFolder(run_dir), fingerprint)
 
 
+def test_another_group_that_writes_the_run_meanwhile_is_no_stranger(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Groups with launchers of their own begin together: one has looked for the recipe when the other writes it."""
+    config, is_file = config_of(tmp_path / "run"), os.path.isfile
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+
+    def look_just_before_the_other_writes(path: Path) -> bool:
+        found = is_file(path)
+        (run_dir / "config.yaml").write_text(to_yaml(config))
+        (run_dir / "model.json").write_text("{}")
+        return found
+
+    monkeypatch.setattr(os.path, "isfile", look_just_before_the_other_writes)
+    assert validate_run_dir(RunFolder(run_dir), fingerprint_sections(config)) == 0
+
+
 def test_a_folder_in_the_place_of_the_link_is_refused_before_training(tmp_path: Path) -> None:
     config = config_of(tmp_path)
     (tmp_path / "config.yaml").write_text(to_yaml(config))

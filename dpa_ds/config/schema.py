@@ -76,8 +76,8 @@ class ModelConfig:
 
     path: str = field(default="", metadata=required_path("give a model directory, a GGUF file or a hub id"))
     """Hugging Face model directory, GGUF file, or hub id where there is a hub."""
-    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
-    """Precision of base and activations; adapters keep an fp32 master. Slow on a CPU without native bf16."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Precision of base and activations (adapters keep an fp32 master); auto: bf16 where it is native, else fp32."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"

@@ -113,6 +113,7 @@ class Stages:
         arguments = [
             f"--run={run_dir}",
             f"--split={wanted['split']}",
+            f"--model.precision={wanted['precision']}",
             f"--weighting.scale={json.dumps(weighting.scale)}",
             f"--weighting.kind={weighting.kind}",
             f"--weighting.representation={weighting.representation}",
@@ -128,6 +129,7 @@ class Stages:
         run_dir = self.run_dir(method, seed)
         values: dict[str, object] = {"name": run_dir.name, "output_dir": run_dir.parent, "method.name": method}
         values["seed"] = seed
+        values["model.precision"] = self._config.model.precision  # auto is settled for all stages together
         if method != "feddpa_t":
             # The recipe's order of phases is that of feddpa_t: the other methods have none to choose.
             default = MethodConfig()

@@ -99,7 +99,7 @@ BAD_OVERRIDES = [
     (["--train.adam_betas=[0.9, true]"], "train.adam_betas must be a list of 2 numbers"),
     (["--train.adam_betas=[0.9, .inf]"], "train.adam_betas must be finite"),
     (["--train.keep_optimizer_state=1"], "train.keep_optimizer_state must be true or false, got 1"),
-    (["--model.precision=fp8"], 'model.precision must be one of fp32, bf16, fp16, got "fp8"'),
+    (["--model.precision=fp8"], 'model.precision must be one of auto, fp32, bf16, fp16, got "fp8"'),
     (
         ["--lora.target_modules=q_proj"],
         'lora.target_modules must be a list of names such as [q_proj] or all-linear, got "q_proj"',

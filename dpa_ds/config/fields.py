@@ -19,6 +19,11 @@ RENAMED = {
 }
 """Keys of earlier versions, refused with their new name."""
 
+ABSENT = {
+    "train.warmup_steps": "clients have different numbers of steps: write train.warmup_ratio, a share of them",
+}
+"""Keys that users of transformers and PEFT may expect -> why there is none, and what to do instead."""
+
 _IN_WORDS: dict[Any, str] = {
     int: "a whole number",
     float: "a number",
@@ -65,6 +70,8 @@ def check_key(key: str, given: str) -> None:
         raise ConfigError(f"{given} is a section: give its fields, such as --{_fields_of(key)[0]} (see --help)")
     if key in RENAMED:
         raise ConfigError(f"{given} was renamed: write {RENAMED[key]} instead")
+    if key in ABSENT:
+        raise ConfigError(f"{given} is not a field of the recipe: {ABSENT[key]}")
     raise ConfigError(f"{given} is not a field of the recipe{_remedy_for(key)}")
 
 

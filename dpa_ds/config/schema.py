@@ -223,6 +223,8 @@ class TrainConfig:
     """Peak learning rate of AdamW."""
     lr_schedule: Literal["linear", "cosine", "constant"] = "linear"
     """Course of the learning rate within a phase; linear and cosine end at 0."""
+    warmup_ratio: float = field(default=0.0, metadata=within("[0, 1)"))
+    """Share of each phase's steps, rounded up, in which the learning rate rises from 0, in [0, 1); 0: no warm-up."""
     weight_decay: float = field(default=0.0, metadata=at_least(0, up_to=1000))
     """AdamW weight decay, decoupled (per step: learning rate x weight decay)."""
     adam_betas: tuple[float, float] = field(default=(0.9, 0.999), metadata=each_within("[0, 1)"))

@@ -28,13 +28,14 @@ class Client:
     history: list[float] = field(default_factory=list)
 
 
-def lora_config(rank: int, alpha: float, targets: Sequence[str] | str) -> peft.LoraConfig:
+def lora_config(rank: int, alpha: float, targets: Sequence[str] | str, rslora: bool = False) -> peft.LoraConfig:
     """PEFT's own, for its word all-linear, or for names: those of experts in one parameter begin with `experts.`."""
     modules: list[str] | str = targets if isinstance(targets, str) else [t for t in targets if "experts." not in t]
     parameters = None if isinstance(targets, str) else [t for t in targets if "experts." in t]
     return peft.LoraConfig(
         r=rank,
         lora_alpha=alpha,
+        use_rslora=rslora,
         target_modules=modules,
         target_parameters=parameters or None,
         task_type="CAUSAL_LM",
@@ -55,14 +56,14 @@ class Plain:
         attention: str | None = None,
         epsilon: float = 1e-8,
         warmup: float = 0.0,
+        rslora: bool = False,
     ) -> None:
         # from_pretrained leaves the model in eval mode: the frozen base drops nothing.
         base = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, attn_implementation=attention)
-        config = lora_config(rank, alpha, targets)
+        config = lora_config(rank, alpha, targets, rslora)
         self.model = peft.get_peft_model(base, config, adapter_name="global")
         self.model.add_adapter("local", config)
-        self.scale, self.lr, self.clip, self.epsilon = alpha / rank, lr, clip, epsilon
-        self.warmup = warmup
+        self.lr, self.clip, self.epsilon, self.warmup = lr, clip, epsilon, warmup
 
     def parameters(self, adapter: str) -> dict[str, torch.nn.Parameter]:
         return {
@@ -83,8 +84,8 @@ class Plain:
         self.model.base_model.set_adapter(["global", "local"])
         for layer in self.model.modules():
             if isinstance(layer, LoraLayer):
-                layer.scaling["global"] = weight_global * self.scale
-                layer.scaling["local"] = weight_local * self.scale
+                layer.set_scale("global", weight_global)
+                layer.set_scale("local", weight_local)
 
     def logits(self, input_ids: Sequence[int]) -> torch.Tensor:
         return self.model(input_ids=torch.tensor([input_ids])).logits[0]

@@ -20,6 +20,7 @@ RENAMED = {
 """Keys of earlier versions, refused with their new name."""
 
 ABSENT = {
+    "lora.use_rslora": "write lora.scaling: rslora",
     "train.warmup_steps": "clients have different numbers of steps: write train.warmup_ratio, a share of them",
 }
 """Keys that users of transformers and PEFT may expect -> why there is none, and what to do instead."""

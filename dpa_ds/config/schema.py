@@ -86,18 +86,20 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Both adapters (PEFT LoRA, no bias): h = W0 x + sum of mix * (alpha / rank) * B A x."""
+    """Both adapters (PEFT LoRA, no bias): h = W0 x + sum of mix * scale * B A x."""
 
     rank: int = field(default=8, metadata=at_least(1, up_to=MILLION))
     """Rank r of the global adapter."""
     alpha: float = field(default=16.0, metadata=above(0, up_to=MILLION))
-    """LoRA alpha of both adapters; the scale is alpha / rank."""
+    """LoRA alpha of both adapters; the scale is alpha / rank, or what `scaling` says."""
+    scaling: Literal["standard", "rslora"] = "standard"
+    """Scale of both adapters: standard: alpha / rank; rslora: alpha / root of rank (PEFT's use_rslora)."""
     dropout: float = field(default=0.05, metadata=within("[0, 1)"))
     """Dropout on the adapter input while training, in [0, 1)."""
     target_modules: TargetModules = field(default_factory=lambda: ["q_proj", "v_proj"], metadata=LINEAR_LAYERS)
     """Linear layers to adapt: names, matched at the end of the module path; all-linear: all but the output head."""
     local_rank: int | None = field(default=None, metadata=at_least(1, up_to=MILLION, or_null="for lora.rank"))
-    """Rank of the local adapter, if it is to differ from `rank`. alpha / rank stays the scale of both."""
+    """Rank of the local adapter, if it is to differ from `rank`. The scale, of alpha and `rank`, stays that of both."""
 
 
 @dataclass(frozen=True)

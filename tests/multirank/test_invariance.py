@@ -118,6 +118,7 @@ def test_every_layout_gives_the_adapters_of_a_plain_loop(
 
 TUNED: dict[str, dict[str, Any]] = {
     "warm-up": {"train__warmup_ratio": 0.3, "train__local_epochs": 3.0},
+    "rslora": {"lora__scaling": "rslora"},
 }
 """What tuners set, by a word for it."""
 

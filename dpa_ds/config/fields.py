@@ -19,7 +19,24 @@ RENAMED = {
 }
 """Keys of earlier versions, refused with their new name."""
 
+_ALL_RANKS_ARE_ALIKE = "an adapter has one rank and one scale in all layers: set lora.rank, lora.alpha and lora.scaling"
+_NO_DORA = (
+    "clients' adapters are averaged, and mixed for each instance, so they must add up; DoRA divides by the norm of "
+    "weight and adapter together: set lora.scaling rslora, a higher lora.rank, or lora.target_modules all-linear"
+)
+_ONE_BASE = "only the adapters' A and B are trained, averaged and mixed, over one base that all clients share"
 ABSENT = {
+    "lora.alpha_pattern": _ALL_RANKS_ARE_ALIKE,
+    "lora.bias": f"{_ONE_BASE}: leave it out",
+    "lora.dora": _NO_DORA,
+    "lora.init_lora_weights": (
+        "A is drawn as by PEFT's default and B is 0, so that the first round starts from the base itself; PiSSA, OLoRA "
+        "and the like change the base, which is frozen and shared: leave it out"
+    ),
+    "lora.lora_bias": f"{_ONE_BASE}: leave it out",
+    "lora.modules_to_save": f"{_ONE_BASE}: leave it out, or name those linear layers in lora.target_modules",
+    "lora.rank_pattern": _ALL_RANKS_ARE_ALIKE,
+    "lora.use_dora": _NO_DORA,
     "lora.use_rslora": "write lora.scaling: rslora",
     "train.warmup_steps": "clients have different numbers of steps: write train.warmup_ratio, a share of them",
 }

@@ -26,6 +26,7 @@ _NO_DORA = (
 )
 _ONE_BASE = "only the adapters' A and B are trained, averaged and mixed, over one base that all clients share"
 ABSENT = {
+    "generation.do_sample": "a generation.temperature above 0 samples, and 0 does not: set that",
     "lora.alpha_pattern": _ALL_RANKS_ARE_ALIKE,
     "lora.bias": f"{_ONE_BASE}: leave it out",
     "lora.dora": _NO_DORA,

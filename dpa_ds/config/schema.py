@@ -22,6 +22,7 @@ from dpa_ds.config.ranges import (
     SECONDS,
     SHORT_NAME,
     TASK_NAMES,
+    TEMPERATURE,
     TEMPLATE,
     YEAR_SECONDS,
     above,
@@ -269,7 +270,7 @@ class WeightingConfig:
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """How answers are decoded; never sampled."""
+    """How answers are decoded: searched for the likeliest, or with a temperature sampled."""
 
     num_beams: int = field(default=4, metadata=at_least(1, up_to=1000, note="1: greedy"))
     """Number of beams; 1: greedy."""
@@ -277,6 +278,14 @@ class GenerationConfig:
     """Longest answer, in tokens."""
     batch_tokens: int = field(default=16384, metadata=at_least(1, up_to=BILLION))
     """Upper bound on sequences (instances x beams) x their length, of a batch; does not change answers (fp32)."""
+    temperature: float = field(default=0.0, metadata=TEMPERATURE)
+    """Logits are divided by it, and tokens sampled; 0: the likeliest answer, by num_beams. Needs num_beams 1."""
+    top_k: int = field(default=0, metadata=at_least(0, up_to=MILLION, note="0: of all"))
+    """Sampled among the k likeliest tokens; 0: among all."""
+    top_p: float = field(default=1.0, metadata=within("(0, 1]"))
+    """Sampled among the likeliest tokens that together have this probability, in (0, 1]; 1: among all."""
+    seed: int = field(default=0, metadata=at_least(0, up_to=2**63 - 1))
+    """Of sampling. An answer is a function of this seed and of its prompt, model and weight; another seed, another."""
 
 
 @dataclass(frozen=True)

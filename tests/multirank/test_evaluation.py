@@ -240,6 +240,25 @@ def test_ranks_and_zero3_change_nothing(run: Run, tmp_path: Path) -> None:
     assert 0 < between < 1, "and the second rank has a mix"
 
 
+def test_ranks_and_zero3_sample_the_same_answers(run: Run, tmp_path: Path) -> None:
+    """And the report says how, in a folder of its own for each seed."""
+    options = ["--clients=1,3", "--tasks=count1,colour0", "--temperature=1.5", "--top_p=0.95"]
+    layouts = {"one": (1, []), "three": (3, []), "zero3": (2, ["--evaluation.sharding=always"])}
+    reports = {
+        name: run.copy(tmp_path / name).evaluate(tmp_path, *options, *more, num_ranks=num_ranks)
+        for name, (num_ranks, more) in layouts.items()
+    }
+    expected = answers(reports["one"])
+    for name in ("three", "zero3"):
+        assert answers(reports[name]) == expected, name
+    assert summary(reports["one"])["settings"]["sampling"] == "temperature 1.5, top_k 0, top_p 0.95, seed 0"
+    assert "temperature 1.5" in (reports["one"] / "report.md").read_text()
+    again = Run(tmp_path / "one/runs/tiny", run.model, run.data)
+    other = again.evaluate(tmp_path, *options, "--sampling_seed=1")
+    assert other.parent != reports["one"].parent
+    assert {key: text for key, (_, text) in answers(other).items()} != {k: text for k, (_, text) in expected.items()}
+
+
 def test_an_interrupted_evaluation_resumes(run: Run, greedy: Path, tmp_path: Path) -> None:
     """By other ranks than before; the marked answer would be lost if what is there were computed again."""
     copy, expected = run.copy(tmp_path), answers(greedy)

@@ -186,6 +186,23 @@ def test_alphas_and_answers_equal_a_plain_computation(
         assert (1.0 in alphas) == (scale == 6.0)
 
 
+def test_with_rslora_answers_equal_those_of_peft(train: Callable[..., Run], tmp_path: Path) -> None:
+    """Adapters of rank 4 and 2, at the scales that PEFT makes of their adapter_config.json."""
+    run = train("rslora", lora__scaling="rslora")
+    configs = [
+        json.loads((run.folder / "adapters" / name / "adapter_config.json").read_text())
+        for name in ("global", "local/client_00")
+    ]
+    assert [config["use_rslora"] for config in configs] == [True, True]
+    assert [config["lora_alpha"] for config in configs] == [8.0, pytest.approx(8.0 * (2 / 4) ** 0.5)]
+    found = answers(run.evaluate(tmp_path, "--weighting=fixed", "--alpha=0.3", "--clients=0,2"))
+    for client in (0, 2):
+        plain = plain_client(run, client)
+        for task, row, instruction in run.test_rows:
+            assert found[client, task, row] == (pytest.approx(0.3), plain.answer(instruction, 0.3, 1, NEW_TOKENS))
+    assert len({text for _, text in found.values()}) >= 5
+
+
 def test_references_and_the_reference_mean_of_the_federation(run: Run) -> None:
     """Prompts of the client's own examples, their embeddings by the base, and the mean of these, weighted by examples."""
     means = []

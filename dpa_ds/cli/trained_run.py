@@ -48,6 +48,14 @@ class RunOptions:
     """Where what the clients keep to themselves can be seen here (default: the recipe's private_dir)."""
     max_new_tokens: str | None = option("N", None, sets="generation.max_new_tokens")
     """Longest answer, in tokens (default: the recipe's)."""
+    temperature: str | None = option("X", None, sets="generation.temperature")
+    """Sample answers, with logits divided by X; 0: nothing is sampled (default: the recipe's)."""
+    top_k: str | None = option("N", None, sets="generation.top_k")
+    """Sample among the N likeliest tokens; 0: among all."""
+    top_p: str | None = option("X", None, sets="generation.top_p")
+    """Sample among the likeliest tokens that together have this probability."""
+    sampling_seed: str | None = option("N", None, sets="generation.seed")
+    """Another seed, another answer; the same seed, the same answer to the same prompt."""
 
 
 def load_run_config(options: RunOptions, others: Sequence[str]) -> RunConfig:

@@ -22,6 +22,7 @@ from dpa_ds.data.sources import list_clients
 from dpa_ds.distributed.job_store import POLL_SECONDS, JobStore
 from dpa_ds.errors import ConfigError, DpaError, Preempted
 from dpa_ds.experiments.comparison import Candidate, find_evaluation, name_of_candidate
+from dpa_ds.inference.generation import describe_decoding
 from dpa_ds.inference.weighting import Weighting, describe_weighting, resolve_weighting
 from dpa_ds.runs.folder import RunFolder
 from dpa_ds.runs.resume import validate_run_dir
@@ -101,8 +102,7 @@ class Stages:
             "precision": config.model.precision,
             "split": split,
             "adapters": RunFolder(self.run_dir(method, seed)).digest(config.federation.num_rounds),
-            "beams": config.generation.num_beams,
-            "max_new_tokens": config.generation.max_new_tokens,
+            **describe_decoding(config.generation),
             "clients": None,
             "tasks": config.evaluation.tasks,
             "instances_per_task": num_instances,

@@ -31,10 +31,15 @@ pytestmark = pytest.mark.launch
 
 @pytest.fixture(scope="module")
 def arguments(model: Path, federation: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[str]]:
-    """The recipe: rounds of about a second, dropout and optimizer state that must be restored too."""
+    """The recipe: rounds of about a second, dropout, warm-up and optimizer state that must be restored too."""
 
     def arguments(folder: Path, **overrides: object) -> list[str]:
-        settings = {"train__local_epochs": 5.0, "lora__dropout": 0.1, "train__keep_optimizer_state": True}
+        settings = {
+            "train__local_epochs": 5.0,
+            "train__warmup_ratio": 0.5,
+            "train__keep_optimizer_state": True,
+            "lora__dropout": 0.1,
+        }
         return tiny.recipe(model, federation, folder / "runs", **{**settings, **overrides})
 
     return arguments

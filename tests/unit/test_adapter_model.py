@@ -437,3 +437,42 @@ def test_libraries_load_an_adapter_by_its_folder_alone(
     with torch.no_grad():
         expected = adapters.peft_model(input_ids=ids).logits
         torch.testing.assert_close(load(folder, dtype=torch.float32).eval()(input_ids=ids).logits, expected)
+
+
+def random_adapters(base: Any, lora: LoraConfig, folder: Path) -> AdapterModel:
+    """Both adapters with random weights, saved to `folder`/global and `folder`/local as a run saves them."""
+    adapters = AdapterModel(base, adapter_table(lora), lora)
+    run = RunFolder(folder / "run")
+    generator = torch.Generator().manual_seed(0)
+    for name, shapes in adapters.shapes.items():
+        state = {key: 0.1 * torch.randn(shape, generator=generator) for key, shape in shapes.items()}
+        adapters.load_state(name, state)
+        run.save_adapter(1, name, state, adapters.peft_config(name), {}, {})
+        (run.run_dir / "rounds" / "round_000001.tmp" / name).rename(folder / name)
+    adapters.peft_model.eval()
+    return adapters
+
+
+@pytest.mark.parametrize("scaling", ["standard", "rslora"])
+@pytest.mark.parametrize("family", ["tiny", "mixtral"])
+@torch.no_grad()
+def test_peft_scales_a_saved_adapter_alike(family: str, scaling: Any, tmp_path: Path) -> None:
+    """Of another rank too, merged into the base or not; PEFT gives Mixtral's fused experts twice the rank."""
+    make = tiny.make_model if family == "tiny" else lambda folder: families.make_family(folder, family)
+    model, ids = make(tmp_path / "model"), torch.randint(0, 50, (2, 9))
+    lora = LoraConfig(rank=4, alpha=6.0, dropout=0.0, target_modules="all-linear", local_rank=3, scaling=scaling)
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    plain_logits = base(input_ids=ids).logits
+    adapters = random_adapters(base, lora, tmp_path)
+    for name, alpha in ((GLOBAL, 0.0), (LOCAL, 1.0)):
+        adapters.set_mix(global_local_mix(alpha))
+        found = adapters.peft_model(input_ids=ids).logits
+        assert float((found - plain_logits).abs().max()) > 0.01, "the adapter changes the answer"
+        assert json.loads((tmp_path / name / "adapter_config.json").read_text()).get("use_rslora", False) == (
+            scaling == "rslora"
+        )
+        again = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        loaded = peft.PeftModel.from_pretrained(again, tmp_path / name).eval()
+        torch.testing.assert_close(loaded(input_ids=ids).logits, found, rtol=0, atol=2e-5)
+        merged = loaded.merge_and_unload()
+        torch.testing.assert_close(merged(input_ids=ids).logits, found, rtol=0, atol=2e-5)

@@ -4,7 +4,7 @@
 
 Both run in this process, in turns, with the same adapters, beams, answer length and precision (fp32, CPU). The
 sample that is answered one by one must get the same weights (paper's cosine) and the same answers from both before
-any number is printed.
+any number is printed. With --beside bf16, ours answers in that precision, too, in turns with the others.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from dpa_ds.evaluation.answers import Answer, Instance
 from dpa_ds.evaluation.dataset import choose_instances, read_instances, tokenize_instances
 from dpa_ds.evaluation.work_items import EvaluationSet, answer_work_item
 from dpa_ds.inference.client_model import ClientModel, Predictor, load_client_model
-from dpa_ds.inference.loading import build_predictor, place_base
+from dpa_ds.inference.loading import PlacedBase, build_predictor, place_base
 from dpa_ds.inference.weighting import Weighting, resolve_weighting
 from dpa_ds.runs.folder import RunFolder
 
@@ -108,29 +109,38 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Load the run twice, check that both ways agree on the sample, and time them in turns."""
     options = [f"--run={args.run}", f"--beams={args.beams}", f"--max_new_tokens={args.max_new_tokens}"]
     options += [f"--instances={args.instances}", f"--generation.batch_tokens={args.batch_tokens}"]
-    config = evaluate.load(options)
+    config = evaluate.load([*options, "--model.precision=fp32"])
     clock = CLOCKS[args.clock]
     job = JobStore(Launch("single", 0, 1, 0, "127.0.0.1", 0))
     folder = RunFolder(config.run_dir)
     server_round = folder.hold_trained_round()
+
+    def make_predictor(base: PlacedBase, weighting: Weighting) -> Predictor:
+        return build_predictor(base, config.lora, config.generation, weighting, folder, server_round)
+
     base = place_base(
         job,
         config.model,
         config.data,
-        config.evaluation.sharding,
+        "never",
         config.cluster,
         config.federation.timeout_seconds,
         len(folder.clients(server_round)),
     )
 
-    def make_predictor(weighting: Weighting) -> Predictor:
-        return build_predictor(base, config.lora, config.generation, weighting, folder, server_round)
-
     clients = {client: load_client_model(folder, server_round, client) for client in folder.clients(server_round)}
     instances = choose_instances(read_instances(config.data, config.seed, config.evaluation.split), config.evaluation)
     prompts = tokenize_instances(instances, base.example_format, base.limits, config.generation.max_new_tokens)
 
-    ours = Batched(make_predictor, base.world, EvaluationSet(instances, prompts, clients), clock)
+    ours = Batched(partial(make_predictor, base), base.world, EvaluationSet(instances, prompts, clients), clock)
+    variants = {kind: (ours, kind) for kind in args.kinds}
+    if args.beside:
+        # The decision where the base is has been made: a job makes it once.
+        other = replace(base, config=replace(config.model, precision=args.beside))
+        variants[f"{args.kinds[0]}, {args.beside}"] = (
+            replace(ours, make_predictor=partial(make_predictor, other)),
+            args.kinds[0],
+        )
     theirs = OneByOne(base.directory, config.run_dir / "adapters", args.beams, args.max_new_tokens)
     first = [i for i, instance in enumerate(instances) if instance.row == 0]
     some = dict(list(clients.items())[: args.sample_clients])
@@ -139,17 +149,17 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     check = replace(ours, questions=asked)
     _, _, expected = check.run("cosine", config)
 
-    seconds: dict[str, list[float]] = {**{kind: [] for kind in args.kinds}, "one by one": []}
-    shares: dict[str, list[float]] = {kind: [] for kind in args.kinds}
+    seconds: dict[str, list[float]] = {**{name: [] for name in variants}, "one by one": []}
+    shares: dict[str, list[float]] = {name: [] for name in variants}
     for repeat in range(1, args.repeats + 1):
-        for kind in args.kinds:
-            measuring(f"repeat {repeat} of {args.repeats}: {kind}")
-            total, on_weights, answers = ours.run(kind, config)
-            seconds[kind].append(total)
-            shares[kind].append(on_weights / total)
+        for name, (batched, kind) in variants.items():
+            measuring(f"repeat {repeat} of {args.repeats}: {name}")
+            total, on_weights, answers = batched.run(kind, config)
+            seconds[name].append(total)
+            shares[name].append(on_weights / total)
         measuring(f"repeat {repeat} of {args.repeats}: one by one")
         seconds["one by one"].append(_run_one_by_one(theirs, sample, clients, prompts, clock, expected, instances))
-    num = {**dict.fromkeys(args.kinds, len(answers)), "one by one": len(sample)}
+    num = {**dict.fromkeys(variants, len(answers)), "one by one": len(sample)}
     rates = {name: [num[name] / s for s in of_runs] for name, of_runs in seconds.items()}
     return {
         "where": where_and_when(
@@ -198,12 +208,12 @@ def render(result: dict[str, Any]) -> str:
         result["where"],
         f"{result['setting']}; {result['sample']}",
         "",
-        f"{'':16}{'instances/s':>26}{'times one by one':>24}{'share on weights':>24}",
+        f"{'':20}{'instances/s':>26}{'times one by one':>24}{'share on weights':>24}",
     ]
     for name, rates in result["instances_per_second"].items():
         ratio, share = result["ratio"].get(name), result["share_of_time_on_weights"].get(name)
         lines.append(
-            f"{name:16}{spread(rates, '.3f'):>26}{spread(ratio, '.1f') if ratio else '':>24}"
+            f"{name:20}{spread(rates, '.3f'):>26}{spread(ratio, '.1f') if ratio else '':>24}"
             f"{spread(share, '.1%') if share else '':>24}"
         )
     return "\n".join(lines)
@@ -215,6 +225,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--instances", type=int, default=16, help="test instances of each task (%(default)s)")
     parser.add_argument("--sample_clients", type=int, default=2, help="clients whose first instances go one by one")
     parser.add_argument("--kinds", nargs="+", default=["centred_cosine", "cosine"], help="weightings (%(default)s)")
+    parser.add_argument("--beside", choices=("bf16",), help="answer in this precision, too, with the first weighting")
     parser.add_argument("--batch_tokens", type=int, default=16384, help="generation.batch_tokens (%(default)s)")
     parser.add_argument("--beams", type=int, default=4, help="(%(default)s)")
     parser.add_argument("--max_new_tokens", type=int, default=80, help="(%(default)s)")

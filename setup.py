@@ -8,6 +8,28 @@ version = next(
     line.split('"')[1] for line in Path("dpa_ds/__init__.py").read_text().splitlines() if line.startswith("__version__")
 )
 
+# A wheel holds these folders of the repository under dpa_ds/shipped, where dpa_ds/config/shipped.py finds them.
+shipped = {
+    "dpa_ds.shipped.launch": "launch",
+    "dpa_ds.shipped.launch.recipes": "launch/recipes",
+    "dpa_ds.shipped.launch.slurm": "launch/slurm",
+    "dpa_ds.shipped.ds_configs": "ds_configs",
+}
+
+# Console command: module of dpa_ds/cli whose main() it calls.
+commands = {
+    "dpa-init": "init",
+    "dpa-train": "train",
+    "dpa-evaluate": "evaluate",
+    "dpa-generate": "generate",
+    "dpa-compare": "compare",
+    "dpa-plan": "plan",
+    "dpa-check": "preflight",
+    "dpa-scaling-study": "scaling_study",
+    "dpa-rendezvous": "rendezvous",
+    "dpa-prepare-demo": "prepare_demo",
+}
+
 setup(
     name="dpa_ds",
     version=version,
@@ -15,8 +37,23 @@ setup(
     long_description=Path("README.md").read_text(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    packages=find_packages(include=["dpa_ds", "dpa_ds.*"]),
-    package_data={"dpa_ds": ["py.typed"]},
+    keywords=["federated learning", "LoRA", "large language models", "DeepSpeed"],
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Environment :: Console",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+    project_urls={"Paper": "https://arxiv.org/abs/2403.19211"},
+    packages=[*find_packages(include=["dpa_ds", "dpa_ds.*"]), *shipped],
+    package_dir=shipped,
+    package_data={"": ["*.yaml", "*.sbatch", "*.json"], "dpa_ds": ["py.typed"]},
+    entry_points={"console_scripts": [f"{name} = dpa_ds.cli.{module}:main" for name, module in commands.items()]},
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.11,<2.14",

@@ -1,5 +1,6 @@
 """Entry point of launch/compare.py: several methods side by side."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -43,7 +44,7 @@ class CompareOptions:
     """Held-out instances of each task for that choice."""
 
 
-def main(argv: Sequence[str]) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Do it under any launcher (deepspeed, torchrun, srun, mpirun) or none; the exit status.
 
     Collective: every rank of the job.
@@ -68,3 +69,7 @@ def prepare(argv: Sequence[str]) -> tuple[RunConfig, Work]:
         compare(config, job, plan, recipe)
 
     return config, work
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,5 +1,6 @@
 """Entry point of launch/evaluate.py: the scores of a trained run."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -40,7 +41,7 @@ class EvaluateOptions(RunOptions):
     """What is scored; held_out: the share of the training data that data.held_out_fraction kept back, for tuning."""
 
 
-def main(argv: Sequence[str]) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Do it under any launcher (deepspeed, torchrun, srun, mpirun) or none; the exit status.
 
     Collective: every rank of the job.
@@ -66,3 +67,7 @@ def load(argv: Sequence[str]) -> RunConfig:
     """The run's recipe with what the command line changes."""
     options, overrides = parse(argv, EvaluateOptions, "deepspeed launch/evaluate.py")
     return load_run_config(options, overrides)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -57,12 +57,12 @@ class RendezvousOptions:
     """Address of this host to listen on; if not given: all interfaces."""
 
 
-def main(argv: Sequence[str]) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Serve in one process, without a launcher; the exit status."""
     return run_alone(partial(run, argv))
 
 
-def run(argv: Sequence[str]) -> NoReturn:
+def run(argv: Sequence[str] | None) -> NoReturn:
     """Serve until a signal ends the process.
 
     Raises:
@@ -95,3 +95,7 @@ def run(argv: Sequence[str]) -> NoReturn:
     _say(f"rendezvous for {config.name} at {reachable_hostname()}:{gate.port}")
     while True:
         time.sleep(3600)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

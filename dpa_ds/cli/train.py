@@ -1,5 +1,6 @@
 """Entry point of launch/run.py: federated training of dual adapters."""
 
+import sys
 from collections.abc import Sequence
 from functools import partial
 
@@ -10,7 +11,7 @@ from dpa_ds.config.schema import RunConfig
 from dpa_ds.distributed.job_store import JobStore
 
 
-def main(argv: Sequence[str]) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Do it under any launcher (deepspeed, torchrun, srun, mpirun) or none; the exit status.
 
     Collective: every rank of the job.
@@ -30,3 +31,7 @@ def prepare(argv: Sequence[str]) -> tuple[RunConfig, Work]:
             train(config, job)
 
     return config, work
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -14,7 +14,8 @@ from typing import Any, Literal
 
 from dpa_ds.config.load import load_config, with_overrides
 from dpa_ds.config.schema import DataConfig
-from dpa_ds.config.validate import REPOSITORY, diff_configs, flatten
+from dpa_ds.config.shipped import SHIPPED
+from dpa_ds.config.validate import diff_configs, flatten
 from dpa_ds.distributed.launchers import MAX_RANKS
 from dpa_ds.errors import ConfigError
 from dpa_ds.experiments.stages import program_failed
@@ -172,7 +173,7 @@ def run_points(plan: Plan) -> list[Point]:
             num_ranks = spec.ranks_per_group * spec.num_groups
             logger.info(f"\n=== {number} of {len(plan.values)}: {plan.axis} {value}, {num_ranks} ranks")
             launcher = shlex.split(plan.launch.replace("{ranks}", str(num_ranks)))
-            command = [*launcher, str(REPOSITORY / "launch" / "run.py"), *spec.arguments]
+            command = [*launcher, str(SHIPPED / "launch" / "run.py"), *spec.arguments]
             status = subprocess.run(command, check=False).returncode
             if status:
                 message = f"{plan.axis} {value} failed (see above); once mended, the same command resumes"

@@ -30,6 +30,16 @@ commands = {
     "dpa-prepare-demo": "prepare_demo",
 }
 
+# Only some runs need these; dpa_ds/config/extras.py says which, where one is absent.
+optional = {
+    "elastic": ["torchft>=0.2,<0.3"],  # rank groups with launchers of their own
+    "gguf": ["gguf>=0.19,<0.20"],  # a base model in a GGUF file
+    "metrics": ["rouge-score>=0.1.2,<0.2", "sacrebleu>=2.6,<3"],  # scores of answers
+    "figures": ["matplotlib>=3.10,<4"],  # pictures of reports
+    "wandb": ["wandb>=0.31,<0.32"],
+    "mlflow": ["mlflow-skinny>=3.17,<4"],
+}
+
 setup(
     name="dpa_ds",
     version=version,
@@ -74,16 +84,16 @@ setup(
         "PyYAML>=6,<7",
         "psutil>=7",
         "tqdm>=4.67,<5",
-        "matplotlib>=3.10,<4",
-        "rouge-score>=0.1.2,<0.2",
-        "sacrebleu>=2.6,<3",
-        "gguf>=0.19,<0.20",
-        "torchft>=0.2,<0.3",
     ],
     extras_require={
+        **optional,
+        "all": [requirement for requirements in optional.values() for requirement in requirements],
         "docs": ["mkdocs-material>=9.8,<10"],
-        "demo": ["pip"],  # launch/prepare_demo.py downloads with it; environments made by uv lack it
+        # launch/prepare_demo.py reads a GGUF file, and downloads with pip, which environments made by uv lack.
+        "demo": ["pip", *optional["gguf"], *optional["metrics"], *optional["figures"]],
         "test": [
+            *(requirement for requirements in optional.values() for requirement in requirements),
+            "pip",
             "pytest>=9,<10",
             "pytest-rerunfailures>=16,<17",
             "pytest-xdist>=3.8,<4",

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from dpa_ds.cli.args import option, parse
 from dpa_ds.cli.bootstrap import Work, run_job
+from dpa_ds.config.extras import require
 from dpa_ds.config.load import load_config
 from dpa_ds.config.schema import RunConfig
 from dpa_ds.distributed.job_store import JobStore
@@ -61,6 +62,8 @@ def prepare(argv: Sequence[str]) -> tuple[RunConfig, Work]:
         raise ConfigError(
             "launch/compare.py is for one operator, who sees all answers: leave private_dir out (--private_dir null)"
         )
+
+    require("metrics", "the scores of answers")
 
     def work(job: JobStore) -> None:
         from dpa_ds.experiments.compare import build_plan, compare  # imports torch: only once ranks are in order

@@ -8,6 +8,7 @@ from dpa_ds.cli.args import option, parse
 from dpa_ds.cli.bootstrap import Work, run_job
 from dpa_ds.cli.memory import generation_remedy, memory_errors
 from dpa_ds.cli.trained_run import RunOptions, load_run_config
+from dpa_ds.config.extras import require
 from dpa_ds.config.schema import RunConfig
 from dpa_ds.distributed.job_store import JobStore
 
@@ -53,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def prepare(argv: Sequence[str]) -> tuple[RunConfig, Work]:
     """The run's recipe with what the command line changes, and the evaluation."""
     config = load(argv)
+    require("metrics", "the scores of answers")
 
     def work(job: JobStore) -> None:
         from dpa_ds.evaluation.runner import evaluate  # imports torch: only once config and ranks are in order

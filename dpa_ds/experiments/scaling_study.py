@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from dpa_ds.config.extras import missing, no_pictures
 from dpa_ds.config.load import load_config, with_overrides
 from dpa_ds.config.schema import DataConfig
 from dpa_ds.config.shipped import SHIPPED
@@ -240,7 +241,10 @@ def report(plan: Plan, points: Sequence[Point]) -> str:
     table = "\n".join(lines)
     write_file(plan.folder / "points.json", json.dumps(found, indent=1))
     write_file(plan.folder / "scale.md", table + "\n")
-    _plot(plan, points)
+    if missing("figures"):
+        logger.warning(no_pictures())
+    else:
+        _plot(plan, points)
     return table
 
 

@@ -75,6 +75,7 @@ from dpa_ds.runs.resume import (
     validate_run_dir,
 )
 from dpa_ds.runs.storage import BackgroundWriter, well_formed, write_file
+from dpa_ds.runs.trackers import ExperimentTrackers, public_recipe
 from dpa_ds.runs.tracking import LogFile, Tracker, logger, setup_logging
 
 PLACES = ("data.path", "data.test_path", "model.path")
@@ -94,6 +95,8 @@ def run(session: Session) -> None:
     try:
         with session.writer:
             run_rounds(session)
+            if world.leaders is not None and world.leaders.is_coordinator:
+                session.tracker.publish()  # of a process that was lost after its last round
     finally:
         # On every rank, also after a signal: when the last rank is here, the job says that all is saved.
         session.tracker.close()
@@ -140,7 +143,7 @@ def build_session(config: RunConfig, job: JobStore) -> Session:
     check_rendezvous(config.cluster.rendezvous if world.is_leader else None, config.federation.timeout_seconds)
     # Everything that a user can get wrong was read by now: from here on the run exists.
     create_run(place, to_yaml(config), fingerprint_sections(config), base.fingerprint, config.model.path)
-    tracker = build_tracker(place, config.tracking, config.metrics)
+    tracker = build_tracker(place, config.tracking, config.metrics, flatten(config))
     writer = BackgroundWriter()
     layout = describe_layout(engine, config.train, config.federation)
     saving = RoundSaving(place.folder, writer, config.checkpoint, layout)
@@ -301,14 +304,19 @@ def find_log_path(folder: RunFolder, group: int | None, metrics: MetricsConfig) 
     return place / ("log.txt" if group is None else f"log_group_{group}.txt")
 
 
-def build_tracker(place: Place, tracking: TrackingConfig, metrics: MetricsConfig) -> Tracker:
-    """Reports the numbers of this rank: curves of single clients go where the recipe allows them to be seen."""
+def build_tracker(place: Place, tracking: TrackingConfig, metrics: MetricsConfig, recipe: Mapping[str, Any]) -> Tracker:
+    """Reports the numbers of this rank: curves of single clients go where the recipe allows them to be seen.
+
+    Args:
+        recipe: the whole of it, by dotted keys.
+    """
     folder, world = place.folder, place.world
+    trackers = ExperimentTrackers(folder.run_dir, tracking, public_recipe(recipe))
     run_dir = folder.run_dir if world.is_leader else None
     if not world.is_leader or metrics.share == "per_client":
-        return Tracker(run_dir, world.is_coordinator, tracking)
+        return Tracker(run_dir, world.is_coordinator, tracking, trackers=trackers)
     earlier = [folder.run_dir, *folder.private_places]
-    return Tracker(run_dir, world.is_coordinator, tracking, folder.own_part, earlier)
+    return Tracker(run_dir, world.is_coordinator, tracking, folder.own_part, earlier, trackers)
 
 
 # ---- what the session is made of ------------------------------------------------------------------------------

@@ -28,6 +28,10 @@ def prepare(argv: Sequence[str]) -> tuple[RunConfig, Work]:
         require("elastic", "cluster.group")
     if config.evaluation.scores_every_rounds:
         require("metrics", "evaluation.scores_every_rounds")
+    if config.tracking.wandb != "off":
+        require("wandb", f"tracking.wandb {config.tracking.wandb}")
+    if config.tracking.mlflow is not None:
+        require("mlflow", "tracking.mlflow")
 
     def work(job: JobStore) -> None:
         from dpa_ds.cli.session import train  # imports DeepSpeed: only once config and ranks are in order

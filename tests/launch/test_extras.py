@@ -6,12 +6,12 @@ Finders that do not see a package are the absence itself: Python asks them where
 import re
 import sys
 from collections.abc import Sequence
+from distutils.core import run_setup  # setuptools brings it where Python does not
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
 import pytest
-from distutils.core import run_setup  # setuptools brings it where Python does not
 
 from dpa_ds.cli import compare, evaluate, rendezvous, train
 from dpa_ds.cli.prepare_demo import prepare_model
@@ -71,21 +71,27 @@ def test_extras_are_those_of_setup_py(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(MODULES) < set(extras)
     assert all(set(extras[name]) <= set(extras["all"]) for name in MODULES)
     assert all(set(extras[name]) <= set(extras["test"]) for name in MODULES)
-    assert {re.split("[<>]", name)[0] for name in extras["demo"]} == {"pip", "gguf", "rouge-score", "sacrebleu", "matplotlib"}
+    assert {re.split("[<>]", name)[0] for name in extras["demo"]} == {
+        "pip",
+        "gguf",
+        "rouge-score",
+        "sacrebleu",
+        "matplotlib",
+    }
     assert [missing(extra) for extra in MODULES] == [[]] * len(MODULES)
 
 
 @pytest.mark.usefixtures("_without_extras")
 def test_who_needs_an_extra_says_so(recipe: list[str], tmp_path: Path) -> None:
-    assert sorted(sum(map(missing, MODULES), [])) == ABSENT
+    assert sorted(name for extra in MODULES for name in missing(extra)) == ABSENT
     elastic = 'needs torchft: pip install "dpa_ds[elastic]"'
     metrics = 'needs rouge_score and sacrebleu: pip install "dpa_ds[metrics]"'
     gguf = 'needs gguf: pip install "dpa_ds[gguf]"'
     group = [*recipe, "--cluster.group=0", "--cluster.num_groups=2", "--cluster.rendezvous=localhost:1"]
-    with pytest.raises(ConfigError, match="^cluster.group ") as found:
+    with pytest.raises(ConfigError, match=r"^cluster\.group ") as found:
         train.prepare(group)
     assert str(found.value).endswith(elastic)
-    with pytest.raises(ConfigError, match="^launch/rendezvous.py ") as found:
+    with pytest.raises(ConfigError, match=r"^launch/rendezvous\.py ") as found:
         rendezvous.run(recipe)
     assert str(found.value).endswith(elastic)
     assert not list(tmp_path.glob("runs/*"))

@@ -76,7 +76,7 @@ from dpa_ds.runs.resume import (
 )
 from dpa_ds.runs.storage import BackgroundWriter, well_formed, write_file
 from dpa_ds.runs.trackers import ExperimentTrackers, public_recipe
-from dpa_ds.runs.tracking import LogFile, Tracker, logger, setup_logging
+from dpa_ds.runs.tracking import RESULT, LogFile, Tracker, logger, setup_logging
 
 PLACES = ("data.path", "data.test_path", "model.path")
 """Fields that may differ from group to group: where each keeps its files."""
@@ -102,7 +102,7 @@ def run(session: Session) -> None:
         session.tracker.close()
     if world.leaders is not None and world.leaders.is_coordinator:
         warn_of_absent_clients(session)
-        logger.info(write_report(run_dir, world.topology.num_groups, time.monotonic() - session.started))
+        logger.log(RESULT, write_report(run_dir, world.topology.num_groups, time.monotonic() - session.started))
     world.close()
 
 
@@ -206,7 +206,7 @@ def find_place(config: RunConfig, job: JobStore) -> Place:
         another run's.
     """
     job.start_watchdog(config.checkpoint.grace_seconds, config.cluster.heartbeat_timeout_seconds)
-    setup_logging(is_coordinator=job.launch.global_rank == 0)
+    setup_logging(job.launch.global_rank == 0, config.tracking.quiet)
     schedule = build_schedule(config.method)
     names = agree_on_client_names(config.data, config.seed, schedule.pooled, job)
     topology = plan(config.cluster, job.launch.job_world_size, len(names))

@@ -31,6 +31,7 @@ be overridden on the command line. Each line is one way to start:
   srun --ntasks-per-node 4 python launch/run.py --config RECIPE        under Slurm, one task per rank
   deepspeed launch/run.py --config RECIPE --train.learning_rate 1e-3 --lora.target_modules="[q_proj, k_proj]"
   deepspeed launch/run.py --config RECIPE --profile                    also a trace, and where a round's time went
+  deepspeed --quiet launch/run.py --config RECIPE --quiet              warnings, errors and the result only
   python launch/run.py --config RECIPE --print_config > complete.yaml  every field as it would run; starts nothing
 """
 _COMMAND_LINE = "command line"
@@ -145,6 +146,9 @@ def _split(argv: Sequence[str]) -> _CommandLine:
             continue
         if argument == "--profile":
             _add_override(given, "tracking.profile", "true")
+            continue
+        if argument == "--quiet":
+            _add_override(given, "tracking.quiet", "true")
             continue
         if not argument.startswith("--") or not name:
             raise ConfigError(

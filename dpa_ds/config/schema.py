@@ -341,6 +341,8 @@ class TrackingConfig:
     """Project of Weights & Biases, experiment of MLflow."""
     profile: bool = False
     """Trace a few steps of each phase, and report where the first round's time went: <run>/profile (`--profile`)."""
+    quiet: bool = False
+    """Show warnings, errors and the final result only (`--quiet`); the log file has every line."""
     log_every_seconds: float = field(default=20.0, metadata=at_least(0, up_to=YEAR_SECONDS))
     """Seconds between progress lines where the output is not a terminal."""
 

@@ -119,6 +119,7 @@ class Stages:
             f"--weighting.representation={weighting.representation}",
             f"--weighting.encoder={weighting.encoder}",
         ]
+        arguments.append(f"--tracking.quiet={self._config.tracking.quiet}".lower())
         for name in ("clients", "tasks", "instances_per_task"):
             arguments.append(f"--evaluation.{name}={json.dumps(wanted[name])}")
         for name, value in asdict(self._config.generation).items():

@@ -21,6 +21,8 @@ from dpa_ds.runs.trackers import ExperimentTrackers, numbers_of
 
 logger = logging.getLogger("dpa_ds")
 
+RESULT = (logging.INFO + logging.WARNING) // 2
+"""Level of what a program was started for: it is shown, however quiet the program is."""
 TENSORBOARD = "tensorboard"
 """Folder of the curves in a run folder."""
 LIVE_SECONDS = 1.0
@@ -29,13 +31,17 @@ ALL_CLIENTS = "rounds"
 """TensorBoard run with the numbers of whole rounds; the others are of single clients."""
 
 
-def setup_logging(is_coordinator: bool) -> None:
+def setup_logging(is_coordinator: bool, quiet: bool = False) -> None:
     """Send this package's messages to stdout: everything from the coordinator, warnings from other ranks.
+
+    Args:
+        quiet: warnings and results alone; log files, which are handlers of their own, have every line.
 
     Libraries are kept to warnings: DeepSpeed alone logs some forty lines per rank at start.
     """
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setLevel(RESULT if quiet else logging.NOTSET)
     logger.handlers = [handler]
     logger.propagate = False
     logger.setLevel(logging.INFO if is_coordinator else logging.WARNING)
@@ -238,7 +244,7 @@ class Tracker:
     @contextlib.contextmanager
     def progress(self, total_steps: int, unit: str = "step") -> Iterator[None]:
         """Show progress over `total_steps` (optimizer steps of this rank's group), with an ETA, on the coordinator."""
-        if self._is_coordinator and total_steps > 0:
+        if self._is_coordinator and total_steps > 0 and not self._config.quiet:
             # A bar on a terminal; elsewhere (Slurm logs) a line now and then, which `advance` formats by a silent bar.
             silent = open(os.devnull, "w") if not sys.stderr.isatty() else None  # noqa: SIM115
             self._bar = tqdm(total=total_steps, unit=unit, dynamic_ncols=True, smoothing=0.05, file=silent)

@@ -1,7 +1,7 @@
 """The package as a wheel, in an environment of its own, away from any checkout: everything works from what was installed.
 
 The environment sees the libraries of this one by a .pth file, which does not reach an editable install: that one hangs
-on a hook of its own. Two wheels are built (a second each), and programs start by themselves, with their imports: 100 s.
+on a hook of its own. Two wheels are built (a second each), and programs start by themselves, each with its imports: minutes.
 """
 
 import json
@@ -38,7 +38,7 @@ class Install:
     environment: Path
     cwd: Path
 
-    def run(self, command: str, *arguments: str, deadline_seconds: float = 120.0, **variables: str) -> Ended:
+    def run(self, command: str, *arguments: str, deadline_seconds: float = 300.0, **variables: str) -> Ended:
         """A program of the environment, as its user would call it."""
         path = f"{self.environment / 'bin'}:{os.environ['PATH']}"
         program = str(self.environment / "bin" / command)

@@ -107,6 +107,11 @@ def test_who_needs_an_extra_says_so(recipe: list[str], tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as found:
         evaluate.prepare(["--run", str(run_dir)])
     assert str(found.value) == f"the scores of answers {metrics}"
+    for name in ("wandb", "mlflow"):
+        with pytest.raises(ConfigError) as found:
+            train.prepare([*recipe, f"--tracking.{name}=offline"])
+        assert str(found.value).startswith(f"tracking.{name}")
+        assert str(found.value).endswith(f' needs {name}: pip install "dpa_ds[{name}]"')
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     with pytest.raises(ConfigError) as found:
         resolve_model(ModelConfig(path=str(tmp_path / "model.gguf")), str(tmp_path))

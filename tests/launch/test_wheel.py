@@ -181,6 +181,13 @@ def test_an_unknown_recipe_is_one_line(install: Install) -> None:
     assert line.startswith("error: --recipe 'demmo' is not a recipe of the package: it has chat, compare, demo")
 
 
+def test_a_mistake_names_the_command(install: Install) -> None:
+    ended = install.run("dpa-evaluate", "--run", "runs/none")
+    assert ended.returncode == 2
+    (line,) = ended.output.splitlines()
+    assert "give a folder that dpa-train wrote" in line
+
+
 def test_a_missing_deepspeed_json_says_where_it_was_looked_for(install: Install) -> None:
     ended = install.run("dpa-train", "--recipe", "demo", "--engine.deepspeed_config", "ds_configs/zero9.json")
     assert ended.returncode == 2

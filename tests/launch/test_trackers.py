@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from dpa_ds.config.fields import FIELDS
 from dpa_ds.config.load import load_config
 from dpa_ds.config.validate import flatten
 from dpa_ds.runs.trackers import NEVER_SENT, Numbers, numbers_of, public_recipe
@@ -131,3 +132,22 @@ def test_a_service_that_fails_costs_a_warning(model: Path, federation: Path, tmp
         assert warning.endswith("the same command sends what is missing")
     assert (tmp_path / "runs" / "tiny" / "results.json").is_file()
     assert ended.seconds < 75
+
+
+def test_what_is_never_sent_are_fields() -> None:
+    """A field that is renamed must not slip through; secrets in it neither."""
+    assert set(NEVER_SENT) < set(FIELDS)
+    recipe = dict.fromkeys(FIELDS) | {"model.path": "/home/someone/models/llama", "lora.rank": 8}
+    sent = public_recipe(recipe)
+    assert set(FIELDS) - set(sent) == set(NEVER_SENT)
+    assert sent["model.path"] == "llama"
+
+
+def test_where_sums_are_shared_no_client_is_sent() -> None:
+    """What is sent is what metrics.jsonl has: labels and other texts stay."""
+    records = [
+        {"kind": "round", "round": 1, "held_out_loss": 0.5, "bytes_handed/update": 12.0, "note": "x"},
+        {"kind": "client", "round": 2, "client": 3, "label": "hospital", "num_steps": 4},
+    ]
+    assert numbers_of(records[:1]) == {1: {"held_out_loss": 0.5, "bytes_handed/update": 12.0}}
+    assert numbers_of(records) == {1: numbers_of(records[:1])[1], 2: {"client_03/num_steps": 4.0}}

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from dpa_ds.cli import init
 from dpa_ds.config.shipped import as_started_here, find_file, find_recipe, recipe_names
 from dpa_ds.errors import ConfigError
 
@@ -46,3 +47,48 @@ def test_every_recipe_is_found() -> None:
 def test_programs_are_named_as_they_are_started(checkout: str, install: str) -> None:
     assert as_started_here(checkout, is_installed=True) == install
     assert as_started_here(checkout) == checkout
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "says"),
+    [
+        (["demmo"], 2, "--recipe 'demmo' is not a recipe of the package: it has chat"),
+        (["demo", "new", "more"], 2, "unexpected argument 'more'"),
+        (
+            ["demo", "new", "--job", "sweeep"],
+            2,
+            "--job 'sweeep' is not a job script: it is none or evaluate, preflight",
+        ),
+        (["demo", "new", "--jobs=train"], 2, "--jobs is not an option; options are --job, --list"),
+        (["demo", "file"], 4, "cannot write file"),
+        (["demo", "file/below"], 4, "cannot write file/below"),
+        (["demo", "x" * 300], 4, "cannot write x"),
+        (["demo", "$NO_SUCH_VARIABLE/x"], 2, "DIR: $NO_SUCH_VARIABLE is not set"),
+    ],
+)
+def test_init_refuses_in_one_line(
+    words: list[str],
+    status: int,
+    says: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    assert init.main(words) == status
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {says}")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_init_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert init.main([]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"own_data.yaml", "train.sbatch"}
+    assert init.main(["demo", "new", "--job=none"]) == 0
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["demo.yaml"]
+    capsys.readouterr()
+    assert init.main(["--list"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"  {name} " in shown for name in recipe_names())

@@ -18,9 +18,15 @@ from dpa_ds.data.tokenize import TokenizedExamples
 from dpa_ds.distributed.job_store import JobStore
 from dpa_ds.distributed.launchers import Launch
 from dpa_ds.distributed.topology import Topology
-from dpa_ds.distributed.world import build_world
+from dpa_ds.distributed.world import World, build_world
 from dpa_ds.engine.engine import AdapterEngine, build_deepspeed_json
 from dpa_ds.federation.trainer import learning_rate
+
+
+def world_of_one_rank(config: RunConfig) -> World:
+    """A job of one rank. A process has one, which all its engines share."""
+    job = JobStore(Launch("single", 0, 1, 0, "127.0.0.1", 0))
+    return build_world(job, Topology((1,), 1), config.cluster, config.federation.timeout_seconds)
 
 
 class DpaEngine:
@@ -34,9 +40,8 @@ class DpaEngine:
         states: dict[str, AdapterState],
         pad_id: int,
         clock: Callable[[], float],
+        world: World,
     ) -> None:
-        job = JobStore(Launch("single", 0, 1, 0, "127.0.0.1", 0))
-        world = build_world(job, Topology((1,), 1), config.cluster, config.federation.timeout_seconds)
         path = config.engine.deepspeed_config
         ds_json = build_deepspeed_json(load_deepspeed_json(path), path, config.train, config.model.precision, 1)
         self._engine = AdapterEngine(adapters, world, config.train, ds_json)

@@ -64,5 +64,4 @@ class OneByOne:
         for layer in self._model.modules():
             if isinstance(layer, LoraLayer):
                 for name, weight in (("global", 1 - alpha), ("local", alpha)):
-                    lora = self._model.peft_config[name]
-                    layer.scaling[name] = weight * lora.lora_alpha / lora.r
+                    layer.set_scale(name, weight)

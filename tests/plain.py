@@ -3,6 +3,7 @@
 No DeepSpeed, no code of dpa_ds but the data it is given (tokens, order of examples, initial adapters).
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import peft
 import torch
 from peft.tuners.lora import LoraLayer
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, get_linear_schedule_with_warmup
 
 State = dict[str, torch.Tensor]
 
@@ -27,13 +28,14 @@ class Client:
     history: list[float] = field(default_factory=list)
 
 
-def lora_config(rank: int, alpha: float, targets: Sequence[str] | str) -> peft.LoraConfig:
+def lora_config(rank: int, alpha: float, targets: Sequence[str] | str, rslora: bool = False) -> peft.LoraConfig:
     """PEFT's own, for its word all-linear, or for names: those of experts in one parameter begin with `experts.`."""
     modules: list[str] | str = targets if isinstance(targets, str) else [t for t in targets if "experts." not in t]
     parameters = None if isinstance(targets, str) else [t for t in targets if "experts." in t]
     return peft.LoraConfig(
         r=rank,
         lora_alpha=alpha,
+        use_rslora=rslora,
         target_modules=modules,
         target_parameters=parameters or None,
         task_type="CAUSAL_LM",
@@ -53,13 +55,15 @@ class Plain:
         clip: float,
         attention: str | None = None,
         epsilon: float = 1e-8,
+        warmup: float = 0.0,
+        rslora: bool = False,
     ) -> None:
         # from_pretrained leaves the model in eval mode: the frozen base drops nothing.
         base = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, attn_implementation=attention)
-        config = lora_config(rank, alpha, targets)
+        config = lora_config(rank, alpha, targets, rslora)
         self.model = peft.get_peft_model(base, config, adapter_name="global")
         self.model.add_adapter("local", config)
-        self.scale, self.lr, self.clip, self.epsilon = alpha / rank, lr, clip, epsilon
+        self.lr, self.clip, self.epsilon, self.warmup = lr, clip, epsilon, warmup
 
     def parameters(self, adapter: str) -> dict[str, torch.nn.Parameter]:
         return {
@@ -80,14 +84,14 @@ class Plain:
         self.model.base_model.set_adapter(["global", "local"])
         for layer in self.model.modules():
             if isinstance(layer, LoraLayer):
-                layer.scaling["global"] = weight_global * self.scale
-                layer.scaling["local"] = weight_local * self.scale
+                layer.set_scale("global", weight_global)
+                layer.set_scale("local", weight_local)
 
     def logits(self, input_ids: Sequence[int]) -> torch.Tensor:
         return self.model(input_ids=torch.tensor([input_ids])).logits[0]
 
     def phase(self, client: Client, adapter: str, weights: tuple[float, float], server_round: int) -> None:
-        """Fresh AdamW, linear decay to 0, loss normalised by the label tokens of the whole step."""
+        """Fresh AdamW, warm-up, linear decay to 0, loss normalised by the label tokens of the whole step."""
         self.mix(*weights)
         for name in ("global", "local"):
             for parameter in self.parameters(name).values():
@@ -95,8 +99,8 @@ class Plain:
         trained = list(self.parameters(adapter).values())
         optimizer = torch.optim.AdamW(trained, lr=self.lr, eps=self.epsilon, weight_decay=0.0)
         steps = client.order(server_round, adapter)
-        for k, indices in enumerate(steps):
-            optimizer.param_groups[0]["lr"] = self.lr * (1 - k / len(steps))
+        scheduler = get_linear_schedule_with_warmup(optimizer, math.ceil(self.warmup * len(steps)), len(steps))
+        for indices in steps:
             batch = [client.examples[i] for i in indices]
             label_tokens = sum(stop - start for _, spans in batch for start, stop in spans)
             total = 0.0
@@ -109,6 +113,7 @@ class Plain:
                 total += float(loss.detach()) / label_tokens
             torch.nn.utils.clip_grad_norm_(trained, self.clip)
             optimizer.step()
+            scheduler.step()
             optimizer.zero_grad()
             client.history.append(total)
 

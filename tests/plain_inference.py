@@ -71,8 +71,7 @@ class PlainClient:
         for layer in self.model.modules():
             if isinstance(layer, LoraLayer):
                 for name, weight in (("global", 1 - alpha), ("local", alpha)):
-                    lora = self.model.peft_config[name]
-                    layer.scaling[name] = weight * lora.lora_alpha / lora.r
+                    layer.set_scale(name, weight)  # of what adapter_config.json says
         ids = torch.tensor([self.tokens(prompt)])
         settings = {"max_new_tokens": new_tokens, "num_beams": beams, "do_sample": False}
         tokens = self.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)

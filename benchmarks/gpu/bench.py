@@ -29,7 +29,7 @@ from dpa_ds.distributed.launchers import Launch
 from dpa_ds.distributed.topology import Topology
 from dpa_ds.distributed.world import build_world
 from dpa_ds.engine.engine import AdapterEngine, build_deepspeed_json
-from dpa_ds.model.base import DTYPES
+from dpa_ds.model.precision import DTYPES
 from dpa_ds.planning.hardware import parse_cluster
 from dpa_ds.planning.shapes import Shape
 

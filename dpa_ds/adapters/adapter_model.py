@@ -1,7 +1,7 @@
 """A frozen base with a table of LoRA adapters: which are mixed in with what weight, and which
 parameters they have.
 
-    h = W0 x + sum over adapters of mix * s * B A x        s = lora.alpha / lora.rank
+    h = W0 x + sum over adapters of mix * s * B A x        s: scale_of(lora)
 
 The mix is a tensor: a weight for each instance, layer and adapter. PEFT is used unforked; its LoRA
 layers compute all adapters at once (`mixed_lora.py`).
@@ -13,7 +13,7 @@ import inspect
 import logging
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ class AdapterModel:
         """The adapted parameters of experts, which follow the layers there."""
         if self.experts:
             _check_experts(self.peft_model, targets, layers)
-        self.scale = config.alpha / config.rank
+        self.scale = scale_of(config)
         self.parameters: dict[str, dict[str, torch.nn.Parameter]] = {}
         """Per adapter: PEFT's adapter-less key -> parameter, keys sorted."""
         self.shapes: dict[str, Shapes] = {}
@@ -180,6 +180,15 @@ class AdapterModel:
         return config
 
 
+def scale_of(config: LoraConfig) -> float:
+    """What multiplies B A of every adapter, whatever its own rank: the mix alone weights one against another."""
+    match config.scaling:
+        case "standard":
+            return config.alpha / config.rank
+        case "rslora":
+            return config.alpha / math.sqrt(config.rank)
+
+
 def global_local_mix(alpha: float | torch.Tensor) -> torch.Tensor:
     """The mix (1 - alpha, alpha) of the global and the local adapter (`adapter_table`), shape
     (batch or 1, 1, 2).
@@ -218,8 +227,11 @@ def _add_adapters(
     # autocast_adapter_dtype=False: DeepSpeed keeps the fp32 master, the working copy has the base's precision.
     try:
         model = peft.PeftModel(base, made, adapter_name=first.name, autocast_adapter_dtype=False)
+        resolved: Any = model.peft_config[first.name]
+        # PEFT (0.21) doubles alpha with a rank that it doubles, which keeps the scale of alpha / rank only.
+        resolved.alpha_pattern = _alphas(config, resolved.rank_pattern)
         for spec in others:
-            other = _config_of_rank(model.peft_config[first.name], spec.rank)
+            other = _config_of_rank(config, resolved, spec.rank)
             with warnings.catch_warnings():
                 # PEFT looks for the patterns in the names of modules, and these are of parameters.
                 warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys")
@@ -261,7 +273,8 @@ def _peft_config(base: PreTrainedModel, config: LoraConfig, targets: Targets, ra
     made = peft.LoraConfig(
         base_model_name_or_path=base.name_or_path,
         r=rank,
-        lora_alpha=config.alpha * rank / config.rank,  # type: ignore[arg-type]  # alpha / rank is the scale of all
+        lora_alpha=_alpha_of_rank(config, rank),  # type: ignore[arg-type]
+        use_rslora=config.scaling == "rslora",
         lora_dropout=config.dropout,
         target_modules=targets.modules,
         target_parameters=targets.parameters or None,
@@ -272,17 +285,31 @@ def _peft_config(base: PreTrainedModel, config: LoraConfig, targets: Targets, ra
     return with_mixed_layers(made)
 
 
-def _config_of_rank(resolved: Any, rank: int) -> peft.LoraConfig:
+def _config_of_rank(config: LoraConfig, resolved: Any, rank: int) -> peft.LoraConfig:
     """The config of a further adapter on what PEFT found for the first one, at the same scale.
 
     PEFT resolves all-linear where no adapter is yet, and gives experts that it found a rank of their own.
     """
-    config: peft.LoraConfig = copy.deepcopy(resolved)
-    config.r = rank
-    config.lora_alpha = resolved.lora_alpha * rank / resolved.r
-    config.rank_pattern = {key: found * rank // resolved.r for key, found in resolved.rank_pattern.items()}
-    config.alpha_pattern = {key: found * rank / resolved.r for key, found in resolved.alpha_pattern.items()}
-    return config
+    made: peft.LoraConfig = copy.deepcopy(resolved)
+    made.r = rank
+    made.lora_alpha = _alpha_of_rank(config, rank)  # type: ignore[assignment]
+    made.rank_pattern = {key: found * rank // resolved.r for key, found in resolved.rank_pattern.items()}
+    made.alpha_pattern = _alphas(config, made.rank_pattern)
+    return made
+
+
+def _alpha_of_rank(config: LoraConfig, rank: int) -> float:
+    """PEFT's `lora_alpha` of an adapter of `rank`, of which PEFT makes the scale of all."""
+    match config.scaling:
+        case "standard":
+            return config.alpha * rank / config.rank
+        case "rslora":
+            return config.alpha * math.sqrt(rank / config.rank)
+
+
+def _alphas(config: LoraConfig, rank_pattern: Mapping[str, int]) -> dict[str, float]:
+    """PEFT's `alpha_pattern` where layers have ranks of their own."""
+    return {key: _alpha_of_rank(config, rank) for key, rank in rank_pattern.items()}
 
 
 def _adapter_parameters(model: peft.PeftModel, adapter: str) -> dict[str, torch.nn.Parameter]:

@@ -20,6 +20,8 @@ from peft.tuners import lora
 from peft.tuners.lora.layer import ParamWrapper
 from transformers.pytorch_utils import Conv1D
 
+_16_BIT = (torch.bfloat16, torch.float16)
+
 
 class MixedLora(lora.Linear):
     """`peft.tuners.lora.Linear` with another forward pass; neither merging nor PEFT's mixed batches are for it."""
@@ -41,10 +43,24 @@ class MixedLora(lora.Linear):
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """x of shape (..., in_features) -> (..., out_features)."""
-        result: torch.Tensor = self.base_layer(x, *args, **kwargs)
         names = self._active_adapter
         if not names:
-            return result
+            return torch.as_tensor(self.base_layer(x, *args, **kwargs))
+        low, stacked_b = self._low_rank(x, names)
+        frozen = self._frozen_matrix() if x.dtype in _16_BIT else None
+        if frozen is not None:
+            return self._rounded_once(x, frozen, low, stacked_b)
+        result: torch.Tensor = self.base_layer(x, *args, **kwargs)
+        # One pass over (tokens, out_features) adds the product to the frozen layer's output.
+        flat = result.flatten(0, -2)
+        if torch.is_grad_enabled():
+            flat = torch.addmm(flat, low.flatten(0, -2), stacked_b.T)
+        else:  # over it: torch.addmm would copy it first, which is one launch more for each layer and token
+            flat.addmm_(low.flatten(0, -2), stacked_b.T)
+        return flat.view_as(result)
+
+    def _low_rank(self, x: torch.Tensor, names: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """diag(weights) A x of shape (..., ranks), and B of shape (out_features, ranks), of all `names` together."""
         if self._drops_inputs(names[0]):
             # Each adapter drops inputs of its own, as PEFT's layers do: there is no common input to multiply.
             products = [F.linear(self.lora_dropout[name](x), _weight(self.lora_A[name])) for name in names]
@@ -56,13 +72,30 @@ class MixedLora(lora.Linear):
         # Weighted in fp32, since the weights are: in bf16 a weight would be rounded to 8 bits. In place, so that the
         # product is rounded to 16 bits as it is written, and not by a pass of its own.
         low.mul_(self._weights_for(x))
-        # One pass over (tokens, out_features) adds the product to the frozen layer's output.
-        flat = result.flatten(0, -2)
-        if torch.is_grad_enabled():
-            flat = torch.addmm(flat, low.flatten(0, -2), stacked_b.T)
-        else:  # over it: torch.addmm would copy it first, which is one launch more for each layer and token
-            flat.addmm_(low.flatten(0, -2), stacked_b.T)
-        return flat.view_as(result)
+        return low, stacked_b
+
+    def _frozen_matrix(self) -> torch.Tensor | None:
+        """W0, shape (in_features, out_features); None where the frozen layer computes by more than this matrix."""
+        # Not their subclasses, such as those of quantised layers, which have a forward pass of their own.
+        layer = self.base_layer
+        if type(layer) is torch.nn.Linear:
+            return layer.weight.T
+        return layer.weight if type(layer) is Conv1D else None
+
+    def _rounded_once(
+        self, x: torch.Tensor, frozen: torch.Tensor, low: torch.Tensor, stacked_b: torch.Tensor
+    ) -> torch.Tensor:
+        """The layer in 16 bit: (..., in_features) -> (..., out_features).
+
+        A young adapter's product is a thousandth of the frozen layer's output, less than the last bit that bf16 keeps
+        of it. Added to an output that was rounded already, most of it would be lost (PEFT 0.21 does so). Here W0 x is
+        added to the product while it still has 32 bits, and the sum is rounded once.
+        """
+        flat = torch.mm(low.flatten(0, -2), stacked_b.T).addmm_(x.flatten(0, -2), frozen)
+        bias: torch.Tensor | None = getattr(self.base_layer, "bias", None)
+        if bias is not None:
+            flat.add_(bias)
+        return flat.view(*x.shape[:-1], -1)
 
     def _weights_for(self, x: torch.Tensor) -> torch.Tensor:
         """The weights, (batch or 1, 1, ranks), in a shape that multiplies A x: (..., ranks).
@@ -91,9 +124,9 @@ class MixedLora(lora.Linear):
             self._stacked = stacked
         return stacked
 
-    def adapter_weights(self) -> list[torch.Tensor]:
-        """A and B of every adapter, which belong to modules that the forward pass does not call."""
-        weights = []
+    def uncalled_weights(self) -> list[torch.Tensor]:
+        """What the forward pass reads of modules that it does not call: A and B of every adapter, the frozen layer."""
+        weights: list[torch.Tensor] = list(self.base_layer.parameters(recurse=False))
         for name in self.lora_A:
             weights += [_weight(self.lora_A[name]), _weight(self.lora_B[name])]
         return weights

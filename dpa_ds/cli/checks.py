@@ -22,8 +22,9 @@ from dpa_ds.distributed.world import World, build_world
 from dpa_ds.errors import ClusterError
 from dpa_ds.evaluation.dataset import check_test_prompts
 from dpa_ds.federation.clients import agree_on_client_names, build_client_tokenizer, read_hosted
-from dpa_ds.model.base import DTYPES, check_precision, resolve_model
+from dpa_ds.model.base import resolve_model
 from dpa_ds.model.directory import load_tokenizer, read_limits
+from dpa_ds.model.precision import DTYPES, check_precision
 from dpa_ds.runs.storage import write_file
 from dpa_ds.runs.tracking import logger, setup_logging
 

@@ -2,10 +2,11 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dpa_ds.cli.args import option, parse
 from dpa_ds.cli.bootstrap import Work, run_job
+from dpa_ds.cli.precision import settle_precision
 from dpa_ds.config.extras import require
 from dpa_ds.config.load import load_config
 from dpa_ds.config.schema import RunConfig
@@ -69,7 +70,8 @@ def prepare(argv: Sequence[str]) -> tuple[RunConfig, Work]:
         from dpa_ds.experiments.compare import build_plan, compare  # imports torch: only once ranks are in order
 
         plan = build_plan(options.methods, options.seeds, options.weightings, options.tuning_instances)
-        compare(config, job, plan, recipe)
+        settled = replace(config, model=settle_precision(config.model, config.run_dir, job))
+        compare(settled, job, plan, recipe)
 
     return config, work
 

@@ -24,7 +24,7 @@ class GenerateOptions(RunOptions):
       python launch/generate.py --run runs/demo --client 0 --prompt "Is this review positive or negative? A delight."
       python launch/generate.py --run runs/demo --client 6 --weighting local
       python launch/generate.py --run runs/demo --client 3 --input questions.txt > answers.jsonl
-      python launch/generate.py --run runs/chat --client sarcasm --chat
+      python launch/generate.py --run runs/chat --client sarcasm --chat --temperature 0.7 --top_p 0.9
     """
 
     client: str = option("N", missing="--client must be the id or name of a client such as 0, got 'nothing'")

@@ -2,10 +2,11 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dpa_ds.cli.args import option, parse
 from dpa_ds.cli.bootstrap import Work, run_job
+from dpa_ds.cli.precision import settle_precision
 from dpa_ds.config.load import load_config
 from dpa_ds.config.schema import RunConfig
 from dpa_ds.distributed.job_store import JobStore
@@ -48,7 +49,8 @@ def prepare(argv: Sequence[str]) -> tuple[RunConfig, Work]:
     def work(job: JobStore) -> None:
         from dpa_ds.cli.checks import preflight  # imports torch: only once config and ranks are in order
 
-        preflight(config, job, options.json)
+        settled = replace(config, model=settle_precision(config.model, config.run_dir, job))
+        preflight(settled, job, options.json)
 
     return config, work
 

@@ -63,8 +63,9 @@ from dpa_ds.federation.round_state import RoundCommit, RoundSaving, RoundState
 from dpa_ds.federation.session import RoundTimer, Session
 from dpa_ds.federation.trainer import Trainer
 from dpa_ds.inference.weighting import resolve_weighting
-from dpa_ds.model.base import check_precision, load_base, resolve_model
+from dpa_ds.model.base import load_base, resolve_model
 from dpa_ds.model.directory import base_fingerprint, load_tokenizer, read_limits
+from dpa_ds.model.precision import check_precision
 from dpa_ds.runs.folder import MODEL, RunFolder
 from dpa_ds.runs.private import open_run_folder
 from dpa_ds.runs.resume import (

@@ -2,10 +2,12 @@
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 from dpa_ds.cli.bootstrap import Work, run_job
 from dpa_ds.cli.memory import expected_memory, memory_errors, training_remedy
+from dpa_ds.cli.precision import settle_precision
 from dpa_ds.config.extras import require
 from dpa_ds.config.load import load_config
 from dpa_ds.config.schema import RunConfig
@@ -36,8 +38,9 @@ def prepare(argv: Sequence[str]) -> tuple[RunConfig, Work]:
     def work(job: JobStore) -> None:
         from dpa_ds.cli.session import train  # imports DeepSpeed: only once config and ranks are in order
 
-        with memory_errors(training_remedy(config.train, config.generation), partial(expected_memory, config, job)):
-            train(config, job)
+        settled = replace(config, model=settle_precision(config.model, config.run_dir, job))
+        with memory_errors(training_remedy(config.train, config.generation), partial(expected_memory, settled, job)):
+            train(settled, job)
 
     return config, work
 

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dpa_ds.cli.args import fields_of, option, refuse_unknown
@@ -48,6 +48,14 @@ class RunOptions:
     """Where what the clients keep to themselves can be seen here (default: the recipe's private_dir)."""
     max_new_tokens: str | None = option("N", None, sets="generation.max_new_tokens")
     """Longest answer, in tokens (default: the recipe's)."""
+    temperature: str | None = option("X", None, sets="generation.temperature")
+    """Sample answers, with logits divided by X; 0: nothing is sampled (default: the recipe's)."""
+    top_k: str | None = option("N", None, sets="generation.top_k")
+    """Sample among the N likeliest tokens; 0: among all."""
+    top_p: str | None = option("X", None, sets="generation.top_p")
+    """Sample among the likeliest tokens that together have this probability."""
+    sampling_seed: str | None = option("N", None, sets="generation.seed")
+    """Another seed, another answer; the same seed, the same answer to the same prompt."""
 
 
 def load_run_config(options: RunOptions, others: Sequence[str]) -> RunConfig:
@@ -68,8 +76,11 @@ def load_run_config(options: RunOptions, others: Sequence[str]) -> RunConfig:
             f"--run {run_dir}: no such run (no {recipe}): give a folder that launch/run.py wrote{_runs_beside(run_dir)}"
         )
     base = ["--config", str(recipe), f"--name={run_dir.absolute().name}", f"--output_dir={run_dir.absolute().parent}"]
-    trained = fingerprint_sections(load_config(base))
+    recorded = load_config(base)
+    trained = fingerprint_sections(recorded)
     config = load_config([*base, *_overrides(options, others), *others])
+    if config.model.precision == "auto":
+        config = replace(config, model=replace(config.model, precision=recorded.model.precision))
     changed = {key: value for key, value in fingerprint_sections(config).items() if key not in _MAY_DIFFER}
     differences = diff_configs({key: trained[key] for key in changed}, changed)
     if differences:

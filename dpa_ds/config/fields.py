@@ -19,6 +19,30 @@ RENAMED = {
 }
 """Keys of earlier versions, refused with their new name."""
 
+_ALL_RANKS_ARE_ALIKE = "an adapter has one rank and one scale in all layers: set lora.rank, lora.alpha and lora.scaling"
+_NO_DORA = (
+    "clients' adapters are averaged, and mixed for each instance, so they must add up; DoRA divides by the norm of "
+    "weight and adapter together: set lora.scaling rslora, a higher lora.rank, or lora.target_modules all-linear"
+)
+_ONE_BASE = "only the adapters' A and B are trained, averaged and mixed, over one base that all clients share"
+ABSENT = {
+    "generation.do_sample": "a generation.temperature above 0 samples, and 0 does not: set that",
+    "lora.alpha_pattern": _ALL_RANKS_ARE_ALIKE,
+    "lora.bias": f"{_ONE_BASE}: leave it out",
+    "lora.dora": _NO_DORA,
+    "lora.init_lora_weights": (
+        "A is drawn as by PEFT's default and B is 0, so that the first round starts from the base itself; PiSSA, OLoRA "
+        "and the like change the base, which is frozen and shared: leave it out"
+    ),
+    "lora.lora_bias": f"{_ONE_BASE}: leave it out",
+    "lora.modules_to_save": f"{_ONE_BASE}: leave it out, or name those linear layers in lora.target_modules",
+    "lora.rank_pattern": _ALL_RANKS_ARE_ALIKE,
+    "lora.use_dora": _NO_DORA,
+    "lora.use_rslora": "write lora.scaling: rslora",
+    "train.warmup_steps": "clients have different numbers of steps: write train.warmup_ratio, a share of them",
+}
+"""Keys that users of transformers and PEFT may expect -> why there is none, and what to do instead."""
+
 _IN_WORDS: dict[Any, str] = {
     int: "a whole number",
     float: "a number",
@@ -65,6 +89,8 @@ def check_key(key: str, given: str) -> None:
         raise ConfigError(f"{given} is a section: give its fields, such as --{_fields_of(key)[0]} (see --help)")
     if key in RENAMED:
         raise ConfigError(f"{given} was renamed: write {RENAMED[key]} instead")
+    if key in ABSENT:
+        raise ConfigError(f"{given} is not a field of the recipe: {ABSENT[key]}")
     raise ConfigError(f"{given} is not a field of the recipe{_remedy_for(key)}")
 
 

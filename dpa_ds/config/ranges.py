@@ -148,6 +148,10 @@ def _is_template(template: str) -> bool:
     return template in ("auto", "chat") or template.count("{instruction}") == 1
 
 
+def _is_temperature(value: float) -> bool:
+    return value == 0 or 0.001 <= value <= 1000  # divided by less, logits may overflow
+
+
 def _are_group_sizes(ranks_per_group: int | list[int] | str) -> bool:
     if isinstance(ranks_per_group, list):
         return ranks_per_group != [] and min(ranks_per_group) >= 1
@@ -173,4 +177,5 @@ CLIENTS = must("must be ids or names of clients such as [0, 3]", _are_clients)
 CLIENT_FILES = must("must be different names of files or folders such as [north, south]", _are_client_files)
 TASK_NAMES = must("must be names of tasks such as [paraphrase]", _are_names)
 TEMPLATE = must("must be auto, chat, or a text with {instruction} exactly once", _is_template)
+TEMPERATURE = must("must be 0 (nothing is sampled) or in [0.001, 1000]", _is_temperature)
 GROUP_SIZES = must("must be auto, a number >= 1 or a list of them such as [2, 2, 1]", _are_group_sizes)

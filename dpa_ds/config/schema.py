@@ -22,6 +22,7 @@ from dpa_ds.config.ranges import (
     SECONDS,
     SHORT_NAME,
     TASK_NAMES,
+    TEMPERATURE,
     TEMPLATE,
     YEAR_SECONDS,
     above,
@@ -76,8 +77,8 @@ class ModelConfig:
 
     path: str = field(default="", metadata=required_path("give a model directory, a GGUF file or a hub id"))
     """Hugging Face model directory, GGUF file, or hub id where there is a hub."""
-    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
-    """Precision of base and activations; adapters keep an fp32 master. Slow on a CPU without native bf16."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Precision of base and activations (adapters keep an fp32 master); auto: bf16 where it is native, else fp32."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
@@ -86,18 +87,20 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Both adapters (PEFT LoRA, no bias): h = W0 x + sum of mix * (alpha / rank) * B A x."""
+    """Both adapters (PEFT LoRA, no bias): h = W0 x + sum of mix * scale * B A x."""
 
     rank: int = field(default=8, metadata=at_least(1, up_to=MILLION))
     """Rank r of the global adapter."""
     alpha: float = field(default=16.0, metadata=above(0, up_to=MILLION))
-    """LoRA alpha of both adapters; the scale is alpha / rank."""
+    """LoRA alpha of both adapters; the scale is alpha / rank, or what `scaling` says."""
+    scaling: Literal["standard", "rslora"] = "standard"
+    """Scale of both adapters: standard: alpha / rank; rslora: alpha / root of rank (PEFT's use_rslora)."""
     dropout: float = field(default=0.05, metadata=within("[0, 1)"))
     """Dropout on the adapter input while training, in [0, 1)."""
     target_modules: TargetModules = field(default_factory=lambda: ["q_proj", "v_proj"], metadata=LINEAR_LAYERS)
     """Linear layers to adapt: names, matched at the end of the module path; all-linear: all but the output head."""
     local_rank: int | None = field(default=None, metadata=at_least(1, up_to=MILLION, or_null="for lora.rank"))
-    """Rank of the local adapter, if it is to differ from `rank`. alpha / rank stays the scale of both."""
+    """Rank of the local adapter, if it is to differ from `rank`. The scale, of alpha and `rank`, stays that of both."""
 
 
 @dataclass(frozen=True)
@@ -223,6 +226,8 @@ class TrainConfig:
     """Peak learning rate of AdamW."""
     lr_schedule: Literal["linear", "cosine", "constant"] = "linear"
     """Course of the learning rate within a phase; linear and cosine end at 0."""
+    warmup_ratio: float = field(default=0.0, metadata=within("[0, 1)"))
+    """Share of each phase's steps, rounded up, in which the learning rate rises from 0, in [0, 1); 0: no warm-up."""
     weight_decay: float = field(default=0.0, metadata=at_least(0, up_to=1000))
     """AdamW weight decay, decoupled (per step: learning rate x weight decay)."""
     adam_betas: tuple[float, float] = field(default=(0.9, 0.999), metadata=each_within("[0, 1)"))
@@ -265,7 +270,7 @@ class WeightingConfig:
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """How answers are decoded; never sampled."""
+    """How answers are decoded: searched for the likeliest, or with a temperature sampled."""
 
     num_beams: int = field(default=4, metadata=at_least(1, up_to=1000, note="1: greedy"))
     """Number of beams; 1: greedy."""
@@ -273,6 +278,14 @@ class GenerationConfig:
     """Longest answer, in tokens."""
     batch_tokens: int = field(default=16384, metadata=at_least(1, up_to=BILLION))
     """Upper bound on sequences (instances x beams) x their length, of a batch; does not change answers (fp32)."""
+    temperature: float = field(default=0.0, metadata=TEMPERATURE)
+    """Logits are divided by it, and tokens sampled; 0: the likeliest answer, by num_beams. Needs num_beams 1."""
+    top_k: int = field(default=0, metadata=at_least(0, up_to=MILLION, note="0: of all"))
+    """Sampled among the k likeliest tokens; 0: among all."""
+    top_p: float = field(default=1.0, metadata=within("(0, 1]"))
+    """Sampled among the likeliest tokens that together have this probability, in (0, 1]; 1: among all."""
+    seed: int = field(default=0, metadata=at_least(0, up_to=2**63 - 1))
+    """Of sampling. An answer is a function of this seed and of its prompt, model and weight; another seed, another."""
 
 
 @dataclass(frozen=True)

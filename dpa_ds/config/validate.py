@@ -19,6 +19,7 @@ from dpa_ds.config.schema import (
     ClusterConfig,
     DataConfig,
     EvaluationConfig,
+    GenerationConfig,
     LoraConfig,
     MethodConfig,
     MetricsConfig,
@@ -68,6 +69,7 @@ def validate(config: RunConfig) -> None:
         _method_problems(config.method, config.lora),
         _weighting_problems(config.weighting, config.method),
         _sharing_problems(config.metrics, config.private_dir),
+        _sampling_problems(config.generation),
     )
     first = next(problems, None)
     if first is not None:
@@ -302,6 +304,24 @@ def _sharing_problems(metrics: MetricsConfig, private_dir: str | None) -> Iterat
             "metrics.share sums needs private_dir, where the numbers of each client go: set it, or metrics.share "
             "per_client"
         )
+
+
+def _sampling_problems(generation: GenerationConfig) -> Iterator[str]:
+    if generation.temperature > 0:
+        if generation.num_beams > 1:
+            yield (
+                f"generation.temperature {show(generation.temperature)} samples one answer, and generation.num_beams "
+                f"{generation.num_beams} searches for the likeliest: set num_beams 1 (--beams 1), or temperature 0"
+            )
+        return
+    default = GenerationConfig()
+    for key in ("top_k", "top_p", "seed"):
+        value = getattr(generation, key)
+        if value != getattr(default, key):
+            yield (
+                f"generation.{key} {show(value)} has no effect with generation.temperature 0, which samples nothing: "
+                "set a temperature such as 0.7, or leave it out"
+            )
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

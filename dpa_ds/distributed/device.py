@@ -18,9 +18,7 @@ def claim_device(launch: Launch, ranks_on_host: int) -> torch.device:
     Raises:
         ClusterError: the host has fewer devices than ranks, or no accelerator although DS_ACCELERATOR names one.
     """
-    accelerator = None
-    if os.environ.get("DS_ACCELERATOR") != "cpu":
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
+    accelerator = _accelerator()
     if accelerator is None:
         if os.environ.get("DS_ACCELERATOR", "cpu") != "cpu":  # DeepSpeed would take it at its word
             raise ClusterError(
@@ -33,6 +31,18 @@ def claim_device(launch: Launch, ranks_on_host: int) -> torch.device:
     index = _device_index(launch.local_rank, torch.accelerator.device_count())
     torch.accelerator.set_device_index(index)
     return torch.device(accelerator.type, index)
+
+
+def device_type() -> str:
+    """Type of the device that `claim_device` will answer with, such as cpu or cuda."""
+    accelerator = _accelerator()
+    return accelerator.type if accelerator else "cpu"
+
+
+def _accelerator() -> torch.device | None:
+    if os.environ.get("DS_ACCELERATOR") == "cpu":
+        return None
+    return torch.accelerator.current_accelerator(check_available=True)
 
 
 def free_memory(device: torch.device) -> int:

@@ -473,7 +473,7 @@ def _register_weights_of_mixed_layers(adapters: AdapterModel) -> None:
     weights of modules that it does not call.
     """
     for layer in adapters.layers:
-        for weight in layer.adapter_weights():
+        for weight in layer.uncalled_weights():
             deepspeed.zero.register_external_parameter(layer, weight)
 
 

@@ -14,11 +14,11 @@ from typing import Any, Literal
 
 import torch
 from transformers import AttentionInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from dpa_ds.data.batching import IGNORE_INDEX, SEGMENT_OVERHEAD_TOKENS, BatchingConfig, MicroBatch
 from dpa_ds.distributed.device import send
 from dpa_ds.engine.varlen_attention import MIN_CAPABILITY, MOST_HEAD_DIM, find_borders, varlen_attention
+from dpa_ds.model.cpu_attention import sdpa
 
 Kernel = Literal["segments", "varlen"]
 """How `sdpa` computes a row: a call for each segment, or one for all examples."""
@@ -156,14 +156,14 @@ def packed_attention(
         the output, shape (1, tokens, heads, head_dim), and no weights.
     """
     if micro_batch is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        return sdpa(module, query, key, value, attention_mask, **kwargs)
     assert attention_mask is None, "rows of examples have no mask"
     segments, prefix = micro_batch.segments, micro_batch.prefix
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """(rows, heads, length, head_dim) each -> (rows, length, heads, head_dim)."""
         mask = _window_mask(q.shape[2], kwargs.get("sliding_window"), query.device)
-        return sdpa_attention_forward(module, q, k, v, mask, **kwargs)[0]
+        return sdpa(module, q, k, v, mask, **kwargs)[0]
 
     sizes = [prefix, *(rows * length for rows, length in segments)]
     queries = torch.split(query, sizes, dim=2)

@@ -14,6 +14,7 @@ from dpa_ds.data.limits import ModelLimits, check_prompts
 from dpa_ds.data.sources import NO_TASK, list_clients, read_clients, read_test_examples, read_test_rows
 from dpa_ds.errors import ConfigError, DataError
 from dpa_ds.evaluation.answers import Instance
+from dpa_ds.inference.generation import describe_decoding
 from dpa_ds.inference.weighting import Weighting, describe_weighting
 from dpa_ds.runs.folder import RunFolder
 
@@ -172,8 +173,7 @@ def describe_settings(
         "weighting": describe_weighting(weighting, config.weighting.num_references),
         "kind": weighting.kind,
         "lambda": weighting.scale,
-        "beams": config.generation.num_beams,
-        "max_new_tokens": config.generation.max_new_tokens,
+        **describe_decoding(config.generation),
         "split": config.evaluation.split,
         "precision": config.model.precision,
         "base": base,

@@ -34,6 +34,7 @@ from dpa_ds.experiments.comparison import (
     write_comparison,
 )
 from dpa_ds.experiments.stages import Stages
+from dpa_ds.inference.generation import describe_decoding
 from dpa_ds.runs.tracking import RESULT, logger, setup_logging
 
 DEFAULT_WEIGHTINGS = "cosine,centred_cosine"
@@ -120,7 +121,7 @@ def compare(config: RunConfig, job: JobStore, plan: Plan, recipe_arguments: Sequ
             stages.train(method, seed)
     evaluated = [evaluate_entry(stages, plan, entry) for entry in plan.entries()]
     if job.launch.global_rank == 0:
-        decoding = (config.generation.num_beams, config.generation.max_new_tokens, config.model.precision)
+        decoding = (*describe_decoding(config.generation).values(), config.model.precision)
         asked = [asdict(instance) for instance in instances]
         name = name_of_comparison(plan, evaluation, [config.federation.num_rounds, decoding, asked])
         report_dir = config.run_dir / "comparisons" / name

@@ -23,6 +23,7 @@ from dpa_ds.data.sources import list_clients
 from dpa_ds.distributed.job_store import POLL_SECONDS, JobStore
 from dpa_ds.errors import ConfigError, DpaError, Preempted
 from dpa_ds.experiments.comparison import Candidate, find_evaluation, name_of_candidate
+from dpa_ds.inference.generation import describe_decoding
 from dpa_ds.inference.weighting import Weighting, describe_weighting, resolve_weighting
 from dpa_ds.runs.folder import RunFolder
 from dpa_ds.runs.resume import validate_run_dir
@@ -102,8 +103,7 @@ class Stages:
             "precision": config.model.precision,
             "split": split,
             "adapters": RunFolder(self.run_dir(method, seed)).digest(config.federation.num_rounds),
-            "beams": config.generation.num_beams,
-            "max_new_tokens": config.generation.max_new_tokens,
+            **describe_decoding(config.generation),
             "clients": None,
             "tasks": config.evaluation.tasks,
             "instances_per_task": num_instances,
@@ -114,6 +114,7 @@ class Stages:
         arguments = [
             f"--run={run_dir}",
             f"--split={wanted['split']}",
+            f"--model.precision={wanted['precision']}",
             f"--weighting.scale={json.dumps(weighting.scale)}",
             f"--weighting.kind={weighting.kind}",
             f"--weighting.representation={weighting.representation}",
@@ -130,6 +131,7 @@ class Stages:
         run_dir = self.run_dir(method, seed)
         values: dict[str, object] = {"name": run_dir.name, "output_dir": run_dir.parent, "method.name": method}
         values["seed"] = seed
+        values["model.precision"] = self._config.model.precision  # auto is settled for all stages together
         if method != "feddpa_t":
             # The recipe's order of phases is that of feddpa_t: the other methods have none to choose.
             default = MethodConfig()

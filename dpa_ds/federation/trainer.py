@@ -382,15 +382,27 @@ class Trainer:
 
 
 def learning_rate(train: TrainConfig, step: int, total_steps: int) -> float:
-    """Learning rate of step `step` (from 0) of a phase of `total_steps`, as transformers' schedules without warm-up."""
+    """Learning rate of step `step` (from 0) of a phase of `total_steps`, as transformers' schedules with warm-up."""
+    num_warmup = _num_warmup_steps(train.warmup_ratio, total_steps)
+    if step < num_warmup:
+        return train.learning_rate * (step / num_warmup)
+    progress = (step - num_warmup) / (total_steps - num_warmup)
     match train.lr_schedule:
         case "constant":
             factor = 1.0
         case "linear":
-            factor = 1.0 - step / total_steps
+            factor = 1.0 - progress
         case "cosine":
-            factor = 0.5 * (1.0 + math.cos(math.pi * step / total_steps))
+            factor = 0.5 * (1.0 + math.cos(math.pi * progress))
     return train.learning_rate * factor
+
+
+def _num_warmup_steps(ratio: float, total_steps: int) -> int:
+    """Rounded up as by transformers' Trainer, but at least one step of a phase is left.
+
+    The first step of a warm-up has rate 0: a phase of nothing but that step would train nothing.
+    """
+    return min(math.ceil(total_steps * ratio), total_steps - 1)
 
 
 def _describe(client: HostedClient, server_round: int) -> str:

@@ -14,7 +14,7 @@ from dpa_ds.config.schema import GenerationConfig
 from dpa_ds.distributed.world import World
 from dpa_ds.inference.decoding_check import Decoding
 from dpa_ds.inference.rows import CachedRows, RecomputedRows, Rows
-from dpa_ds.inference.search import BeamSearch, GreedySearch
+from dpa_ds.inference.search import BeamSearch, GreedySearch, Sampling
 
 WORTH_COPYING = 7 / 8
 """The cache is copied without finished prompts when at most this share of its prompts continues."""
@@ -52,17 +52,25 @@ def generate(
     if decoding is Decoding.BATCHED:
         num_beams, new_tokens = config.num_beams, config.max_new_tokens
         rows = CachedRows(adapters, prompts, alphas, num_beams, new_tokens, pad_id, in_step)
-        answers = _search(rows, len(prompts), config, end_ids, adapters.device, world, streamer)
+        answers = _search(rows, prompts, config, end_ids, adapters.device, world, streamer)
     else:
         turn = 0
         while not _everywhere(turn >= len(prompts), world):
             index = min(turn, len(prompts) - 1)  # a rank that has no more helps the others with its last
             turn += 1
             one = RecomputedRows(adapters, prompts[index], alphas[index], config.num_beams, in_step)
-            answers += _search(one, 1, config, end_ids, adapters.device, world, streamer)
+            answers += _search(one, prompts[index : index + 1], config, end_ids, adapters.device, world, streamer)
     if streamer is not None:
         streamer.end()
     return answers[: len(prompts)]
+
+
+def describe_decoding(config: GenerationConfig) -> dict[str, str | int]:
+    """Settings that decide an answer, for reports. With a temperature there are no beams, and else no sampling."""
+    if config.temperature > 0:
+        sampling = f"temperature {config.temperature:g}, top_k {config.top_k}, top_p {config.top_p:g}"
+        return {"sampling": f"{sampling}, seed {config.seed}", "max_new_tokens": config.max_new_tokens}
+    return {"beams": config.num_beams, "max_new_tokens": config.max_new_tokens}
 
 
 def _everywhere(condition: bool, world: World | None) -> bool:
@@ -72,17 +80,17 @@ def _everywhere(condition: bool, world: World | None) -> bool:
 
 def _search(
     rows: Rows,
-    num_prompts: int,
+    prompts: Sequence[Sequence[int]],
     config: GenerationConfig,
     end_ids: Sequence[int],
     device: torch.device,
     world: World | None,
     streamer: Any,
 ) -> list[list[int]]:
-    """The answers to the prompts of `rows`. Collective where `world` has several ranks."""
-    search = _begin_search(num_prompts, config, end_ids, device)
-    answers = torch.full((num_prompts, config.max_new_tokens), end_ids[0])
-    computed = torch.arange(num_prompts)  # the prompts that have rows
+    """The answers to the `prompts`, which `rows` compute. Collective where `world` has several ranks."""
+    search = _begin_search(prompts, config, end_ids, device)
+    answers = torch.full((len(prompts), config.max_new_tokens), end_ids[0])
+    computed = torch.arange(len(prompts))  # the prompts that have rows
     for num_tokens in range(1, config.max_new_tokens + 1):
         tokens, parents = search.advance(rows.logits())
         if streamer is not None:
@@ -105,11 +113,13 @@ def _search(
 
 
 def _begin_search(
-    num_prompts: int, config: GenerationConfig, end_ids: Sequence[int], device: torch.device
+    prompts: Sequence[Sequence[int]], config: GenerationConfig, end_ids: Sequence[int], device: torch.device
 ) -> GreedySearch | BeamSearch:
+    if config.temperature > 0:
+        return Sampling(prompts, config, end_ids, device)
     if config.num_beams == 1:
-        return GreedySearch(num_prompts, end_ids, device)
-    return BeamSearch(num_prompts, config.num_beams, config.max_new_tokens, end_ids, device)
+        return GreedySearch(len(prompts), end_ids, device)
+    return BeamSearch(len(prompts), config.num_beams, config.max_new_tokens, end_ids, device)
 
 
 def _until(end_ids: Sequence[int], tokens: list[int]) -> list[int]:

@@ -26,8 +26,9 @@ from dpa_ds.distributed.world import World, build_world, world_without_collectiv
 from dpa_ds.errors import ClusterError, ModelError
 from dpa_ds.inference.client_model import Install, Predictor
 from dpa_ds.inference.weighting import BASE_ALONE, Weighting
-from dpa_ds.model.base import check_precision, fits_one_rank, load_base, resolve_model
+from dpa_ds.model.base import fits_one_rank, load_base, resolve_model
 from dpa_ds.model.directory import load_tokenizer, read_limits
+from dpa_ds.model.precision import check_precision
 from dpa_ds.runs.folder import RunFolder, SavedAdapter
 from dpa_ds.runs.storage import well_formed
 

@@ -1,15 +1,20 @@
-"""Greedy and beam search over a batch of prompts: from the logits of a step to the tokens of the next.
+"""Greedy search, sampling and beam search over a batch of prompts: from the logits of a step to the tokens of the next.
 
 Token for token what `generate` of transformers (5.24) finds with `do_sample=False` and its defaults
 (length penalty 1, `early_stopping=False`); tests/unit/test_decoding.py compares the two. It is
 written out because `generate` computes every row of a batch until the last one ends, and offers no
-way to leave out those that did.
+way to leave out those that did. Sampling draws from the same distribution as `do_sample=True`, but
+each prompt by random numbers of its own, so that no other prompt of the batch has part in its answer.
 """
 
+import hashlib
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from dpa_ds.config.schema import GenerationConfig
 
 IMPOSSIBLE = -1.0e9
 """Score of what must not be chosen. Added to a score it replaces it: fp32 keeps 7 digits."""
@@ -32,7 +37,7 @@ class GreedySearch:
             logits: (n, vocabulary) of the last token.
         """
         # In fp32 like transformers: among equal logits it may matter which dtype is searched.
-        tokens = logits.float().argmax(dim=-1)
+        tokens = self._choose(logits.float())
         tokens = torch.where(self.unfinished, tokens, self._filler)
         self.unfinished = ~torch.isin(tokens, self._end_ids)
         self._tokens = torch.cat([self._tokens, tokens[:, None]], dim=1)
@@ -46,6 +51,53 @@ class GreedySearch:
     def answers(self) -> torch.Tensor:
         """The answers so far, (n, steps), filled up with end tokens."""
         return self._tokens
+
+    def _choose(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits.argmax(dim=-1)
+
+
+class Sampling(GreedySearch):
+    """A random token at every step, by its probability after temperature, top_k and top_p.
+
+    What is drawn is a function of `generation.seed`, of the prompt, and of the number of the token: the same
+    in any batch, on any rank, and for every client.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[Sequence[int]],
+        config: GenerationConfig,
+        end_ids: Sequence[int],
+        device: torch.device,
+    ) -> None:
+        super().__init__(len(prompts), end_ids, device)
+        self._seeds = [_fold(config.seed, *prompt) for prompt in prompts]
+        self._warp = build_warpers(config)
+        self._generator = torch.Generator(device)
+
+    def keep(self, prompts: torch.Tensor) -> None:
+        """Drop all prompts but these, (k,) indices."""
+        super().keep(prompts)
+        self._seeds = [self._seeds[index] for index in prompts.tolist()]
+
+    def _choose(self, logits: torch.Tensor) -> torch.Tensor:
+        num_tokens = self._tokens.shape[1]
+        probabilities = self._warp(self._tokens, logits).softmax(dim=-1)  # type: ignore[arg-type]
+        drawn = []
+        for seed, of_prompt in zip(self._seeds, probabilities, strict=True):
+            self._generator.manual_seed(_fold(seed, num_tokens))
+            drawn.append(torch.multinomial(of_prompt, 1, generator=self._generator))
+        return torch.cat(drawn)
+
+
+def build_warpers(config: GenerationConfig) -> LogitsProcessorList:
+    """What transformers does to logits before it samples, in its order."""
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(config.temperature)])
+    if config.top_k > 0:
+        warpers.append(TopKLogitsWarper(config.top_k))
+    if config.top_p < 1:
+        warpers.append(TopPLogitsWarper(config.top_p))
+    return warpers
 
 
 class BeamSearch:
@@ -149,6 +201,11 @@ class BeamSearch:
         worst_ended = self._ended_scores.min(dim=1).values
         all_ended = self._has_ended.all(dim=1)
         self.unfinished &= ~all_ended | (best_running > worst_ended)
+
+
+def _fold(*words: int) -> int:
+    """One 63-bit seed from several words."""
+    return int.from_bytes(hashlib.sha256(str(words).encode()).digest()[:8], "little") >> 1
 
 
 def _take(values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:

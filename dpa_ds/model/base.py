@@ -6,7 +6,6 @@ safetensors files, without any communication; the whole model never exists on on
 """
 
 import hashlib
-import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,44 +21,12 @@ from dpa_ds.config.extras import require
 from dpa_ds.config.paths import expand
 from dpa_ds.config.schema import ModelConfig
 from dpa_ds.distributed.device import free_memory
-from dpa_ds.errors import ConfigError, ModelError
+from dpa_ds.errors import ModelError
+from dpa_ds.model.cpu_attention import compute_attention_in_fp32
 from dpa_ds.model.directory import check_directory, tensor_files
 from dpa_ds.model.gguf.parts import named_parts
+from dpa_ds.model.precision import DTYPES
 from dpa_ds.model.stored_tensors import StoredTensors
-
-logger = logging.getLogger(__name__)
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def check_precision(precision: str, device: torch.device) -> None:
-    """Refuse a precision that the device lacks, and warn of one that it only emulates.
-
-    Raises:
-        ConfigError: the device cannot compute in it.
-    """
-    supported = _supported_precisions(device)
-    if precision not in supported:
-        raise ConfigError(f"model.precision {precision} is not supported on {device.type}: use {supported}")
-    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    if precision == "bf16" and device.type == "cpu" and not native:
-        logger.warning("model.precision bf16 is emulated on this CPU, and slower than fp32: consider fp32")
-
-
-def _supported_precisions(device: torch.device) -> list[str]:
-    """Those that `device` computes in: what DeepSpeed's accelerators answer (0.19.8), asked of torch."""
-    match device.type:
-        case "cpu":
-            bf16 = True
-            mkldnn = torch.ops.mkldnn
-            fp16 = hasattr(mkldnn, "_is_mkldnn_fp16_supported") and bool(mkldnn._is_mkldnn_fp16_supported())
-        case "cuda":
-            bf16 = torch.cuda.is_bf16_supported()
-            fp16 = torch.cuda.get_device_capability(device) >= (7, 0)
-        case _:
-            bf16 = fp16 = True
-    works = {"fp32": True, "bf16": bf16, "fp16": fp16}
-    return [name for name in DTYPES if works[name]]
 
 
 def resolve_model(config: ModelConfig, cache_dir: str) -> Path:
@@ -130,6 +97,7 @@ def load_base(
         ModelError: files are missing, damaged or belong to another model.
     """
     transformers.utils.logging.disable_progress_bar()
+    compute_attention_in_fp32()
     zero3 = deepspeed_json.get("zero_optimization", {}).get("stage") == 3
     try:
         if zero3:

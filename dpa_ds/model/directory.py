@@ -57,9 +57,16 @@ def read_config(directory: Path) -> PretrainedConfig:
     """What `config.json` says.
 
     Raises:
-        ModelError: it is missing, damaged, or of a model that transformers does not know, or that is no causal LM.
+        ModelError: it is missing, damaged, or of a model that transformers does not know, or that is no causal LM; or
+            an adapter lies beside it.
     """
     path = directory / "config.json"
+    # transformers (5.24) would load the base that the adapter names, whatever lies beside it.
+    if (directory / "adapter_config.json").is_file():
+        raise ModelError(
+            f"model.path {directory} holds a PEFT adapter (adapter_config.json), not a base: give the base, or merge "
+            "the adapter (LoRA, DoRA or another) into it by PEFT's merge_and_unload and save_pretrained, and give that"
+        )
     if not path.is_file():
         raise ModelError(
             f"model.path {directory} has no config.json: give a Hugging Face model directory or a GGUF file"

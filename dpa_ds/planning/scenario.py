@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dpa_ds.config.schema import ALL_LINEAR, LoraConfig, ModelConfig, RunConfig, TrainConfig
@@ -76,10 +76,16 @@ class Scenario:
 
 
 def scenario_of(config: RunConfig, shape: Shape, zero: Mapping[str, Any], workload: Workload) -> Scenario:
-    """The scenario of a recipe; `zero` is zero_optimization of its DeepSpeed JSON."""
+    """The scenario of a recipe; `zero` is zero_optimization of its DeepSpeed JSON.
+
+    What is planned for need not be here: precision auto is bf16, which every accelerator that holds such models has.
+    """
+    model = config.model
+    if model.precision == "auto":
+        model = replace(model, precision="bf16")
     return Scenario(
         shape=shape,
-        model=config.model,
+        model=model,
         lora=lora_of(config.lora, shape),
         train=config.train,
         method=config.method.name,

@@ -213,7 +213,10 @@ OPTIONS = {
     "--clients 1,7": "{run} has no client 7: its clients are 0 (client_0 colour0), 1 (client_1 count1)",
     "--tasks colour0,sums": "the test data has no task ['sums']: its tasks are ['colour0', 'count1']",
     "--beam 2": "--beam is not an option; options are --run, --weighting, --lambda, --alpha, --beams, "
-    "--private_dir, --max_new_tokens, --clients, --tasks, --instances, --split, --section.field",
+    "--private_dir, --max_new_tokens, --temperature, --top_k, --top_p, --sampling_seed, --clients, --tasks, --instances, "
+    "--split, --section.field",
+    "--temperature 0.7 --beams 2": "generation.temperature 0.7 samples one answer, and generation.num_beams 2 searches for "
+    "the likeliest: set num_beams 1 (--beams 1), or temperature 0",
     "--clients --beams 2": "--clients needs a value: --clients VALUE (see --help)",
     "--lora.rank 2": "{run} was trained with another value (lora.rank: 4 -> 2): leave that option out, or train a run of "
     "its own with it",

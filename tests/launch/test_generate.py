@@ -71,6 +71,25 @@ def test_a_file_of_prompts_gives_json_lines_as_the_evaluation_answers(
     assert f"[alpha {lines[0]['alpha']:.3f}: local adapter" in streamed.output
 
 
+def test_sampled_answers_depend_on_seed_and_prompt_alone(run_dir: Path, tmp_path: Path) -> None:
+    """From a file, streamed and typed; greedy answers are others."""
+    (tmp_path / "prompts.txt").write_text("red cat\nblue dog\nred cat\n")
+    from_file = ["--client", "1", "--input", str(tmp_path / "prompts.txt")]
+    sampled = ["--temperature", "1.5", "--top_k", "100", "--top_p", "0.95"]
+    found = {}
+    for name, options in {"greedy": [], "seed 0": sampled, "seed 5": [*sampled, "--sampling_seed", "5"]}.items():
+        ended = generate(run_dir, *from_file, *options)
+        assert ended.returncode == 0, ended.output
+        found[name] = [str(line["answer"]) for line in json_lines(ended)]
+        assert found[name][0] == found[name][2], "the same prompt, wherever it stands"
+    assert len(set(map(tuple, found.values()))) == 3
+    command = [*GENERATE, "--run", str(run_dir), "--client", "1", "--max_new_tokens", "8", *sampled]
+    ended = type_into(command, "blue dog\nred cat\n\n")
+    assert ended.returncode == 0, ended.stderr
+    for answer in found["seed 0"][:2]:
+        assert answer in ended.stdout
+
+
 def test_one_process_needs_no_deepspeed(run_dir: Path, model: Path, federation: Path, tmp_path: Path) -> None:
     """Neither for one answer, which is a plain computation's, nor for an evaluation."""
     command = [PYTHON, "-c", AND_LIST_IMPORTS]
@@ -113,6 +132,8 @@ def test_a_conversation_ends_with_an_empty_line(run_dir: Path) -> None:
         (["--client", "0", "--prompt", "x", "--input", "y"], "--prompt and --input exclude one another"),
         (["--client", "0", "--chat", "--prompt", "x"], "--chat is for what you type: leave it out"),
         (["--client", "0", "--chat"], "--chat and --system need the model's chat template, but this run was trained"),
+        (["--client", "0", "--temperature", "1", "--beams", "2"], "samples one answer, and generation.num_beams 2"),
+        (["--client", "0", "--top_p", "0.9"], "generation.top_p 0.9 has no effect with generation.temperature 0"),
         (["--client", "0", "--chat=yes"], "--chat is a flag: --chat, or --chat=false, got 'yes'"),
         (["--client", "0", "--input", "no_such.txt"], "no_such.txt: no such file or folder"),
         (["--client", "0", "--input", "hostfile.example", "--weighting", "dot"], "weighting.kind must be one of auto,"),

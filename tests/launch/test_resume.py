@@ -31,10 +31,15 @@ pytestmark = pytest.mark.launch
 
 @pytest.fixture(scope="module")
 def arguments(model: Path, federation: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[str]]:
-    """The recipe: rounds of about a second, dropout and optimizer state that must be restored too."""
+    """The recipe: rounds of about a second, dropout, warm-up and optimizer state that must be restored too."""
 
     def arguments(folder: Path, **overrides: object) -> list[str]:
-        settings = {"train__local_epochs": 5.0, "lora__dropout": 0.1, "train__keep_optimizer_state": True}
+        settings = {
+            "train__local_epochs": 5.0,
+            "train__warmup_ratio": 0.5,
+            "train__keep_optimizer_state": True,
+            "lora__dropout": 0.1,
+        }
         return tiny.recipe(model, federation, folder / "runs", **{**settings, **overrides})
 
     return arguments
@@ -142,6 +147,30 @@ def test_killed_inside_a_phase(
     own_tokens = sum(client["real_tokens"] - client["restored_tokens"] for client in clients)
     assert 0 < own_tokens < sum(client["real_tokens"] for client in clients), "those of the second process"
     assert whole["tokens_per_second"] * whole["seconds/train"] == pytest.approx(own_tokens)
+
+
+def test_auto_keeps_the_precision_of_the_run_and_bf16_resumes_to_the_bit(
+    tmp_path: Path, arguments: Callable[..., list[str]]
+) -> None:
+    """Two runs of its own, because the one above is in fp32."""
+    for name in ("killed", "new"):
+        (tmp_path / name).mkdir()
+    argv, run_dir = arguments(tmp_path / "killed", model__precision="bf16"), tmp_path / "killed" / "runs" / "tiny"
+    kill_when([*RUN, *argv], run_dir / "rounds" / "round_000001" / "meta.json")
+    assert not (run_dir / "rounds" / "round_000002").exists(), "killed too late to tell anything"
+    ended = run_forked(arguments(tmp_path / "killed", model__precision="auto"))
+    assert ended.returncode == 0, ended.output
+    assert "ZeRO stage 1, bf16, cpu" in ended.output
+    assert "continues after round 1 of 2" in ended.output
+
+    flags = Path("/proc/cpuinfo").read_text()
+    native = "bf16" if "avx512_bf16" in flags or "amx_tile" in flags else "fp32"
+    ended = run_forked(arguments(tmp_path / "new", model__precision="auto"))
+    assert f"ZeRO stage 1, {native}, cpu" in ended.output
+    new = tmp_path / "new" / "runs" / "tiny"
+    assert f"precision: {native}" in (new / "config.yaml").read_text()
+    if native == "bf16":
+        assert_same_adapters(adapters(run_dir), adapters(new), tolerance=0.0)
 
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:

@@ -186,6 +186,23 @@ def test_alphas_and_answers_equal_a_plain_computation(
         assert (1.0 in alphas) == (scale == 6.0)
 
 
+def test_with_rslora_answers_equal_those_of_peft(train: Callable[..., Run], tmp_path: Path) -> None:
+    """Adapters of rank 4 and 2, at the scales that PEFT makes of their adapter_config.json."""
+    run = train("rslora", lora__scaling="rslora")
+    configs = [
+        json.loads((run.folder / "adapters" / name / "adapter_config.json").read_text())
+        for name in ("global", "local/client_00")
+    ]
+    assert [config["use_rslora"] for config in configs] == [True, True]
+    assert [config["lora_alpha"] for config in configs] == [8.0, pytest.approx(8.0 * (2 / 4) ** 0.5)]
+    found = answers(run.evaluate(tmp_path, "--weighting=fixed", "--alpha=0.3", "--clients=0,2"))
+    for client in (0, 2):
+        plain = plain_client(run, client)
+        for task, row, instruction in run.test_rows:
+            assert found[client, task, row] == (pytest.approx(0.3), plain.answer(instruction, 0.3, 1, NEW_TOKENS))
+    assert len({text for _, text in found.values()}) >= 5
+
+
 def test_references_and_the_reference_mean_of_the_federation(run: Run) -> None:
     """Prompts of the client's own examples, their embeddings by the base, and the mean of these, weighted by examples."""
     means = []
@@ -238,6 +255,25 @@ def test_ranks_and_zero3_change_nothing(run: Run, tmp_path: Path) -> None:
     ones, between = [expected[3, "count1", row][0] for row in (0, 2)], expected[3, "count1", 1][0]
     assert ones == [1.0, 1.0], "the local adapter alone answers all that the first rank has"
     assert 0 < between < 1, "and the second rank has a mix"
+
+
+def test_ranks_and_zero3_sample_the_same_answers(run: Run, tmp_path: Path) -> None:
+    """And the report says how, in a folder of its own for each seed."""
+    options = ["--clients=1,3", "--tasks=count1,colour0", "--temperature=1.5", "--top_p=0.95"]
+    layouts = {"one": (1, []), "three": (3, []), "zero3": (2, ["--evaluation.sharding=always"])}
+    reports = {
+        name: run.copy(tmp_path / name).evaluate(tmp_path, *options, *more, num_ranks=num_ranks)
+        for name, (num_ranks, more) in layouts.items()
+    }
+    expected = answers(reports["one"])
+    for name in ("three", "zero3"):
+        assert answers(reports[name]) == expected, name
+    assert summary(reports["one"])["settings"]["sampling"] == "temperature 1.5, top_k 0, top_p 0.95, seed 0"
+    assert "temperature 1.5" in (reports["one"] / "report.md").read_text()
+    again = Run(tmp_path / "one/runs/tiny", run.model, run.data)
+    other = again.evaluate(tmp_path, *options, "--sampling_seed=1")
+    assert other.parent != reports["one"].parent
+    assert {key: text for key, (_, text) in answers(other).items()} != {k: text for k, (_, text) in expected.items()}
 
 
 def test_an_interrupted_evaluation_resumes(run: Run, greedy: Path, tmp_path: Path) -> None:

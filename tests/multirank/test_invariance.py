@@ -57,10 +57,12 @@ def run(inputs: tuple[Path, Path, Path], tmp_path: Path, num_ranks: int, **overr
     )
 
 
-def start(inputs: tuple[Path, Path, Path], pooled: bool = False) -> tuple[plain.Plain, list[plain.Client], plain.State]:
+def start(
+    inputs: tuple[Path, Path, Path], pooled: bool = False, **overrides: Any
+) -> tuple[plain.Plain, list[plain.Client], plain.State]:
     """The plain model, its clients and the initial global adapter, as the recipe of `run` describes them."""
     model, data, folder = inputs
-    settings = {"train__learning_rate": LEARNING_RATE, "train__max_grad_norm": CLIP}
+    settings = {"train__learning_rate": LEARNING_RATE, "train__max_grad_norm": CLIP, **overrides}
     return start_plain(load_config(tiny.recipe(model, data, folder / "reference", **settings)), pooled)
 
 
@@ -112,6 +114,31 @@ def test_every_layout_gives_the_adapters_of_a_plain_loop(
         train__micro_batch_tokens=micro_batch_tokens,
     )
     result.assert_close(reference, TOLERANCE)
+
+
+TUNED: dict[str, dict[str, Any]] = {
+    "warm-up": {"train__warmup_ratio": 0.3, "train__local_epochs": 3.0},
+    "rslora": {"lora__scaling": "rslora"},
+}
+"""What tuners set, by a word for it."""
+
+
+@pytest.mark.parametrize("word", TUNED)
+@pytest.mark.parametrize(("num_ranks", "ranks_per_group", "stage", "micro_batch_tokens"), [
+    (1, "auto", "zero0", 128), (4, 2, "zero2", 32), (2, 2, "zero3", 64),
+])  # fmt: skip
+def test_what_tuners_set_gives_the_adapters_of_a_plain_loop(
+    inputs: Any, tmp_path: Path, num_ranks: int, ranks_per_group: Any, stage: str, micro_batch_tokens: int, word: str
+) -> None:
+    model, clients, initial = start(inputs, **TUNED[word])
+    final = plain.feddpa_t(model, clients, initial, ROUNDS, ALPHA_MIX)
+    expected = Adapters(final, [client.local for client in clients])
+    layout = {
+        "cluster__ranks_per_group": ranks_per_group,
+        "engine__deepspeed_config": f"ds_configs/{stage}.json",
+        "train__micro_batch_tokens": micro_batch_tokens,
+    }
+    run(inputs, tmp_path, num_ranks, **layout, **TUNED[word]).assert_close(expected, TOLERANCE)
 
 
 @pytest.mark.parametrize(("num_ranks", "partition_size"), [(2, 1), (2, 2), (4, 2)])

@@ -1,5 +1,6 @@
 """The weighted sum of adapters, by hand, per layer and against PEFT; what freezing does and does not cut."""
 
+import copy
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,6 +12,7 @@ import pytest
 import torch
 from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers.pytorch_utils import Conv1D
 
 from dpa_ds.adapters import mixed_lora
 from dpa_ds.adapters.adapter_model import AdapterModel, global_local_mix
@@ -347,11 +349,47 @@ def test_a_layer_gives_the_same_bits_with_and_without_gradients(dual: AdapterMod
     stacked_a = torch.cat([layer.lora_A[name].weight for name in dual.table], dim=0)
     stacked_b = torch.cat([layer.lora_B[name].weight for name in dual.table], dim=1)
     low = ((x @ stacked_a.T) * layer._weights).to(dtype)
-    expected = torch.addmm(layer.base_layer(x).flatten(0, 1), low.flatten(0, 1), stacked_b.T).view(3, 5, -1)
+    if dtype == torch.float32:
+        expected = torch.addmm(layer.base_layer(x).flatten(0, 1), low.flatten(0, 1), stacked_b.T).view(3, 5, -1)
+    else:
+        expected = torch.addmm((low @ stacked_b.T).flatten(0, 1), x.flatten(0, 1), layer.base_layer.weight.T)
+        expected = expected.view(3, 5, -1)
     assert torch.equal(layer(x), expected)
     with torch.no_grad():
         assert torch.equal(layer(x), expected)
     assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["linear", "linear with a bias", "Conv1D"])
+def test_a_young_adapter_is_not_lost_in_16_bit(kind: str, dtype: torch.dtype) -> None:
+    """What the layer adds to the frozen output, measured along the adapter's product: all of it. PEFT's own layer loses
+    some, since it adds to an output that was rounded already."""
+    torch.manual_seed(0)
+    layer = Conv1D(256, 256) if kind == "Conv1D" else torch.nn.Linear(256, 256, bias=kind != "linear")
+    config = peft.LoraConfig(r=4, lora_alpha=4, target_modules=["layer"], bias="none")
+    x = torch.randn(1, 512, 256).to(dtype)
+
+    def kept(config: peft.LoraConfig) -> float:
+        holder = torch.nn.Module()
+        holder.add_module("layer", layer.to(dtype))
+        peft.inject_adapter_in_model(config, holder)
+        adapted: Any = holder.layer.to(dtype)
+        with torch.no_grad():
+            adapted.lora_A["default"].weight.copy_(torch.randn(4, 256, generator=torch.Generator().manual_seed(1)) / 16)
+            torch.nn.init.normal_(adapted.lora_B["default"].weight, std=2e-4 if dtype == torch.bfloat16 else 2e-5)
+            if isinstance(adapted, mixed_lora.MixedLora):
+                adapted.mix(["default"], torch.ones(1, 1, 4))
+            found = adapted(x).double()
+            product = (
+                x.double() @ adapted.lora_A["default"].weight.double().T @ adapted.lora_B["default"].weight.double().T
+            )
+            exact = copy.deepcopy(adapted.base_layer).double()(x.double())
+        return float(((found - exact) * product).sum() / product.square().sum())
+
+    assert kept(mixed_lora.with_mixed_layers(config)) == pytest.approx(1.0, abs=0.05)
+    if kind == "linear":
+        assert kept(replace(config)) < 0.9
 
 
 # ---- what others read ---------------------------------------------------------------------------------------------
@@ -399,3 +437,42 @@ def test_libraries_load_an_adapter_by_its_folder_alone(
     with torch.no_grad():
         expected = adapters.peft_model(input_ids=ids).logits
         torch.testing.assert_close(load(folder, dtype=torch.float32).eval()(input_ids=ids).logits, expected)
+
+
+def random_adapters(base: Any, lora: LoraConfig, folder: Path) -> AdapterModel:
+    """Both adapters with random weights, saved to `folder`/global and `folder`/local as a run saves them."""
+    adapters = AdapterModel(base, adapter_table(lora), lora)
+    run = RunFolder(folder / "run")
+    generator = torch.Generator().manual_seed(0)
+    for name, shapes in adapters.shapes.items():
+        state = {key: 0.1 * torch.randn(shape, generator=generator) for key, shape in shapes.items()}
+        adapters.load_state(name, state)
+        run.save_adapter(1, name, state, adapters.peft_config(name), {}, {})
+        (run.run_dir / "rounds" / "round_000001.tmp" / name).rename(folder / name)
+    adapters.peft_model.eval()
+    return adapters
+
+
+@pytest.mark.parametrize("scaling", ["standard", "rslora"])
+@pytest.mark.parametrize("family", ["tiny", "mixtral"])
+@torch.no_grad()
+def test_peft_scales_a_saved_adapter_alike(family: str, scaling: Any, tmp_path: Path) -> None:
+    """Of another rank too, merged into the base or not; PEFT gives Mixtral's fused experts twice the rank."""
+    make = tiny.make_model if family == "tiny" else lambda folder: families.make_family(folder, family)
+    model, ids = make(tmp_path / "model"), torch.randint(0, 50, (2, 9))
+    lora = LoraConfig(rank=4, alpha=6.0, dropout=0.0, target_modules="all-linear", local_rank=3, scaling=scaling)
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    plain_logits = base(input_ids=ids).logits
+    adapters = random_adapters(base, lora, tmp_path)
+    for name, alpha in ((GLOBAL, 0.0), (LOCAL, 1.0)):
+        adapters.set_mix(global_local_mix(alpha))
+        found = adapters.peft_model(input_ids=ids).logits
+        assert float((found - plain_logits).abs().max()) > 0.01, "the adapter changes the answer"
+        assert json.loads((tmp_path / name / "adapter_config.json").read_text()).get("use_rslora", False) == (
+            scaling == "rslora"
+        )
+        again = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        loaded = peft.PeftModel.from_pretrained(again, tmp_path / name).eval()
+        torch.testing.assert_close(loaded(input_ids=ids).logits, found, rtol=0, atol=2e-5)
+        merged = loaded.merge_and_unload()
+        torch.testing.assert_close(merged(input_ids=ids).logits, found, rtol=0, atol=2e-5)

@@ -1,14 +1,17 @@
 """Embeddings and answers of a batch with a weight per row, against one prompt at a time by plain transformers and PEFT."""
 
+import hashlib
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft.tuners.lora import LoraLayer
@@ -19,9 +22,10 @@ from dpa_ds.adapters.methods import adapter_table
 from dpa_ds.config.schema import Encoder, GenerationConfig, LoraConfig
 from dpa_ds.data.references import REPRESENTATIONS
 from dpa_ds.inference import generation
+from dpa_ds.inference.decoding_check import Decoding
 from dpa_ds.inference.embedding import batches, embed
 from dpa_ds.inference.generation import generate
-from dpa_ds.inference.search import BeamSearch
+from dpa_ds.inference.search import BeamSearch, Sampling, build_warpers
 from tests import plain, tiny
 
 TARGETS = ["q_proj", "v_proj"]
@@ -265,6 +269,110 @@ def test_a_batch_answers_as_transformers_does(models: Models, beams: int, by: fl
         assert found == expected, seed
         lengths += map(len, found)
     assert len(set(lengths)) >= 5, "answers of few lengths show little"
+
+
+SAMPLED = [{}, {"temperature": 0.7}, {"top_k": 5}, {"top_p": 0.8}, {"temperature": 1.3, "top_k": 50, "top_p": 0.9}]
+"""Settings of sampling, beside a temperature of 1."""
+
+
+def sampling(seed: int = 0, **settings: Any) -> GenerationConfig:
+    return GenerationConfig(**{"num_beams": 1, "max_new_tokens": NEW_TOKENS, "temperature": 1.0, **settings}, seed=seed)
+
+
+def seed_of(*words: int) -> int:
+    return int.from_bytes(hashlib.sha256(str(words).encode()).digest()[:8], "little") >> 1
+
+
+@torch.no_grad()
+def plain_sample(model: Any, prompt: list[int], config: GenerationConfig) -> list[int]:
+    """One prompt without a cache: the warpers that transformers builds, and torch's draw."""
+    settings = {"do_sample": True, "temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p}
+    theirs = transformers.GenerationConfig(**settings, num_beams=1)
+    warpers = model.get_base_model()._get_logits_processor(theirs)
+    answer: list[int] = []
+    for number in range(config.max_new_tokens):
+        logits = model(input_ids=torch.tensor([prompt + answer])).logits[:, -1].float()
+        generator = torch.Generator().manual_seed(seed_of(seed_of(config.seed, *prompt), number))
+        probabilities = warpers(torch.tensor([prompt + answer]), logits).softmax(dim=-1)
+        token = int(torch.multinomial(probabilities, 1, generator=generator))
+        if token == EOS:
+            break
+        answer.append(token)
+    return answer
+
+
+@pytest.mark.parametrize("settings", SAMPLED, ids=str)
+def test_a_sampled_batch_is_what_transformers_warpers_and_torch_draw_one_by_one(
+    models: Models, settings: dict[str, Any]
+) -> None:
+    """Prompts that end leave the batch, and take their random numbers with them."""
+    prompts, found = draw_prompts(), {}
+    for seed in (0, 1):
+        config = sampling(seed, **settings)
+        with ends_sooner(models.dual.base_model, 2.5):
+            found[seed] = generate(models.dual, prompts, ALPHAS, config, PAD, [EOS])
+            halves = [generate(models.dual, prompts[i::2], ALPHAS[i::2], config, PAD, [EOS]) for i in (1, 0)]
+        assert [halves[1][0], halves[0][0]] == found[seed][:2]
+        assert [answer for pair in zip(halves[1], halves[0], strict=True) for answer in pair] == found[seed]
+        for prompt, alpha, answer in zip(prompts, ALPHAS.tolist(), found[seed], strict=True):
+            models.plain.mix(1 - alpha, alpha)
+            with ends_sooner(models.plain.model.get_base_model(), 2.5):
+                assert plain_sample(models.plain.model, prompt, config) == answer
+    assert found[0] != found[1], "another seed, another answer"
+    assert len(set(map(len, found[0] + found[1]))) >= 3, "answers of few lengths show little"
+
+
+def test_prompts_one_by_one_are_sampled_as_in_a_batch(models: Models) -> None:
+    arguments = (models.dual, draw_prompts(), ALPHAS, sampling(), PAD, [EOS])
+    assert generate(*arguments, decoding=Decoding.ALONE) == generate(*arguments)
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 0.001}, {"top_k": 1}, {"top_p": 1e-6}], ids=str)
+def test_sampling_among_one_token_is_greedy(models: Models, settings: dict[str, Any]) -> None:
+    prompts = draw_prompts()
+    greedy = models.generate(prompts, ALPHAS, 1)
+    assert generate(models.dual, prompts, ALPHAS, sampling(**settings), PAD, [EOS]) == greedy
+    assert generate(models.dual, prompts, ALPHAS, sampling(), PAD, [EOS]) != greedy
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"temperature": 2.0}, {"temperature": 1.5, "top_k": 6, "top_p": 0.85}], ids=str
+)
+def test_tokens_have_the_probabilities_of_the_warped_logits(settings: dict[str, Any]) -> None:
+    """Over prompts and over seeds alike, and the second token does not depend on the first: chi-square at 0.1 %."""
+    logits = torch.tensor([1.0, 0.2, -0.5, 2.0, 0.0, -1.0, 0.7, 1.4])
+    num_draws = 6000
+    config = sampling(**settings)
+    warped = build_warpers(config)(torch.zeros(1, 0), logits[None].clone())
+    expected = warped.softmax(dim=-1)[0].double()
+    possible = expected > 0
+    assert possible.sum() == (len(logits) if "top_k" not in settings else 5)
+
+    search = Sampling([[i] for i in range(num_draws)], config, [EOS], torch.device("cpu"))
+    first, second = (search.advance(logits.expand(num_draws, -1))[0] for _ in range(2))
+    over_seeds = torch.cat([
+        Sampling([[7]], replace(config, seed=seed), [EOS], torch.device("cpu")).advance(logits[None])[0]
+        for seed in range(num_draws)
+    ])  # fmt: skip
+    num_possible = int(possible.sum())
+    for drawn in (first, second, over_seeds):
+        counts = torch.bincount(drawn, minlength=len(logits)).double()
+        assert counts[~possible].sum() == 0
+        assert chi_square(counts[possible], num_draws * expected[possible]) < CRITICAL[num_possible - 1]
+        # The comparison can fail: it knows a temperature that is another by a half.
+        other = (warped[0] / 1.5).softmax(dim=-1).double()
+        assert chi_square(counts[possible], num_draws * other[possible]) > CRITICAL[num_possible - 1]
+    pairs = torch.bincount(first * len(logits) + second, minlength=len(logits) ** 2).double().view(len(logits), -1)
+    together = num_draws * expected[possible, None] * expected[None, possible]
+    assert chi_square(pairs[possible][:, possible], together) < CRITICAL[num_possible**2 - 1]
+
+
+CRITICAL = {4: 18.47, 7: 24.32, 24: 51.18, 63: 103.44}
+"""Degrees of freedom -> what chi-square exceeds once in 1000 times."""
+
+
+def chi_square(counts: torch.Tensor, expected: torch.Tensor) -> float:
+    return float(((counts - expected) ** 2 / expected).sum())
 
 
 def test_a_finished_prompt_keeps_its_answer() -> None:

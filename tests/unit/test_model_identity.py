@@ -6,9 +6,11 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from dpa_ds.config.schema import ModelConfig
 from dpa_ds.errors import CheckpointError, ModelError
@@ -93,6 +95,29 @@ def test_nonsense_in_the_config_is_one_line(
     with pytest.raises(ModelError, match=fault) as caught:
         read_and_load(directory)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("beside_a_model", [True, False])
+def test_an_adapter_is_no_base(beside_a_model: bool, model: Path, tmp_path: Path) -> None:
+    """transformers would load the base that the adapter names; merged, any adapter is a base, one of DoRA too."""
+    directory = Path(shutil.copytree(model, tmp_path / "llama"))
+    config = peft.LoraConfig(use_dora=True, init_lora_weights=False, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    dora = peft.get_peft_model(whole, config).eval()
+    dora.save_pretrained(directory)
+    if not beside_a_model:
+        (directory / "config.json").unlink()
+    with pytest.raises(ModelError, match=r"holds a PEFT adapter .*not a base: give the base, or merge") as caught:
+        read_and_load(directory)
+    assert "\n" not in str(caught.value)
+
+    ids = torch.randint(0, 50, (1, 9))
+    with torch.no_grad():
+        expected = dora(input_ids=ids).logits
+        merged = Path(shutil.copytree(model, tmp_path / "merged"))
+        dora.merge_and_unload().save_pretrained(merged)
+        loaded = base.load_base(ModelConfig(path=str(merged), precision="fp32"), merged, {}, torch.device("cpu"))
+        torch.testing.assert_close(loaded.eval()(input_ids=ids).logits, expected, rtol=0, atol=1e-5)
 
 
 def test_nonsense_in_the_tokenizers_config_is_one_line(model: Path, tmp_path: Path) -> None:

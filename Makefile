@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help demo test faults intruders mutations bench bench-gpu check docs install install-test clean
+.PHONY: help demo test faults intruders mutations bench bench-gpu check containers docs install install-test clean
 
 # Targets with a line after ## are listed by `make help`.
 help:  ## what there is to make
@@ -52,6 +52,17 @@ check: install-test  ## format, lint, types, import contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/interrogate dpa_ds launch benchmarks
+
+# The steps of the containers, but for the packages of the system, on this machine: build/containers/dpa_ds is what
+# /opt/dpa_ds is there. TORCH_INDEX: where pip finds the build of torch. Minutes, and a package index.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+containers:  ## try the install steps of containers/ without a container engine
+	rm -rf build/containers
+	mkdir -p build/containers/wheels
+	PYTHON=$(PYTHON) sh containers/install.sh wheel . build/containers/wheels
+	PYTHON=$(PYTHON) PREFIX=build/containers/dpa_ds sh containers/install.sh package build/containers/wheels \
+	  torch==2.13.0 $(TORCH_INDEX) all
+	cd build && containers/dpa_ds/bin/dpa-init --list
 
 # The site of the documentation, in build/site. It fails on a warning, a broken link, or a reference that is not current.
 docs: $(VENV)/.installed-docs  ## build the documentation's site

@@ -1,10 +1,12 @@
-"""All programs under one name: `python -m dpa_ds.cli PROGRAM ...`, the same as `python launch/PROGRAM.py ...`."""
+"""All programs under one name: `python -m dpa_ds.cli PROGRAM ...`, the same as `python launch/PROGRAM.py ...` of a
+checkout, and as the console command `dpa-PROGRAM ...` of an install."""
 
 import importlib
 import sys
 from collections.abc import Sequence
 
 PROGRAMS = {
+    "init": "Copy a recipe and a job script to edit.",
     "train": "Train federated dual adapters.",
     "evaluate": "Score a trained run on test instances.",
     "generate": "Answer as one client's model.",

@@ -15,6 +15,7 @@ loader of their own (config/load.py), which knows all fields.
 import argparse
 import dataclasses
 import inspect
+import sys
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING
@@ -24,6 +25,7 @@ from typing import Any, Literal, NoReturn, TypeVar
 import docstring_parser
 
 from dpa_ds.config.fields import alternatives, describe
+from dpa_ds.config.shipped import as_started_here
 from dpa_ds.config.validate import check_utf8
 from dpa_ds.errors import ConfigError
 
@@ -68,10 +70,11 @@ def positive_and_finite(value: float) -> bool:
     return 0 < value < float("inf")
 
 
-def parse(argv: Sequence[str], options: type[Options], start: str) -> tuple[Options, list[str]]:
+def parse(argv: Sequence[str] | None, options: type[Options], start: str) -> tuple[Options, list[str]]:
     """The options of `argv`, `--name VALUE` or `--name=VALUE`, and all other words in order.
 
     Args:
+        argv: None: the words after the program's name.
         options: a frozen dataclass, every field of which is an `option`.
         start: how the program is started, such as `deepspeed launch/evaluate.py`.
 
@@ -80,10 +83,11 @@ def parse(argv: Sequence[str], options: type[Options], start: str) -> tuple[Opti
             not UTF-8.
         SystemExit: status 0 after --help, which prints to stdout.
     """
-    for word in argv:
+    words = command_line(argv)
+    for word in words:
         check_utf8(word)
     try:
-        namespace, others = _build_parser(options, start).parse_known_args(list(argv))
+        namespace, others = _build_parser(options, start).parse_known_args(words)
     except argparse.ArgumentError as error:
         name = error.argument_name
         raise ConfigError(f"{name} needs a value: {name} VALUE (see --help)") from error
@@ -96,6 +100,11 @@ def parse(argv: Sequence[str], options: type[Options], start: str) -> tuple[Opti
         elif field.default is MISSING:
             raise ConfigError(field.metadata["missing"])
     return options(**values), others
+
+
+def command_line(argv: Sequence[str] | None) -> list[str]:
+    """`argv`, or where a console command was called, the words after its name."""
+    return list(sys.argv[1:] if argv is None else argv)
 
 
 def refuse_unknown(words: Sequence[str], options: type[Any], also: Sequence[str] = ()) -> None:
@@ -153,21 +162,23 @@ class _Parser(argparse.ArgumentParser):
 
 def _build_parser(options: type[Any], start: str) -> _Parser:
     description, _, examples = inspect.cleandoc(options.__doc__ or "").partition(_EXAMPLES)
-    usage = [start]
+    usage = [as_started_here(start)]
     for field in fields_of(options):
         if field.default is MISSING:
             usage.append(f"--{name_of(field)} {field.metadata['metavar']}")
     parser = _Parser(
         usage=" ".join([*usage, "[--option VALUE ...]"]),
-        description=description,
-        epilog=f"examples\n{examples}",  # under the options: the last thing on the screen is what can be copied
+        description=as_started_here(description),
+        epilog=as_started_here(
+            f"examples\n{examples}"
+        ),  # under the options: the last thing on the screen is what can be copied
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,  # the recipe's --seed is no short form of --seeds
         exit_on_error=False,
     )
     helps = _field_docstrings(options)
     for field in fields_of(options):
-        text = helps[field.name].replace("%", "%%")  # argparse fills in %(default)s and the like
+        text = as_started_here(helps[field.name]).replace("%", "%%")  # argparse fills in %(default)s and the like
         flag: dict[str, Any] = {}
         if field.default is False:
             flag = {"nargs": "?", "const": "true"}

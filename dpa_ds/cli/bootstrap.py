@@ -10,9 +10,11 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 
+from dpa_ds.cli.args import command_line
 from dpa_ds.config.deepspeed_json import load_deepspeed_json
 from dpa_ds.config.load import to_yaml
 from dpa_ds.config.schema import RunConfig
+from dpa_ds.config.shipped import as_started_here
 from dpa_ds.distributed.job_store import JOIN_TIMEOUT_SECONDS, JobStore, code_fingerprint, package_versions
 from dpa_ds.distributed.launchers import Launch, check_environment, check_hostfile_of_launcher, discover_launch
 from dpa_ds.errors import ClusterError, DpaError
@@ -32,7 +34,7 @@ RANK_VARIABLES = {
 """Variables in which launchers say a rank, and the number of ranks."""
 
 
-def run_job(argv: Sequence[str], prepare: Callable[[Sequence[str]], tuple[RunConfig, Work]]) -> None:
+def run_job(argv: Sequence[str] | None, prepare: Callable[[Sequence[str]], tuple[RunConfig, Work]]) -> None:
     """Find this rank's place, `prepare(argv)` config and work, agree with the other ranks, and do the work.
 
     Torch is imported by the work, not before: what is wrong with recipe or ranks is reported without that wait. Ends
@@ -55,7 +57,7 @@ def run_job(argv: Sequence[str], prepare: Callable[[Sequence[str]], tuple[RunCon
         check_hostfile_of_launcher()
         check_environment()
         with _stdout_of(launch.global_rank == 0):  # --help and --print_config are written once
-            config, work = prepare(argv)
+            config, work = prepare(command_line(argv))
         facts = _facts(config.engine.deepspeed_config, to_yaml(config))
     except DpaError as error:
         problem = error
@@ -141,7 +143,7 @@ def run_alone(work: Callable[[], None]) -> int:
 
 
 def _report(error: BaseException) -> None:
-    sys.stderr.write(f"error: {error}\n")
+    sys.stderr.write(f"error: {as_started_here(str(error))}\n")
 
 
 def _is_further_rank(environ: Mapping[str, str]) -> bool:

@@ -1,11 +1,13 @@
 """Entry point of launch/compare.py: several methods side by side."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from dpa_ds.cli.args import option, parse
 from dpa_ds.cli.bootstrap import Work, run_job
 from dpa_ds.cli.precision import settle_precision
+from dpa_ds.config.extras import require
 from dpa_ds.config.load import load_config
 from dpa_ds.config.schema import RunConfig
 from dpa_ds.distributed.job_store import JobStore
@@ -44,7 +46,7 @@ class CompareOptions:
     """Held-out instances of each task for that choice."""
 
 
-def main(argv: Sequence[str]) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Do it under any launcher (deepspeed, torchrun, srun, mpirun) or none; the exit status.
 
     Collective: every rank of the job.
@@ -62,6 +64,8 @@ def prepare(argv: Sequence[str]) -> tuple[RunConfig, Work]:
             "launch/compare.py is for one operator, who sees all answers: leave private_dir out (--private_dir null)"
         )
 
+    require("metrics", "the scores of answers")
+
     def work(job: JobStore) -> None:
         from dpa_ds.experiments.compare import build_plan, compare  # imports torch: only once ranks are in order
 
@@ -70,3 +74,7 @@ def prepare(argv: Sequence[str]) -> tuple[RunConfig, Work]:
         compare(settled, job, plan, recipe)
 
     return config, work
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,5 +1,6 @@
 """Entry point of launch/evaluate.py: the scores of a trained run."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -7,6 +8,7 @@ from dpa_ds.cli.args import option, parse
 from dpa_ds.cli.bootstrap import Work, run_job
 from dpa_ds.cli.memory import generation_remedy, memory_errors
 from dpa_ds.cli.trained_run import RunOptions, load_run_config
+from dpa_ds.config.extras import require
 from dpa_ds.config.schema import RunConfig
 from dpa_ds.distributed.job_store import JobStore
 
@@ -40,7 +42,7 @@ class EvaluateOptions(RunOptions):
     """What is scored; held_out: the share of the training data that data.held_out_fraction kept back, for tuning."""
 
 
-def main(argv: Sequence[str]) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Do it under any launcher (deepspeed, torchrun, srun, mpirun) or none; the exit status.
 
     Collective: every rank of the job.
@@ -52,6 +54,7 @@ def main(argv: Sequence[str]) -> int:
 def prepare(argv: Sequence[str]) -> tuple[RunConfig, Work]:
     """The run's recipe with what the command line changes, and the evaluation."""
     config = load(argv)
+    require("metrics", "the scores of answers")
 
     def work(job: JobStore) -> None:
         from dpa_ds.evaluation.runner import evaluate  # imports torch: only once config and ranks are in order
@@ -66,3 +69,7 @@ def load(argv: Sequence[str]) -> RunConfig:
     """The run's recipe with what the command line changes."""
     options, overrides = parse(argv, EvaluateOptions, "deepspeed launch/evaluate.py")
     return load_run_config(options, overrides)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

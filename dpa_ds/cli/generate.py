@@ -43,7 +43,7 @@ class GenerateOptions(RunOptions):
     """Beams; 1: greedy."""
 
 
-def main(argv: Sequence[str]) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Answer in one process, without a launcher; the exit status."""
     run_job(argv, prepare)
     return 0
@@ -73,3 +73,7 @@ def prepare(argv: Sequence[str]) -> tuple[RunConfig, Work]:
             generate(config, job, wanted, answers)
 
     return config, work
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -64,12 +64,12 @@ class PlanOptions:
     """Write the same numbers to FILE."""
 
 
-def main(argv: Sequence[str]) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Print the plan in one process, without a launcher; the exit status."""
     return run_alone(partial(run, argv))
 
 
-def run(argv: Sequence[str]) -> None:
+def run(argv: Sequence[str] | None) -> None:
     """Print the plan, and write it to a file if asked.
 
     Raises:
@@ -145,3 +145,7 @@ def _row(name: str, one: Plan) -> list[str]:
         verdict = "does not fit"
     numbers = [f"{one.total / 1e9:.1f}", f"{one.step_seconds:.2f}", f"{one.round_seconds:.0f}"]
     return [name, zero, str(layout.ranks), recompute, str(layout.tokens), *numbers, verdict]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,5 +1,6 @@
 """Entry point of launch/preflight.py: are hosts, network, disk and software in order before a long job?"""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -31,7 +32,7 @@ class PreflightOptions:
     """Write what was found to FILE, too."""
 
 
-def main(argv: Sequence[str]) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Do it under any launcher (deepspeed, torchrun, srun, mpirun) or none; the exit status.
 
     Collective: every rank of the job.
@@ -52,3 +53,7 @@ def prepare(argv: Sequence[str]) -> tuple[RunConfig, Work]:
         preflight(settled, job, options.json)
 
     return config, work
+
+
+if __name__ == "__main__":
+    sys.exit(main())

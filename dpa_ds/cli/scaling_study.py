@@ -71,12 +71,12 @@ class Prediction:
     """Bandwidth of a leader's network, in bytes/s."""
 
 
-def main(argv: Sequence[str]) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Do the study in one process, without a launcher; the exit status."""
     return run_alone(partial(run, argv))
 
 
-def run(argv: Sequence[str]) -> None:
+def run(argv: Sequence[str] | None) -> None:
     """Do the runs that are not done yet, and print the table.
 
     Raises:
@@ -142,3 +142,7 @@ def _parse_prediction(text: str | None) -> Prediction | None:
 def _adapter_bytes(run_dir: Path) -> int:
     """Size of what leaders exchange."""
     return (run_dir / "adapters" / GLOBAL / "adapter_model.safetensors").stat().st_size
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -76,7 +76,8 @@ from dpa_ds.runs.resume import (
     validate_run_dir,
 )
 from dpa_ds.runs.storage import BackgroundWriter, well_formed, write_file
-from dpa_ds.runs.tracking import LogFile, Tracker, logger, setup_logging
+from dpa_ds.runs.trackers import ExperimentTrackers, public_recipe
+from dpa_ds.runs.tracking import RESULT, LogFile, Tracker, logger, setup_logging
 
 PLACES = ("data.path", "data.test_path", "model.path")
 """Fields that may differ from group to group: where each keeps its files."""
@@ -95,12 +96,14 @@ def run(session: Session) -> None:
     try:
         with session.writer:
             run_rounds(session)
+            if world.leaders is not None and world.leaders.is_coordinator:
+                session.tracker.publish()  # of a process that was lost after its last round
     finally:
         # On every rank, also after a signal: when the last rank is here, the job says that all is saved.
         session.tracker.close()
     if world.leaders is not None and world.leaders.is_coordinator:
         warn_of_absent_clients(session)
-        logger.info(write_report(run_dir, world.topology.num_groups, time.monotonic() - session.started))
+        logger.log(RESULT, write_report(run_dir, world.topology.num_groups, time.monotonic() - session.started))
     world.close()
 
 
@@ -141,7 +144,7 @@ def build_session(config: RunConfig, job: JobStore) -> Session:
     check_rendezvous(config.cluster.rendezvous if world.is_leader else None, config.federation.timeout_seconds)
     # Everything that a user can get wrong was read by now: from here on the run exists.
     create_run(place, to_yaml(config), fingerprint_sections(config), base.fingerprint, config.model.path)
-    tracker = build_tracker(place, config.tracking, config.metrics)
+    tracker = build_tracker(place, config.tracking, config.metrics, flatten(config))
     writer = BackgroundWriter()
     layout = describe_layout(engine, config.train, config.federation)
     saving = RoundSaving(place.folder, writer, config.checkpoint, layout)
@@ -204,7 +207,7 @@ def find_place(config: RunConfig, job: JobStore) -> Place:
         another run's.
     """
     job.start_watchdog(config.checkpoint.grace_seconds, config.cluster.heartbeat_timeout_seconds)
-    setup_logging(is_coordinator=job.launch.global_rank == 0)
+    setup_logging(job.launch.global_rank == 0, config.tracking.quiet)
     schedule = build_schedule(config.method)
     names = agree_on_client_names(config.data, config.seed, schedule.pooled, job)
     topology = plan(config.cluster, job.launch.job_world_size, len(names))
@@ -302,14 +305,19 @@ def find_log_path(folder: RunFolder, group: int | None, metrics: MetricsConfig) 
     return place / ("log.txt" if group is None else f"log_group_{group}.txt")
 
 
-def build_tracker(place: Place, tracking: TrackingConfig, metrics: MetricsConfig) -> Tracker:
-    """Reports the numbers of this rank: curves of single clients go where the recipe allows them to be seen."""
+def build_tracker(place: Place, tracking: TrackingConfig, metrics: MetricsConfig, recipe: Mapping[str, Any]) -> Tracker:
+    """Reports the numbers of this rank: curves of single clients go where the recipe allows them to be seen.
+
+    Args:
+        recipe: the whole of it, by dotted keys.
+    """
     folder, world = place.folder, place.world
+    trackers = ExperimentTrackers(folder.run_dir, tracking, public_recipe(recipe))
     run_dir = folder.run_dir if world.is_leader else None
     if not world.is_leader or metrics.share == "per_client":
-        return Tracker(run_dir, world.is_coordinator, tracking)
+        return Tracker(run_dir, world.is_coordinator, tracking, trackers=trackers)
     earlier = [folder.run_dir, *folder.private_places]
-    return Tracker(run_dir, world.is_coordinator, tracking, folder.own_part, earlier)
+    return Tracker(run_dir, world.is_coordinator, tracking, folder.own_part, earlier, trackers)
 
 
 # ---- what the session is made of ------------------------------------------------------------------------------

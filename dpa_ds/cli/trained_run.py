@@ -99,7 +99,7 @@ def load_run_config(options: RunOptions, others: Sequence[str]) -> RunConfig:
 def _check_words(options: RunOptions, others: Sequence[str]) -> None:
     """Refuse what has no dot: the recipe's loader would take --beam for a field, and --name for another run."""
     for word in others:
-        if word.startswith("--") and "." not in word.partition("=")[0]:
+        if word.startswith("--") and word != "--quiet" and "." not in word.partition("=")[0]:
             refuse_unknown([word], type(options), also=["section.field"])
 
 

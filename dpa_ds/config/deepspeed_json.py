@@ -8,7 +8,8 @@ from typing import Any, NoReturn
 from dpa_ds.config.fields import nearest
 from dpa_ds.config.paths import expand
 from dpa_ds.config.ranges import Requirement
-from dpa_ds.config.validate import REPOSITORY, read_text, show
+from dpa_ds.config.shipped import find_file
+from dpa_ds.config.validate import read_text, show
 from dpa_ds.errors import ConfigError
 
 _REMEDY = "name one of those in ds_configs/"
@@ -151,12 +152,12 @@ _SECTIONS = _sections()
 
 
 def load_deepspeed_json(path: str) -> dict[str, Any]:
-    """Read `engine.deepspeed_config`, a path from the working directory or else from the root of the repository.
+    """Read `engine.deepspeed_config`, a path from the working directory or else one that the package brings.
 
     ConfigError: missing, unreadable, malformed (with its line), a key given twice, keys that the recipe owns, a key
     that is not among those that the JSON may have, or a value that its key does not take.
     """
-    found = _find(path)
+    found = find_file(expand(path, "engine.deepspeed_config"), "engine.deepspeed_config", _REMEDY)
     content = _read(found)
     if not isinstance(content, dict):
         raise ConfigError(f"{found}: a DeepSpeed JSON is an object of keys, got {show(content)}")
@@ -208,17 +209,6 @@ def _remedy_for(key: str, section: str) -> str:
     names = [known[len(section) :] for known in [*_KEYS, *_SECTIONS] if known.startswith(section)]
     here = sorted({name for name in names if "." not in name})
     return f": remove it; {section.removesuffix('.') or 'the JSON'} may have {', '.join(here)}"
-
-
-def _find(path: str) -> Path:
-    given = expand(path, "engine.deepspeed_config")
-    tried = []
-    for candidate in (given, REPOSITORY / given):
-        if candidate.exists():
-            return candidate
-        if str(candidate.absolute()) not in tried:
-            tried.append(str(candidate.absolute()))
-    raise ConfigError(f"engine.deepspeed_config: no such file: {path} (tried {' and '.join(tried)}): {_REMEDY}")
 
 
 def _read(path: Path) -> Any:

@@ -13,6 +13,7 @@ from dpa_ds.config.fields import FIELDS, SECTIONS, alternatives, check_key, cons
 from dpa_ds.config.paths import PATH_FIELDS, expand
 from dpa_ds.config.recipe_yaml import RecipeLoader, dump_yaml, load_yaml
 from dpa_ds.config.schema import RunConfig
+from dpa_ds.config.shipped import as_started_here, find_file, find_recipe
 from dpa_ds.config.validate import check_utf8, flatten, read_text, show, validate
 from dpa_ds.errors import ConfigError
 
@@ -30,9 +31,12 @@ be overridden on the command line. Each line is one way to start:
   srun --ntasks-per-node 4 python launch/run.py --config RECIPE        under Slurm, one task per rank
   deepspeed launch/run.py --config RECIPE --train.learning_rate 1e-3 --lora.target_modules="[q_proj, k_proj]"
   deepspeed launch/run.py --config RECIPE --profile                    also a trace, and where a round's time went
+  deepspeed --quiet launch/run.py --config RECIPE --quiet              warnings, errors and the result only
   python launch/run.py --config RECIPE --print_config > complete.yaml  every field as it would run; starts nothing
 """
 _COMMAND_LINE = "command line"
+_CONFIG_HELP = "YAML recipe; --recipe NAME: one of launch/recipes/, such as demo. Of several the later wins."
+_RECIPES = "give a recipe such as those in launch/recipes/"
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,9 @@ def load_config(argv: Sequence[str]) -> RunConfig:
     if "-h" in given.flags or "--help" in given.flags:
         parser.parse_args(["--help"])
     if not given.recipes and not given.flags:
-        raise ConfigError("no recipe: give one with --config RECIPE.yaml (recipes lie in launch/recipes/; see --help)")
+        raise ConfigError(
+            "no recipe: give one with --config RECIPE.yaml, or --recipe NAME for one of launch/recipes/ (see --help)"
+        )
 
     # Defaults, recipes, overrides, in this order: each step overwrites what the ones before it gave.
     namespace = parser.get_defaults()
@@ -141,13 +147,16 @@ def _split(argv: Sequence[str]) -> _CommandLine:
         if argument == "--profile":
             _add_override(given, "tracking.profile", "true")
             continue
+        if argument == "--quiet":
+            _add_override(given, "tracking.quiet", "true")
+            continue
         if not argument.startswith("--") or not name:
             raise ConfigError(
                 f"unexpected argument {show(argument)}: options look like --section.field VALUE (see --help)"
             )
         # The DeepSpeed launcher adds --local_rank; the environment says the same, so it is dropped.
         of_launcher = name in ("local_rank", "local-rank")
-        if name != "config" and not of_launcher:
+        if name not in ("config", "recipe") and not of_launcher:
             check_key(name, f"{_COMMAND_LINE}: --{name}")
         if not has_value:
             if not rest or rest[0].startswith("--"):
@@ -155,8 +164,10 @@ def _split(argv: Sequence[str]) -> _CommandLine:
             value = rest.pop(0)
         if name == "config":
             if not value.strip():
-                raise ConfigError("--config is empty: give a recipe such as those in launch/recipes/")
+                raise ConfigError(f"--config is empty: {_RECIPES}")
             given.recipes.append(value)
+        elif name == "recipe":
+            given.recipes.append(str(find_recipe(value)))
         elif not of_launcher:
             _add_override(given, name, value)
     return given
@@ -173,7 +184,10 @@ def _add_override(given: _CommandLine, key: str, value: str) -> None:
 
 def _read_recipe(path: str) -> _Source:
     """ConfigError for what cannot be read or is no plain YAML mapping of known keys."""
-    text = read_text(expand(path, "--config"), "--config", "give a recipe such as those in launch/recipes/")
+    given = expand(path, "--config")
+    found = find_file(given, "--config", _RECIPES)
+    path = path if found == given else str(found)
+    text = read_text(found, "--config", _RECIPES)
     source = _Source(path)
     try:
         loader = RecipeLoader(text)
@@ -290,15 +304,15 @@ def _build_parser() -> jsonargparse.ArgumentParser:
     jsonargparse.set_loader("recipe", load_yaml, exceptions=(yaml.YAMLError, ValueError, RecursionError))
     jsonargparse.set_dumper("recipe", dump_yaml)
     parser = jsonargparse.ArgumentParser(
-        usage=_USAGE,
-        description=_INTRODUCTION,
+        usage=as_started_here(_USAGE),
+        description=as_started_here(_INTRODUCTION),
         formatter_class=_HelpFormatter,
         exit_on_error=False,
         parser_mode="recipe",
         print_config="--print_config",
         allow_abbrev=False,
     )
-    parser.add_argument("--config", action="config", metavar="RECIPE", help="YAML recipe; several: the later wins.")
+    parser.add_argument("--config", action="config", metavar="RECIPE", help=_CONFIG_HELP)
     parser.add_class_arguments(RunConfig, None)
     for section, group in (parser.groups or {}).items():
         if section in SECTIONS:

@@ -346,8 +346,16 @@ class TrackingConfig:
 
     tensorboard: bool = True
     """Write TensorBoard events to <run>/tensorboard."""
+    wandb: Literal["off", "offline", "online"] = "off"
+    """Copy metrics.jsonl to Weights & Biases; offline: to <run>/trackers/wandb alone, without a network."""
+    mlflow: str | None = field(default=None, metadata=PATH)
+    """Copy metrics.jsonl to MLflow: folder of a file store, or address of a server (http://...); null: none."""
+    project: str = field(default="dpa_ds", metadata=not_empty())
+    """Project of Weights & Biases, experiment of MLflow."""
     profile: bool = False
     """Trace a few steps of each phase, and report where the first round's time went: <run>/profile (`--profile`)."""
+    quiet: bool = False
+    """Show warnings, errors and the final result only (`--quiet`); the log file has every line."""
     log_every_seconds: float = field(default=20.0, metadata=at_least(0, up_to=YEAR_SECONDS))
     """Seconds between progress lines where the output is not a terminal."""
 

@@ -29,7 +29,6 @@ from dpa_ds.config.schema import (
 )
 from dpa_ds.errors import ConfigError
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 MAX_FILE_BYTES = 1 << 20
 """A recipe or DeepSpeed JSON is a few kB: more is the wrong file, and is not read."""
 

@@ -14,6 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from dpa_ds.config.shipped import as_started_here
 from dpa_ds.distributed.launchers import Launch
 from dpa_ds.distributed.store import connect_store
 from dpa_ds.distributed.watchdog import Watchdog, exit_status_of, read_failure
@@ -230,7 +231,7 @@ class JobStore:
     def _report(self, error: BaseException) -> None:
         text = "".join(traceback.format_exception(error))
         if isinstance(error, DpaError):
-            text = f"error: {error}\n"
+            text = f"error: {as_started_here(str(error))}\n"
         if len(self.hosts) > 1:
             text = f"[rank {self.launch.global_rank} on {self.launch.hostname}] {text}"
         sys.stderr.write(text)

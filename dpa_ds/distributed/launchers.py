@@ -31,6 +31,8 @@ LAUNCHERS = {
     "torchrun": "torchrun",
     "torch.distributed.run": "torchrun",
     "launch/compare.py": "compare.py",
+    "dpa_ds.cli.compare": "dpa-compare",
+    "dpa-compare": "dpa-compare",
     "dpa_ds.cli": "dpa_ds.cli",
 }
 """Word of a Python process's command line, or its end -> what messages call the launcher."""

@@ -7,11 +7,12 @@ it is needed: it takes a second, and most commands plot nothing.
 import contextlib
 import io
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dpa_ds.config.extras import missing
 from dpa_ds.data.sources import ClientInfo
 from dpa_ds.errors import CheckpointError
 from dpa_ds.evaluation.answers import Answer
@@ -66,24 +67,31 @@ class Point:
     ttp: Score
 
 
-def heat_map(summary: Json, path: Path, metric: str = MAIN_METRIC) -> None:
-    """Write the scores, clients x tasks. Raises CheckpointError, as all of these do, if the file cannot be written."""
-    _write(heat_map_figure(summary, metric), path)
+def heat_map(summary: Json, path: Path, metric: str = MAIN_METRIC) -> bool:
+    """Write the scores, clients x tasks.
+
+    Returns:
+        whether there is a picture, as all of these: not without matplotlib.
+
+    Raises:
+        CheckpointError: the file cannot be written.
+    """
+    return _draw(path, lambda: heat_map_figure(summary, metric))
 
 
-def alpha_histograms(answers: Iterable[Answer], clients: Sequence[ClientInfo], path: Path) -> None:
+def alpha_histograms(answers: Iterable[Answer], clients: Sequence[ClientInfo], path: Path) -> bool:
     """Write how alpha is distributed, on own tasks against other tasks."""
-    _write(alpha_figure(answers, clients), path)
+    return _draw(path, lambda: alpha_figure(answers, clients))
 
 
-def p_against_ttp(points: Sequence[Point], path: Path) -> None:
+def p_against_ttp(points: Sequence[Point], path: Path) -> bool:
     """Write P against TTP of clients or of methods."""
-    _write(p_against_ttp_figure(points), path)
+    return _draw(path, lambda: p_against_ttp_figure(points))
 
 
-def curves(series: Mapping[str, Sequence[tuple[int, float]]], path: Path, ylabel: str, title: str) -> None:
+def curves(series: Mapping[str, Sequence[tuple[int, float]]], path: Path, ylabel: str, title: str) -> bool:
     """Write one line a method over the rounds."""
-    _write(curves_figure(series, ylabel, title), path)
+    return _draw(path, lambda: curves_figure(series, ylabel, title))
 
 
 # ---- heat map --------------------------------------------------------------------------------------------------
@@ -369,6 +377,14 @@ def _legend_beside(axes: "Axes", num_columns: int) -> None:
 def _plain(text: str) -> str:
     """Text in which matplotlib finds no formula."""
     return text.replace("$", r"\$")
+
+
+def _draw(path: Path, build: Callable[[], "Figure"]) -> bool:
+    """Whether the picture was written: a run's results do not depend on it."""
+    if missing("figures"):
+        return False
+    _write(build(), path)
+    return True
 
 
 def _write(figure: "Figure", path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dpa_ds.adapters.methods import GLOBAL, LOCAL
+from dpa_ds.config.extras import no_pictures
 from dpa_ds.data.sources import ClientInfo
 from dpa_ds.errors import CheckpointError
 from dpa_ds.evaluation.answers import Answer, Instance
@@ -79,7 +80,7 @@ def write_report(run_dir: Path, num_groups: int, seconds: float) -> str:
         series = {course.label: course.held_out_loss for course in evaluated}
         # In round 0 B is 0 in both adapters: the model is the base.
         title = "Held-out loss of each client (round 0: the base model)"
-        curves(series, run_dir / "held_out_loss.png", HELD_OUT_LOSS, title)
+        has_picture = curves(series, run_dir / "held_out_loss.png", HELD_OUT_LOSS, title)
         num_fallen = sum(course.change < 0 for course in evaluated)
         lines.append(f"held-out loss fell for {num_fallen} of {len(evaluated)} clients")
     if not all(course.held_out_loss for course in courses):
@@ -91,7 +92,7 @@ def write_report(run_dir: Path, num_groups: int, seconds: float) -> str:
     lines.append(adapters)
     lines.append(f"numbers: {run_dir / 'metrics.jsonl'}, {run_dir / 'results.json'}")
     if evaluated:
-        lines.append(f"picture: {run_dir / 'held_out_loss.png'}")
+        lines.append(f"picture: {run_dir / 'held_out_loss.png'}" if has_picture else no_pictures())
     if (run_dir / "tensorboard").is_dir():
         lines.append(f"curves: tensorboard --logdir {run_dir / 'tensorboard'}")
     lines.append(f"took {seconds:.0f} s")
@@ -106,7 +107,9 @@ def write_evaluation(
     settings: Mapping[str, Any],
     num_examples: int = 0,
 ) -> str:
-    """Write summary.json, report.md and three pictures into `folder`; returns the table as text. Coordinator only.
+    """Write summary.json, report.md and, where there is matplotlib, three pictures into `folder`; the table as text.
+
+    Coordinator only.
 
     Args:
         answers: one to each of `instances` from every client that was asked.
@@ -115,22 +118,20 @@ def write_evaluation(
     """
     summary = summarize(instances, answers, clients, num_examples)
     write_file(folder / "summary.json", json.dumps({"settings": dict(settings), **summary}, indent=1))
-    pictures = ["scores.png", "alpha.png"]
-    heat_map(summary, folder / "scores.png")
-    alpha_histograms(answers, clients, folder / "alpha.png")
+    pictures = []
+    if heat_map(summary, folder / "scores.png"):
+        pictures.append("scores.png")
+    if alpha_histograms(answers, clients, folder / "alpha.png"):
+        pictures.append("alpha.png")
     points = _points_of(summary)
-    if points:
+    if points and p_against_ttp(points, folder / "p_against_ttp.png"):
         pictures.append("p_against_ttp.png")
-        p_against_ttp(points, folder / "p_against_ttp.png")
     details = {name: str(value) for name, value in settings.items()}
     title = f"{settings['run']}: {settings['method']}, {settings['weighting']}"
     write_file(folder / "report.md", markdown_report(summary, title, details, pictures))
     paths = ", ".join(str(folder / name) for name in pictures)
-    return (
-        f"{terminal_table(summary)}\n"
-        f"report: {folder / 'report.md'}, numbers: {folder / 'summary.json'}\n"
-        f"pictures: {paths}"
-    )
+    shown = f"pictures: {paths}" if pictures else no_pictures()
+    return f"{terminal_table(summary)}\nreport: {folder / 'report.md'}, numbers: {folder / 'summary.json'}\n{shown}"
 
 
 def _points_of(summary: Json) -> list[Point]:

@@ -29,7 +29,7 @@ from dpa_ds.model.directory import base_fingerprint
 from dpa_ds.runs.folder import RunFolder
 from dpa_ds.runs.private import open_run_folder
 from dpa_ds.runs.storage import write_file
-from dpa_ds.runs.tracking import Tracker, logger, setup_logging
+from dpa_ds.runs.tracking import RESULT, Tracker, logger, setup_logging
 
 STOP = -1
 """Stands for a work item where a signal asked the job to stop."""
@@ -44,7 +44,7 @@ def evaluate(config: RunConfig, job: JobStore) -> Path | None:
     """
     started = time.monotonic()
     job.start_watchdog(config.checkpoint.grace_seconds, config.cluster.heartbeat_timeout_seconds)
-    setup_logging(is_coordinator=job.launch.global_rank == 0)
+    setup_logging(job.launch.global_rank == 0, config.tracking.quiet)
     folder = open_run_folder(config.run_dir, config.private_dir, group=None)
     # One rank looks, for all: a training that is still running may complete a round meanwhile.
     server_round = int(job.broadcast_from_rank_zero("round", folder.hold_trained_round))
@@ -92,7 +92,7 @@ def evaluate(config: RunConfig, job: JobStore) -> Path | None:
         evaluation = Evaluation(folders, config.evaluation, clients, wanted, instances, everything, described)
         report_dir, text = write_reports(evaluation, config.metrics.share)
         answers_dir = folders.answers_dir(clients[0])
-        logger.info(f"{text}\nanswers: {answers_dir}\ntook {time.monotonic() - started:.0f} s")
+        logger.log(RESULT, f"{text}\nanswers: {answers_dir}\ntook {time.monotonic() - started:.0f} s")
     world.close()
     return report_dir
 

@@ -35,7 +35,7 @@ from dpa_ds.experiments.comparison import (
 )
 from dpa_ds.experiments.stages import Stages
 from dpa_ds.inference.generation import describe_decoding
-from dpa_ds.runs.tracking import logger, setup_logging
+from dpa_ds.runs.tracking import RESULT, logger, setup_logging
 
 DEFAULT_WEIGHTINGS = "cosine,centred_cosine"
 
@@ -109,7 +109,7 @@ def compare(config: RunConfig, job: JobStore, plan: Plan, recipe_arguments: Sequ
     Collective: every rank of the job.
     """
     job.start_watchdog(config.checkpoint.grace_seconds, config.cluster.heartbeat_timeout_seconds)
-    setup_logging(is_coordinator=job.launch.global_rank == 0)
+    setup_logging(job.launch.global_rank == 0, config.tracking.quiet)
     stages = Stages(config, job, recipe_arguments)
     # Whatever the recipe says of the split: what is compared are scores on test data.
     evaluation = replace(config.evaluation, split="test")
@@ -125,7 +125,7 @@ def compare(config: RunConfig, job: JobStore, plan: Plan, recipe_arguments: Sequ
         asked = [asdict(instance) for instance in instances]
         name = name_of_comparison(plan, evaluation, [config.federation.num_rounds, decoding, asked])
         report_dir = config.run_dir / "comparisons" / name
-        logger.info("\n" + write_tables(report_dir, plan, stages, evaluated, instances))
+        logger.log(RESULT, "\n" + write_tables(report_dir, plan, stages, evaluated, instances))
 
 
 def name_of_comparison(plan: Plan, evaluation: EvaluationConfig, details: Sequence[Any]) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dpa_ds.adapters.methods import GLOBAL, LOCAL
+from dpa_ds.config.extras import no_pictures
 from dpa_ds.config.schema import MethodName, WeightingKind
 from dpa_ds.data.sources import ClientInfo
 from dpa_ds.errors import CheckpointError, ConfigError
@@ -325,13 +326,14 @@ def write_comparison(
 ) -> str:
     """Write comparison.json, comparison.md and two pictures into `folder`; returns the table as text."""
     write_file(folder / "comparison.json", json.dumps({**comparison, "curves": series}, indent=1))
-    curves(series, folder / "convergence.png", HELD_OUT_LOSS, "Convergence: mean over clients")
+    pictures = no_pictures()
+    if curves(series, folder / "convergence.png", HELD_OUT_LOSS, "Convergence: mean over clients"):
+        pictures = "![convergence](convergence.png)\n\n![P against TTP](p_against_ttp.png)"
     points = []
     for line in comparison["methods"]:
         points.append(Point(f"{line['method']} {line['weighting']}", _score(line, "P"), _score(line, "TTP")))
     p_against_ttp(points, folder / "p_against_ttp.png")
-    pictures = "![convergence](convergence.png)\n\n![P against TTP](p_against_ttp.png)\n"
-    write_file(folder / "comparison.md", f"# Comparison\n\n{comparison_markdown(comparison)}\n{pictures}")
+    write_file(folder / "comparison.md", f"# Comparison\n\n{comparison_markdown(comparison)}\n{pictures}\n")
     return f"{comparison_table(comparison)}\ntable, numbers and pictures: {folder}/comparison.*, {folder}/*.png"
 
 

@@ -12,9 +12,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from dpa_ds.config.extras import missing, no_pictures
 from dpa_ds.config.load import load_config, with_overrides
 from dpa_ds.config.schema import DataConfig
-from dpa_ds.config.validate import REPOSITORY, diff_configs, flatten
+from dpa_ds.config.shipped import SHIPPED
+from dpa_ds.config.validate import diff_configs, flatten
 from dpa_ds.distributed.launchers import MAX_RANKS
 from dpa_ds.errors import ConfigError
 from dpa_ds.experiments.stages import program_failed
@@ -172,7 +174,7 @@ def run_points(plan: Plan) -> list[Point]:
             num_ranks = spec.ranks_per_group * spec.num_groups
             logger.info(f"\n=== {number} of {len(plan.values)}: {plan.axis} {value}, {num_ranks} ranks")
             launcher = shlex.split(plan.launch.replace("{ranks}", str(num_ranks)))
-            command = [*launcher, str(REPOSITORY / "launch" / "run.py"), *spec.arguments]
+            command = [*launcher, str(SHIPPED / "launch" / "run.py"), *spec.arguments]
             status = subprocess.run(command, check=False).returncode
             if status:
                 message = f"{plan.axis} {value} failed (see above); once mended, the same command resumes"
@@ -239,7 +241,10 @@ def report(plan: Plan, points: Sequence[Point]) -> str:
     table = "\n".join(lines)
     write_file(plan.folder / "points.json", json.dumps(found, indent=1))
     write_file(plan.folder / "scale.md", table + "\n")
-    _plot(plan, points)
+    if missing("figures"):
+        logger.warning(no_pictures())
+    else:
+        _plot(plan, points)
     return table
 
 

@@ -17,7 +17,8 @@ from typing import Any
 
 from dpa_ds.config.load import load_config, with_overrides
 from dpa_ds.config.schema import MethodConfig, RunConfig, WeightingConfig
-from dpa_ds.config.validate import REPOSITORY, fingerprint_sections
+from dpa_ds.config.shipped import SHIPPED
+from dpa_ds.config.validate import fingerprint_sections
 from dpa_ds.data.sources import list_clients
 from dpa_ds.distributed.job_store import POLL_SECONDS, JobStore
 from dpa_ds.errors import ConfigError, DpaError, Preempted
@@ -119,6 +120,7 @@ class Stages:
             f"--weighting.representation={weighting.representation}",
             f"--weighting.encoder={weighting.encoder}",
         ]
+        arguments.append(f"--tracking.quiet={self._config.tracking.quiet}".lower())
         for name in ("clients", "tasks", "instances_per_task"):
             arguments.append(f"--evaluation.{name}={json.dumps(wanted[name])}")
         for name, value in asdict(self._config.generation).items():
@@ -169,7 +171,7 @@ class Stages:
         logger.info(f"\n=== {what}")
         # Else what is said here comes after what the program says, where the output is a file.
         sys.stdout.flush()
-        command = [sys.executable, str(REPOSITORY / "launch" / program), *arguments]
+        command = [sys.executable, str(SHIPPED / "launch" / program), *arguments]
         was_stopped = False
         with subprocess.Popen(command, env=self._environment(port)) as running:
             while (status := running.poll()) is None:

@@ -119,6 +119,7 @@ def count_round(session: Session, server_round: int, table: MetricsTable, second
             record_round(world, session.tracker, server_round, table, seconds)
         if server_round > 0:
             session.commit.finish(server_round, session.round_state.server_state, table)
+            session.tracker.publish()
 
     def drop_records() -> None:
         """Of the coordinator that was lost, which wrote some of them."""

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from dpa_ds.config.extras import require
 from dpa_ds.config.paths import expand
 from dpa_ds.config.schema import ModelConfig
 from dpa_ds.distributed.device import free_memory
@@ -36,6 +37,7 @@ def resolve_model(config: ModelConfig, cache_dir: str) -> Path:
     """
     path = expand(config.path, "model.path")
     if path.is_file():
+        require("gguf", f"{path}, a GGUF file,")
         from dpa_ds.model.gguf.convert import convert_gguf
 
         return convert_gguf(path, expand(cache_dir, "data.cache_dir") / "models" / _cache_name(path))

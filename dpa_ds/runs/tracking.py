@@ -17,9 +17,12 @@ from dpa_ds.config.schema import TrackingConfig
 from dpa_ds.errors import CheckpointError, storage_errors
 from dpa_ds.runs.curves import CurveWriter
 from dpa_ds.runs.storage import fsync, write_file
+from dpa_ds.runs.trackers import ExperimentTrackers, numbers_of
 
 logger = logging.getLogger("dpa_ds")
 
+RESULT = (logging.INFO + logging.WARNING) // 2
+"""Level of what a program was started for: it is shown, however quiet the program is."""
 TENSORBOARD = "tensorboard"
 """Folder of the curves in a run folder."""
 LIVE_SECONDS = 1.0
@@ -28,13 +31,17 @@ ALL_CLIENTS = "rounds"
 """TensorBoard run with the numbers of whole rounds; the others are of single clients."""
 
 
-def setup_logging(is_coordinator: bool) -> None:
+def setup_logging(is_coordinator: bool, quiet: bool = False) -> None:
     """Send this package's messages to stdout: everything from the coordinator, warnings from other ranks.
+
+    Args:
+        quiet: warnings and results alone; log files, which are handlers of their own, have every line.
 
     Libraries are kept to warnings: DeepSpeed alone logs some forty lines per rank at start.
     """
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setLevel(RESULT if quiet else logging.NOTSET)
     logger.handlers = [handler]
     logger.propagate = False
     logger.setLevel(logging.INFO if is_coordinator else logging.WARNING)
@@ -95,6 +102,7 @@ class Tracker:
         is_coordinator: whether this rank is the job's coordinator.
         clients_dir: where the curves of single clients go; None: to `run_dir`.
         earlier_clients_dirs: where they may have gone when a client had another rank group.
+        trackers: services that get copies of the records.
 
     Raises:
         CheckpointError: something else is where the TensorBoard events belong.
@@ -107,10 +115,14 @@ class Tracker:
         config: TrackingConfig,
         clients_dir: Path | None = None,
         earlier_clients_dirs: Sequence[Path] = (),
+        trackers: ExperimentTrackers | None = None,
     ) -> None:
         self._run_dir = run_dir
         self._clients_dir = clients_dir or run_dir
         self._earlier_clients_dirs = earlier_clients_dirs
+        self._trackers = trackers
+        self._unpublished: list[dict[str, Any]] | None = None
+        """Records since the last round that was published; None: those of the file are not read yet."""
         self._is_coordinator = is_coordinator
         self._config = config
         self._writers: dict[str, CurveWriter] = {}
@@ -138,15 +150,19 @@ class Tracker:
         path = self._records_path
         if not self._is_coordinator or path is None or not path.is_file():
             return
+        self._unpublished = None
         lines = [json.dumps(record) + "\n" for record in read_records(path) if is_kept(record["round"])]
         write_file(path, "".join(lines))
 
     def record(self, kind: str, server_round: int, **values: Any) -> None:
         """Append one record to metrics.jsonl (coordinator only). Raises CheckpointError if the file system refuses."""
         if self._is_coordinator and self._records_path is not None:
-            line = json.dumps({"kind": kind, "round": server_round, **values})
+            record = {"kind": kind, "round": server_round, **values}
+            line = json.dumps(record)
             with storage_errors(self._records_path), self._records_path.open("a") as file:
                 file.write(line + "\n")
+            if self._unpublished is not None:
+                self._unpublished.append(record)
 
     def sync_records(self) -> None:
         """Wait until all records are on the disk (coordinator only).
@@ -157,6 +173,16 @@ class Tracker:
         if self._is_coordinator and self._records_path is not None:
             with storage_errors(self._records_path):
                 fsync(self._records_path)
+
+    def publish(self) -> None:
+        """Send the records of rounds that count now, and were not sent yet, to the services of the recipe. The
+        coordinator of all leaders does."""
+        if self._trackers is None or not self._trackers.is_used or self._records_path is None:
+            return
+        if self._unpublished is None:  # earlier processes may have been lost before they sent theirs
+            self._unpublished = read_records(self._records_path)
+        self._trackers.publish(numbers_of(self._unpublished))
+        self._unpublished = []
 
     @property
     def _records_path(self) -> Path | None:
@@ -184,7 +210,9 @@ class Tracker:
                 writer.close()
 
     def close(self) -> None:
-        """Write all TensorBoard events to disk. May be called again."""
+        """Write all TensorBoard events to disk, and send what is left to send. May be called again."""
+        if self._trackers is not None:
+            self._trackers.close()
         for writer in self._writers.values():
             with self._losing_curves():
                 writer.close()
@@ -216,7 +244,7 @@ class Tracker:
     @contextlib.contextmanager
     def progress(self, total_steps: int, unit: str = "step") -> Iterator[None]:
         """Show progress over `total_steps` (optimizer steps of this rank's group), with an ETA, on the coordinator."""
-        if self._is_coordinator and total_steps > 0:
+        if self._is_coordinator and total_steps > 0 and not self._config.quiet:
             # A bar on a terminal; elsewhere (Slurm logs) a line now and then, which `advance` formats by a silent bar.
             silent = open(os.devnull, "w") if not sys.stderr.isatty() else None  # noqa: SIM115
             self._bar = tqdm(total=total_steps, unit=unit, dynamic_ncols=True, smoothing=0.05, file=silent)

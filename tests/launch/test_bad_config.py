@@ -62,7 +62,7 @@ RECIPES = [
     Case("symlink loop", ("--config: cannot read", "{recipe}", "give a recipe"), spoil=link(RECIPE, RECIPE)),
     Case("pipe", ("--config: {recipe} is a pipe, not a regular file: give",), spoil=fifo(RECIPE)),
     Case("no permission", ("--config: cannot read", "give a recipe"), spoil=link(RECIPE, "/proc/self/mem")),
-    Case("no such file", "--config: no such file: nowhere.yaml: give", ("--config", "nowhere.yaml")),
+    Case("no such file", "--config: no such file: nowhere.yaml (tried", ("--config", "nowhere.yaml")),
 ]
 
 OPTIONS = [

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from dpa_ds.config.load import load_config
-from dpa_ds.config.validate import REPOSITORY
+from dpa_ds.config.shipped import SHIPPED
 from tests import plain, tiny
 from tests.plain_start import start_plain
 from tests.ranks import run_on_ranks, train_on_rank
@@ -146,7 +146,7 @@ def test_a_second_share_in_each_host_changes_nothing(
     inputs: Any, reference: Adapters, tmp_path: Path, num_ranks: int, partition_size: int
 ) -> None:
     """ZeRO++'s hpZ: a forward pass gathers from the first share, later ones from the second."""
-    shipped = json.loads((REPOSITORY / "ds_configs" / "zeropp.json").read_text())
+    shipped = json.loads((SHIPPED / "ds_configs" / "zeropp.json").read_text())
     shipped["zero_optimization"] |= {
         "zero_hpz_partition_size": partition_size,
         "stage3_param_persistence_threshold": 0,  # the tiny model's adapters would stay gathered

@@ -140,7 +140,7 @@ def test_every_program_has_help_and_a_script(capsys: pytest.CaptureFixture[str])
 
 def test_an_unknown_program(capsys: pytest.CaptureFixture[str]) -> None:
     assert programs.main(["trian"]) == 2
-    assert "'trian' is not a program: give one of train, evaluate" in capsys.readouterr().err
+    assert "'trian' is not a program: give one of init, train, evaluate" in capsys.readouterr().err
     assert programs.main([]) == 0
     assert "scaling-study" in capsys.readouterr().out
 

@@ -369,7 +369,9 @@ def test_a_path_on_the_command_line_names_what_is_missing(monkeypatch: pytest.Mo
 
 
 def test_no_recipe_says_how_to_give_one() -> None:
-    with pytest.raises(ConfigError, match=re.escape("give one with --config RECIPE.yaml (recipes lie in launch/rec")):
+    with pytest.raises(
+        ConfigError, match=re.escape("give one with --config RECIPE.yaml, or --recipe NAME for one of launch/rec")
+    ):
         load_config(["--local_rank=0"])
 
 

@@ -18,6 +18,8 @@ OWNERS = {
     "deepspeed": ("engine/", "model/base.py", "distributed/world.py"),
     "tensorboard": ("runs/curves.py",),
     "torch.utils.tensorboard": ("runs/curves.py",),
+    "wandb": ("runs/trackers.py",),
+    "mlflow": ("runs/trackers.py",),
     "mpi4py": ("distributed/launchers.py",),
     # Loading runs code from the file: weights are safetensors, state is JSON.
     "pickle": (),
@@ -26,9 +28,9 @@ OWNERS = {
 }
 """Dotted names, with all below them, and the only files and folders of dpa_ds that may use them."""
 
-LAST_RESORT = ("cli/bootstrap.py", "model/directory.py")
-"""Files that may catch everything: a rank that fails, whatever the reason, has to tell the others; and at a
-damaged file tokenizers raises bare Exception."""
+LAST_RESORT = ("cli/bootstrap.py", "model/directory.py", "runs/trackers.py")
+"""Files that may catch everything: a rank that fails, whatever the reason, has to tell the others; at a damaged file
+tokenizers raises bare Exception; and a service that fails, in a way of its own, must not end a training."""
 
 
 ADAPTER_NAMES = ("adapters/methods.py", "config/schema.py", "planning/scenario.py")

@@ -17,7 +17,7 @@ from dpa_ds.errors import CheckpointError, Preempted
 from dpa_ds.evaluation.report import write_report
 from dpa_ds.runs.curves import CurveWriter, tag_of
 from dpa_ds.runs.storage import BackgroundWriter
-from dpa_ds.runs.tracking import LogFile, Tracker, logger, read_records
+from dpa_ds.runs.tracking import RESULT, LogFile, Tracker, logger, read_records, setup_logging
 
 
 def write_curves(run_dir: Path) -> None:
@@ -303,3 +303,19 @@ def test_a_log_file_that_cannot_be_written_costs_the_log_only(
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == 2, "the warning comes once"
     assert "the training continues without its log file" in said[0]
+
+
+def test_quiet_leaves_warnings_and_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The log file has every line."""
+    setup_logging(is_coordinator=True, quiet=True)
+    file = LogFile(tmp_path / "log.txt")
+    logger.addHandler(file)
+    file.begin()
+    logger.info("round 1")
+    logger.log(RESULT, "a table")
+    logger.warning("a fault")
+    assert capsys.readouterr().out == "a table\na fault\n"
+    assert len((tmp_path / "log.txt").read_text().splitlines()) == 3
+    setup_logging(is_coordinator=True)
+    logger.info("round 2")
+    assert capsys.readouterr().out == "round 2\n"

@@ -45,8 +45,10 @@ setup(
     ],
     extras_require={
         "docs": ["mkdocs-material>=9.8,<10"],
+        "quantization": ["bitsandbytes>=0.50,<0.51"],
         "demo": ["pip"],  # launch/prepare_demo.py downloads with it; environments made by uv lack it
         "test": [
+            "bitsandbytes>=0.50,<0.51",
             "pytest>=9,<10",
             "pytest-rerunfailures>=16,<17",
             "pytest-xdist>=3.8,<4",

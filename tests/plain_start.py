@@ -31,6 +31,7 @@ def start_plain(config: RunConfig, pooled: bool = False) -> tuple[plain.Plain, l
         train.max_grad_norm,
         None if config.model.attention == "auto" else config.model.attention,
         train.adam_epsilon,
+        config.model.quantization,
     )
     tokenizer = AutoTokenizer.from_pretrained(config.model.path)
     everyone = read_clients(config.data, config.seed, range(len(list_clients(config.data, config.seed))))

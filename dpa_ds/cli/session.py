@@ -65,6 +65,7 @@ from dpa_ds.federation.trainer import Trainer
 from dpa_ds.inference.weighting import resolve_weighting
 from dpa_ds.model.base import check_precision, load_base, resolve_model
 from dpa_ds.model.directory import base_fingerprint, load_tokenizer, read_limits
+from dpa_ds.model.quantization import check_stage
 from dpa_ds.runs.folder import MODEL, RunFolder
 from dpa_ds.runs.private import open_run_folder
 from dpa_ds.runs.resume import (
@@ -201,7 +202,10 @@ def find_place(config: RunConfig, job: JobStore) -> Place:
     Raises:
         ClusterError, CheckpointError: ranks and clients do not fit, or the run folder is another job's or
         another run's.
+        ConfigError: ZeRO-3 is to divide a quantised base.
     """
+    zero = load_deepspeed_json(config.engine.deepspeed_config).get("zero_optimization", {})
+    check_stage(config.model.quantization, int(zero.get("stage", 0)))
     job.start_watchdog(config.checkpoint.grace_seconds, config.cluster.heartbeat_timeout_seconds)
     setup_logging(is_coordinator=job.launch.global_rank == 0)
     schedule = build_schedule(config.method)
@@ -229,10 +233,9 @@ def find_place(config: RunConfig, job: JobStore) -> Place:
         if device == "cpu":
             threads = torch.get_num_threads()
             device = f"cpu, {threads} threads a rank" if threads > 1 else "cpu, 1 thread a rank"
-        zero = load_deepspeed_json(config.engine.deepspeed_config).get("zero_optimization", {})
         logger.info(
             f"{config.name}: {config.method.name}, {topology.num_clients} clients in {topology.num_groups} rank groups "
-            f"({topology.job_world_size} ranks), ZeRO stage {zero.get('stage', 0)}, {config.model.precision}, "
+            f"({topology.job_world_size} ranks), ZeRO stage {zero.get('stage', 0)}, {config.model.numbers}, "
             f"{device}"
         )
         for line in describe_groups(topology, job.hosts, config.cluster.rendezvous):

@@ -175,7 +175,7 @@ def describe_settings(
         "beams": config.generation.num_beams,
         "max_new_tokens": config.generation.max_new_tokens,
         "split": config.evaluation.split,
-        "precision": config.model.precision,
+        "precision": config.model.numbers,
         "base": base,
         "data": digest_of(texts, 16),
     }

@@ -98,7 +98,7 @@ class Stages:
         weighting = self.resolve(method, candidate)
         return {
             "weighting": describe_weighting(weighting, config.weighting.num_references),
-            "precision": config.model.precision,
+            "precision": config.model.numbers,
             "split": split,
             "adapters": RunFolder(self.run_dir(method, seed)).digest(config.federation.num_rounds),
             "beams": config.generation.num_beams,

@@ -33,6 +33,8 @@ PARTS = (
     Part("dropout_7b", 50, 40),
     Part("recompute_7b", 50, 40),
     Part("offload_7b", 70, 50),
+    Part("int8_13b", 70, 50),
+    Part("nf4_70b", 100, 70),
     Part("compile_7b", 90, 60),
     Part("test_gpu", 120, 80),
 )

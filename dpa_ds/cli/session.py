@@ -13,7 +13,7 @@ import torch
 from dpa_ds.adapters.adapter_model import AdapterModel
 from dpa_ds.adapters.methods import GLOBAL, Schedule, adapter_table, build_schedule
 from dpa_ds.adapters.state import check_tensors, shapes_of
-from dpa_ds.config.deepspeed_json import load_deepspeed_json
+from dpa_ds.config.deepspeed_json import check_stage, load_deepspeed_json
 from dpa_ds.config.load import to_yaml
 from dpa_ds.config.paths import has_client_files
 from dpa_ds.config.schema import (
@@ -65,7 +65,6 @@ from dpa_ds.federation.trainer import Trainer
 from dpa_ds.inference.weighting import resolve_weighting
 from dpa_ds.model.base import check_precision, load_base, resolve_model
 from dpa_ds.model.directory import base_fingerprint, load_tokenizer, read_limits
-from dpa_ds.model.quantization import check_stage
 from dpa_ds.runs.folder import MODEL, RunFolder
 from dpa_ds.runs.private import open_run_folder
 from dpa_ds.runs.resume import (

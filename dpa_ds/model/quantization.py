@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
+from dpa_ds.config.deepspeed_json import check_stage
 from dpa_ds.errors import ConfigError, ModelError
 from dpa_ds.model.directory import read_config
 
@@ -72,16 +73,6 @@ def check_quantization(wanted: str, directory: Path, stage: int = 0) -> str | No
             f"a base in {kind} (model.quantization) needs the package {PACKAGE}: pip install 'dpa_ds[quantization]'"
         )
     return kind
-
-
-def check_stage(kind: str, stage: int) -> None:
-    """Raise ConfigError where ZeRO-3 is to divide a base in `kind`: none is a plain one."""
-    if kind != "none" and stage == 3:
-        raise ConfigError(
-            f"a base in {kind} (model.quantization) does not go with ZeRO-3: DeepSpeed divides numbers of "
-            "model.precision, and would part the codes from their scales; have each rank hold the small base whole, "
-            "with a ds_configs/ file of stage 0, 1 or 2, or for answers evaluation.sharding: never"
-        )
 
 
 def base_bytes(directory: Path, dtype: torch.dtype, kind: str | None) -> int:

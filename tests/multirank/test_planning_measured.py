@@ -21,6 +21,9 @@ pytestmark = pytest.mark.multirank
         Case(0, dropout=0.05),
         Case(2, rank=64, targets=ALL_LINEAR),
         Case(3, rank=64, targets=ALL_LINEAR),
+        Case(0, quantization="int8"),
+        Case(1, quantization="nf4"),
+        Case(2, quantization="nf4", rank=64, targets=ALL_LINEAR),
     ],
     ids=lambda case: case.name,
 )

@@ -24,6 +24,7 @@ from dpa_ds.distributed.device import free_memory
 from dpa_ds.errors import ConfigError, ModelError
 from dpa_ds.model.directory import check_directory, tensor_files
 from dpa_ds.model.gguf.parts import named_parts
+from dpa_ds.model.linear_layers import expert_parameters
 from dpa_ds.model.quantization import base_bytes, bitsandbytes_config, check_quantization
 from dpa_ds.model.stored_tensors import StoredTensors
 
@@ -181,12 +182,14 @@ def _load_whole(config: ModelConfig, directory: Path, kind: str | None, device: 
     the files have keeps the mapping, and no copy.
     """
     hf_config = _read_config(directory)
+    stored = getattr(hf_config, "quantization_config", None)
     quantization = None
-    if kind is not None:
+    if kind is None and stored:
+        stored["dequantize"] = True  # fp8: a matter of the files alone
+    elif stored:
+        stored["bnb_4bit_compute_dtype"] = DTYPES[config.precision]
+    elif kind is not None:
         quantization = bitsandbytes_config(kind, DTYPES[config.precision])
-        if hasattr(hf_config, "quantization_config"):  # the files are in it, and transformers reads no other
-            hf_config.quantization_config["bnb_4bit_compute_dtype"] = DTYPES[config.precision]
-            quantization = None
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         directory,
         config=hf_config,
@@ -222,6 +225,12 @@ def _settle(model: PreTrainedModel, kind: str) -> None:
 
     num_layers = settle_layers(model)
     logger.info(f"{num_layers} linear layers in {kind}")
+    experts = expert_parameters(model)
+    if experts:
+        logger.warning(
+            f"{len(experts)} parameters of experts stay in {str(model.dtype).removeprefix('torch.')}: bitsandbytes "
+            "quantises linear layers, and this model keeps the experts of a layer in one parameter"
+        )
 
 
 def _load_partitioned(config: ModelConfig, directory: Path, deepspeed_json: Mapping[str, Any]) -> PreTrainedModel:

@@ -17,12 +17,13 @@ BLOCK = 64
 """Weights of 4 bits that share a scale."""
 TRAINABLE = ("int8", "nf4", "fp4")
 """What bitsandbytes stores, and adapters are trained on."""
+FP8 = "fp8"
+"""The fine-grained one (DeepSeek, Qwen): de-quantised to model.precision as it is loaded."""
 PACKAGES = {
     "awq": "gptqmodel",
     "compressed-tensors": "compressed-tensors",
     "eetq": "eetq",
     "fbgemm_fp8": "fbgemm-gpu",
-    "fp8": "triton",
     "gptq": "gptqmodel",
     "hqq": "hqq",
     "mxfp4": "kernels",
@@ -57,15 +58,20 @@ def check_quantization(wanted: str, directory: Path, stage: int = 0) -> str | No
         ModelError: the files are quantised in another way, or in one that is not trained on.
     """
     stored = stored_quantization(read_config(directory))
-    if stored is not None and stored not in TRAINABLE:
+    if stored is not None and stored not in (*TRAINABLE, FP8):
         raise ModelError(_describe_other(directory, stored))
     if stored is not None and wanted not in ("none", stored):
         raise ModelError(
             f"model.quantization is {wanted}, but {directory}/config.json says that the files are {stored}: set "
             "model.quantization: none to use them as they are, or give the model in 16 bits"
         )
+    if stored == FP8 and stage == 3:
+        raise ModelError(
+            f"{directory}/config.json says that the files are quantised by fp8, and loading under ZeRO-3 does not take "
+            "codes and scales apart: use a ds_configs/ file below stage 3, or the model in 16 bits"
+        )
     kind = stored or wanted
-    if kind == "none":
+    if kind in ("none", FP8):
         return None
     check_stage(kind, stage)
     if importlib.util.find_spec(PACKAGE) is None:

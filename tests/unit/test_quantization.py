@@ -11,7 +11,9 @@ from dpa_ds.config.schema import ModelConfig
 from dpa_ds.errors import ConfigError, ModelError
 from dpa_ds.model import quantization
 from dpa_ds.model.base import load_base
-from tests import tiny
+from dpa_ds.model.gguf.convert import convert_gguf
+from tests import families, plain, tiny
+from tests.unit.test_gguf import tiny_llama, write_gguf
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 CPU = torch.device("cpu")
@@ -92,7 +94,6 @@ def test_weights_without_finite_scales_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("stored", "message"), [
     ({"quant_method": "gptq", "bits": 4}, "quantised by gptq, which needs the package gptqmodel"),
     ({"quant_method": "awq", "bits": 4}, "quantised by awq, which needs the package gptqmodel"),
-    ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "quantised by fp8, which needs the package triton"),
     ({"quant_method": "compressed-tensors"}, "quantised by compressed-tensors, which needs the package compressed"),
     ({"quant_method": "something"}, "quantised by something, on whose layers adapters were never trained here"),
 ])  # fmt: skip
@@ -108,8 +109,77 @@ def test_other_methods_are_refused_by_name(
             quantization.check_quantization(wanted, directory)
 
 
+def store_as_fp8(directory: Path) -> dict[str, torch.Tensor]:
+    """Rewrite the projections of a saved model as DeepSeek stores them, a scale for 128 x 128; what they then are."""
+    from safetensors.torch import load_file, save_file
+
+    file, stored, meant = directory / "model.safetensors", {}, {}
+    for name, weight in load_file(file).items():
+        stored[name] = meant[name] = weight
+        if "proj" in name:
+            rows, columns = weight.shape
+            blocks = weight.view(rows // 128, 128, columns // 128, 128)
+            scales = blocks.abs().amax((1, 3), keepdim=True) / 448
+            codes = (blocks / scales).to(torch.float8_e4m3fn)
+            stored[name] = codes.view(rows, columns)
+            stored[f"{name}_scale_inv"] = scales.view(rows // 128, columns // 128).clone()
+            meant[name] = (codes.float() * scales).view(rows, columns)
+    save_file(stored, file, metadata={"format": "pt"})
+    config = json.loads((directory / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    (directory / "config.json").write_text(json.dumps(config))
+    return meant
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_fp8_is_dequantised_as_it_is_loaded(tmp_path: Path, precision: str) -> None:
+    directory = tiny.make_model(tmp_path, hidden_size=128, intermediate_size=256, num_key_value_heads=4)
+    meant = store_as_fp8(directory)
+    base = load(directory, "none", precision)
+    found = dict(base.named_parameters())
+    assert found.keys() == meant.keys()
+    for name, weight in meant.items():
+        assert torch.equal(found[name], weight.to(base.dtype)), name
+    with pytest.raises(ModelError, match=r"model.quantization is nf4, but .* says that the files are fp8"):
+        load(directory, "nf4", precision)
+
+
 def test_without_bitsandbytes_the_remedy_is_named(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quantization.importlib.util, "find_spec", lambda _: None)
     assert quantization.check_quantization("none", model) is None
     with pytest.raises(ConfigError, match=r"needs the package bitsandbytes: pip install 'dpa_ds\[quantization\]'"):
         quantization.check_quantization("nf4", model)
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_a_gguf_file_is_quantised_from_what_it_holds(tmp_path: Path, kind: str) -> None:
+    write_gguf(tmp_path / "tiny.gguf", tiny_llama(tied=True))
+    converted = convert_gguf(tmp_path / "tiny.gguf", tmp_path / "out")
+    ids = torch.arange(3, 40).reshape(1, -1)
+    with torch.no_grad():
+        expected = plain.load_base(converted, kind)(ids).logits
+        torch.testing.assert_close(load(converted, kind)(ids).logits, expected)
+        assert not torch.allclose(load(converted, "none")(ids).logits, expected, rtol=1e-3)
+
+
+def test_experts_in_one_parameter_stay_as_they_are_and_a_warning_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    directory = families.make_family(tmp_path / "model", "mixtral")
+    base = load(directory, "nf4", "bf16")
+    assert "2 parameters of experts stay in bfloat16" in caplog.text or "4 parameters of experts stay" in caplog.text
+    assert base.model.layers[0].mlp.experts.down_proj.dtype == torch.bfloat16
+    assert base.model.layers[0].self_attn.q_proj.weight.dtype == torch.uint8
+
+
+def test_a_model_of_convolutions_by_name_is_quantised(tmp_path: Path) -> None:
+    """GPT-2's Conv1D holds its weight the other way round."""
+    directory = families.make_family(tmp_path / "model", "gpt2")
+    ids = torch.arange(3, 40).reshape(1, -1)
+    with torch.no_grad():
+        expected, found = load(directory, "none")(ids).logits, load(directory, "int8")(ids).logits
+    assert (found - expected).norm() < 0.05 * expected.norm()
+    base = load(directory, "int8")
+    numbers = sum(parameter.numel() * parameter.itemsize for parameter in base.parameters())
+    scales = sum(4 * module.scales.numel() for module in base.modules() if hasattr(module, "scales"))
+    assert numbers + scales == quantization.base_bytes(directory, torch.float32, "int8")

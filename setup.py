@@ -36,6 +36,7 @@ optional = {
     "gguf": ["gguf>=0.19,<0.20"],  # a base model in a GGUF file
     "metrics": ["rouge-score>=0.1.2,<0.2", "sacrebleu>=2.6,<3"],  # scores of answers
     "figures": ["matplotlib>=3.10,<4"],  # pictures of reports
+    "quantization": ["bitsandbytes>=0.50,<0.51"],  # a base in 8 or 4 bits
     "wandb": ["wandb>=0.31,<0.32"],
     "mlflow": ["mlflow-skinny>=3.17,<4"],
 }

@@ -62,6 +62,7 @@ class Case:
     dropout: float = 0.0
     rank: int = 8
     targets: tuple[str, ...] = ("q_proj", "v_proj")
+    quantization: str = "none"
 
     @property
     def name(self) -> str:
@@ -69,6 +70,8 @@ class Case:
         words = [f"ZeRO {self.stage}", self.precision, f"r {self.rank}, {len(self.targets)} layers"]
         if self.recompute:
             words.append("recompute")
+        if self.quantization != "none":
+            words.append(self.quantization)
         if self.dropout > 0:
             words.append(f"dropout {self.dropout}")
         return ", ".join(words)
@@ -85,6 +88,8 @@ CASES = [
     Case(3, dropout=0.05),
     *(Case(stage, rank=64, targets=ALL_LINEAR) for stage in range(4)),
     Case(3, rank=64, targets=ALL_LINEAR, recompute=True),
+    *(Case(1, quantization=kind) for kind in ("int8", "nf4")),
+    *(Case(1, quantization=kind, rank=64, targets=ALL_LINEAR, recompute=True) for kind in ("int8", "nf4")),
 ]
 
 
@@ -95,6 +100,7 @@ def main() -> None:
         "--cases", type=int, nargs="*", help=f"numbers of the cases (0 to {len(CASES) - 1}); default: all"
     )
     parser.add_argument("--ranks", type=int, default=RANKS)
+    parser.add_argument("--model", type=Path, help="a directory with a Llama, in the place of the random ones")
     options = parser.parse_args()
     sys.path.insert(0, str(Path(__file__).parents[1]))  # tests import this file as benchmarks.planner
     os.environ.update(OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu", TOKENIZERS_PARALLELISM="false")
@@ -109,7 +115,9 @@ def main() -> None:
             setting = LARGE
             if case.precision == "bf16":  # without native bf16 a CPU takes minutes for a step
                 setting = SMALL
-            model = write_model(Path(folder) / f"model-{setting.hidden_size}", setting)
+            model = options.model
+            if model is None:
+                model = write_model(Path(folder) / f"model-{setting.hidden_size}", setting)
             argv = write_recipe(Path(folder), model, case)
             found = _on_ranks(options.ranks, Path(folder), setting, argv, timed=case.precision == "fp32")
             print(_line(case, setting, argv, found, options.ranks), flush=True)
@@ -126,6 +134,7 @@ def write_recipe(folder: Path, model: Path, case: Case) -> list[str]:
     values = {
         "model.path": model,
         "model.precision": case.precision,
+        "model.quantization": case.quantization,
         "model.gradient_checkpointing": str(case.recompute).lower(),
         "lora.rank": case.rank,
         "lora.dropout": case.dropout,

@@ -11,7 +11,7 @@ from typing import Any
 import peft
 import torch
 from peft.tuners.lora import LoraLayer
-from transformers import AutoModelForCausalLM, get_linear_schedule_with_warmup
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, get_linear_schedule_with_warmup
 
 State = dict[str, torch.Tensor]
 
@@ -42,6 +42,28 @@ def lora_config(rank: int, alpha: float, targets: Sequence[str] | str, rslora: b
     )
 
 
+def load_base(model_dir: Any, quantization: str, attention: str | None = None) -> Any:
+    """In fp32, or in 8 or 4 bits as transformers loads it."""
+    settings: dict[str, Any] = {"attn_implementation": attention, "dtype": torch.float32}
+    if quantization == "none":
+        return AutoModelForCausalLM.from_pretrained(model_dir, **settings)
+    config = BitsAndBytesConfig(load_in_8bit=True)
+    if quantization == "nf4":
+        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(model_dir, quantization_config=config, **settings)
+    return computes_as_in_training(base)
+
+
+def computes_as_in_training(model: Any) -> Any:
+    """In eval mode a CPU's layers of 8 bits quantise their inputs too, and those of 4 bits round their scales."""
+    import bitsandbytes
+
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear8bitLt | bitsandbytes.nn.Linear4bit):
+            module.train()
+    return model
+
+
 class Plain:
     """A PEFT model with adapters "global" and "local"."""
 
@@ -57,9 +79,10 @@ class Plain:
         epsilon: float = 1e-8,
         warmup: float = 0.0,
         rslora: bool = False,
+        quantization: str = "none",
     ) -> None:
         # from_pretrained leaves the model in eval mode: the frozen base drops nothing.
-        base = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, attn_implementation=attention)
+        base = load_base(model_dir, quantization, attention)
         config = lora_config(rank, alpha, targets, rslora)
         self.model = peft.get_peft_model(base, config, adapter_name="global")
         self.model.add_adapter("local", config)

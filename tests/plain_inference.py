@@ -12,7 +12,9 @@ import peft
 import torch
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
+
+from tests.plain import computes_as_in_training, load_base
 
 REPRESENTATIONS = ("last_token", "mean")
 
@@ -20,11 +22,11 @@ REPRESENTATIONS = ("last_token", "mean")
 class PlainClient:
     """The base, a run's adapters with one client's local one, and what the client keeps of its own prompts."""
 
-    def __init__(self, model_dir: Path, adapters: Path, client: int, attention: str = "sdpa") -> None:
+    def __init__(
+        self, model_dir: Path, adapters: Path, client: int, attention: str = "sdpa", quantization: str = "none"
+    ) -> None:
         def base() -> Any:
-            return AutoModelForCausalLM.from_pretrained(
-                model_dir, dtype=torch.float32, attn_implementation=attention
-            ).eval()
+            return load_base(model_dir, quantization, attention).eval()
 
         local_dir = adapters / "local" / f"client_{client:02d}"
         load = partial(peft.PeftModel.from_pretrained, autocast_adapter_dtype=False)
@@ -33,6 +35,9 @@ class PlainClient:
         self.model = load(base(), adapters / "global", adapter_name="global").eval()
         self.model.load_adapter(local_dir, adapter_name="local", autocast_adapter_dtype=False)
         self.model.base_model.set_adapter(["global", "local"])
+        if quantization != "none":
+            for model in (self.model, *self.encoders.values()):
+                computes_as_in_training(model)
         stored = load_file(local_dir / "references.safetensors")
         self.references = [part.tolist() for part in stored["tokens"].split(stored["lengths"].tolist())]
         self.stored_embeddings = torch.stack([stored[f"embeddings.{name}"] for name in REPRESENTATIONS])

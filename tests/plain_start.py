@@ -33,6 +33,7 @@ def start_plain(config: RunConfig, pooled: bool = False) -> tuple[plain.Plain, l
         train.adam_epsilon,
         train.warmup_ratio,
         lora.scaling == "rslora",
+        config.model.quantization,
     )
     tokenizer = AutoTokenizer.from_pretrained(config.model.path)
     everyone = read_clients(config.data, config.seed, range(len(list_clients(config.data, config.seed))))

@@ -77,8 +77,11 @@ class Bench:
         torch.manual_seed(0)
         torch.set_default_dtype(DTYPES[self.setting.precision])
         try:
-            with self.device:
-                base = LlamaForCausalLM(llama_config(self.shape))
+            if self.setting.quantization == "none":
+                with self.device:
+                    base = LlamaForCausalLM(llama_config(self.shape))
+            else:
+                base = random_quantized(llama_config(self.shape), self.setting.quantization, self.device)
         finally:
             torch.set_default_dtype(torch.float32)
         # A model that is loaded has them in fp32 too: in bf16 far positions would be wrong.
@@ -176,6 +179,44 @@ class Bench:
             "peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 3),
             "reserved_gb": round(torch.cuda.max_memory_reserved() / 1e9, 3),
         }
+
+
+def random_quantized(config: LlamaConfig, kind: str, device: torch.device) -> Any:
+    """A Llama whose linear layers are quantised as they are made: in 16 bits it may be larger than the device."""
+    from dpa_ds.model.quantized_layers import settle_layers
+
+    with torch.device("meta"):
+        base = LlamaForCausalLM(config)
+    for path, module in list(base.named_modules()):
+        if isinstance(module, torch.nn.Linear) and module is not base.lm_head:
+            weight = torch.randn(module.weight.shape, device=device).mul_(0.02)
+            base.set_submodule(path, quantized_layer(weight, kind))
+    for module in base.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.is_meta:  # embedding, output head and norms; those are 1, and a little more
+                filled = torch.randn(parameter.shape, device=device).mul_(0.02).add_(float(parameter.dim() == 1))
+                module.register_parameter(name, torch.nn.Parameter(filled))
+    with device:
+        base.model.rotary_emb = type(base.model.rotary_emb)(config)
+    settle_layers(base)
+    return base
+
+
+def quantized_layer(weight: torch.Tensor, kind: str) -> torch.nn.Module:
+    """A linear layer that holds `weight` in `kind`, on the weight's device."""
+    from bitsandbytes.functional import int8_vectorwise_quant
+    from bitsandbytes.nn.modules import Linear4bit, Params4bit
+
+    from dpa_ds.model.quantized_layers import Int8Linear
+
+    if kind == "int8":
+        codes, scales, _ = int8_vectorwise_quant(weight.half())
+        return Int8Linear(codes, scales, None)
+    outputs, inputs = weight.shape
+    layer = Linear4bit(inputs, outputs, False, weight.dtype, compress_statistics=False, quant_type=kind, device="meta")
+    quantized = Params4bit(weight, compress_statistics=False, quant_type=kind, module=layer)
+    layer.weight = quantized.to(weight.device)
+    return layer
 
 
 def llama_config(shape: Shape) -> LlamaConfig:

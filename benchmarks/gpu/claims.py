@@ -87,6 +87,8 @@ def all_claims(gpu: str) -> list[Claim]:
     claims += long_rows("dropout_7b", gpu, "7B, dropout 0.05")
     claims += long_rows("recompute_7b", gpu, "7B, recompute")
     claims += long_rows("offload_7b", gpu, "7B, ZeRO 3, base in the host's memory")
+    claims += long_rows("int8_13b", gpu, "13B in int8")
+    claims += long_rows("nf4_70b", gpu, "70B in nf4, recompute")
     claims += long_rows("compile_7b", gpu, "7B, torch.compile")
     return claims
 

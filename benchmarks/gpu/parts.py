@@ -1,6 +1,7 @@
 """The parts of the kit, in order of value, each with its own limit of time."""
 
 import importlib.metadata
+import importlib.util
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,8 @@ PARTS = (
     Part("dropout_7b", 50, 40),
     Part("recompute_7b", 50, 40),
     Part("offload_7b", 70, 50),
+    Part("int8_13b", 70, 50),
+    Part("nf4_70b", 100, 70),
     Part("compile_7b", 90, 60),
     Part("test_gpu", 120, 80),
 )
@@ -105,4 +108,7 @@ def reason_to_skip(part: Part, options: Options) -> str:
     """Why this machine cannot run `part`; empty where it can."""
     if part.name == "demo" and not options.dry and not (REPOSITORY / ".model" / "sha256").is_file():
         return "the demo's model is not here (prepare.sh --model brings it)"
+    is_quantized = part.name in SETTINGS and SETTINGS[part.name].quantization != "none"
+    if is_quantized and importlib.util.find_spec("bitsandbytes") is None:
+        return "bitsandbytes is not here (pip install 'dpa_ds[quantization]')"
     return ""

@@ -21,6 +21,10 @@ part_mib=48 # EDIT: of it, what a part of the model may have
 # With wheels for python 3.12 on Linux, or pure Python; in the versions that are installed and tested here.
 binary="hjson pydantic pydantic_core annotated-types typing-inspection typing_extensions jsonargparse typeshed-client
   docstring-parser gguf peft datasets dill multiprocess nltk defusedxml absl-py"
+# Of its libraries the one for that CUDA alone, and the CPU's: 8 MB of 43.
+quantization=bitsandbytes
+other_libraries=("bitsandbytes/libbitsandbytes_cuda1[12]*" "bitsandbytes/libbitsandbytes_rocm*"
+  "bitsandbytes/libbitsandbytes_xpu*")
 # Their index has the source alone. No operator of DeepSpeed is compiled: the wheel is pure Python.
 source="deepspeed rouge-score"
 
@@ -41,12 +45,13 @@ P
 mkdir -p .whl build/wheels
 rm -f .whl/*.whl
 platforms=()
-for platform in manylinux_2_28 manylinux_2_17 manylinux2014 manylinux1; do
+for platform in manylinux_2_28 manylinux_2_24 manylinux_2_17 manylinux2014 manylinux1; do
   platforms+=(--platform "${platform}_x86_64")
 done
 # shellcheck disable=SC2046,SC2086
 "$python" -m pip download -q --no-deps --only-binary=:all: --python-version 3.12 --implementation cp "${platforms[@]}" \
-  -d .whl $(pinned $binary)
+  -d .whl $(pinned $binary $quantization)
+zip -q -d .whl/bitsandbytes-*.whl "${other_libraries[@]}"
 # Built once: it takes a minute.
 for wanted in $(pinned $source); do
   stem=$(echo "${wanted%%==*}" | tr - _)-${wanted##*==}

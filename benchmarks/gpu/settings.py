@@ -30,6 +30,7 @@ class Setting:
     measures: tuple[str, ...]
     """In order of value: those that come last are left out where time is short."""
     precision: str = "bf16"
+    quantization: str = "none"
     deepspeed_config: str = "ds_configs/zero1.json"
     dropout: float = 0.0
     recompute: bool = False
@@ -57,6 +58,7 @@ class Setting:
             [
                 f"--config={RECIPE}",
                 f"--model.precision={self.precision}",
+                f"--model.quantization={self.quantization}",
                 f"--model.gradient_checkpointing={recompute}",
                 f"--lora.dropout={self.dropout}",
                 f"--engine.deepspeed_config={self.deepspeed_config}",
@@ -121,6 +123,8 @@ SETTINGS = {
         measures=("long",),
         deepspeed_config="ds_configs/zero3_offload_cpu.json",
     ),
+    "int8_13b": Setting("llama-13b", rows=3, length=2048, measures=("long",), quantization="int8"),
+    "nf4_70b": Setting("llama-70b", rows=4, length=2048, measures=("long",), quantization="nf4", recompute=True),
     "compile_7b": Setting("llama-7b", rows=4, length=2048, measures=("long",), compiled=True),
 }
 """By the name of the part."""

@@ -236,6 +236,7 @@ def _add_adapters(
                 # PEFT looks for the patterns in the names of modules, and these are of parameters.
                 warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys")
                 model.add_adapter(spec.name, other, autocast_adapter_dtype=False)
+        _cast_adapters(model, base.dtype)
     except ValueError as error:
         if "ParamWrapper does not work with lora_dropout" in str(error):
             raise ModelError(
@@ -244,6 +245,13 @@ def _add_adapters(
             ) from error
         raise ModelError(f"PEFT refuses lora.target_modules {config.target_modules}: {error}") from error
     return model
+
+
+def _cast_adapters(model: peft.PeftModel, dtype: torch.dtype) -> None:
+    """Have the working copies of adapters in the base's precision: on quantised layers PEFT leaves them in fp32."""
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name and parameter.dtype != dtype:
+            parameter.data = parameter.data.to(dtype)
 
 
 def _check_experts(model: peft.PeftModel, targets: Targets, layers: Sequence[str]) -> None:

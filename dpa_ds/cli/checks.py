@@ -12,7 +12,7 @@ from dpa_ds.adapters.methods import build_schedule
 from dpa_ds.cli.verdicts import FAILED, SLOW_SHARE, Needs, judge, render
 from dpa_ds.config.deepspeed_json import load_deepspeed_json
 from dpa_ds.config.paths import expand, has_client_files
-from dpa_ds.config.schema import DataConfig, EngineConfig, EvaluationConfig, GenerationConfig, RunConfig
+from dpa_ds.config.schema import DataConfig, EngineConfig, EvaluationConfig, GenerationConfig, ModelConfig, RunConfig
 from dpa_ds.data.formats import build_format
 from dpa_ds.distributed import probes
 from dpa_ds.distributed.job_store import JobStore
@@ -25,6 +25,7 @@ from dpa_ds.federation.clients import agree_on_client_names, build_client_tokeni
 from dpa_ds.model.base import resolve_model
 from dpa_ds.model.directory import load_tokenizer, read_limits
 from dpa_ds.model.precision import DTYPES, check_precision
+from dpa_ds.model.quantization import base_bytes, check_quantization
 from dpa_ds.runs.storage import write_file
 from dpa_ds.runs.tracking import logger, setup_logging
 
@@ -48,10 +49,10 @@ def preflight(config: RunConfig, job: JobStore, json_path: str | None = None) ->
         directory = resolve_model(config.model, config.data.cache_dir)
     if world.is_leader:
         check_data(config.data, config.seed, config.evaluation, config.generation, pooled, directory, world)
-    base, global_adapter, local_adapter = count_parameters(directory, config.lora)  # reads no weights
+    _, global_adapter, local_adapter = count_parameters(directory, config.lora)  # reads no weights
     needs = Needs(
         adapter=4 * global_adapter,
-        base_on_rank=base_bytes(base, config.model.precision, config.engine, world.world_size),
+        base_on_rank=base_on_rank(config.model, directory, config.engine, world.world_size),
         rounds_on_disk=disk_bytes(global_adapter, local_adapter, topology.num_clients, config.checkpoint.keep_rounds),
         exchange_seconds=SLOW_SHARE * config.federation.timeout_seconds,
     )
@@ -91,11 +92,17 @@ def check_data(
         check_test_prompts(data, seed, evaluation, example_format, limits, generation.max_new_tokens)
 
 
-def base_bytes(num_parameters: int, precision: str, engine: EngineConfig, world_size: int) -> int:
-    """Bytes of the frozen weights that a rank keeps: all, or its share under ZeRO-3."""
+def base_on_rank(model: ModelConfig, directory: Path, engine: EngineConfig, world_size: int) -> int:
+    """Bytes of the frozen weights that a rank keeps: all, or its share under ZeRO-3.
+
+    Raises:
+        ConfigError, ModelError: as `check_quantization`.
+    """
     zero = load_deepspeed_json(engine.deepspeed_config).get("zero_optimization", {})
-    whole = num_parameters * DTYPES[precision].itemsize
-    if zero.get("stage", 0) == 3:
+    stage = int(zero.get("stage", 0))
+    kind = check_quantization(model.quantization, directory, stage)
+    whole = base_bytes(directory, DTYPES[model.precision], kind)
+    if stage == 3:
         return whole // world_size
     return whole
 

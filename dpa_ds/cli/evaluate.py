@@ -23,8 +23,8 @@ class EvaluateOptions(RunOptions):
     continues an interrupted evaluation.
 
     --SECTION.FIELD VALUE sets any field of the sections weighting (but num_references), generation, evaluation,
-    cluster, tracking, and --model.path (the base has moved), --model.precision, --data.path, --data.test_path (tasks
-    that no client trained on); launch/run.py --help lists them.
+    cluster, tracking, and --model.path (the base has moved), --model.precision, --model.quantization, --data.path,
+    --data.test_path (tasks that no client trained on); launch/run.py --help lists them.
 
     examples
       deepspeed launch/evaluate.py --run runs/demo

@@ -8,7 +8,7 @@ from functools import partial
 
 from dpa_ds.cli.args import option, parse, positive_and_finite
 from dpa_ds.cli.bootstrap import run_alone
-from dpa_ds.config.deepspeed_json import load_deepspeed_json
+from dpa_ds.config.deepspeed_json import check_stage, load_deepspeed_json
 from dpa_ds.config.load import load_config
 from dpa_ds.config.paths import expand
 from dpa_ds.errors import storage_errors
@@ -39,8 +39,10 @@ class PlanOptions:
     measurements on CPU only (docs/performance.md). --SECTION.FIELD VALUE changes the recipe as for launch/run.py.
 
     --cluster: memory=80GB, flops=9e14 (of the recipe's precision) and mfu=0.4 (share of flops that a step reaches,
-    assumed) override those of gpu, which is one of v100-32g, a100-40g, a100-80g, l40s-48g, h100-80g, h200-141g, cpu.
-    --model: llama-1b, llama-7b, llama-13b, llama-70b, qwen2.5-7b, qwen2.5-32b.
+    assumed) override those of gpu, which is one of v100-32g, a100-40g, a100-80g, l40s-48g, h100-80g, h200-141g,
+    b200-180g, mi300x-192g, cpu.
+    --model: llama-1b, llama-7b, llama-13b, llama-70b, llama3-8b, llama3-70b, mistral-7b, mixtral-8x7b, qwen2.5-7b,
+    qwen2.5-32b, qwen3-8b, qwen3-32b, qwen3-30b-a3b.
 
     examples
       python launch/plan.py --config launch/recipes/paper.yaml --cluster nodes=1,gpus=8,gpu=h100-80g --model llama-7b
@@ -80,6 +82,7 @@ def run(argv: Sequence[str] | None) -> None:
     cluster = parse_cluster(options.cluster)
     shape = read_shape(config.model.path, options.model)
     zero = load_deepspeed_json(config.engine.deepspeed_config).get("zero_optimization", {})
+    check_stage(config.model.quantization, int(zero.get("stage", 0)))
     workload = Workload(options.clients, options.examples, options.tokens)
     scenario = scenario_of(config, shape, zero, workload)
     layout = layout_of(scenario, ranks_of_recipe(config.cluster.ranks_per_group, scenario, cluster))
@@ -93,7 +96,7 @@ def run(argv: Sequence[str] | None) -> None:
         *_assumptions(scenario, cluster),
         *_costs_of_recipe(scenario, chosen),
         "",
-        *_table(chosen, ranked[:_SHOWN]),
+        *_table(chosen, ranked[:_SHOWN], scenario.num_rounds),
         "",
         f"why 1: {reason(scenario, cluster, ranked)}",
     ]
@@ -125,15 +128,26 @@ def _costs_of_recipe(scenario: Scenario, chosen: Plan) -> list[str]:
     ]
 
 
-def _table(chosen: Plan, ranked: Sequence[Plan]) -> list[str]:
-    header = ["", "ZeRO", "ranks a group", "recompute", "micro-batch", "GB a rank", "s a step", "s a round", ""]
-    rows = [header, _row("recipe", chosen)]
+def _table(chosen: Plan, ranked: Sequence[Plan], num_rounds: int) -> list[str]:
+    header = [
+        "",
+        "ZeRO",
+        "ranks a group",
+        "recompute",
+        "micro-batch",
+        "GB a rank",
+        "s a step",
+        "s a round",
+        "h a run",
+        "",
+    ]
+    rows = [header, _row("recipe", chosen, num_rounds)]
     for number, one in enumerate(ranked, 1):
-        rows.append(_row(str(number), one))
+        rows.append(_row(str(number), one, num_rounds))
     return aligned(rows)
 
 
-def _row(name: str, one: Plan) -> list[str]:
+def _row(name: str, one: Plan, num_rounds: int) -> list[str]:
     layout = one.layout
     zero = str(layout.stage)
     if layout.offload_params:
@@ -144,6 +158,7 @@ def _row(name: str, one: Plan) -> list[str]:
     if not one.fits:
         verdict = "does not fit"
     numbers = [f"{one.total / 1e9:.1f}", f"{one.step_seconds:.2f}", f"{one.round_seconds:.0f}"]
+    numbers.append(f"{num_rounds * one.round_seconds / 3600:.1f}")
     return [name, zero, str(layout.ranks), recompute, str(layout.tokens), *numbers, verdict]
 
 

@@ -13,7 +13,7 @@ import torch
 from dpa_ds.adapters.adapter_model import AdapterModel
 from dpa_ds.adapters.methods import GLOBAL, Schedule, adapter_table, build_schedule
 from dpa_ds.adapters.state import check_tensors, shapes_of
-from dpa_ds.config.deepspeed_json import load_deepspeed_json
+from dpa_ds.config.deepspeed_json import check_stage, load_deepspeed_json
 from dpa_ds.config.load import to_yaml
 from dpa_ds.config.paths import has_client_files
 from dpa_ds.config.schema import (
@@ -205,7 +205,10 @@ def find_place(config: RunConfig, job: JobStore) -> Place:
     Raises:
         ClusterError, CheckpointError: ranks and clients do not fit, or the run folder is another job's or
         another run's.
+        ConfigError: ZeRO-3 is to divide a quantised base.
     """
+    zero = load_deepspeed_json(config.engine.deepspeed_config).get("zero_optimization", {})
+    check_stage(config.model.quantization, int(zero.get("stage", 0)))
     job.start_watchdog(config.checkpoint.grace_seconds, config.cluster.heartbeat_timeout_seconds)
     setup_logging(job.launch.global_rank == 0, config.tracking.quiet)
     schedule = build_schedule(config.method)
@@ -233,10 +236,9 @@ def find_place(config: RunConfig, job: JobStore) -> Place:
         if device == "cpu":
             threads = torch.get_num_threads()
             device = f"cpu, {threads} threads a rank" if threads > 1 else "cpu, 1 thread a rank"
-        zero = load_deepspeed_json(config.engine.deepspeed_config).get("zero_optimization", {})
         logger.info(
             f"{config.name}: {config.method.name}, {topology.num_clients} clients in {topology.num_groups} rank groups "
-            f"({topology.job_world_size} ranks), ZeRO stage {zero.get('stage', 0)}, {config.model.precision}, "
+            f"({topology.job_world_size} ranks), ZeRO stage {zero.get('stage', 0)}, {config.model.numbers}, "
             f"{device}"
         )
         for line in describe_groups(topology, job.hosts, config.cluster.rendezvous):

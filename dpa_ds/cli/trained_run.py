@@ -15,6 +15,7 @@ from dpa_ds.errors import ConfigError
 _MAY_DIFFER = {
     "model.path",
     "model.precision",
+    "model.quantization",
     "data.path",
     "data.test_path",
     "data.test_split",

@@ -35,6 +35,16 @@ _OWNER_OF_DEEPSPEED_KEY = {
 }
 
 
+def check_stage(kind: str, stage: int) -> None:
+    """Raise ConfigError where ZeRO-3 is to divide a base in `kind`: none is a plain one."""
+    if kind != "none" and stage == 3:
+        raise ConfigError(
+            f"a base in {kind} (model.quantization) does not go with ZeRO-3: DeepSpeed divides numbers of "
+            "model.precision, and would part the codes from their scales; have each rank hold the small base whole, "
+            "with a ds_configs/ file of stage 0, 1 or 2, or for answers evaluation.sharding: never"
+        )
+
+
 def _is_bool(value: Any) -> bool:
     return isinstance(value, bool)
 

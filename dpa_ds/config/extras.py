@@ -5,13 +5,14 @@ from typing import Literal
 
 from dpa_ds.errors import ConfigError
 
-Extra = Literal["elastic", "gguf", "metrics", "figures", "wandb", "mlflow"]
+Extra = Literal["elastic", "gguf", "metrics", "figures", "quantization", "wandb", "mlflow"]
 
 MODULES: dict[Extra, tuple[str, ...]] = {
     "elastic": ("torchft",),
     "gguf": ("gguf",),
     "metrics": ("rouge_score", "sacrebleu"),
     "figures": ("matplotlib",),
+    "quantization": ("bitsandbytes",),
     "wandb": ("wandb",),
     "mlflow": ("mlflow",),
 }

@@ -79,10 +79,19 @@ class ModelConfig:
     """Hugging Face model directory, GGUF file, or hub id where there is a hub."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Precision of base and activations (adapters keep an fp32 master); auto: bf16 where it is native, else fp32."""
+    quantization: Literal["none", "int8", "nf4"] = "none"
+    """Bits of the base's linear layers, by bitsandbytes: int8 (8), nf4 (4), none: as the files are. ZeRO 0 to 2."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     """Attention implementation of transformers; auto: sdpa where the model has it, else eager."""
+
+    @property
+    def numbers(self) -> str:
+        """In what the base computes, and what its linear layers are stored in: fp32, or bf16+nf4."""
+        if self.quantization == "none":
+            return self.precision
+        return f"{self.precision}+{self.quantization}"
 
 
 @dataclass(frozen=True)

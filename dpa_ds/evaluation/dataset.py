@@ -175,7 +175,7 @@ def describe_settings(
         "lambda": weighting.scale,
         **describe_decoding(config.generation),
         "split": config.evaluation.split,
-        "precision": config.model.precision,
+        "precision": config.model.numbers,
         "base": base,
         "data": digest_of(texts, 16),
     }

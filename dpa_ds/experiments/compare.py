@@ -121,7 +121,7 @@ def compare(config: RunConfig, job: JobStore, plan: Plan, recipe_arguments: Sequ
             stages.train(method, seed)
     evaluated = [evaluate_entry(stages, plan, entry) for entry in plan.entries()]
     if job.launch.global_rank == 0:
-        decoding = (*describe_decoding(config.generation).values(), config.model.precision)
+        decoding = (*describe_decoding(config.generation).values(), config.model.numbers)
         asked = [asdict(instance) for instance in instances]
         name = name_of_comparison(plan, evaluation, [config.federation.num_rounds, decoding, asked])
         report_dir = config.run_dir / "comparisons" / name

@@ -100,7 +100,7 @@ class Stages:
         weighting = self.resolve(method, candidate)
         return {
             "weighting": describe_weighting(weighting, config.weighting.num_references),
-            "precision": config.model.precision,
+            "precision": config.model.numbers,
             "split": split,
             "adapters": RunFolder(self.run_dir(method, seed)).digest(config.federation.num_rounds),
             **describe_decoding(config.generation),
@@ -114,7 +114,7 @@ class Stages:
         arguments = [
             f"--run={run_dir}",
             f"--split={wanted['split']}",
-            f"--model.precision={wanted['precision']}",
+            f"--model.precision={self._config.model.precision}",
             f"--weighting.scale={json.dumps(weighting.scale)}",
             f"--weighting.kind={weighting.kind}",
             f"--weighting.representation={weighting.representation}",

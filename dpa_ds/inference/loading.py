@@ -29,6 +29,7 @@ from dpa_ds.inference.weighting import BASE_ALONE, Weighting
 from dpa_ds.model.base import fits_one_rank, load_base, resolve_model
 from dpa_ds.model.directory import load_tokenizer, read_limits
 from dpa_ds.model.precision import check_precision
+from dpa_ds.model.quantization import check_quantization
 from dpa_ds.runs.folder import RunFolder, SavedAdapter
 from dpa_ds.runs.storage import well_formed
 
@@ -66,13 +67,14 @@ def place_base(
     Raises:
         ClusterError: it does not fit one rank, and there is no other.
         ModelError: it is not where the run found it, or has no chat template where the recipe asks for one.
+        ConfigError: it is quantised, and would have to be divided.
     """
     num_ranks = job.launch.job_world_size
     ranks_on_host = job.hosts.count(job.launch.hostname)
     device = claim_device(job.launch, ranks_on_host)
     check_precision(model.precision, device)
     directory = Path(job.broadcast_from_rank_zero("model", lambda: str(_find_base(model, data.cache_dir))))
-    fits = sharding == "never" or fits_one_rank(directory, model.precision, device, ranks_on_host)
+    fits = sharding == "never" or fits_one_rank(model, directory, device, ranks_on_host)
     # Hosts may have different memory: what rank 0 finds counts for all.
     fits = bool(job.broadcast_from_rank_zero("fits", lambda: fits))
     example_format, limits = build_format(load_tokenizer(directory), data), read_limits(directory)
@@ -84,6 +86,7 @@ def place_base(
         topology = Topology((1,) * num_ranks, num_clients)
         world = world_without_collectives(job, topology)
         return PlacedBase(model, directory, world, False, example_format, limits)
+    check_quantization(model.quantization, directory, stage=3)
     topology = Topology((num_ranks,), num_clients)
     world = build_world(job, topology, cluster, federation_timeout_seconds)
     return PlacedBase(model, directory, world, True, example_format, limits)

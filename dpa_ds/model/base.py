@@ -6,6 +6,7 @@ safetensors files, without any communication; the whole model never exists on on
 """
 
 import hashlib
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,8 +26,12 @@ from dpa_ds.errors import ModelError
 from dpa_ds.model.cpu_attention import compute_attention_in_fp32
 from dpa_ds.model.directory import check_directory, tensor_files
 from dpa_ds.model.gguf.parts import named_parts
+from dpa_ds.model.linear_layers import expert_parameters
 from dpa_ds.model.precision import DTYPES
+from dpa_ds.model.quantization import base_bytes, bitsandbytes_config, check_quantization
 from dpa_ds.model.stored_tensors import StoredTensors
+
+logger = logging.getLogger(__name__)
 
 
 def resolve_model(config: ModelConfig, cache_dir: str) -> Path:
@@ -56,17 +61,20 @@ def _cache_name(path: Path) -> str:
     return f"{parts[0].stem}-{hashlib.sha256(' '.join(identity).encode()).hexdigest()[:16]}"
 
 
-def fits_one_rank(directory: Path, precision: str, device: torch.device, ranks_on_host: int) -> bool:
+def fits_one_rank(config: ModelConfig, directory: Path, device: torch.device, ranks_on_host: int) -> bool:
     """Whether one rank's share of the free memory of `device` holds the base, with a quarter to spare for all else."""
+    share = float(free_memory(device))
+    if device.type == "cpu":
+        share /= ranks_on_host
+    dtype, kind = DTYPES[config.precision], check_quantization(config.quantization, directory)
+    if kind is not None:
+        return base_bytes(directory, dtype, kind) <= 0.75 * share
     num_parameters = 0
     for path in {*tensor_files(directory).values()}:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118
                 num_parameters += torch.Size(file.get_slice(name).get_shape()).numel()
-    share = float(free_memory(device))
-    if device.type == "cpu":
-        share /= ranks_on_host
-    return num_parameters * DTYPES[precision].itemsize <= 0.75 * share
+    return num_parameters * dtype.itemsize <= 0.75 * share
 
 
 def _from_hub(name: str) -> Path:
@@ -98,12 +106,14 @@ def load_base(
     """
     transformers.utils.logging.disable_progress_bar()
     compute_attention_in_fp32()
-    zero3 = deepspeed_json.get("zero_optimization", {}).get("stage") == 3
+    stage = int(deepspeed_json.get("zero_optimization", {}).get("stage", 0))
+    zero3 = stage == 3
+    kind = check_quantization(config.quantization, directory, stage)
     try:
         if zero3:
             model = _load_partitioned(config, directory, deepspeed_json)
         else:
-            model = _load_whole(config, directory, device)
+            model = _load_whole(config, directory, kind, device)
     except (OSError, ValueError, RuntimeError, SafetensorError, ImportError) as error:
         if "does not support an attention implementation" in str(error):
             name = str(error).split(maxsplit=1)[0]
@@ -135,8 +145,8 @@ def _name_for_others(config: ModelConfig, directory: Path) -> str:
     return config.path
 
 
-def _load_whole(config: ModelConfig, directory: Path, device: torch.device) -> PreTrainedModel:
-    """Every tensor on `device`, in the precision asked for.
+def _load_whole(config: ModelConfig, directory: Path, kind: str | None, device: torch.device) -> PreTrainedModel:
+    """Every tensor on `device`, in the precision asked for; linear layers quantised where `kind` says so.
 
     Loaded to the CPU first, a base whose files have another precision is converted as a whole in each rank's memory:
     208 GB for eight ranks of 13B in bf16. With a device map each tensor is converted and moved for itself. The ranks
@@ -145,9 +155,18 @@ def _load_whole(config: ModelConfig, directory: Path, device: torch.device) -> P
     the files have keeps the mapping, and no copy.
     """
     hf_config = _read_config(directory)
+    stored = getattr(hf_config, "quantization_config", None)
+    quantization = None
+    if kind is None and stored:
+        stored["dequantize"] = True  # fp8: a matter of the files alone
+    elif stored:
+        stored["bnb_4bit_compute_dtype"] = DTYPES[config.precision]
+    elif kind is not None:
+        quantization = bitsandbytes_config(kind, DTYPES[config.precision])
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         directory,
         config=hf_config,
+        quantization_config=quantization,
         dtype=DTYPES[config.precision],
         attn_implementation=_attention(config, hf_config),
         device_map={"": device},
@@ -168,18 +187,29 @@ def _load_whole(config: ModelConfig, directory: Path, device: torch.device) -> P
         raise ModelError(f"the checkpoint has no tensor {name!r}: it is incomplete, or belongs to another model")
     for name, parameter in model.named_parameters():
         _check_finite(name, parameter)
+    if kind is not None:
+        _settle(model, kind)
     return model
+
+
+def _settle(model: PreTrainedModel, kind: str) -> None:
+    """Have quantised layers compute in one way everywhere, and say how much of the model they are."""
+    from dpa_ds.model.quantized_layers import settle_layers  # it needs bitsandbytes
+
+    num_layers = settle_layers(model)
+    logger.info(f"{num_layers} linear layers in {kind}")
+    experts = expert_parameters(model)
+    if experts:
+        logger.warning(
+            f"{len(experts)} parameters of experts stay in {str(model.dtype).removeprefix('torch.')}: bitsandbytes "
+            "quantises linear layers, and this model keeps the experts of a layer in one parameter"
+        )
 
 
 def _load_partitioned(config: ModelConfig, directory: Path, deepspeed_json: Mapping[str, Any]) -> PreTrainedModel:
     import deepspeed
 
     hf_config = _read_config(directory)
-    if getattr(hf_config, "quantization_config", None) is not None:
-        raise ModelError(
-            f"{directory}/config.json has a quantization_config: its files hold codes and scales, which loading under "
-            "ZeRO-3 does not take apart; use a ds_configs/ file below stage 3, or the model in 16 bits"
-        )
     with no_init_weights(), deepspeed.zero.Init(config_dict_or_path=dict(deepspeed_json)):
         model = AutoModelForCausalLM.from_config(
             hf_config,

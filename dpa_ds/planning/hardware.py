@@ -30,6 +30,8 @@ GPUS = {
     "l40s-48g": Gpu(48e9, 362e12, 64e9, 0.86e12, 32e9),
     "h100-80g": Gpu(80e9, 989e12, 900e9, 3.35e12, 64e9),
     "h200-141g": Gpu(141e9, 989e12, 900e9, 4.8e12, 64e9),
+    "b200-180g": Gpu(180e9, 2250e12, 1800e9, 8e12, 64e9),
+    "mi300x-192g": Gpu(192e9, 1307e12, 896e9, 5.3e12, 64e9),
     # One core. They differ much: give a rank's share of the memory, and the FLOP/s that benchmarks/planner.py measures.
     "cpu": Gpu(8e9, 1e11, 20e9, 20e9, 20e9),
 }

@@ -12,6 +12,10 @@ BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 """Bytes of one number of the base, by model.precision."""
 LOSS_CHUNK_BYTES = 2**25
 """Most bytes of an fp32 tensor that the loss makes of some of the logits: CHUNK_BYTES of `engine/label_loss.py`."""
+SCALE_BYTES = 4
+"""Of the fp32 scale of a row (int8), or of a block of weights (nf4)."""
+BLOCK = 64
+"""Weights in 4 bits that share a scale: `model/quantization.py`."""
 PINNED_EXACT_ABOVE = 2**20
 """Bytes above which pinned memory takes its exact size, with pinned_max_cached_size_mb:1 in PYTORCH_ALLOC_CONF."""
 
@@ -38,6 +42,8 @@ class Layout:
     ranks: int
     """Ranks of a group."""
     precision: str = "bf16"
+    quantization: str = "none"
+    """Of the base's linear layers: none, int8 or nf4; below stage 3."""
     tokens: int = 4096
     """Tokens of one micro-batch, padding included."""
     labels: int = 1024
@@ -64,7 +70,28 @@ class Layout:
 def step_bytes(shape: Shape, lora: Lora, layout: Layout) -> dict[str, float]:
     """All parts of a step, in bytes per rank. Raises ModelError for a target that the model lacks."""
     adapters = adapter_bytes(*lora.parameters(shape), layout)
-    return model_bytes(shape, lora, layout) | adapters | activation_bytes(shape, lora, layout) | buffer_bytes(layout)
+    parts = model_bytes(shape, lora, layout) | adapters | activation_bytes(shape, lora, layout) | buffer_bytes(layout)
+    if layout.quantization != "none":
+        # While a layer computes its weight exists in `precision` as well, but not at the turn, where the logits are.
+        weight = max(inputs * outputs for inputs, outputs in shape.linears.values()) * BYTES[layout.precision]
+        parts["dequantized"] = max(0.0, weight - parts["logits"])
+    return parts
+
+
+def base_bytes(shape: Shape, precision: str, quantization: str) -> float:
+    """The frozen base, whole: codes and scales of quantised linear layers; `precision` for all that is not quantised.
+
+    That is embedding, output head, norms, biases, and experts in one parameter.
+    """
+    whole = float(shape.parameters * BYTES[precision])
+    if quantization == "none":
+        return whole
+    for inputs, outputs in shape.linears.values():
+        codes, scales = inputs * outputs, outputs
+        if quantization == "nf4":
+            codes, scales = codes // 2, math.ceil(codes / BLOCK)
+        whole += shape.layers * (codes + SCALE_BYTES * scales - inputs * outputs * BYTES[precision])
+    return whole
 
 
 def model_bytes(shape: Shape, lora: Lora, layout: Layout) -> dict[str, float]:
@@ -77,7 +104,7 @@ def model_bytes(shape: Shape, lora: Lora, layout: Layout) -> dict[str, float]:
     Parameters of at most `persistence` elements stay gathered, and in some runs the embedding does, too.
     """
     element = BYTES[layout.precision]
-    base = shape.parameters * element
+    base = base_bytes(shape, layout.precision, layout.quantization)
     if layout.stage < 3:
         return {"base": base}
     whole = _divided_parameters(shape, lora, layout)
@@ -202,7 +229,12 @@ def _layer_activations(shape: Shape, lora: Lora, layout: Layout) -> int:
     """
     element = BYTES[layout.precision]
     kept = 8 * shape.hidden
-    kept += element * (2 * shape.query_width + 2 * shape.key_width + 3 * shape.intermediate)
+    kept += element * (2 * shape.query_width + 2 * shape.key_width)
+    if shape.experts:
+        # Of each expert that it takes, a token's input and output beside the three. Not measured.
+        kept += element * shape.active_experts * (3 * shape.intermediate + 2 * shape.hidden)
+    else:
+        kept += element * 3 * shape.intermediate
     kept += element * sum(_kept_inputs(shape, lora, layout).values())
     kept += element * len(lora.targets) * max(lora.rank, lora.local_rank)
     if lora.dropout:
@@ -221,6 +253,8 @@ def _kept_inputs(shape: Shape, lora: Lora, layout: Layout) -> dict[str, int]:
     }
     kept = {}
     for name, readers in read_by.items():
+        if readers[0] not in shape.linears:  # of experts
+            continue
         # With dropout an adapted layer reads a copy of its own, which `_layer_activations` counts.
         adapted = not lora.dropout and not set(readers).isdisjoint(lora.targets)
         if layout.stage == 3 or adapted:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from dpa_ds.config.schema import RanksPerGroup
 from dpa_ds.errors import ClusterError
 from dpa_ds.planning.hardware import Cluster
-from dpa_ds.planning.memory import BYTES, Layout, gathered_parameters, host_bytes, step_bytes
+from dpa_ds.planning.memory import BYTES, Layout, base_bytes, gathered_parameters, host_bytes, step_bytes
 from dpa_ds.planning.scenario import Scenario
 
 LINK_EFFICIENCY = 0.7
@@ -71,24 +71,29 @@ def judge(scenario: Scenario, cluster: Cluster, layout: Layout) -> Plan:
     recomputation; attention and adapters are left out; but no pass takes less than reading all weights once. ZeRO-3
     gathers the base up to twice for every micro-batch (`gathered_parameters`); a rank receives (ranks - 1) / ranks of
     it, and with offload brings its own share from the host each time; the gradients of the adapter go around a ring
-    twice. Compute and communication are taken not to overlap. With fewer groups than clients these take turns.
+    twice. Compute and communication are taken not to overlap. With fewer groups than clients these take turns. A
+    quantised weight is read, and written in `precision`, in each pass before it is used. Of experts N has those that a
+    token takes, and the weights that are read are all of them.
     """
     shape, ranks = scenario.shape, layout.ranks
     memory = step_bytes(shape, scenario.lora, layout) | {"overhead": OVERHEAD}
-    base_bytes = shape.parameters * BYTES[layout.precision]
+    weights = shape.parameters * BYTES[layout.precision]
     tokens = scenario.train.batch_size * scenario.workload.tokens / ranks
     micro_batches = math.ceil(tokens / layout.tokens)
 
     passes = 2
     if layout.checkpointing:
         passes = 3
-    arithmetic = 2 * shape.parameters * tokens / micro_batches / (cluster.mfu * cluster.flops)
-    seconds = passes * micro_batches * max(arithmetic, base_bytes / cluster.memory_bandwidth)
+    arithmetic = 2 * shape.active_parameters * tokens / micro_batches / (cluster.mfu * cluster.flops)
+    seconds = passes * micro_batches * max(arithmetic, weights / cluster.memory_bandwidth)
+    if layout.quantization != "none":
+        converted = base_bytes(shape, layout.precision, layout.quantization) + weights
+        seconds += passes * micro_batches * converted / cluster.memory_bandwidth
 
     gathers = 0.0
     if layout.stage == 3:
         gathers = micro_batches * gathered_parameters(shape, scenario.lora, layout) / shape.parameters
-    gather_bytes = gathers * base_bytes * (ranks - 1) / ranks
+    gather_bytes = gathers * weights * (ranks - 1) / ranks
     # One adapter is trained at a time: the plan is for the larger one.
     reduce_bytes = 2 * 4 * max(scenario.lora.parameters(shape)) * (ranks - 1) / ranks
     bandwidth = cluster.net
@@ -97,7 +102,7 @@ def judge(scenario: Scenario, cluster: Cluster, layout: Layout) -> Plan:
     seconds += (gather_bytes + reduce_bytes) / (LINK_EFFICIENCY * bandwidth)
 
     if layout.offload_params:
-        seconds += gathers * base_bytes / ranks / (LINK_EFFICIENCY * cluster.host_link)
+        seconds += gathers * weights / ranks / (LINK_EFFICIENCY * cluster.host_link)
 
     num_groups = _num_groups(scenario, cluster, layout)
     turns = math.inf  # where a group has more ranks than the cluster
@@ -146,6 +151,7 @@ def layout_of(scenario: Scenario, ranks: int) -> Layout:
         stage=int(zero.get("stage", 0)),
         ranks=ranks,
         precision=scenario.model.precision,
+        quantization=scenario.model.quantization,
         tokens=tokens,
         labels=round(tokens * LABEL_SHARE),
         checkpointing=scenario.model.gradient_checkpointing,
@@ -205,6 +211,8 @@ def _layouts(scenario: Scenario, cluster: Cluster) -> Iterator[Layout]:
             return
         recipe = layout_of(scenario, ranks)
         for stage, offload in STAGES:
+            if stage == 3 and recipe.quantization != "none":  # DeepSpeed does not divide it
+                continue
             for checkpointing in (False, True):
                 yield replace(recipe, stage=stage, checkpointing=checkpointing, offload_params=offload)
 

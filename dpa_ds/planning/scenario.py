@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dpa_ds.config.schema import ALL_LINEAR, LoraConfig, ModelConfig, RunConfig, TrainConfig
+from dpa_ds.errors import ModelError
 from dpa_ds.planning.memory import Lora
 from dpa_ds.planning.shapes import Shape
 
@@ -37,6 +38,7 @@ class Scenario:
     max_length: int
     """Longest prompt + answer, in tokens."""
     workload: Workload = Workload()
+    num_rounds: int = 1
     zero: Mapping[str, Any] = field(default_factory=dict)
     """zero_optimization of the recipe's DeepSpeed JSON."""
 
@@ -92,6 +94,7 @@ def scenario_of(config: RunConfig, shape: Shape, zero: Mapping[str, Any], worklo
         client_fraction=config.federation.client_fraction,
         max_length=config.data.max_length,
         workload=workload,
+        num_rounds=config.federation.num_rounds,
         zero=zero,
     )
 
@@ -100,5 +103,10 @@ def lora_of(lora: LoraConfig, shape: Shape) -> Lora:
     """The recipe's adapters on a model of this shape."""
     targets = tuple(lora.target_modules)
     if lora.target_modules == ALL_LINEAR:
+        if shape.experts:
+            raise ModelError(
+                "lora.target_modules: all-linear adapts every expert of this model, which the planner does not know: "
+                f"name layers of {sorted(shape.linears)}"
+            )
         targets = tuple(shape.linears)
     return Lora(targets, lora.rank, lora.local_rank or lora.rank, lora.dropout > 0)

@@ -12,7 +12,7 @@ from dpa_ds.errors import ModelError
 
 @dataclass(frozen=True)
 class Shape:
-    """A decoder with RMS norms, grouped-query attention and a gated MLP (Llama, Mistral, Qwen2)."""
+    """A decoder with RMS norms, grouped-query attention and a gated MLP or several (Llama, Mistral, Qwen, Mixtral)."""
 
     hidden: int
     layers: int
@@ -24,6 +24,12 @@ class Shape:
     tied: bool = False
     """The output head is the embedding."""
     qkv_bias: bool = False
+    qk_norm: bool = False
+    """q and k of each head have a norm (Qwen3)."""
+    experts: int = 0
+    """Gated MLPs of a layer, each `intermediate` wide, with a router; 0: one MLP for all tokens."""
+    active_experts: int = 0
+    """Of these a token takes so many."""
 
     @property
     def query_width(self) -> int:
@@ -42,12 +48,19 @@ class Shape:
 
     @property
     def linears(self) -> dict[str, tuple[int, int]]:
-        """(inputs, outputs) of each linear layer of a decoder layer."""
-        return {
+        """(inputs, outputs) of each linear layer of a decoder layer.
+
+        Experts are none: a model keeps those of a layer in one parameter.
+        """
+        attention = {
             "q_proj": (self.hidden, self.query_width),
             "k_proj": (self.hidden, self.key_width),
             "v_proj": (self.hidden, self.key_width),
             "o_proj": (self.query_width, self.hidden),
+        }
+        if self.experts:
+            return attention
+        return attention | {
             "gate_proj": (self.hidden, self.intermediate),
             "up_proj": (self.hidden, self.intermediate),
             "down_proj": (self.intermediate, self.hidden),
@@ -55,13 +68,28 @@ class Shape:
 
     @property
     def layer_parameters(self) -> int:
-        """Parameters of a decoder layer: linear layers, two norms, and the biases of q, k, v where there are any."""
-        num = 2 * self.hidden
-        for inputs, outputs in self.linears.values():
-            num += inputs * outputs
+        """Parameters of a decoder layer: linear layers, experts and their router, norms, and biases of q, k, v."""
+        num = 2 * self.hidden + self.linear_parameters + self.experts * (self.expert_parameters + self.hidden)
         if self.qkv_bias:
             num += self.query_width + 2 * self.key_width
+        if self.qk_norm:
+            num += 2 * self.head_dim
         return num
+
+    @property
+    def linear_parameters(self) -> int:
+        """Weights of the linear layers of a decoder layer."""
+        return sum(inputs * outputs for inputs, outputs in self.linears.values())
+
+    @property
+    def expert_parameters(self) -> int:
+        """Weights of one expert."""
+        return 3 * self.hidden * self.intermediate
+
+    @property
+    def active_parameters(self) -> int:
+        """Parameters that a token passes through."""
+        return self.parameters - self.layers * (self.experts - self.active_experts) * self.expert_parameters
 
     @property
     def parameters(self) -> int:
@@ -85,6 +113,11 @@ class Shape:
         ]
         for inputs, outputs in self.linears.values():
             found.append((inputs * outputs, self.layers))
+        if self.qk_norm:
+            found.append((self.head_dim, 2 * self.layers))
+        if self.experts:
+            gate_and_up = 2 * self.hidden * self.intermediate
+            found += [(self.experts * size, self.layers) for size in (gate_and_up, gate_and_up // 2, self.hidden)]
         return found
 
     def lora_parameters(self, rank: int, targets: Sequence[str]) -> int:
@@ -104,8 +137,15 @@ PRESETS = {
     "llama-7b": Shape(4096, 32, 32, 32, 11008, 32000, 128),
     "llama-13b": Shape(5120, 40, 40, 40, 13824, 32000, 128),
     "llama-70b": Shape(8192, 80, 64, 8, 28672, 32000, 128),
+    "llama3-8b": Shape(4096, 32, 32, 8, 14336, 128256, 128),
+    "llama3-70b": Shape(8192, 80, 64, 8, 28672, 128256, 128),
+    "mistral-7b": Shape(4096, 32, 32, 8, 14336, 32000, 128),
+    "mixtral-8x7b": Shape(4096, 32, 32, 8, 14336, 32000, 128, experts=8, active_experts=2),
     "qwen2.5-7b": Shape(3584, 28, 28, 4, 18944, 152064, 128, qkv_bias=True),
     "qwen2.5-32b": Shape(5120, 64, 40, 8, 27648, 152064, 128, qkv_bias=True),
+    "qwen3-8b": Shape(4096, 36, 32, 8, 12288, 151936, 128, qk_norm=True),
+    "qwen3-32b": Shape(5120, 64, 64, 8, 25600, 151936, 128, qk_norm=True),
+    "qwen3-30b-a3b": Shape(2048, 48, 32, 4, 768, 151936, 128, qk_norm=True, experts=128, active_experts=8),
 }
 """Published sizes, by the name that --model takes."""
 
@@ -132,16 +172,27 @@ def read_shape(path: str, preset: str | None) -> Shape:
 def _shape_of(fields: dict[str, Any]) -> Shape:
     """Raises ValueError, KeyError, TypeError or AttributeError where `fields` is no config of such a model."""
     heads, hidden = int(fields["num_attention_heads"]), int(fields["hidden_size"])
+    kind = fields.get("model_type")
     # Qwen2 always has these biases, and its config.json does not say so.
-    has_bias = fields.get("attention_bias", fields.get("model_type") == "qwen2")
+    has_bias = fields.get("attention_bias", kind == "qwen2")
+    experts, active = 0, 0
+    if kind in ("mixtral", "qwen3_moe"):
+        experts, active = int(fields.get("num_local_experts") or fields["num_experts"]), fields["num_experts_per_tok"]
+        if fields.get("mlp_only_layers") or fields.get("decoder_sparse_step", 1) != 1:
+            raise ValueError("not every layer has experts")
+    elif fields.get("num_experts") or fields.get("num_local_experts") or fields.get("n_routed_experts"):
+        raise ValueError(f"experts of {kind}")
     return Shape(
         hidden=hidden,
         layers=int(fields["num_hidden_layers"]),
         heads=heads,
         kv_heads=int(fields.get("num_key_value_heads") or heads),
-        intermediate=int(fields["intermediate_size"]),
+        intermediate=int(fields.get("moe_intermediate_size") or fields["intermediate_size"]),
         vocab=int(fields["vocab_size"]),
         head_dim=int(fields.get("head_dim") or hidden // heads),
         tied=bool(fields.get("tie_word_embeddings", False)),
         qkv_bias=bool(has_bias),
+        qk_norm=kind in ("qwen3", "qwen3_moe"),
+        experts=experts,
+        active_experts=int(active),
     )

@@ -47,6 +47,8 @@ def setup_logging(is_coordinator: bool, quiet: bool = False) -> None:
     logger.setLevel(logging.INFO if is_coordinator else logging.WARNING)
     for name in ("DeepSpeed", "deepspeed", "transformers", "torch.distributed"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # PEFT imports it wherever it is installed, and it warns of a kernel of the hub that it could not fetch.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # Deprecations between peft, torch and transformers: lines from every rank that a user can do nothing about.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|torch|dpa_ds)\.")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else it warns after every fork

@@ -190,7 +190,7 @@ def test_codes_are_not_taken_for_weights(tmp_path: Path) -> None:
     config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
     (directory / "config.json").write_text(json.dumps(config))
     (reason,) = run_on_ranks(refusal, 1, tmp_path, argv, str(directory))
-    assert "config.json has a quantization_config" in reason
+    assert "config.json says that the files are quantised by fp8" in reason
 
 
 def test_a_model_without_sdpa_names_the_attention_that_it_has(tmp_path: Path) -> None:

@@ -184,6 +184,7 @@ def test_a_base_fits_where_a_quarter_of_the_memory_is_left(model: Path, monkeypa
 
     num_parameters = sum(tensor.numel() for tensor in load_file(model / "model.safetensors").values())
     for precision, num_bytes in (("fp32", 4 * num_parameters), ("bf16", 2 * num_parameters)):
+        config = ModelConfig(precision=precision)
         for memory, ranks_on_host, fits in (
             (num_bytes / 0.75 + 1, 1, True),
             (num_bytes / 0.75 - 1, 1, False),
@@ -191,7 +192,7 @@ def test_a_base_fits_where_a_quarter_of_the_memory_is_left(model: Path, monkeypa
             (2 * num_bytes / 0.75 + 2, 2, True),
         ):
             monkeypatch.setattr(base, "free_memory", lambda _device, memory=memory: memory)
-            assert base.fits_one_rank(model, precision, torch.device("cpu"), ranks_on_host) == fits, (
+            assert base.fits_one_rank(config, model, torch.device("cpu"), ranks_on_host) == fits, (
                 precision,
                 memory,
                 ranks_on_host,

@@ -15,7 +15,7 @@ import pytest
 import torch
 from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
 from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
 from dpa_ds.adapters.methods import build_schedule
 from dpa_ds.cli.plan import main
@@ -23,16 +23,22 @@ from dpa_ds.config.deepspeed_json import load_deepspeed_json
 from dpa_ds.config.load import load_config
 from dpa_ds.config.schema import LoraConfig, MethodConfig, RanksPerGroup
 from dpa_ds.errors import ModelError
+from dpa_ds.model import quantization
 from dpa_ds.planning.hardware import GPUS, Cluster, parse_cluster
-from dpa_ds.planning.memory import Layout, Lora, adapter_bytes, host_bytes, model_bytes
+from dpa_ds.planning.memory import Layout, Lora, adapter_bytes, base_bytes, host_bytes, model_bytes
 from dpa_ds.planning.plan import Plan, judge, layout_of, plan, ranks_of_recipe
 from dpa_ds.planning.scenario import PHASES, Scenario, Workload, lora_of, scenario_of
-from dpa_ds.planning.shapes import PRESETS, Shape, read_shape
+from dpa_ds.planning.shapes import PRESETS, Shape, _shape_of, read_shape
 
 
 def real_model(shape: Shape) -> torch.nn.Module:
     """The model of transformers with these sizes, on the meta device."""
-    kind, model = (Qwen2Config, Qwen2ForCausalLM) if shape.qkv_bias else (LlamaConfig, LlamaForCausalLM)
+    kind = Qwen2Config if shape.qkv_bias else Qwen3Config if shape.qk_norm else LlamaConfig
+    experts = {}
+    if shape.experts:
+        kind = Qwen3MoeConfig if shape.qk_norm else MixtralConfig
+        experts = {"num_local_experts": shape.experts, "num_experts": shape.experts}
+        experts |= {"num_experts_per_tok": shape.active_experts, "moe_intermediate_size": shape.intermediate}
     config = kind(
         hidden_size=shape.hidden,
         num_hidden_layers=shape.layers,
@@ -42,9 +48,10 @@ def real_model(shape: Shape) -> torch.nn.Module:
         vocab_size=shape.vocab,
         head_dim=shape.head_dim,
         tie_word_embeddings=shape.tied,
+        **experts,
     )
     with torch.device("meta"):
-        return model(config)
+        return AutoModelForCausalLM.from_config(config)
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -53,6 +60,8 @@ def test_parameters_are_those_of_the_model(name: str) -> None:
     shape = PRESETS[name]
     model = real_model(shape)
     assert sum(p.numel() for p in model.parameters()) == shape.parameters
+    assert sum(elements * number for elements, number in shape.tensors) == shape.parameters
+    assert _shape_of(json.loads(model.config.to_json_string(use_diff=False))) == shape
     for targets in (("q_proj", "v_proj"), tuple(shape.linears)):
         lora = Lora(targets, rank=8, local_rank=4)
         config = {"lora_alpha": 16, "target_modules": list(targets), "task_type": "CAUSAL_LM"}
@@ -72,6 +81,38 @@ def test_all_linear_is_every_layer_of_the_shape() -> None:
     planned = lora_of(LoraConfig(target_modules="all-linear", rank=8), shape)
     assert planned.targets == tuple(shape.linears)
     assert planned.parameters(shape)[0] == shape.lora_parameters(8, list(shape.linears))
+
+
+def test_parameters_of_published_names() -> None:
+    """In billions, as the models' cards say: all, and those that a token passes through."""
+    published = {
+        "llama3-8b": (8.03, 8.03),
+        "llama3-70b": (70.6, 70.6),
+        "mistral-7b": (7.24, 7.24),
+        "mixtral-8x7b": (46.7, 12.9),
+        "qwen3-8b": (8.2, 8.2),
+        "qwen3-32b": (32.8, 32.8),
+        "qwen3-30b-a3b": (30.5, 3.3),
+    }
+    for name, (parameters, active) in published.items():
+        shape = PRESETS[name]
+        assert shape.parameters / 1e9 == pytest.approx(parameters, rel=0.01), name
+        assert shape.active_parameters / 1e9 == pytest.approx(active, rel=0.02), name
+
+
+@pytest.mark.parametrize("kind", ["none", "int8", "nf4"])
+@pytest.mark.parametrize("size", ["tied", "biased"])
+def test_bytes_of_a_base_are_those_of_its_layers(kind: str, size: str, tmp_path: Path) -> None:
+    """`model/quantization.py` counts the layers of the model of transformers; that it has them, its own test says."""
+    shape = Shape(64, 2, 4, 2, 128, 300, 16, tied=size == "tied", qkv_bias=size == "biased")
+    real_model(shape).config.save_pretrained(tmp_path)
+    planned = base_bytes(shape, "bf16", kind)
+    assert planned == quantization.base_bytes(tmp_path, torch.bfloat16, None if kind == "none" else kind)
+
+
+def test_all_experts_are_not_planned() -> None:
+    with pytest.raises(ModelError, match="all-linear adapts every expert"):
+        lora_of(LoraConfig(target_modules="all-linear"), PRESETS["mixtral-8x7b"])
 
 
 def test_an_unknown_layer_is_an_error() -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.planner import ALL_LINEAR, SMALL, Case, Setting, measure, planned, write_model, write_recipe
-from dpa_ds.config.validate import REPOSITORY
 from dpa_ds.planning.plan import OVERHEAD
+from tests.launch.processes import REPOSITORY
 from tests.ranks import run_on_ranks
 
 pytestmark = pytest.mark.multirank

@@ -9,8 +9,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from dpa_ds.config.load import load_config
-from dpa_ds.config.validate import REPOSITORY
 from tests import plain, tiny
+from tests.launch.processes import REPOSITORY
 from tests.multirank.test_evaluation import Run, answers, summary
 from tests.multirank.test_invariance import Adapters
 from tests.plain_inference import PlainClient

@@ -157,7 +157,7 @@ def read_text(path: Path, what: str, remedy: str) -> str:
         raise ConfigError(f"{what}: {path} is not text in UTF-8 (byte {error.start}): {remedy}") from error
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"{what}: cannot read {show(str(path))} ({reason}): {remedy}") from error
+        raise ConfigError(f"{what}: cannot read {show(str(path), limit=300)} ({reason}): {remedy}") from error
 
 
 # ---- the messages that `validate` could raise, of each subject the most basic first -------------------------------

@@ -46,11 +46,11 @@ class MixedLora(lora.Linear):
         names = self._active_adapter
         if not names:
             return torch.as_tensor(self.base_layer(x, *args, **kwargs))
-        low, stacked_b = self._low_rank(x, names)
         frozen = self._frozen_matrix() if x.dtype in _16_BIT else None
         if frozen is not None:
-            return self._rounded_once(x, frozen, low, stacked_b)
+            return self._rounded_once(x, frozen, *self._low_rank(x, names))
         result: torch.Tensor = self.base_layer(x, *args, **kwargs)
+        low, stacked_b = self._low_rank(x, names)
         # One pass over (tokens, out_features) adds the product to the frozen layer's output.
         flat = result.flatten(0, -2)
         if torch.is_grad_enabled():

@@ -111,22 +111,13 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     options += [f"--instances={args.instances}", f"--generation.batch_tokens={args.batch_tokens}"]
     config = evaluate.load([*options, "--model.precision=fp32"])
     clock = CLOCKS[args.clock]
-    job = JobStore(Launch("single", 0, 1, 0, "127.0.0.1", 0))
     folder = RunFolder(config.run_dir)
     server_round = folder.hold_trained_round()
 
     def make_predictor(base: PlacedBase, weighting: Weighting) -> Predictor:
         return build_predictor(base, config.lora, config.generation, weighting, folder, server_round)
 
-    base = place_base(
-        job,
-        config.model,
-        config.data,
-        "never",
-        config.cluster,
-        config.federation.timeout_seconds,
-        len(folder.clients(server_round)),
-    )
+    base = _place_whole(JobStore(Launch("single", 0, 1, 0, "127.0.0.1", 0)), config, len(folder.clients(server_round)))
 
     clients = {client: load_client_model(folder, server_round, client) for client in folder.clients(server_round)}
     instances = choose_instances(read_instances(config.data, config.seed, config.evaluation.split), config.evaluation)
@@ -172,6 +163,12 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "ratio": {name: [a / b for a, b in zip(rates[name], rates["one by one"], strict=True)] for name in shares},
         "share_of_time_on_weights": shares,
     }
+
+
+def _place_whole(job: JobStore, config: RunConfig, num_clients: int) -> PlacedBase:
+    """The base of the run, all of it on this rank."""
+    timeout_seconds = config.federation.timeout_seconds
+    return place_base(job, config.model, config.data, "never", config.cluster, timeout_seconds, num_clients)
 
 
 def _run_one_by_one(

@@ -169,9 +169,8 @@ def _build_parser(options: type[Any], start: str) -> _Parser:
     parser = _Parser(
         usage=" ".join([*usage, "[--option VALUE ...]"]),
         description=as_started_here(description),
-        epilog=as_started_here(
-            f"examples\n{examples}"
-        ),  # under the options: the last thing on the screen is what can be copied
+        # Under the options: the last thing on the screen is what can be copied.
+        epilog=as_started_here(f"examples\n{examples}"),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,  # the recipe's --seed is no short form of --seeds
         exit_on_error=False,
